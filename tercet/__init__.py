@@ -1,0 +1,1 @@
+"""Tercet: a disaggregated inference cluster."""

@@ -1,0 +1,136 @@
+"""The nouns of a request's life. Plain frozen data, no behaviour beyond validation; imports nothing above it.
+
+    GenerateRequest --router--> Start legs --worker--> TokenEvent ... Done
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+from tercet.errors import InvalidRequest
+
+
+class Role(enum.StrEnum):
+    ENCODE = "encode"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    AGGREGATED = "aggregated"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # end-of-sequence token, stop id or stop string
+    LENGTH = "length"  # max_tokens or the context is full
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. Ranges follow vLLM's SamplingParams; `validate` names what is out of range."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output, as in CTRL (arXiv:1909.05858, section 4.1)
+    presence_penalty: float = 0.0  # over output, as in the OpenAI API
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # the gateway draws one if None, so that a retry samples the same tokens
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely tokens'
+
+    def validate(self) -> None:
+        """Raises InvalidRequest naming the first field that is out of range."""
+        for name, value, low, high in (
+            ("temperature", self.temperature, 0.0, 100.0),
+            ("top_p", self.top_p, 0.0, 1.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("repetition_penalty", self.repetition_penalty, 0.0, 100.0),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+        ):
+            if not math.isfinite(value) or not low <= value <= high:
+                raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, got {value}")
+        if self.top_p == 0.0:
+            raise InvalidRequest("top_p must be above 0, got 0; for greedy decoding set temperature to 0")
+        if self.repetition_penalty == 0.0:
+            raise InvalidRequest("repetition_penalty must be above 0, got 0")
+        if self.top_k < 0:
+            raise InvalidRequest(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if self.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise InvalidRequest(f"logprobs must be from 0 to 20, got {self.logprobs}")
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A tokenised request as the router gets it. `n > 1` and stop strings are the gateway's."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    deadline: float  # time.monotonic() of this host, seconds
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. `top_logprobs` holds (token id, logprob), most likely first."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds that a request spent in each stage, measured where the stage runs, and what was moved for it."""
+
+    queue_s: float = 0.0  # arrival at the prefill worker until its first chunk is scheduled
+    prefill_s: float = 0.0  # first chunk scheduled until the first token is sampled
+    transfer_s: float = 0.0  # first token sampled until every KV byte has landed and its digest holds
+    first_decode_s: float = 0.0  # landed until the second token
+    kv_bytes: int = 0  # KV bytes that crossed from prefill to decode
+    transport: str = ""  # shm, tcp; empty if nothing had to cross
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event of a request that succeeded."""
+
+    finish_reason: FinishReason
+    stop_token_id: int | None = None  # the end-of-sequence or stop id that ended it, if one did
+    cached_tokens: int = 0  # prompt tokens that a prefix cache served (on the worker that computed the prompt)
+    times: StageTimes = field(default_factory=StageTimes)
+    workers: tuple[tuple[str, str], ...] = ()  # (role, worker id) of every leg, in order of use
+    attempts: int = 1
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a worker says of itself with every report; the router's food."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_owned: int = 0
+    blocks_leased: int = 0
+    blocks_in_flight: int = 0
+    blocks_quarantined: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Where a live worker is reached. `epoch` grows with every restart of the replica."""
+
+    worker_id: str  # e.g. decode-1
+    role: Role
+    epoch: int
+    rpc_address: str  # host:port of its gRPC Worker service
+    transfer_endpoint: str  # opaque blob of transfer/, given to the peer; empty for a prefill worker
+    fingerprint: str  # model + layout; a pair must agree
+    pid: int = 0
+    node: str = ""

@@ -1,0 +1,163 @@
+"""Every failure has a name. The whole tree:
+
+    TercetError                     http  grpc
+    ├── UserError                   400   INVALID_ARGUMENT     the request is wrong; never a worker's fault
+    │   ├── InvalidRequest          400   INVALID_ARGUMENT
+    │   ├── ContextTooLong          400   INVALID_ARGUMENT
+    │   ├── BodyTooLarge            413   RESOURCE_EXHAUSTED
+    │   └── ModelNotFound           404   NOT_FOUND
+    ├── SpecError                   400   INVALID_ARGUMENT     the cluster spec is wrong: file, line, path
+    │   └── UnsupportedSpec         400   UNIMPLEMENTED        sayable, but not built or not here
+    ├── ModelError                  500   FAILED_PRECONDITION
+    │   ├── ModelFileMissing        500   NOT_FOUND
+    │   ├── ModelFileCorrupt        500   DATA_LOSS
+    │   └── UnsupportedModel        500   UNIMPLEMENTED
+    ├── Overloaded                  503   RESOURCE_EXHAUSTED   every candidate refused, or a queue is full
+    ├── NoWorkers                   503   UNAVAILABLE          a role has no live worker
+    ├── DeadlineExceeded            504   DEADLINE_EXCEEDED
+    ├── Cancelled                   499   CANCELLED            the client went away or asked for it
+    ├── WorkerLost                  502   UNAVAILABLE          a worker died and no retry was left
+    ├── TransferError               502   UNAVAILABLE          a KV handover failed
+    │   ├── PeerDown                502   UNAVAILABLE
+    │   ├── PeerMismatch            502   FAILED_PRECONDITION  other model, layout, version or cluster
+    │   ├── ProtocolViolation       502   DATA_LOSS            bytes that are no frame of ours
+    │   ├── LeaseExpired            502   DEADLINE_EXCEEDED
+    │   └── DigestMismatch          502   DATA_LOSS
+    └── ClusterError                500   INTERNAL             Ray, ports, placement
+
+An error crosses a wire as (code, message); `from_wire` rebuilds it. `code` is the class name in snake case.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+
+class TercetError(Exception):
+    """Base of every error that Tercet raises on purpose."""
+
+    http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[str] = "INTERNAL"
+
+    @classmethod
+    def code(cls) -> str:
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+class UserError(TercetError):
+    http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
+
+
+class InvalidRequest(UserError):
+    pass
+
+
+class ContextTooLong(UserError):
+    pass
+
+
+class BodyTooLarge(UserError):
+    http_status = 413
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class ModelNotFound(UserError):
+    http_status = 404
+    grpc_status = "NOT_FOUND"
+
+
+class SpecError(TercetError):
+    http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
+
+
+class UnsupportedSpec(SpecError):
+    grpc_status = "UNIMPLEMENTED"
+
+
+class ModelError(TercetError):
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class ModelFileMissing(ModelError):
+    grpc_status = "NOT_FOUND"
+
+
+class ModelFileCorrupt(ModelError):
+    grpc_status = "DATA_LOSS"
+
+
+class UnsupportedModel(ModelError):
+    grpc_status = "UNIMPLEMENTED"
+
+
+class Overloaded(TercetError):
+    http_status = 503
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class NoWorkers(TercetError):
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+
+
+class DeadlineExceeded(TercetError):
+    http_status = 504
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(TercetError):
+    http_status = 499
+    grpc_status = "CANCELLED"
+
+
+class WorkerLost(TercetError):
+    http_status = 502
+    grpc_status = "UNAVAILABLE"
+
+
+class TransferError(TercetError):
+    http_status = 502
+    grpc_status = "UNAVAILABLE"
+
+
+class PeerDown(TransferError):
+    pass
+
+
+class PeerMismatch(TransferError):
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class ProtocolViolation(TransferError):
+    grpc_status = "DATA_LOSS"
+
+
+class LeaseExpired(TransferError):
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class DigestMismatch(TransferError):
+    grpc_status = "DATA_LOSS"
+
+
+class ClusterError(TercetError):
+    pass
+
+
+def _tree(root: type[TercetError]) -> dict[str, type[TercetError]]:
+    found = {root.code(): root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+_BY_CODE = _tree(TercetError)  # code -> class
+
+
+def from_wire(code: str, message: str) -> TercetError:
+    """Rebuild an error that crossed a wire; an unknown code keeps its name in the message."""
+    known = _BY_CODE.get(code)
+    return known(message) if known else TercetError(f"{code}: {message}")

@@ -1,0 +1,94 @@
+"""What a gateway counts, under the names that users of vLLM know with the prefix `tercet_`.
+
+    gateway --observe--> Metrics --exposition()--> GET /metrics
+    router  --loads()--> WorkerGauges (read at each scrape, so that a dead worker's series ends with it)
+
+A success and a failure are counted where the answer leaves; a 4xx has its own code and is never a worker's fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from tercet.core import Done, FinishReason, Load
+from tercet.errors import TercetError
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_GATEWAY_S = (1e-5, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1.5e-3, 3e-3, 1e-2, 1e-1)
+_STAGES = ("queue", "prefill", "transfer", "first_decode")
+
+
+class WorkerGauges(Collector):
+    """One series per live worker, from the freshest load that each has reported."""
+
+    def __init__(self, loads: Callable[[], Mapping[str, Load]]) -> None:
+        self._loads = loads
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        running = GaugeMetricFamily("tercet_num_requests_running", "Requests in the running batch", labels=["worker"])
+        waiting = GaugeMetricFamily("tercet_num_requests_waiting", "Requests admitted, not running", labels=["worker"])
+        usage = GaugeMetricFamily("tercet_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", labels=["worker"])
+        blocks = GaugeMetricFamily("tercet_kv_blocks", "KV blocks by owner", labels=["worker", "state"])
+        for worker, load in self._loads().items():
+            running.add_metric([worker], load.running)
+            waiting.add_metric([worker], load.waiting)
+            usage.add_metric([worker], 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0)
+            for state in ("free", "owned", "leased", "in_flight", "quarantined"):
+                blocks.add_metric([worker, state], getattr(load, f"blocks_{state}"))
+        yield from (running, waiting, usage, blocks)
+
+
+class Metrics:
+    """All series of one gateway in a registry of its own, so that two gateways can live in one process."""
+
+    def __init__(self, loads: Callable[[], Mapping[str, Load]] = dict) -> None:
+        self._registry = r = CollectorRegistry()
+        r.register(WorkerGauges(loads))
+        self.ttft = Histogram("tercet_time_to_first_token_seconds", "TTFT", buckets=_REQUEST_S, registry=r)
+        self.tpot = Histogram("tercet_time_per_output_token_seconds", "TPOT", buckets=_TOKEN_S, registry=r)
+        self.itl = Histogram("tercet_inter_token_latency_seconds", "ITL", buckets=_TOKEN_S, registry=r)
+        self.e2e = Histogram("tercet_e2e_request_latency_seconds", "E2E", buckets=_REQUEST_S, registry=r)
+        self.prompt_tokens = Counter("tercet_prompt_tokens", "Prompt tokens of finished requests", registry=r)
+        self.cached_tokens = Counter("tercet_prompt_tokens_cached", "Prompt tokens from a prefix cache", registry=r)
+        self.generation_tokens = Counter("tercet_generation_tokens", "Tokens generated", registry=r)
+        self.kv_bytes = Counter("tercet_kv_transfer_bytes", "KV bytes moved, by transport", ["transport"], registry=r)
+        self.attempts = Counter("tercet_request_retries", "New plans for requests whose worker died", registry=r)
+        self.inflight = Gauge("tercet_gateway_inflight_requests", "Requests in the gateway", registry=r)
+        self.gateway_request = Histogram(
+            "tercet_gateway_request_seconds", "Request read until the router call", buckets=_GATEWAY_S, registry=r
+        )
+        self.gateway_token = Histogram(
+            "tercet_gateway_token_seconds", "Token received until its bytes are written", buckets=_GATEWAY_S, registry=r
+        )
+        self._success = Counter("tercet_request_success", "Finished requests", ["finished_reason"], registry=r)
+        self._failure = Counter("tercet_request_failure", "Failed requests, by error code", ["code"], registry=r)
+        self._stages = {
+            s: Histogram(f"tercet_request_{s}_time_seconds", f"Seconds in {s}", buckets=_REQUEST_S, registry=r)
+            for s in _STAGES
+        }
+
+    def finished(self, reason: FinishReason) -> None:
+        self._success.labels(reason.value).inc()
+
+    def failed(self, error: type[TercetError]) -> None:
+        self._failure.labels(error.code()).inc()
+
+    def stages(self, done: Done) -> None:
+        """Book what the workers measured of one finished generation."""
+        for stage, histogram in self._stages.items():
+            histogram.observe(getattr(done.times, f"{stage}_s"))
+        self.cached_tokens.inc(done.cached_tokens)
+        self.attempts.inc(done.attempts - 1)
+        if done.times.kv_bytes:
+            self.kv_bytes.labels(done.times.transport).inc(done.times.kv_bytes)
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format, version 0.0.4."""
+        return generate_latest(self._registry)

@@ -1,0 +1,113 @@
+"""The nouns of the gateway, the same for HTTP and gRPC.
+
+    body | proto --parse--> Ask --Frontend--> Choice per prompt and sample --> Delta ... Delta(finish_reason)
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tercet.core import Done, FinishReason, GenerateRequest, Load, SamplingParams, TokenEvent, WorkerInfo
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages that the model's template turns into text."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    add_generation_prompt: bool = True
+
+
+Prompt = str | tuple[int, ...] | Chat
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A parsed request. `params.max_tokens` counts only if `max_tokens_given`, else the rest of the context does."""
+
+    request_id: str
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    timeout_s: float
+    arrived: float  # time.monotonic() when the request's bytes were read
+    max_tokens_given: bool = True
+    n: int = 1  # samples of each prompt
+    stop: tuple[str, ...] = ()
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.n
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one event of the router adds to one choice."""
+
+    index: int  # of the choice: prompt * n + sample
+    text: str  # may be empty while a character is incomplete or a stop string may be beginning
+    tokens: Sequence[TokenEvent]
+    received: float  # time.monotonic() of the event
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # ended it, counts as a token, gives no text
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None  # None: a stop string ended a choice before its worker could report
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Of the first choice. What only workers know is None if a stop string ended it before they reported."""
+
+    ttft_s: float
+    tpot_s: float  # 0 for a single token
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    transfer_s: float | None = None
+    first_decode_s: float | None = None
+    kv_bytes: int | None = None
+    transport: str | None = None
+    workers: Mapping[str, str] = field(default_factory=dict)  # role -> worker id
+    attempts: int | None = None
+
+
+class Detokenizer(Protocol):
+    def push(self, token_id: int, /) -> str: ...
+    def flush(self) -> str: ...
+
+
+class Tokenizer(Protocol):
+    """What the gateway needs of tercet.models.tokenizer.Tokenizer; tests bring a fake."""
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str: ...
+    def token_text(self, token_id: int, /) -> str: ...
+    def detokenizer(self) -> Detokenizer: ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_context: int  # tokens, prompt and output together
+
+
+class Backend(Protocol):
+    """What the gateway needs of tercet.roles.router.Router; tests bring a fake.
+
+    `generate` yields one TokenEvent per token, except for the stop token, which only `Done.stop_token_id` names;
+    it ends in Done or raises TercetError, and its aclose() aborts the request on every worker.
+    """
+
+    async def set_workers(self, workers: Sequence[WorkerInfo]) -> None: ...
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent | Done, None]: ...
+    def loads(self) -> dict[str, Load]: ...
+    def missing_roles(self) -> list[str]: ...
+    def is_ready(self) -> bool: ...
+    async def close(self) -> None: ...

@@ -1,0 +1,90 @@
+"""One generation on its way out: tokens become text, stop strings end it, clocks run.
+
+    TokenEvent --push--> Delta                 first_at, last_at, tokens counted
+    Done       --finish--> Delta(finish_reason)
+"""
+
+from __future__ import annotations
+
+import time
+
+from tercet.core import Done, FinishReason, GenerateRequest, TokenEvent
+from tercet.metrics import Metrics
+from tercet.roles.gateway.ask import Delta, Detokenizer, Timings
+from tercet.roles.gateway.stop import StopMatcher
+
+
+class Choice:
+    """The state of one choice. Not shared between tasks."""
+
+    def __init__(
+        self, index: int, request: GenerateRequest, detokenizer: Detokenizer, stop: tuple[str, ...], arrived: float
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.num_tokens = 0
+        self.done: Done | None = None
+        self._detokenizer = detokenizer
+        self._stop = StopMatcher(stop)
+        self._arrived = arrived
+        self._first_at = self._last_at = arrived
+
+    def push(self, event: TokenEvent, metrics: Metrics) -> Delta:
+        """The next token. The delta has a finish_reason if it completes a stop string."""
+        now = self._tick(metrics)
+        text = self._stop.push(self._detokenizer.push(event.token_id))
+        return Delta(self.index, text, (event,), now, FinishReason.STOP if self._stop.found else None)
+
+    def finish(self, done: Done, metrics: Metrics) -> Delta:
+        """The end, with the text that was held back."""
+        self.done = done
+        now = time.monotonic() if done.stop_token_id is None else self._tick(metrics)
+        text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
+        reason = FinishReason.STOP if self._stop.found else done.finish_reason
+        return Delta(self.index, text, (), now, reason, done.stop_token_id)
+
+    def _tick(self, metrics: Metrics) -> float:
+        """Count a token that has arrived now."""
+        now = time.monotonic()
+        if self.num_tokens:
+            metrics.itl.observe(now - self._last_at)
+        else:
+            self._first_at = now
+            metrics.ttft.observe(now - self._arrived)
+        self._last_at = now
+        self.num_tokens += 1
+        return now
+
+    def book(self, reason: FinishReason, metrics: Metrics) -> None:
+        """Count a finished choice."""
+        metrics.finished(reason)
+        metrics.e2e.observe(time.monotonic() - self._arrived)
+        metrics.prompt_tokens.inc(len(self.request.token_ids))
+        metrics.generation_tokens.inc(self.num_tokens)
+        if self.num_tokens > 1:
+            metrics.tpot.observe(self._tpot_s)
+        if self.done is not None:
+            metrics.stages(self.done)
+
+    @property
+    def _tpot_s(self) -> float:
+        return (self._last_at - self._first_at) / max(1, self.num_tokens - 1)
+
+    @property
+    def timings(self) -> Timings:
+        ttft_s = self._first_at - self._arrived
+        if self.done is None:
+            return Timings(ttft_s, self._tpot_s)
+        t = self.done.times
+        return Timings(
+            ttft_s,
+            self._tpot_s,
+            queue_s=t.queue_s,
+            prefill_s=t.prefill_s,
+            transfer_s=t.transfer_s,
+            first_decode_s=t.first_decode_s,
+            kv_bytes=t.kv_bytes,
+            transport=t.transport,
+            workers=dict(self.done.workers),
+            attempts=self.done.attempts,
+        )

