@@ -1,6 +1,6 @@
 """The nouns of a request's life. Plain frozen data, no behaviour beyond validation; imports nothing above it.
 
-    GenerateRequest --router--> Start legs --worker--> TokenEvent ... Done
+GenerateRequest --router--> Start legs --worker--> TokenEvent ... Done
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class TokenEvent:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None  # set on the last token
 
 
 @dataclass(frozen=True)

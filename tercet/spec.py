@@ -92,12 +92,14 @@ class LimitsSpec(Frozen):
     max_inflight_requests: Positive = 256  # in the gateway; one more is answered 503
     max_n: Positive = 16
     retries: Annotated[int, Field(ge=0, le=10)] = 3  # new plans for a request whose worker died
+    worker_wait_s: Seconds = 30.0  # how long a request waits for a role without a live worker (a restart)
     drain_timeout_s: Seconds = 20.0
 
 
 class RaySpec(Frozen):
     address: str = "auto"  # auto: join a running Ray, else start a local one | local | host:port
     start_timeout_s: Seconds = 120.0  # of a worker, model load included
+    health_deadline_s: Seconds = 10.0  # a worker that is silent for so long is taken for hung and replaced
 
 
 class NetworkSpec(Frozen):

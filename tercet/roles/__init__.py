@@ -1,0 +1,1 @@
+"""The data path, one file a stop: gateway, router, prefill, decode, aggregated."""

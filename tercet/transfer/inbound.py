@@ -75,7 +75,14 @@ class Quiesced:
     ticket: Ticket
 
 
-Effect = Send | Committed | Complete | Failed | Quiesced
+@dataclass(frozen=True)
+class Cut:
+    """Close the connection: its peer is silent in the middle of a landing, and only that ends the landing."""
+
+    peer: Peer
+
+
+Effect = Send | Cut | Committed | Complete | Failed | Quiesced
 
 
 @dataclass
@@ -199,8 +206,12 @@ class Inbound:
             del self._offers[ticket]
         effects: list[Effect] = []
         for inbound in [t for t in self._tickets.values() if not t.failed and t.expires < now]:
-            error = LeaseExpired(f"no word of {inbound.ticket.request_id} from its prefill worker for {self._lease_s} s")
+            error = LeaseExpired(
+                f"no word of {inbound.ticket.request_id} from its prefill worker for {self._lease_s} s"
+            )
             effects += self._fail(inbound, error)
+            if inbound.landing:
+                effects.append(Cut(inbound.peer))
         return effects
 
     def heartbeats(self) -> list[Effect]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import msgpack
 
@@ -95,6 +95,8 @@ class Commit:
     cached_tokens: int
     queue_s: float
     prefill_s: float
+    transfer_s: float  # first token sampled until the last write had ended
+    transport: str
 
 
 @dataclass(frozen=True)
@@ -131,19 +133,7 @@ class Goodbye:
 
 
 Message = (
-    Hello
-    | Welcome
-    | Refuse
-    | Offer
-    | Grant
-    | Data
-    | Commit
-    | Release
-    | Reject
-    | Abort
-    | AbortAck
-    | Heartbeat
-    | Goodbye
+    Hello | Welcome | Refuse | Offer | Grant | Data | Commit | Release | Reject | Abort | AbortAck | Heartbeat | Goodbye
 )
 _KINDS: tuple[type[Message], ...] = (
     Hello,
@@ -168,7 +158,7 @@ _HINTS = {cls: get_type_hints(cls) for cls in _KINDS}
 def encode(message: Message, payload_bytes: int = 0) -> bytes:
     """Header and body of the frame; the caller sends `payload_bytes` after it."""
     cls = type(message)
-    body = msgpack.packb([getattr(message, name) for name in _FIELDS[cls]])
+    body: bytes = msgpack.packb([getattr(message, name) for name in _FIELDS[cls]])
     if len(body) > MAX_BODY:
         raise ProtocolViolation(f"{cls.__name__} of {len(body)} bytes is over the limit of {MAX_BODY}")
     return HEADER.pack(MAGIC, _KIND_OF[cls], len(body), payload_bytes) + body
@@ -198,7 +188,8 @@ def decode_body(kind: int, body: bytes) -> Message:
     names = _FIELDS[cls]
     if not isinstance(values, list) or len(values) != len(names):
         raise ProtocolViolation(f"{cls.__name__} must be a list of {len(names)} fields")
-    return cls(**{n: _checked(cls, n, v) for n, v in zip(names, values, strict=True)})
+    checked: list[Any] = [_checked(cls, n, v) for n, v in zip(names, values, strict=True)]
+    return cls(*checked)
 
 
 def _checked(cls: type[Message], name: str, value: object) -> object:

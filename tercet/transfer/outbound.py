@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tercet.errors import LeaseExpired, Overloaded, PeerDown, TercetError, TransferError, from_wire
+from tercet.transfer.digest import MASK
 from tercet.transfer.messages import (
     Abort,
     AbortAck,
@@ -52,6 +53,15 @@ class Write:
 
 
 @dataclass(frozen=True)
+class Seal:
+    """Every write before it has ended: `seal` the commit and send it."""
+
+    peer: Peer
+    commit: Commit
+    committed_at: float
+
+
+@dataclass(frozen=True)
 class Granted:
     ticket: Ticket
     first_block: int  # blocks before it are at the destination already
@@ -73,7 +83,7 @@ class OpDone:
     ticket: Ticket
 
 
-Effect = Send | Write | Granted | Failed | Released | OpDone
+Effect = Send | Write | Seal | Granted | Failed | Released | OpDone
 
 
 @dataclass
@@ -85,6 +95,7 @@ class _Outbound:
     grant: Grant | None = None
     queued: int = 0  # writes handed out and not yet ended or refused
     written_bytes: int = 0
+    digest: int = 0
     over: bool = False  # failed or released: no new write begins
     farewell: Abort | AbortAck | None = None  # proof for the receiver, due when the last write has ended
 
@@ -119,18 +130,14 @@ class Outbound:
         destinations = tuple(out.grant.blocks[index : index + len(sources)])
         return [Write(out.peer, Data(ticket, layer, index, len(sources)), sources, destinations)]
 
-    def commit(self, ticket: Ticket, commit: Commit) -> list[Effect]:
-        """Send COMMIT. The caller has seen `end_write` of every push (the mover queues it behind them)."""
-        out = self._tickets.get(ticket)
-        return [Send(out.peer, commit)] if out is not None and not out.over else []
+    def commit(self, commit: Commit, now: float) -> list[Effect]:
+        """All was pushed. Bytes, digest and transfer time are filled in by `seal`, when the writes have ended."""
+        out = self._tickets.get(commit.ticket)
+        return [Seal(out.peer, commit, now)] if out is not None and not out.over else []
 
     def cancel(self, ticket: Ticket, error: TercetError) -> list[Effect]:
         out = self._tickets.get(ticket)
         return self._give_up(out, error) if out else []
-
-    def written_bytes(self, ticket: Ticket) -> int:
-        out = self._tickets.get(ticket)
-        return out.written_bytes if out else 0
 
     def live(self) -> list[Ticket]:
         return list(self._tickets)
@@ -141,13 +148,23 @@ class Outbound:
         out = self._tickets[data.ticket]
         return not out.over
 
-    def end_write(self, data: Data, written: bool) -> list[Effect]:
-        """A Write has been carried out, or left out because the ticket is over."""
+    def end_write(self, data: Data, digests: Sequence[int] | None) -> list[Effect]:
+        """A Write has been carried out, with a digest a block, or (None) left out because the ticket is over."""
         out = self._tickets[data.ticket]
         out.queued -= 1
-        if written:
+        if digests is not None:
             out.written_bytes += data.count * self._block_bytes
+            out.digest = (out.digest + sum(digests)) & MASK
         return self._settle(out) if out.over else []
+
+    def seal(self, seal: Seal, now: float) -> list[Effect]:
+        """The COMMIT, filled in; called in the order of the writes, behind the last of them."""
+        out = self._tickets.get(seal.commit.ticket)
+        if out is None or out.over:
+            return []
+        transfer_s = now - seal.committed_at
+        commit = replace(seal.commit, num_bytes=out.written_bytes, digest=out.digest, transfer_s=transfer_s)
+        return [Send(out.peer, commit)]
 
     # ---- what comes from the peer
 

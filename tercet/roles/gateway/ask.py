@@ -1,6 +1,6 @@
 """The nouns of the gateway, the same for HTTP and gRPC.
 
-    body | proto --parse--> Ask --Frontend--> Choice per prompt and sample --> Delta ... Delta(finish_reason)
+body | proto --parse--> Ask --Frontend--> Choice per prompt and sample --> Delta ... Delta(finish_reason)
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ class Delta:
     tokens: Sequence[TokenEvent]
     received: float  # time.monotonic() of the event
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None  # ended it, counts as a token, gives no text
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ class ServedModel:
 class Backend(Protocol):
     """What the gateway needs of tercet.roles.router.Router; tests bring a fake.
 
-    `generate` yields one TokenEvent per token, except for the stop token, which only `Done.stop_token_id` names;
-    it ends in Done or raises TercetError, and its aclose() aborts the request on every worker.
+    `generate` yields one TokenEvent per token, the end-of-sequence or stop token included, then Done; or it raises
+    TercetError. Its aclose() aborts the request on every worker.
     """
 
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None: ...

@@ -1,7 +1,7 @@
 """One generation on its way out: tokens become text, stop strings end it, clocks run.
 
-    TokenEvent --push--> Delta                 first_at, last_at, tokens counted
-    Done       --finish--> Delta(finish_reason)
+TokenEvent --push--> Delta                 first_at, last_at, tokens counted
+Done       --finish--> Delta(finish_reason)
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Choice:
     def push(self, event: TokenEvent, metrics: Metrics) -> Delta:
         """The next token. The delta has a finish_reason if it completes a stop string."""
         now = self._tick(metrics)
-        text = self._stop.push(self._detokenizer.push(event.token_id))
+        silent = event.token_id in self.request.params.stop_token_ids
+        text = "" if silent else self._stop.push(self._detokenizer.push(event.token_id))
         return Delta(self.index, text, (event,), now, FinishReason.STOP if self._stop.found else None)
 
-    def finish(self, done: Done, metrics: Metrics) -> Delta:
+    def finish(self, done: Done) -> Delta:
         """The end, with the text that was held back."""
         self.done = done
-        now = time.monotonic() if done.stop_token_id is None else self._tick(metrics)
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         reason = FinishReason.STOP if self._stop.found else done.finish_reason
-        return Delta(self.index, text, (), now, reason, done.stop_token_id)
+        return Delta(self.index, text, (), time.monotonic(), reason)
 
     def _tick(self, metrics: Metrics) -> float:
         """Count a token that has arrived now."""

@@ -1,7 +1,7 @@
 """The core that HTTP and gRPC share: what comes in is checked, admitted, tokenised and sent to the router.
 
-    async with frontend.session(ask) as session:      raises UserError, Overloaded before anything is sent
-        async for delta in session.deltas(): ...      raises what the router raises, DeadlineExceeded
+async with frontend.session(ask) as session:      raises UserError, Overloaded before anything is sent
+    async for delta in session.deltas(): ...      raises what the router raises, DeadlineExceeded
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from tercet.core import GenerateRequest
 from tercet.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, ModelNotFound, NoWorkers, Overloaded
@@ -35,6 +35,8 @@ class Frontend:
         self.metrics = metrics
         self._backend = backend
         self._inflight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._live: dict[str, asyncio.Timeout] = {}  # request id -> its deadline
         self._draining = False
         self._stopping = False
@@ -66,9 +68,8 @@ class Frontend:
     async def drain(self, timeout_s: float) -> None:
         """Refuse what is new, let what runs finish, and end by force what still runs after `timeout_s`."""
         self._draining = True
-        until = time.monotonic() + timeout_s
-        while self._inflight and time.monotonic() < until:
-            await asyncio.sleep(0.02)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
         self._stopping = True
         for deadline in self._live.values():
             if not deadline.expired():
@@ -100,9 +101,10 @@ class Frontend:
             raise ModelNotFound(f"model {name!r} is not served here; this gateway serves {self.model.name!r}")
 
     def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self.model.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.model.vocab_size)
-            raise InvalidRequest(f"{name}: token id {wrong} is outside the vocabulary (0 to {self.model.vocab_size - 1})")
+        last = self.model.vocab_size - 1
+        if ids and not 0 <= min(ids) <= max(ids) <= last:
+            wrong = next(i for i in ids if not 0 <= i <= last)
+            raise InvalidRequest(f"{name}: token id {wrong} is outside the vocabulary (0 to {last})")
 
     def _admit(self, ask: Ask) -> None:
         if self._draining:
@@ -116,6 +118,7 @@ class Frontend:
     def _count(self, change: int) -> None:
         self._inflight += change
         self.metrics.inflight.set(self._inflight)
+        (self._idle.clear if self._inflight else self._idle.set)()
 
     async def _choices(self, ask: Ask) -> list[Choice]:
         """One per prompt and sample, in that order."""

@@ -1,6 +1,7 @@
 """Deltas to the OpenAI shapes, with vLLM's `token_ids` and our `timings` beside `usage`.
 
-A chunk is glued from a prefix made once per choice and the JSON of its text, since it is written for every token.
+stream:  chunk(delta) ... chunk(last delta of all) = finish, usage if asked for, timings, [DONE]
+else:    body(all deltas)
 """
 
 from __future__ import annotations
@@ -8,118 +9,193 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
-from tercet.core import FinishReason, TokenEvent
+from tercet.core import TokenEvent
 from tercet.errors import TercetError, UserError
 from tercet.roles.gateway.ask import Delta, Tokenizer, Usage
-from tercet.roles.gateway.openai_request import NEUTRAL, Options
+from tercet.roles.gateway.openai_request import Options
 from tercet.roles.gateway.session import Session
 
 DONE = b"data: [DONE]\n\n"
-LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI and vLLM write this
-_PARAMS = frozenset(NEUTRAL) | {
-    *("model", "prompt", "messages", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("presence_penalty", "frequency_penalty", "seed", "n", "stop", "stop_token_ids", "logprobs", "top_logprobs"),
-    *("timeout", "stream", "stream_options"),
-}
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI and vLLM write this too
+
+_json = json.JSONEncoder(separators=(",", ":")).encode  # ASCII only, so a half character cannot break it
 
 
-class Reply:
-    """The answer to one request. Subclasses say what differs between chat and completion."""
+class Reply(ABC):
+    """The answer to one request."""
 
     object_name: str
     chunk_name: str
 
     def __init__(self, session: Session, model: str, tokenizer: Tokenizer, options: Options) -> None:
         self._session = session
-        self._model = model
         self._tokenizer = tokenizer
         self._options = options
-        self._id = session.ask.request_id
-        self._created = int(time.time())
+        self._head = {"id": session.ask.request_id, "created": int(time.time()), "model": model}
+        self._opened: set[int] = set()  # choices that have sent a chunk
         self._unfinished = len(session.choices)
-        self._opened: set[int] = set()
-        self._top = (
-            f'data: {{"id":"{self._id}","object":"{self.chunk_name}","created":{self._created},'
-            f'"model":{json.dumps(model)},'
-        )
 
     def chunk(self, delta: Delta) -> bytes:
-        """One server-sent event; after the last delta of all choices also the closing ones."""
-        first = delta.index not in self._opened
-        if first:
+        """The server-sent events of one delta."""
+        choice = self._chunk_choice(delta) | self._ending(delta.index, [delta])
+        chunk = {**self._head, "object": self.chunk_name, "choices": [choice]}
+        if delta.index not in self._opened:
+            self._add_prompt_ids(chunk)
             self._opened.add(delta.index)
-        if delta.finish_reason is None and not first and not self._options.logprobs:
-            ids = f',"token_ids":[{delta.tokens[0].token_id}]' if self._options.return_token_ids else ""
-            text = self._text_field(json.dumps(delta.text))
-            return f'{self._top}"choices":[{{"index":{delta.index},{text},"logprobs":null,"finish_reason":null{ids}}}]}}\n\n'.encode()
-        return self._full_chunk(delta, first)
-
-    def _full_chunk(self, delta: Delta, first: bool) -> bytes:
-        choice = self._choice(delta.index, [delta], first)
-        top = self._prompt_ids_field(delta.index) if first else ""
         self._unfinished -= delta.finish_reason is not None
-        if self._unfinished:
-            return f'{self._top}{top}"choices":[{json.dumps(choice)}]}}\n\n'.encode()
-        timings = f'"timings":{json.dumps(self._timings())}'
-        if not self._options.include_usage:
-            return f'{self._top}{top}"choices":[{json.dumps(choice)}],{timings}}}\n\n'.encode() + DONE
-        last = f'{self._top}"choices":[],"usage":{json.dumps(usage(self._session.usage))},{timings}}}\n\n'
-        return f'{self._top}{top}"choices":[{json.dumps(choice)}]}}\n\n{last}'.encode() + DONE
+        return _event(chunk) if self._unfinished else self._last(chunk)
 
-    def body(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def _last(self, chunk: dict[str, Any]) -> bytes:
+        """The chunk that ends it all; the timings stand in the very last one."""
+        timings = {"timings": dataclasses.asdict(self._session.timings)}
+        if not self._options.include_usage:
+            return _event(chunk | timings) + DONE
+        last = {**self._head, "object": self.chunk_name, "choices": [], "usage": _usage(self._session.usage)}
+        return _event(chunk) + _event(last | timings) + DONE
+
+    def body(self, deltas: Sequence[Delta]) -> bytes:
         """The whole answer, from all deltas of all choices."""
         by_choice: list[list[Delta]] = [[] for _ in self._session.choices]
         for delta in deltas:
             by_choice[delta.index].append(delta)
-        return {
-            "id": self._id,
+        body = {
+            **self._head,
             "object": self.object_name,
-            "created": self._created,
-            "model": self._model,
-            "choices": [self._whole_choice(i, d) for i, d in enumerate(by_choice)],
-            "usage": usage(self._session.usage),
-            "timings": self._timings(),
-        } | self._prompt_ids_of_body()
+            "choices": [self._body_choice(i, ds) | self._ending(i, ds) for i, ds in enumerate(by_choice)],
+            "usage": _usage(self._session.usage),
+            "timings": dataclasses.asdict(self._session.timings),
+        }
+        self._add_prompt_ids(body)
+        return _json(body).encode()
 
-    def _timings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self._session.timings)
+    def _ending(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """Fields that a choice has in both endpoints, in chunks and bodies."""
+        tokens = [token for delta in deltas for token in delta.tokens]
+        fields: dict[str, Any] = {
+            "logprobs": self._logprobs(index, tokens) if self._options.logprobs else None,
+            "finish_reason": deltas[-1].finish_reason,
+        }
+        if self._options.return_token_ids:
+            fields["token_ids"] = [token.token_id for token in tokens]
+        return fields
 
     def _prompt_ids(self, index: int) -> tuple[int, ...]:
         return self._session.choices[index].request.token_ids
 
-    def _common(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        """Fields that every choice has, in a chunk and in a body."""
-        last = deltas[-1]
-        tokens = [t for d in deltas for t in d.tokens]
-        fields: dict[str, Any] = {"logprobs": self._logprobs(last.index, tokens) if self._options.logprobs else None}
-        fields["finish_reason"] = last.finish_reason and FinishReason(last.finish_reason).value
-        if self._options.return_token_ids:
-            stop = [] if last.stop_token_id is None else [last.stop_token_id]
-            fields["token_ids"] = [t.token_id for t in tokens] + stop
-        return fields
+    @abstractmethod
+    def _chunk_choice(self, delta: Delta) -> dict[str, Any]: ...
 
-    def _top_tokens(self, event: TokenEvent) -> list[tuple[str, float]]:
-        return [(self._tokenizer.token_text(i), max(p, LOWEST_LOGPROB)) for i, p in event.top_logprobs]
+    @abstractmethod
+    def _body_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]: ...
 
-    # What differs between the two endpoints:
+    @abstractmethod
+    def _logprobs(self, index: int, tokens: Sequence[TokenEvent]) -> dict[str, Any]: ...
 
-    def _text_field(self, text_json: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _add_prompt_ids(self, answer: dict[str, Any]) -> None:
+        """Put `prompt_token_ids` where vLLM has it, if asked for."""
 
-    def _choice(self, index: int, deltas: Sequence[Delta], first: bool) -> dict[str, Any]:
-        raise NotImplementedError
 
-    def _whole_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
-        raise NotImplementedError
+class ChatReply(Reply):
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        content = {"content": delta.text}
+        if delta.index not in self._opened:
+            content = {"role": "assistant", **content}
+        return {"index": delta.index, "delta": content}
+
+    def _body_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        text = "".join(delta.text for delta in deltas)
+        return {"index": index, "message": {"role": "assistant", "content": text, "refusal": None}}
 
     def _logprobs(self, index: int, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
-        raise NotImplementedError
+        content = [
+            self._logprob(token.token_id, token.logprob)
+            | {"top_logprobs": [self._logprob(*top) for top in token.top_logprobs]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
 
-    def _prompt_ids_field(self, index: int) -> str:  # noqa: ARG002
-        return ""
+    def _logprob(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        text = self._tokenizer.token_text(token_id)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
-    def _prompt_ids_of_body(self) -> dict[str, Any]:
-        return {}
+    def _add_prompt_ids(self, answer: dict[str, Any]) -> None:
+        if self._options.return_token_ids:
+            answer["prompt_token_ids"] = self._prompt_ids(0)
+
+
+class CompletionReply(Reply):
+    object_name = chunk_name = "text_completion"
+
+    def __init__(self, session: Session, model: str, tokenizer: Tokenizer, options: Options) -> None:
+        super().__init__(session, model, tokenizer, options)
+        self._offsets = [0] * len(session.choices)  # characters of each choice that have logprobs
+
+    def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        return {"index": delta.index, "text": delta.text}
+
+    def _body_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        return {"index": index, "text": "".join(delta.text for delta in deltas)}
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
+        text_of = self._tokenizer.token_text
+        texts = [text_of(token.token_id) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [{text_of(i): _finite(p) for i, p in token.top_logprobs} for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _add_prompt_ids(self, answer: dict[str, Any]) -> None:
+        if self._options.return_token_ids:
+            for choice in answer["choices"]:
+                choice["prompt_token_ids"] = self._prompt_ids(choice["index"])
+
+
+def error_body(error: TercetError, parameters: frozenset[str]) -> dict[str, Any]:
+    """The OpenAI shape. `param` is read off the message, which begins with the parameter's name if it has one."""
+    word = str(error).split(maxsplit=1)[0] if str(error) else ""
+    param = word.rstrip(":").partition("[")[0].partition(".")[0]
+    return {
+        "error": {
+            "message": str(error),
+            "type": "invalid_request_error" if isinstance(error, UserError) else "server_error",
+            "code": error.code(),
+            "param": param if param in parameters else None,
+        }
+    }
+
+
+def error_event(error: TercetError, parameters: frozenset[str]) -> bytes:
+    """A failure after the stream has begun; no [DONE] follows it."""
+    return _event(error_body(error, parameters))
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return f"data: {_json(chunk)}\n\n".encode()
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LOWEST_LOGPROB)
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    cached = None if usage.cached_tokens is None else {"cached_tokens": usage.cached_tokens}
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": cached,
+    }

@@ -173,7 +173,7 @@ def _validated(kind: type[_Body], body: bytes) -> _Body:
         return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if not isinstance(part, type))
+        where = ".".join(str(part) for part in first["loc"])
         got = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
         raise InvalidRequest(f"{where}: {first['msg']}{got}") from error
 
@@ -252,3 +252,6 @@ def _content(content: Any, where: str) -> str:
             raise InvalidRequest(f"{where}[{i}] must be a text part, got {kind!r:.60}")
         texts.append(_text(part["text"], f"{where}[{i}].text"))
     return "\n".join(texts)
+
+
+PARAMETERS = frozenset(_ChatBody.model_fields) | frozenset(_CompletionBody.model_fields) | frozenset(NEUTRAL)

@@ -35,10 +35,7 @@ class Session:
     async def _run(self, choice: Choice) -> AsyncGenerator[Delta, None]:
         async with aclosing(self._backend.generate(choice.request)) as events:
             async for event in events:
-                if isinstance(event, Done):
-                    delta = choice.finish(event, self._metrics)
-                else:
-                    delta = choice.push(event, self._metrics)
+                delta = choice.finish(event) if isinstance(event, Done) else choice.push(event, self._metrics)
                 if delta.finish_reason:
                     break
                 yield delta

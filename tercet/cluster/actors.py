@@ -1,0 +1,85 @@
+"""Thin Ray actors around the roles' objects. Imported where no torch must be: a role is imported in its own actor.
+
+    controller --start/health/drain/stop--> WorkerActor  --> tercet.roles.worker.Worker
+    controller --set_workers/status/...---> GatewayActor --> tercet.roles.gateway.gateway.Gateway
+
+No token and no KV byte passes through these calls. A TercetError crosses them as itself (see `launcher.Actor.call`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from tercet.core import Load, Role, WorkerInfo
+from tercet.spec import ClusterSpec
+
+if TYPE_CHECKING:
+    from tercet.roles.gateway.gateway import GatewayInfo
+
+
+def node_address() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+class WorkerActor:
+    """One replica of a role. The role's object is made in `start`, where an error of its own can cross as itself."""
+
+    def __init__(self, worker_id: str, role: Role, epoch: int, spec: ClusterSpec, cluster_token: str) -> None:
+        self._identity = (worker_id, role, epoch, spec)
+        self._token = cluster_token
+        self._loopback = spec.network.host == "loopback"
+
+    async def start(self) -> WorkerInfo:
+        from tercet.roles.worker import Worker
+
+        host = "127.0.0.1" if self._loopback else node_address()
+        self._worker = Worker(*self._identity, host, self._token)
+        return await self._worker.start()
+
+    async def health(self) -> Load:
+        return await self._worker.health()
+
+    async def drain(self, timeout_s: float) -> None:
+        await self._worker.drain(timeout_s)
+
+    async def stop(self) -> None:
+        await self._worker.stop()
+
+
+class GatewayActor:
+    """The cluster's front door; also where `tercet down` and `tercet status` knock."""
+
+    def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
+        self._spec = spec
+        self._token = cluster_token
+        self._stop_requested = False
+
+    async def start(self) -> GatewayInfo:
+        from tercet.roles.gateway.gateway import Gateway
+
+        self._gateway = Gateway(self._spec, self._token)
+        self._info = await self._gateway.start()
+        return self._info
+
+    async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
+        await self._gateway.set_workers(workers)
+
+    async def health(self) -> dict[str, Any]:
+        """The gateway's status, where it is reached, and whether someone asked the cluster to stop."""
+        place = {"pid": os.getpid(), "node": node_address()}
+        return self._gateway.status() | asdict(self._info) | place | {"stop_requested": self._stop_requested}
+
+    async def request_stop(self) -> None:
+        """The controller sees it at its next look and drains the cluster."""
+        self._stop_requested = True
+
+    async def drain(self, timeout_s: float) -> None:
+        await self._gateway.drain(timeout_s)
+
+    async def stop(self) -> None:
+        await self._gateway.stop()

@@ -1,0 +1,152 @@
+"""The `tercet` command. Torch and Ray are imported by the commands that need them, so that the others start fast.
+
+Exit codes: 0 done, 1 failed, 2 the spec or the command line is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from tercet.cluster.spec_file import load_spec
+from tercet.errors import SpecError, TercetError
+from tercet.spec import ClusterSpec
+
+if TYPE_CHECKING:
+    from tercet.roles.gateway.gateway import GatewayInfo
+
+app = typer.Typer(
+    help="Serve language models through separate prefill and decode workers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A cluster spec, such as configs/local.yaml.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key of the spec; repeatable.")
+]
+Name = Annotated[str | None, typer.Option(help="The cluster's name; may be left out if there is only one.")]
+Address = Annotated[str | None, typer.Option(help="host:port of the Ray it runs in; default: this machine's clusters.")]
+Url = Annotated[str | None, typer.Option(help="Base URL of the endpoint; default: the cluster served here.")]
+
+
+def main() -> None:
+    """Entry point. A TercetError is one line on stderr, never a traceback."""
+    try:
+        app()
+    except TercetError as error:
+        print(f"tercet: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2 if isinstance(error, SpecError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    if show:
+        typer.echo(f"tercet {version('tercet')}")
+        raise typer.Exit
+
+
+@app.command()
+def validate(spec: SpecPath, settings: Settings = None) -> None:
+    """Check a spec; start nothing."""
+    checked = load_spec(spec, settings or ())
+    roles = ", ".join(f"{role.replicas} {name}" for name, role in checked.roles.items())
+    typer.echo(f"{spec} is valid: cluster {checked.name}, topology {checked.topology}, {roles}")
+
+
+@app.command()
+def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> None:
+    """Show what would be placed where; start nothing. Without --address, on a Ray of this machine alone."""
+    from tercet.cluster.tables import plan_table
+    from tercet.placement import roles
+
+    checked = load_spec(spec, settings or ())
+    if address is None:
+        nodes = [roles.local_node(checked)]
+    else:
+        from tercet.cluster.ray_runtime import RayRuntime
+
+        with RayRuntime(address) as runtime:
+            nodes = runtime.nodes()
+    Console().print(plan_table(checked, roles.plan(checked, nodes)))
+
+
+@app.command()
+def serve(
+    spec: SpecPath,
+    settings: Settings = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Write the URL here once the cluster is ready.")] = None,
+) -> None:
+    """Start a cluster and serve until Ctrl-C or `tercet down`."""
+
+    def ready(info: GatewayInfo) -> None:
+        _announce(info)
+        if ready_file is not None:
+            ready_file.write_text(f"{info.http_url}\n")
+
+    _serve(load_spec(spec, settings or ()), ready, None)
+
+
+@app.command()
+def demo(spec: SpecPath, settings: Settings = None) -> None:
+    """Start a cluster, ask it one question, show the answer and what each stage took, and stop it."""
+    from tercet.cluster.demo import ask
+
+    _serve(load_spec(spec, settings or ()), _announce, ask)
+
+
+@app.command()
+def down(
+    name: Name = None,
+    address: Address = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until it is gone.")] = 60.0,
+) -> None:
+    """Drain a cluster that another process serves, and end it."""
+    from tercet.cluster import remote
+
+    typer.echo(f"cluster {remote.down(name, address, timeout)} is down")
+
+
+@app.command()
+def status(name: Name = None, address: Address = None) -> None:
+    """Show a running cluster's members and their loads."""
+    from tercet.cluster import remote
+    from tercet.cluster.tables import status_table
+
+    Console().print(status_table(remote.status(name, address)))
+
+
+@app.command()
+def chat(name: Name = None, url: Url = None) -> None:
+    """Talk to a running cluster."""
+    from tercet.client import Client, chat_loop
+    from tercet.cluster import run_file
+
+    chat_loop(Client(url or run_file.find(name).http_url))
+
+
+def _serve(
+    spec: ClusterSpec, ready: Callable[[GatewayInfo], None], visit: Callable[[GatewayInfo], None] | None
+) -> None:
+    from tercet.cluster.serve import serve as serve_cluster
+
+    serve_cluster(spec, _report, ready, visit)
+
+
+def _announce(info: GatewayInfo) -> None:
+    typer.echo(f"ready: {info.http_url} (OpenAI), {info.grpc_address} (gRPC)")
+
+
+def _report(line: str) -> None:
+    typer.echo(f"tercet: {line}", err=True)

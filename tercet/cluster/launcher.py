@@ -1,0 +1,146 @@
+"""Starts and ends members as Ray actors; the only file that turns a placement into Ray calls.
+
+A worker runs in its own placement group, pinned to the node that placement chose while that node lives, else to any
+node with its pool's labels. The gateway takes no CPU and runs on the controller's node. Nothing is detached: Ray ends
+every actor when the controller's process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import ray
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from tercet.cluster.actors import GatewayActor, WorkerActor
+from tercet.cluster.reconcile import GATEWAY
+from tercet.errors import ClusterError, TercetError, WorkerLost
+from tercet.placement.roles import Assignment, Placement
+from tercet.spec import ClusterSpec
+
+NAMESPACE = "tercet"
+NODE_ID_LABEL = "ray.io/node-id"
+PLACE_TIMEOUT_S = 30
+MAX_CALLS = 16  # at once to one actor: health, drain and their like
+NAME_TIMEOUT_S = 10.0  # Ray frees the name of a dead actor a moment after its death
+
+
+def actor_name(cluster: str, member_id: str) -> str:
+    return f"{cluster}:{member_id}"
+
+
+class Actor:
+    """A member that runs. Every call ends in its result, a TercetError, or WorkerLost (dead, or silent too long)."""
+
+    def __init__(self, member_id: str, handle: Any, group: PlacementGroup | None) -> None:
+        self.member_id = member_id
+        self._handle = handle
+        self._group = group
+
+    async def call(self, method: str, *args: object, timeout_s: float) -> Any:
+        try:
+            return await asyncio.wait_for(getattr(self._handle, method).remote(*args), timeout_s)
+        except (TimeoutError, GetTimeoutError) as error:
+            raise WorkerLost(f"{self.member_id} did not answer {method} in {timeout_s:g} s") from error
+        except RayTaskError as error:
+            raise _cause(self.member_id, error) from error
+        except RayActorError as error:
+            raise _death(self.member_id, error) from error
+        except RayError as error:
+            raise WorkerLost(f"{self.member_id}: {_first_line(error)}") from error
+
+    def kill(self) -> None:
+        """SIGKILL by Ray, a stopped process included (that takes it 5 s), and its resources are given back."""
+        ray.kill(self._handle)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+
+class Launcher:
+    """What the controller starts members with."""
+
+    def __init__(self, spec: ClusterSpec, placement: Placement, cluster_token: str) -> None:
+        self._spec = spec
+        self._gateway_node = placement.gateway
+        self._workers = {w.worker_id: w for w in placement.workers}  # worker id -> assignment
+        self._token = cluster_token
+
+    async def launch(self, member_id: str, epoch: int) -> Actor:
+        """Create the actor; its `start` is the caller's to call. Raises ClusterError if Ray has no room for it."""
+        if member_id == GATEWAY:
+            return await self._gateway()
+        return await self._worker(self._workers[member_id], epoch)
+
+    async def _gateway(self) -> Actor:
+        here = NodeAffinitySchedulingStrategy(self._gateway_node.node_id, soft=False)
+        options = {"num_cpus": 0, "scheduling_strategy": here}
+        return Actor(GATEWAY, await self._create(GATEWAY, GatewayActor, options, self._spec, self._token), None)
+
+    async def _worker(self, wanted: Assignment, epoch: int) -> Actor:
+        group = await self._reserve(wanted)
+        inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        options = {"num_cpus": wanted.needs.get("CPU", 0), "scheduling_strategy": inside}
+        args = (wanted.worker_id, wanted.role, epoch, self._spec, self._token)
+        try:
+            return Actor(wanted.worker_id, await self._create(wanted.worker_id, WorkerActor, options, *args), group)
+        except BaseException:  # cancelled or not: nobody else knows the group
+            remove_placement_group(group)
+            raise
+
+    async def _reserve(self, wanted: Assignment) -> PlacementGroup:
+        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}  # type: ignore[no-untyped-call]
+        pin = {NODE_ID_LABEL: wanted.node.node_id} if wanted.node.node_id in alive else {}
+        name = actor_name(self._spec.name, wanted.worker_id)
+        group: PlacementGroup = placement_group(
+            [dict(wanted.needs)], name=name, bundle_label_selector=[{**wanted.labels, **pin}]
+        )
+        try:
+            for _ in range(PLACE_TIMEOUT_S):  # second by second, so that a cancelled start leaves no waiting thread
+                if await asyncio.to_thread(group.wait, 1):
+                    return group
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        remove_placement_group(group)
+        where = wanted.node.address if pin else f"nodes labelled {dict(wanted.labels)}"
+        raise ClusterError(
+            f"{wanted.worker_id}: Ray gave no room for {dict(wanted.needs)} on {where} in {PLACE_TIMEOUT_S} s; "
+            "is something else running there?"
+        )
+
+    async def _create(self, member_id: str, kind: type, options: dict[str, Any], *args: object) -> Any:
+        name = actor_name(self._spec.name, member_id)
+        actor = ray.remote(kind).options(
+            name=name, namespace=NAMESPACE, max_restarts=0, max_concurrency=MAX_CALLS, **options
+        )
+        for _ in range(int(NAME_TIMEOUT_S / 0.1)):
+            try:
+                return actor.remote(*args)
+            except ActorAlreadyExistsError:
+                await asyncio.sleep(0.1)
+        raise ClusterError(f"{name}: another actor of this name lives in this Ray; is the cluster served twice?")
+
+
+def _cause(member_id: str, error: RayTaskError) -> TercetError:
+    cause = error.cause
+    if isinstance(cause, TercetError):
+        return cause
+    return ClusterError(f"{member_id} failed: {type(cause).__name__}: {_first_line(cause)}")
+
+
+def _death(member_id: str, error: RayActorError) -> TercetError:
+    if error.actor_init_failed:
+        return ClusterError(f"{member_id} could not be created: {str(error).strip().splitlines()[-1]}")
+    kind = re.search(r"Worker exit type: (\w+)", str(error))
+    return WorkerLost(
+        f"{member_id} died ({kind[1] if kind else _first_line(error)}); its log is in Ray's session folder"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

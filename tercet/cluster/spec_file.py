@@ -1,0 +1,107 @@
+"""Reads a cluster spec: YAML and `--set` overrides in, a checked ClusterSpec out.
+
+Every fault becomes one SpecError of one line: `configs/x.yaml:12: roles.decode.replicas: must be at least 1, got 0`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tercet.cluster.unbuilt import refuse_unbuilt
+from tercet.cluster.yaml_tree import YamlTree, read_yaml
+from tercet.errors import SpecError, UnsupportedSpec
+from tercet.spec import ClusterSpec
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> ClusterSpec:
+    """Read, override, check. Raises SpecError, or UnsupportedSpec for what can be said but is not built."""
+    tree = read_yaml(path)
+    for setting in overrides:
+        tree.override(setting)
+    spec = _validate(tree)
+    try:
+        refuse_unbuilt(spec)
+    except UnsupportedSpec as error:
+        raise UnsupportedSpec(_located(tree, str(error))) from error
+    return spec
+
+
+def _validate(tree: YamlTree) -> ClusterSpec:
+    try:
+        # JSON mode, because in it a strict enum takes its value's text.
+        return ClusterSpec.model_validate_json(json.dumps(tree.data))
+    except ValidationError as error:
+        faults = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")  # typos first
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise SpecError(_located(tree, _explain(faults[0])) + more) from error
+
+
+def _located(tree: YamlTree, fault: str) -> str:
+    """Put file and line before a fault that reads `dotted.path: what is wrong`."""
+    return f"{tree.where(fault.partition(':')[0].split('.'))}: {fault}"
+
+
+def _explain(fault: ErrorDetails) -> str:
+    """`dotted.path: what is wrong` from one of pydantic's faults."""
+    if fault["type"] == "value_error":  # ours, from ClusterSpec._consistent; it names its path itself
+        return str(fault["ctx"]["error"])
+    path = [str(part) for part in fault["loc"] if part != "[key]"]
+    if fault["type"] == "extra_forbidden":
+        return f"{'.'.join(path)}: {_unknown_key(path)}"
+    wording = _WORDING.get(fault["type"])
+    what = wording(fault.get("ctx", {})) if wording else fault["msg"][:1].lower() + fault["msg"][1:]
+    if fault["type"] != "missing":
+        what += f", got {_shown(fault['input'])}"
+    return f"{'.'.join(path) or 'spec'}: {what}"
+
+
+_WORDING: dict[str, Callable[[dict[str, Any]], str]] = {  # pydantic's error type -> our words
+    "missing": lambda _: "this key is required",
+    "greater_than": lambda c: f"must be above {c['gt']:g}",
+    "greater_than_equal": lambda c: f"must be at least {c['ge']:g}",
+    "less_than_equal": lambda c: f"must be at most {c['le']:g}",
+    "literal_error": lambda c: f"must be {c['expected']}",
+    "enum": lambda c: f"must be {c['expected']}",
+    "int_type": lambda _: "must be a whole number",
+    "int_from_float": lambda _: "must be a whole number",
+    "float_type": lambda _: "must be a number",
+    "finite_number": lambda _: "must be a finite number",
+    "string_type": lambda _: "must be text",
+    "bool_type": lambda _: "must be true or false",
+    "model_type": lambda _: "must be a map of keys",
+    "dict_type": lambda _: "must be a map of keys",
+    "string_pattern_mismatch": lambda _: "must be lower-case letters, digits and dashes, 42 at most",
+}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown_key(path: Sequence[str]) -> str:
+    known = sorted(_model_at(path[:-1]).model_fields)
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown key{hint} (known keys: {', '.join(known)})"
+
+
+def _model_at(path: Sequence[str]) -> type[BaseModel]:
+    """The model whose keys stand at `path`; a map's keys (pools, roles) are skipped."""
+    kind: Any = ClusterSpec
+    for name in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[name].annotation
+        else:
+            kind = typing.get_args(kind)[1]  # dict[key, model]
+    assert isinstance(kind, type), f"no model at {path}"
+    assert issubclass(kind, BaseModel), f"no model at {path}"
+    return kind

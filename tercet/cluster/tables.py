@@ -1,0 +1,74 @@
+"""The tables that the commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from tercet.placement.roles import Node, Placement, own_labels
+from tercet.spec import ClusterSpec
+
+
+def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
+    http, grpc = spec.gateway.http, spec.gateway.grpc
+    table = Table(
+        title=f"cluster {spec.name}: {spec.model.source}, {spec.model.dtype}, topology {spec.topology}",
+        caption=f"gateway at {http.host}:{http.port} (HTTP) and {grpc.host}:{grpc.port} (gRPC)",
+    )
+    for column in ("member", "pool", "node", "takes", "KV cache"):
+        table.add_column(column, overflow="fold")
+    table.add_row("gateway", "", _place(placement.gateway), "", "")
+    for worker in placement.workers:
+        role = spec.roles[worker.role]
+        takes = ", ".join(f"{amount:g} {kind}" for kind, amount in worker.needs.items())
+        threads = f"{role.threads} thread{'s' if role.threads > 1 else ''}"
+        cache = f"{role.kv.blocks * role.kv.block_size:,} tokens"
+        table.add_row(worker.worker_id, role.pool, _place(worker.node), f"{takes}, {threads}", cache)
+    return table
+
+
+def _place(node: Node) -> str:
+    return " ".join([node.address, *(f"{k}={v}" for k, v in own_labels(node).items())])
+
+
+def status_table(status: Mapping[str, Any]) -> Table:
+    """status: what `remote.status` gives."""
+    ready = "ready" if status["ready"] else f"not ready: {status['reason']}"
+    table = Table(title=f"{status['name']}: {ready} at {status['http_url']}, gRPC {status['grpc_address']}")
+    for column in ("member", "epoch", "pid", "node", "running", "waiting", "KV blocks free"):
+        table.add_column(column)
+    table.add_row("gateway", "", str(status["pid"]), str(status["node"]), str(status.get("inflight", "")), "", "")
+    for worker_id, worker in sorted(status["workers"].items()):
+        load = worker["load"] or {}
+        blocks = f"{load['blocks_free']} of {load['blocks_total']}" if load else "not heard from yet"
+        row = [worker["epoch"], worker["pid"], worker["node"], load.get("running", ""), load.get("waiting", ""), blocks]
+        table.add_row(worker_id, *map(str, row))
+    return table
+
+
+def timings_table(timings: Mapping[str, Any]) -> Table:
+    """timings: the object that a response's last chunk carries."""
+    table = Table(title="what this request took, and where")
+    table.add_column("stage")
+    table.add_column("value", justify="right")
+    for label, key in _STAGES:
+        table.add_row(label, f"{1e3 * float(timings[key]):,.1f} ms")
+    table.add_section()
+    table.add_row("KV bytes moved", f"{int(timings['kv_bytes']):,}")
+    table.add_row("transport", str(timings["transport"]) or "none")
+    for role, worker_id in timings["workers"].items():
+        table.add_row(f"{role} by", str(worker_id))
+    table.add_row("attempts", str(timings["attempts"]))
+    return table
+
+
+_STAGES = (
+    ("queue", "queue_s"),
+    ("prefill", "prefill_s"),
+    ("transfer", "transfer_s"),
+    ("first decode", "first_decode_s"),
+    ("TTFT (time to first token)", "ttft_s"),
+    ("TPOT (time per output token)", "tpot_s"),
+)

@@ -1,0 +1,123 @@
+"""What the next step computes: every running decode first, then prefill chunks in order of arrival, under one token
+budget (Sarathi-Serve, arXiv:2403.02310, section 4). When blocks run out, the latest arrival is preempted and later
+recomputed."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from tercet.engine.blocks import BlockPool, Hold
+from tercet.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    sequence: Sequence
+    length: int  # tokens from sequence.computed on
+
+
+@dataclass(frozen=True)
+class Step:
+    decodes: tuple[Sequence, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+
+@dataclass
+class Scheduler:
+    """Not thread-safe: the engine holds its lock around each call."""
+
+    pool: BlockPool
+    block_size: int
+    token_budget: int
+    max_running: int
+    running: list[Sequence] = field(default_factory=list)  # in order of arrival
+    waiting: deque[Sequence] = field(default_factory=deque)
+    preemptions: int = 0
+
+    def schedule(self) -> Step:
+        """Choose the next step and allocate its blocks."""
+        step = self._choose()
+        while not step and len(self.running) > 1 and self._preempt_latest():
+            step = self._choose()  # half-done prompts held each other's blocks
+        return step
+
+    def remove(self, sequence: Sequence) -> None:
+        if sequence in self.running:
+            self.running.remove(sequence)
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def _choose(self) -> Step:
+        # The latest arrival is preempted first, so one that was chosen before a later one stays chosen.
+        decodes = [s for s in list(self.running) if s in self.running and s.pending == 1 and self._fit(s, 1)]
+        budget = self.token_budget - len(decodes)
+        chunks: list[Chunk] = []
+        for sequence in [s for s in self.running if s.pending > 1]:
+            budget -= self._chunk(sequence, budget, chunks)
+        while self.waiting and budget > 0 and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            if not self._start(sequence):
+                break
+            budget -= self._chunk(sequence, budget, chunks)
+        return Step(tuple(decodes), tuple(chunks))
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Move a waiting sequence to running, on top of what the prefix cache has; False if it must wait."""
+        reusable = (len(sequence.token_ids) - 1) // self.block_size  # the last token's logits must be computed
+        matched = self.pool.match(sequence.extend_hashes(self.block_size)[:reusable])
+        rest = self._blocks_of(len(sequence.token_ids)) - len(matched)
+        must_fit = bool(self.running) or sequence.handoff is not None
+        if rest > self.pool.available and must_fit:
+            self.pool.release(matched, Hold.OWNED)
+            return False
+        sequence.blocks = matched
+        sequence.computed = len(matched) * self.block_size
+        sequence.published = len(matched)
+        if sequence.handoff is not None:
+            # All at once: what is being sent can't be preempted, so two of them must not wait for each other.
+            sequence.blocks = matched + self.pool.allocate(rest, Hold.OWNED)
+        if not sequence.num_output:
+            sequence.cached_tokens = sequence.computed
+        self.waiting.popleft()
+        self.running.append(sequence)
+        return True
+
+    def _chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """Add the next chunk of a prefilling sequence, as long as budget and blocks allow. -> tokens taken."""
+        room = (len(sequence.blocks) + self.pool.available) * self.block_size - sequence.computed
+        length = min(sequence.pending, budget, room)
+        if length <= 0:
+            return 0
+        sequence.blocks += self.pool.allocate(self._missing(sequence, length), Hold.OWNED)
+        chunks.append(Chunk(sequence, length))
+        return length
+
+    def _fit(self, sequence: Sequence, length: int) -> bool:
+        """Give the sequence blocks for `length` more tokens, preempting later arrivals if it must."""
+        while self._missing(sequence, length) > self.pool.available:
+            if not self._preempt_latest() or sequence not in self.running:
+                return False
+        sequence.blocks += self.pool.allocate(self._missing(sequence, length), Hold.OWNED)
+        return True
+
+    def _preempt_latest(self) -> bool:
+        """Send the latest arrival whose blocks nobody else reads back to waiting; it will be recomputed."""
+        victim = next((s for s in reversed(self.running) if s.handoff is None), None)
+        if victim is None:
+            return False
+        self.running.remove(victim)
+        self.pool.release(victim.blocks, Hold.OWNED)
+        victim.blocks, victim.computed, victim.published = [], 0, 0
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
+        return True
+
+    def _missing(self, sequence: Sequence, length: int) -> int:
+        return max(0, self._blocks_of(sequence.computed + length) - len(sequence.blocks))
+
+    def _blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)

@@ -1,0 +1,140 @@
+"""Paged grouped-query attention on a CPU: write K and V to the cache, attend over it. Planned once a step, run per layer.
+
+T rows of the batch   B decodes of a group   L tokens of context
+H query heads   Hkv key-value heads   G = H / Hkv   D head dimension   S block size
+cache   one layer's [blocks, 2, S, Hkv, D]; 2 is K, V. Seen as pages [2 * blocks, S * Hkv * D], the K of block b
+        is page 2b and its V page 2b + 1.
+window  w: a token sees itself and the w - 1 before it; None: everything before it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Window = int | None
+GATHER_TOKENS = 4096  # of one group, padding included: larger gathers spend their time in page faults
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Decodes of similar length that are attended together."""
+
+    rows: Tensor | slice  # [B] int64, in the flat batch
+    pages: Tensor  # [2 * B * padded blocks] int64, every K page before every V page
+    context: int  # the longest L of the group
+    masks: dict[Window, Tensor | None]  # window -> [B, 1, 1, L], True where attended; None: all are
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """One prefill chunk: the rows start .. stop of the batch, which are the last of its `context` tokens."""
+
+    start: int
+    stop: int
+    pages: Tensor  # [2 * blocks] int64; empty if the chunk starts its prompt, whose K and V then need no gather
+    context: int
+    masks: dict[Window, Tensor | None]  # window -> [rows, L], True where attended; None: plainly causal
+
+
+def plan_decodes(tables: Tensor, contexts: Tensor, block_size: int, windows: Sequence[Window]) -> list[DecodeGroup]:
+    """tables [B, max blocks], contexts [B], both int64. Groups hold GATHER_TOKENS or a single decode."""
+    lengths = contexts.tolist()
+    if lengths and len(lengths) * max(lengths) <= GATHER_TOKENS:
+        return [_plan_group(slice(0, len(lengths)), max(lengths), tables, contexts, block_size, windows)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    groups = []
+    while order:
+        longest = lengths[order[0]]
+        size = max(1, GATHER_TOKENS // longest)
+        rows, order = order[:size], order[size:]
+        groups.append(_plan_group(torch.tensor(rows), longest, tables, contexts, block_size, windows))
+    return groups
+
+
+def _plan_group(
+    rows: Tensor | slice, longest: int, tables: Tensor, contexts: Tensor, block_size: int, windows: Sequence[Window]
+) -> DecodeGroup:
+    blocks = tables[rows][:, : -(-longest // block_size)].flatten() * 2
+    ends = contexts[rows].view(-1, 1, 1, 1)
+    at = torch.arange(longest)
+    masks: dict[Window, Tensor | None] = {}
+    for window in windows:
+        mask = at < ends if window is None else (at < ends) & (at >= ends - window)
+        masks[window] = None if bool(mask.all()) else mask
+    return DecodeGroup(rows, torch.cat((blocks, blocks + 1)), longest, masks)
+
+
+def plan_chunk(start: int, length: int, context: int, table: Tensor, windows: Sequence[Window]) -> ChunkPlan:
+    """table [ceil(context / S)] int64."""
+    blocks = table * 2 if context > length else table[:0]
+    query = torch.arange(context - length, context).unsqueeze(1)
+    key = torch.arange(context)
+    masks: dict[Window, Tensor | None] = {}
+    for window in windows:
+        if context == length and (window is None or window >= context):
+            masks[window] = None
+        else:
+            masks[window] = key <= query if window is None else (key <= query) & (key > query - window)
+    return ChunkPlan(start, start + length, torch.cat((blocks, blocks + 1)), context, masks)
+
+
+def page_rows(slots: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """slots [T], block * S + offset -> where each row's K and V lie in the cache seen as [blocks * 2 * S, Hkv * D]."""
+    keys = slots + slots // block_size * block_size
+    return keys, keys + block_size
+
+
+def write_kv(cache: Tensor, rows: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> None:
+    """key and value [T, Hkv, D] in the cache's dtype; rows as `page_rows` gives them."""
+    flat = cache.view(-1, *key.shape[1:])
+    flat.index_copy_(0, rows[0], key)
+    flat.index_copy_(0, rows[1], value)
+
+
+def _gather(cache: Tensor, pages: Tensor, batch: int, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """-> K and V [batch, Hkv, L, D] in `dtype`, strided."""
+    _, _, size, heads, dim = cache.shape
+    flat = cache.view(-1, size * heads * dim).index_select(0, pages).to(dtype)
+    both = flat.view(2, batch, -1, heads, dim)[:, :, :context].transpose(2, 3)
+    return both[0], both[1]
+
+
+def decode_attention(query: Tensor, cache: Tensor, group: DecodeGroup, window: Window) -> Tensor:
+    """query [B, H, D] -> [B, H, D]. The G query heads of a key-value head are rows of one product: K is not expanded."""
+    batch, heads, dim = query.shape
+    key, value = _gather(cache, group.pages, batch, group.context, query.dtype)
+    grouped = query.view(batch, key.shape[1], -1, dim)
+    out = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=group.masks[window])
+    return out.reshape(batch, heads, dim)
+
+
+def chunk_attention(
+    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: ChunkPlan, window: Window
+) -> Tensor:
+    """The chunk's query [T, H, D], key and value [T, Hkv, D] (as they stand in the cache) -> [T, H, D]."""
+    if plan.pages.numel():
+        keys, values = _gather(cache, plan.pages, 1, plan.context, query.dtype)
+    else:
+        keys, values = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
+    mask = plan.masks[window]
+    out = functional.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def attention_reference(query: Tensor, keys: Tensor, values: Tensor, window: Window) -> Tensor:
+    """One sequence, in float64: query [T, H, D] of its last T tokens, keys and values [L, Hkv, D] -> [T, H, D]."""
+    rows, heads, dim = query.shape
+    context, kv_heads, _ = keys.shape
+    wide_keys, wide_values = (t.double().repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+    scores = torch.einsum("thd,lhd->htl", query.double(), wide_keys) / dim**0.5
+    distance = torch.arange(context - rows, context).unsqueeze(1) - torch.arange(context)
+    hidden = (distance < 0) | (distance >= (window or context))
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("htl,lhd->thd", weights, wide_values).to(query.dtype)

@@ -1,0 +1,95 @@
+"""y = x Wᵀ + b, by the fastest way that this CPU has for the weight's dtype. Every way keeps the weights' values.
+
+Medians of all weight multiplications of a SmolLM2-135M step, 1 thread, ms (AVX2 without bf16 instructions):
+
+    rows                              1     2     4    16    128
+    bf16 `functional.linear`         29    55   108   434     -
+    bf16 widened to float32 by slice 38    49    59    95   457
+    float32 `functional.linear`      36    65    68   109   497
+    float32 packed by oneDNN         32    36    50    89   475
+
+On AVX512-BF16, bf16 packed by oneDNN takes half of what `functional.linear` takes, so packing comes first.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PACK_ROWS = 16  # the batch that oneDNN lays the weights out for; that layout is the best for 1 to 128 rows, too
+SLICE = 1024  # output columns widened at once: 2.4 MB of float32 for SmolLM2, which stays in the cache
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float64; the result has the dtype of x."""
+    wide = None if bias is None else bias.double()
+    return functional.linear(x.double(), weight.double(), wide).to(x.dtype)
+
+
+class PackedLinear:
+    """weight [n, k], bias [n] or None. `linear`: x [T, k] -> [T, n], in `compute_dtype(weight.dtype)`.
+
+    This one is plain torch; `pack_linear` chooses.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight
+        self._bias = None if bias is None else bias.to(compute_dtype(weight.dtype))
+
+    def linear(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+
+class OnednnLinear(PackedLinear):
+    """Weights in oneDNN's blocked layout, by the ops that torch.compile's CPU freezing uses."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS), bias)
+
+    def linear(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+
+class WidenedLinear(PackedLinear):
+    """bfloat16 weights on a CPU without bfloat16 instructions: x and the result are float32.
+
+    One row goes through torch's bfloat16 matrix-vector product, which reads half the bytes. More rows are multiplied
+    in float32 by slices of the weight that are widened on the way, so that no float32 copy of the model is kept.
+    """
+
+    def linear(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 1:
+            out = functional.linear(x.bfloat16(), self._weight).float()
+        else:
+            out = x.new_empty(x.shape[0], self._weight.shape[0])
+            for part, columns in zip(self._weight.split(SLICE), out.split(SLICE, 1), strict=True):
+                torch.mm(x, part.float().t(), out=columns)
+        return out if self._bias is None else out.add_(self._bias)
+
+
+def compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of activations: that of the weights, or float32 where the CPU has no bfloat16 instructions."""
+    native = weight_dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight_dtype if native else torch.float32
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    if compute_dtype(weight.dtype) != weight.dtype:
+        return WidenedLinear(weight, bias)
+    return OnednnLinear(weight, bias) if _onednn_packs(weight.dtype) else PackedLinear(weight, bias)
+
+
+@functools.cache
+def _onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's private ops are there and right in this torch, on this CPU, for this dtype."""
+    weight = torch.linspace(-1, 1, 64 * 64).reshape(64, 64).to(dtype)
+    x = torch.linspace(-1, 1, 3 * 64).reshape(3, 64).to(dtype)
+    try:
+        packed = OnednnLinear(weight, None).linear(x)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(packed, linear_reference(x, weight, None), rtol=2e-2, atol=2e-2)

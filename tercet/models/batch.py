@@ -1,0 +1,32 @@
+"""What one engine step computes: the engine makes it, `Transformer.forward` runs it.
+
+Rows of the flat token batch (T of them): D decodes first, one row each, then the rows of each prefill chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """One contiguous piece of one prompt. It covers the positions context - length .. context - 1."""
+
+    start_row: int  # its first row in the flat token batch
+    length: int  # rows
+    context: int  # tokens in the cache once this chunk is written
+    block_table: Tensor  # [ceil(context / block_size)] int64
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64, block * block_size + offset: where each row's K and V are written
+    num_decodes: int  # D
+    decode_block_tables: Tensor  # [D, max_blocks] int64, padded with 0
+    decode_context_lens: Tensor  # [D] int64, the new token included
+    chunks: tuple[PrefillChunk, ...]
+    logit_rows: Tensor  # [R] int64, rows whose logits are wanted

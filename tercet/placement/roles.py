@@ -1,0 +1,199 @@
+"""Which node each worker of a cluster runs on. Pure: a spec and nodes in, a placement out.
+
+Replicas of a role are spread: a node with fewer of them is tried first, then the one with more free CPU. If that
+leads nowhere the search steps back, so that a placement is found whenever there is one (within MAX_STEPS).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tercet.core import Role
+from tercet.errors import ClusterError
+from tercet.spec import ClusterSpec
+
+MAX_STEPS = 20_000
+EPSILON = 1e-6  # fractions of a CPU do not add up exactly
+
+
+@dataclass(frozen=True)
+class Node:
+    """A Ray node as placement sees it. Resources are in Ray's names: CPU, GPU, NPU."""
+
+    node_id: str
+    address: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict)  # name -> amount in all
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One replica and its node."""
+
+    worker_id: str  # e.g. decode-1
+    role: Role
+    node: Node
+    labels: Mapping[str, str]  # of the pool: what any node that takes its place must carry
+    needs: Mapping[str, float]  # Ray resource -> amount
+
+
+@dataclass(frozen=True)
+class Placement:
+    gateway: Node
+    workers: tuple[Assignment, ...]
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node that something runs on, once, the gateway's first."""
+        used = (self.gateway, *(w.node for w in self.workers))
+        return tuple({n.node_id: n for n in used}.values())
+
+
+@dataclass(frozen=True)
+class _Replica:
+    worker_id: str
+    role: Role
+    labels: Mapping[str, str]
+    needs: Mapping[str, float]
+
+    def may_use(self, node: Node) -> bool:
+        return all(node.labels.get(k) == v for k, v in self.labels.items())
+
+
+def plan(spec: ClusterSpec, nodes: Sequence[Node]) -> Placement:
+    """Assign every replica to a node; the gateway goes to nodes[0], the node of whoever asks.
+
+    Raises ClusterError naming the first replica that fits nowhere, what it needs and what each node has; and for a
+    placement over several addresses when workers listen on loopback.
+    """
+    assert nodes, "a Ray cluster has at least one node"
+    replicas = _replicas(spec)
+    for replica in replicas:
+        if not any(replica.may_use(node) for node in nodes):
+            raise ClusterError(_nowhere(replica, nodes))
+    # The hardest first: few nodes carry its labels, or it needs much.
+    order = sorted(replicas, key=lambda r: (sum(map(r.may_use, nodes)), -sum(r.needs.values())))
+    chosen = _Search(order, nodes).run()
+    placement = Placement(nodes[0], tuple(_assign(r, chosen[r.worker_id]) for r in replicas))
+    _refuse_split_loopback(spec, placement)
+    return placement
+
+
+def local_node(spec: ClusterSpec) -> Node:
+    """What a Ray started here would be: this machine's CPUs, or as many as the spec needs if that is more.
+
+    CPUs of Ray are a count for placement, so a small machine can hold a large spec; its workers then share cores.
+    """
+    needed = sum(replica.needs.get("CPU", 0.0) for replica in _replicas(spec))
+    return Node("local", "this machine", {}, {"CPU": float(max(os.cpu_count() or 1, math.ceil(needed)))})
+
+
+def _replicas(spec: ClusterSpec) -> list[_Replica]:
+    found = []
+    for role, wanted in spec.roles.items():
+        amounts = {"CPU": wanted.cpus, "GPU": float(wanted.gpus), "NPU": float(wanted.npus)}
+        needs = {kind: amount for kind, amount in amounts.items() if amount}
+        labels = spec.pools[wanted.pool].labels
+        found += [_Replica(f"{role}-{i}", role, labels, needs) for i in range(wanted.replicas)]
+    return found
+
+
+def _assign(replica: _Replica, node: Node) -> Assignment:
+    return Assignment(replica.worker_id, replica.role, node, replica.labels, replica.needs)
+
+
+class _Search:
+    """Depth-first search over (replica, node); what is known to fail is not tried twice."""
+
+    def __init__(self, order: Sequence[_Replica], nodes: Sequence[Node]) -> None:
+        self._order = order
+        self._nodes = nodes
+        self._free = [dict(n.resources) for n in nodes]
+        self._placed: list[int] = []  # node of order[i]
+        self._failed: set[tuple[object, ...]] = set()
+        self._steps = 0
+        self._deepest = 0
+
+    def run(self) -> dict[str, Node]:
+        if not self._place(0):
+            raise ClusterError(_full(self._order, self._deepest, self._nodes))
+        return {r.worker_id: self._nodes[i] for r, i in zip(self._order, self._placed, strict=True)}
+
+    def _place(self, index: int) -> bool:
+        self._steps += 1
+        self._deepest = max(self._deepest, index)
+        if index == len(self._order):
+            return True
+        state = (index, *(tuple(sorted((k, round(v, 6)) for k, v in free.items())) for free in self._free))
+        if state in self._failed or self._steps > MAX_STEPS:
+            return False
+        for node in self._candidates(index):
+            self._take(index, node, 1)
+            self._placed.append(node)
+            if self._place(index + 1):
+                return True
+            self._placed.pop()
+            self._take(index, node, -1)
+        self._failed.add(state)
+        return False
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        replica = self._order[index]
+        same = [i for r, i in zip(self._order, self._placed, strict=False) if r.role == replica.role]
+        fits = [i for i, node in enumerate(self._nodes) if replica.may_use(node) and self._fits(replica, i)]
+        yield from sorted(fits, key=lambda i: (same.count(i), -self._free[i].get("CPU", 0.0)))
+
+    def _fits(self, replica: _Replica, node: int) -> bool:
+        return all(self._free[node].get(kind, 0.0) + EPSILON >= amount for kind, amount in replica.needs.items())
+
+    def _take(self, index: int, node: int, sign: int) -> None:
+        for kind, amount in self._order[index].needs.items():
+            self._free[node][kind] -= sign * amount
+
+
+def _refuse_split_loopback(spec: ClusterSpec, placement: Placement) -> None:
+    addresses = sorted({n.address for n in placement.nodes})
+    if spec.network.host == "loopback" and len(addresses) > 1:
+        raise ClusterError(
+            f"network.host: loopback reaches one machine only, but the workers are placed on {', '.join(addresses)}; "
+            "set network.host: node"
+        )
+
+
+def _nowhere(replica: _Replica, nodes: Sequence[Node]) -> str:
+    labels = ",".join(f"{k}={v}" for k, v in replica.labels.items())
+    return (
+        f"roles.{replica.role}: no node carries the labels {labels} of its pool; start one with "
+        f"`ray start --labels {labels}`; the nodes are {_described(nodes)}"
+    )
+
+
+def _full(order: Sequence[_Replica], stuck: int, nodes: Sequence[Node]) -> str:
+    replica = order[stuck]
+    mine = [n for n in nodes if replica.may_use(n)]
+    others = _amounts({k: sum(r.needs.get(k, 0.0) for r in order[:stuck]) for k in replica.needs})
+    return (
+        f"roles.{replica.role}: {replica.worker_id} needs {_amounts(replica.needs)}, beside {others} for the "
+        f"{stuck} placed before it, but the nodes of its pool have {_described(mine)}; "
+        f"lower roles.*.cpus or replicas, or add nodes"
+    )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources[k]:g} {k}" for k in ("CPU", "GPU", "NPU") if k in resources) or "nothing"
+
+
+def _described(nodes: Sequence[Node]) -> str:
+    plain = [dataclasses.replace(n, labels=own_labels(n)) for n in nodes]
+    return "; ".join(
+        f"{n.address} ({_amounts(n.resources)}{''.join(f', {k}={v}' for k, v in n.labels.items())})" for n in plain
+    )
+
+
+def own_labels(node: Node) -> dict[str, str]:
+    """A node's labels without those that Ray puts on every node."""
+    return {k: v for k, v in node.labels.items() if not k.startswith("ray.io/")}

@@ -1,0 +1,56 @@
+"""Prefill and decode in one engine: the comparison, and the small deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from tercet.core import Done, StageTimes
+from tercet.engine.engine import Engine, Sampled
+from tercet.errors import TercetError
+from tercet.roles.legs import ActiveLeg, LegRole
+
+
+class Aggregated(LegRole):
+    engine: Engine
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._first_token_at: dict[ActiveLeg, float] = {}
+        self._first_decode_s: dict[ActiveLeg, float] = {}
+
+    def begin(self, active: ActiveLeg) -> None:
+        self.engine.add(active.sequence)
+
+    def give_up(self, active: ActiveLeg, error: TercetError) -> None:
+        self._times_of(active, time.monotonic())
+        self.engine.abort(active.sequence)
+
+    def on_sampled(self, sampled: list[Sampled]) -> None:
+        self._loop.call_soon_threadsafe(self._report, sampled, time.monotonic())
+
+    def _report(self, sampled: list[Sampled], now: float) -> None:
+        for item in sampled:
+            active = self._legs.get(item.sequence.ticket)
+            if active is None:
+                continue
+            active.stream.token(active.leg, item.token)
+            if active not in self._first_token_at:
+                self._first_token_at[active] = now
+            elif active not in self._first_decode_s:
+                self._first_decode_s[active] = now - self._first_token_at[active]
+            if item.token.finish is not None:
+                self.forget(active)
+                times = self._times_of(active, now)
+                done = Done(item.token.finish, item.stop_token_id, item.sequence.cached_tokens, times)
+                active.stream.finished(active.leg, done)
+
+    def _times_of(self, active: ActiveLeg, now: float) -> StageTimes:
+        sequence = active.sequence
+        scheduled = sequence.first_scheduled or now
+        first = self._first_token_at.pop(active, now)
+        return StageTimes(
+            queue_s=scheduled - sequence.arrived,
+            prefill_s=first - scheduled,
+            first_decode_s=self._first_decode_s.pop(active, 0.0),
+        )

@@ -1,0 +1,131 @@
+"""Admit requests, receive their KV, and decode them.
+
+begin ─reserve, admit─> reserved ─Committed─> first token out ─Complete─> joined ─Sampled*─> finished
+                           │                                                │
+                           └──── Failed ──> quarantine ─Quiesced─> free     └── abort ──> free
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field, replace
+
+from tercet.core import Done, StageTimes, TokenEvent
+from tercet.engine.engine import Engine, Sampled
+from tercet.errors import Overloaded, TercetError
+from tercet.roles.legs import ActiveLeg, LegRole
+from tercet.transfer.inbound import Committed, Complete, Failed, Quiesced
+from tercet.transfer.messages import Commit, Ticket
+from tercet.transfer.receiver import Event, KvReceiver
+
+
+@dataclass(eq=False)
+class _Incoming:
+    active: ActiveLeg
+    commit: Commit | None = None
+    first: Sampled | None = None  # the token that came with the commit
+    times: StageTimes = field(default_factory=StageTimes)
+    joined_at: float | None = None
+
+
+class Decode(LegRole):
+    engine: Engine
+    receiver: KvReceiver
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._incoming: dict[Ticket, _Incoming] = {}  # until the sequence is over and its blocks are settled
+
+    def begin(self, active: ActiveLeg) -> None:
+        try:
+            hits, leased = self.engine.reserve(active.sequence)
+        except Overloaded as error:
+            self.receiver.refuse(active.ticket, str(error))
+            raise
+        self._incoming[active.ticket] = _Incoming(active)
+        self.receiver.admit(active.ticket, hits, leased)
+
+    def give_up(self, active: ActiveLeg, error: TercetError) -> None:
+        incoming = self._incoming.get(active.ticket)
+        if incoming is not None and incoming.joined_at is not None:
+            del self._incoming[active.ticket]
+            self.engine.abort(active.sequence)
+        else:
+            self.receiver.cancel(active.ticket, error)
+
+    # ---- events of the mover
+
+    def on_event(self, event: Event) -> None:
+        """Called on a mover thread."""
+        self._loop.call_soon_threadsafe(self._on_event, event)
+
+    def _on_event(self, event: Event) -> None:
+        incoming = self._incoming[event.ticket]
+        active = incoming.active
+        match event:
+            case Committed(_, commit):
+                self._first_token(incoming, commit)
+            case Complete():
+                self._join(incoming, event)
+            case Failed(_, error):
+                self.engine.quarantine(active.sequence)
+                self.fail(active, error)
+            case Quiesced():
+                del self._incoming[event.ticket]
+                self.engine.release(active.sequence)
+
+    def _first_token(self, incoming: _Incoming, commit: Commit) -> None:
+        active = incoming.active
+        incoming.commit = commit
+        over = self.engine.finish_after(active.sequence, commit.token_id)
+        finish, stop_token_id = over or (None, None)
+        top = tuple(zip(commit.top_ids, commit.top_logprobs, strict=True))
+        token = TokenEvent(commit.token_id, commit.logprob, top, finish)
+        incoming.first = Sampled(active.sequence, token, stop_token_id)
+        if active.ticket in self._legs:
+            active.stream.token(active.leg, token)
+
+    def _join(self, incoming: _Incoming, complete: Complete) -> None:
+        commit, first, active = incoming.commit, incoming.first, incoming.active
+        assert commit is not None, "Complete before Committed"
+        assert first is not None
+        incoming.times = StageTimes(
+            queue_s=commit.queue_s,
+            prefill_s=commit.prefill_s,
+            transfer_s=commit.transfer_s + complete.tail_s,
+            kv_bytes=complete.num_bytes,
+            transport=commit.transport if complete.num_bytes else "",
+        )
+        incoming.joined_at = time.monotonic()
+        self.engine.join(active.sequence, commit.token_id)
+        if first.token.finish is not None:
+            self._finish(incoming, first)
+        elif active.ticket not in self._legs:  # given up while the last bytes landed
+            self.give_up(active, TercetError("given up"))
+
+    # ---- the engine
+
+    def on_sampled(self, sampled: list[Sampled]) -> None:
+        self._loop.call_soon_threadsafe(self._report, sampled, time.monotonic())
+
+    def _report(self, sampled: list[Sampled], now: float) -> None:
+        for item in sampled:
+            incoming = self._incoming.get(item.sequence.ticket)
+            if incoming is None or incoming.joined_at is None:
+                continue
+            active = incoming.active
+            if not incoming.times.first_decode_s:
+                incoming.times = replace(incoming.times, first_decode_s=now - incoming.joined_at)
+            active.stream.token(active.leg, item.token)
+            if item.token.finish is not None:
+                self._finish(incoming, item)
+
+    def _finish(self, incoming: _Incoming, last: Sampled) -> None:
+        active, commit = incoming.active, incoming.commit
+        del self._incoming[active.ticket]
+        if self.forget(active):
+            assert commit is not None
+            assert last.token.finish is not None
+            done = Done(last.token.finish, last.stop_token_id, commit.cached_tokens, incoming.times)
+            active.stream.finished(active.leg, done)

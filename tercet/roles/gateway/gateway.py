@@ -1,0 +1,172 @@
+"""The gateway as its host sees it: start, set_workers, status, drain, stop. Imports no torch.
+
+start -> ports bound, not ready
+set_workers -> readiness proves a pair by a real request -> ready
+drain -> new requests get 503, running ones finish; stop -> ports closed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import asdict, dataclass
+
+import grpc
+from aiohttp import web
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tercet.core import WorkerInfo
+from tercet.errors import ClusterError
+from tercet.metrics import Metrics
+from tercet.roles.gateway.ask import Backend, ServedModel
+from tercet.roles.gateway.frontend import Frontend
+from tercet.roles.gateway.grpc_api import NOT_SERVING, SERVICE, SERVING, InferenceService
+from tercet.roles.gateway.http_api import HttpApi
+from tercet.roles.gateway.readiness import POLL_S, Readiness
+from tercet.spec import ClusterSpec, ListenSpec, ModelSpec
+from tercet.wire.gen import inference_pb2_grpc
+
+PROBE_TIMEOUT_S = 60.0
+WILDCARDS = ("0.0.0.0", "::")  # noqa: S104, compared, not bound
+
+
+@dataclass(frozen=True)
+class GatewayInfo:
+    """Where it is reached, with the ports that were really bound."""
+
+    http_url: str
+    grpc_address: str
+
+
+def load_served_model(spec: ModelSpec) -> ServedModel:
+    """Tokenizer and limits, without weights. Raises ModelError."""
+    from tercet.models import sources
+
+    config = sources.load_config(spec)
+    return ServedModel(
+        name=sources.served_name(spec),
+        tokenizer=sources.load_tokenizer(spec),
+        vocab_size=config.vocab_size,
+        max_context=min(spec.max_context, config.max_context),
+    )
+
+
+class Gateway:
+    """One HTTP and one gRPC server over one router. `router` and `model` are for tests."""
+
+    def __init__(
+        self, spec: ClusterSpec, cluster_token: str, router: Backend | None = None, model: ServedModel | None = None
+    ) -> None:
+        self._spec = spec
+        if router is None:
+            from tercet.roles.router import Router
+
+            router = Router(spec, cluster_token)
+        self._router = router
+        self._model = model or load_served_model(spec.model)
+        self._workers: tuple[WorkerInfo, ...] = ()
+        self._metrics = Metrics(self._router.loads)
+        self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics)
+        timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
+        self._readiness = Readiness(self._router, self._model.tokenizer, timeout_s)
+        self._draining = False
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> GatewayInfo:
+        """Bind both ports. Raises ClusterError naming the port if one is in use."""
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._router.close)
+            http_url = await self._start_http(stack)
+            grpc_address = await self._start_grpc(stack)
+            self._start_task(stack, asyncio.create_task(self._readiness.run()))
+            self._stack = stack.pop_all()
+        return GatewayInfo(http_url, grpc_address)
+
+    async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
+        self._workers = tuple(workers)
+        await self._router.set_workers(workers)
+
+    def status(self) -> dict[str, object]:
+        """Plain data for the controller and `tercet status`."""
+        return {
+            "ready": self._readiness.ready and not self._draining,
+            "reason": "draining" if self._draining else self._readiness.reason,
+            "inflight": self._frontend.inflight,
+            "workers": {w.worker_id: self._worker_status(w) for w in self._workers},
+        }
+
+    def _worker_status(self, worker: WorkerInfo) -> dict[str, object]:
+        load = self._router.loads().get(worker.worker_id)
+        told = {name: getattr(worker, name) for name in ("role", "epoch", "pid", "node", "rpc_address")}
+        return told | {"load": None if load is None else asdict(load)}
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new request; return when the running ones have ended, by force after `timeout_s` seconds."""
+        self._draining = True
+        await self._frontend.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Close the ports and the router. What still runs ends in a typed error; idempotent."""
+        await self.drain(0)
+        await self._stack.aclose()
+
+    async def _start_http(self, stack: AsyncExitStack) -> str:
+        listen = self._spec.gateway.http
+        api = HttpApi(self._frontend, self._router, self._readiness)
+        # handler_cancellation: a client that goes away must free its blocks at once.
+        runner = web.AppRunner(api.app(), handler_cancellation=True, access_log=None, shutdown_timeout=2.0)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        try:
+            await web.TCPSite(runner, listen.host, listen.port).start()
+        except OSError as error:
+            raise _port_error("http", listen, error) from error
+        host = "127.0.0.1" if listen.host in WILDCARDS else listen.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}"
+
+    async def _start_grpc(self, stack: AsyncExitStack) -> str:
+        listen = self._spec.gateway.grpc
+        # so_reuseport would let two gateways share the port in silence.
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", self._spec.limits.max_body_bytes)]
+        server = grpc.aio.server(options=options)
+        checker = health.aio.HealthServicer()
+        service = InferenceService(self._frontend)
+        inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call] # generated
+        health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        stack.push_async_callback(server.stop, 1.0)
+        try:
+            port = server.add_insecure_port(f"{listen.host}:{listen.port}")
+        except RuntimeError as error:
+            raise _port_error("grpc", listen, error) from error
+        await server.start()
+        self._start_task(stack, asyncio.create_task(self._follow(checker)))
+        return f"{listen.host}:{port}"
+
+    async def _follow(self, checker: health.aio.HealthServicer) -> None:
+        """The standard health service says SERVING while the gateway is ready."""
+        told = None
+        while True:
+            state = SERVING if self._readiness.ready and not self._draining else NOT_SERVING
+            if state != told:
+                told = state
+                for service in ("", SERVICE):
+                    await checker.set(service, state)
+            await asyncio.sleep(POLL_S)
+
+    def _start_task(self, stack: AsyncExitStack, task: asyncio.Task[None]) -> None:
+        async def end() -> None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+        stack.push_async_callback(end)
+
+
+def _port_error(name: str, listen: ListenSpec, error: Exception) -> ClusterError:
+    in_use = isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE)
+    what = "is in use" if in_use else f"cannot be opened ({error})"
+    return ClusterError(f"port {listen.port} on {listen.host} {what}; free it or set gateway.{name}.port")

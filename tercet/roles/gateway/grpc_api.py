@@ -1,0 +1,132 @@
+"""`tercet.v1.Inference` by grpc.aio, over the same frontend as HTTP.
+
+The call's deadline and its cancellation are the request's. A failure is a gRPC status with details `code: message`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from tercet.core import SamplingParams
+from tercet.errors import Cancelled, InvalidRequest, TercetError
+from tercet.roles.gateway.ask import Ask, Chat, Delta, Prompt
+from tercet.roles.gateway.frontend import Frontend
+from tercet.roles.gateway.openai_reply import LOWEST_LOGPROB
+from tercet.roles.gateway.session import Session
+from tercet.wire.gen import inference_pb2 as pb
+from tercet.wire.gen import inference_pb2_grpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SCALARS = (
+    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "seed", "logprobs"),
+)
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Written with context.write, not as a generator, so that a cancellation always lands in our frames."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # noqa: N802, the proto's name
+        metrics = self._frontend.metrics
+        try:
+            ask = self._ask(request, context.time_remaining())
+            self._frontend.check_model(request.model)
+            async with self._frontend.session(ask) as session, aclosing(session.deltas()) as deltas:
+                async for delta in deltas:
+                    await context.write(_delta(ask.request_id, delta))
+                    metrics.gateway_token.observe(time.monotonic() - delta.received)
+                await context.write(_done(session, delta))
+        except TercetError as error:
+            metrics.failed(type(error))
+            await context.abort(grpc.StatusCode[error.grpc_status], f"{error.code()}: {error}")
+        except asyncio.CancelledError:
+            metrics.failed(Cancelled)
+            raise
+
+    def _ask(self, request: pb.GenerateRequest, remaining_s: float | None) -> Ask:
+        """Raises InvalidRequest. A deadline beyond the limit is the client's patience, not a demand: it is cut."""
+        arrived = time.monotonic()
+        if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
+            raise InvalidRequest(f"request_id must match {_REQUEST_ID.pattern}")
+        limit_s = self._frontend.limits.request_timeout_s
+        return Ask(
+            request_id=request.request_id or f"grpc-{uuid.uuid4().hex}",
+            prompts=(_prompt(request),),
+            params=_params(request.sampling),
+            timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
+            arrived=arrived,
+            max_tokens_given=request.sampling.HasField("max_tokens"),
+            stop=tuple(request.sampling.stop),
+        )
+
+
+def _prompt(request: pb.GenerateRequest) -> Prompt:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return request.text
+        case "tokens":
+            return tuple(request.tokens.ids)
+        case "chat" if request.chat.messages:
+            return Chat(tuple({"role": m.role, "content": m.content} for m in request.chat.messages))
+    raise InvalidRequest("prompt must not be empty")
+
+
+def _params(sampling: pb.Sampling) -> SamplingParams:
+    """Absent fields keep the defaults of SamplingParams."""
+    given = {name: getattr(sampling, name) for name in _SCALARS if sampling.HasField(name)}
+    return SamplingParams(**given, stop_token_ids=tuple(sampling.stop_token_ids), ignore_eos=sampling.ignore_eos)
+
+
+def _delta(request_id: str, delta: Delta) -> pb.GenerateResponse:
+    ids = [token.token_id for token in delta.tokens]
+    return pb.GenerateResponse(
+        request_id=request_id,
+        delta=pb.GenerateResponse.Delta(token_ids=ids, text=delta.text, logprobs=_logprobs(delta)),
+    )
+
+
+def _logprobs(delta: Delta) -> Sequence[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(token_id=token.token_id, logprob=max(token.logprob, LOWEST_LOGPROB))
+        for token in delta.tokens
+        if token.logprob is not None
+    ]
+
+
+def _done(session: Session, last: Delta) -> pb.GenerateResponse:
+    usage, t = session.usage, session.timings
+    timings = pb.Timings(
+        queue_s=t.queue_s,
+        prefill_s=t.prefill_s,
+        transfer_s=t.transfer_s,
+        first_decode_s=t.first_decode_s,
+        kv_bytes=t.kv_bytes,
+        transport=t.transport,
+        ttft_s=t.ttft_s,
+        tpot_s=t.tpot_s,
+    )
+    done = pb.GenerateResponse.Done(
+        finish_reason=last.finish_reason,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+        timings=timings,
+        workers=t.workers,
+    )
+    return pb.GenerateResponse(request_id=session.ask.request_id, done=done)

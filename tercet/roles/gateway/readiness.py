@@ -1,0 +1,66 @@
+"""Ready means proven: a real request has passed through a live pair. If none has, this sends a small one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from contextlib import aclosing
+
+from tercet.core import GenerateRequest, SamplingParams
+from tercet.errors import TercetError
+from tercet.roles.gateway.ask import Backend, Tokenizer
+
+POLL_S = 0.2  # how late a change of the pairs may be seen
+RETRY_S = 1.0  # after a probe that failed
+PROBE_TEXT = "Hello"
+PROBE_TOKENS = 2  # the second one comes from the decode worker, over the KV that it was sent
+
+log = logging.getLogger(__name__)
+
+
+class Readiness:
+    """`run` until cancelled; `ready` and `reason` are always current."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, timeout_s: float) -> None:
+        self._backend = backend
+        self._prompt = tuple(tokenizer.encode(PROBE_TEXT))
+        self._timeout_s = timeout_s
+        self._failure = ""
+
+    @property
+    def ready(self) -> bool:
+        return self._backend.is_ready()
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready; empty if it is."""
+        missing = self._backend.missing_roles()
+        if missing:
+            return f"no live worker of role {', '.join(missing)}"
+        if self.ready:
+            return ""
+        return self._failure or "no request has passed through a live pair yet"
+
+    async def run(self) -> None:
+        while True:
+            if self._backend.missing_roles() or self._backend.is_ready():
+                await asyncio.sleep(POLL_S)
+            elif not await self._probe():
+                await asyncio.sleep(RETRY_S)
+
+    async def _probe(self) -> bool:
+        params = SamplingParams(max_tokens=PROBE_TOKENS, temperature=0.0, seed=0, ignore_eos=True)
+        deadline = time.monotonic() + self._timeout_s
+        request = GenerateRequest(f"probe-{uuid.uuid4().hex}", self._prompt, params, deadline)
+        try:
+            async with aclosing(self._backend.generate(request)) as events:
+                async for _ in events:
+                    pass
+        except TercetError as error:
+            self._failure = f"the probe request failed: {error.code()}: {error}"
+            log.warning(self._failure)
+            return False
+        self._failure = ""
+        return True

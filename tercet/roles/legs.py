@@ -1,0 +1,99 @@
+"""What every role does with its legs: take them in, watch their deadlines, give them up. Event loop only."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from tercet.engine.engine import Sampled
+from tercet.engine.sequence import Sequence
+from tercet.errors import DeadlineExceeded, Overloaded, TercetError
+from tercet.transfer.messages import Ticket
+from tercet.wire.codec import Leg
+from tercet.wire.worker_server import ReportStream
+
+
+@dataclass(eq=False)
+class ActiveLeg:
+    leg: Leg
+    stream: ReportStream
+    sequence: Sequence
+    timer: asyncio.TimerHandle
+
+    @property
+    def ticket(self) -> Ticket:
+        return self.sequence.ticket
+
+
+class LegRole(ABC):
+    """A `wire.worker_server.LegHandler`. A subclass says how a leg begins and how it is given up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._legs: dict[Ticket, ActiveLeg] = {}
+        self._draining = False
+
+    @abstractmethod
+    def begin(self, active: ActiveLeg) -> None:
+        """Take a leg in, or raise Overloaded."""
+
+    @abstractmethod
+    def give_up(self, active: ActiveLeg, error: TercetError) -> None:
+        """Free what the leg holds here and at the peer; the leg is already out of the table."""
+
+    @abstractmethod
+    def on_sampled(self, sampled: list[Sampled]) -> None:
+        """What an engine step brought. Called on the engine's thread."""
+
+    def start(self, leg: Leg, stream: ReportStream) -> None:
+        ticket = Ticket(leg.request_id, leg.attempt, leg.epoch)
+        if self._draining or ticket in self._legs:
+            stream.rejected(leg, "the worker is draining" if self._draining else f"{ticket} is running already")
+            return
+        sequence = Sequence(ticket, list(leg.token_ids), leg.num_prompt, leg.params)
+        timer = self._loop.call_later(leg.timeout_s, self._expire, ticket)
+        active = self._legs[ticket] = ActiveLeg(leg, stream, sequence, timer)
+        try:
+            self.begin(active)
+        except Overloaded as error:
+            self.forget(active)
+            stream.rejected(leg, str(error))
+
+    def abort(self, request_id: str, attempt: int, epoch: int) -> None:
+        active = self._legs.get(Ticket(request_id, attempt, epoch))
+        if active is not None:
+            self.forget(active)
+            self.give_up(active, TercetError("the request was aborted"))
+
+    def disconnected(self, stream: ReportStream) -> None:
+        for active in [a for a in self._legs.values() if a.stream is stream]:
+            self.abort(*active.ticket)
+
+    def fail(self, active: ActiveLeg, error: TercetError) -> None:
+        """End a leg with an error, if it has not ended yet."""
+        if self.forget(active):
+            active.stream.failed(active.leg, error)
+
+    def fail_all(self, error: TercetError) -> None:
+        for active in list(self._legs.values()):
+            self.fail(active, error)
+
+    def forget(self, active: ActiveLeg) -> bool:
+        """Take a leg out of the table. False: it was out already."""
+        active.timer.cancel()
+        return self._legs.pop(active.ticket, None) is not None
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new legs and wait for those under way."""
+        self._draining = True
+        deadline = self._loop.time() + timeout_s
+        while self._legs and self._loop.time() < deadline:
+            await asyncio.sleep(0.05)
+
+    def _expire(self, ticket: Ticket) -> None:
+        active = self._legs.get(ticket)
+        if active is not None:
+            error = DeadlineExceeded(f"request {ticket.request_id} ran out of its {active.leg.timeout_s:.1f} s")
+            self.fail(active, error)
+            self.give_up(active, error)

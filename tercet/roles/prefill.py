@@ -1,0 +1,131 @@
+"""Compute prompts and push their KV: offer, wait for the grant, compute while pushing, commit with the first token.
+
+begin ─open─> offered ─Granted─> engine ─Sampled─> commit ─Released─> finished
+                 │                  │
+                 └──── Failed ──────┴──> failed                 OpDone: the source blocks are free
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from tercet.core import Done, FinishReason, TokenEvent
+from tercet.engine.engine import Engine, Sampled
+from tercet.engine.sequence import Sequence
+from tercet.errors import Overloaded, TercetError, TransferError
+from tercet.roles.legs import ActiveLeg, LegRole
+from tercet.transfer.messages import Commit, Ticket
+from tercet.transfer.outbound import Failed, Granted, OpDone, Released
+from tercet.transfer.sender import Event, KvSender
+
+
+@dataclass(eq=False)
+class _Outgoing:
+    active: ActiveLeg
+    arrived: float
+    transport: str = ""
+    given_up: TercetError | None = None  # set while the peer was still being dialled
+
+
+class Prefill(LegRole):
+    engine: Engine
+    sender: KvSender
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_legs: int, block_size: int) -> None:
+        super().__init__(loop)
+        self._max_legs = max_legs
+        self._block_size = block_size
+        self._outgoing: dict[Ticket, _Outgoing] = {}  # until OpDone
+
+    def begin(self, active: ActiveLeg) -> None:
+        if len(self._outgoing) >= self._max_legs:
+            raise Overloaded(f"{len(self._outgoing)} prompts are waiting or being computed already")
+        outgoing = self._outgoing[active.ticket] = _Outgoing(active, time.monotonic())
+        self._loop.run_in_executor(None, self._open, outgoing)
+
+    def _open(self, outgoing: _Outgoing) -> None:
+        """On a pool thread, since a first contact dials."""
+        active = outgoing.active
+        num_blocks = -(-len(active.sequence.token_ids) // self._block_size)
+        try:
+            outgoing.transport = self.sender.open(active.ticket, active.leg.peer, num_blocks)
+        except TransferError as error:
+            self._loop.call_soon_threadsafe(self._not_opened, outgoing, error)
+        else:
+            self._loop.call_soon_threadsafe(self._opened, outgoing)
+
+    def _opened(self, outgoing: _Outgoing) -> None:
+        if outgoing.given_up is not None:
+            self.sender.cancel(outgoing.active.ticket, outgoing.given_up)
+
+    def _not_opened(self, outgoing: _Outgoing, error: TransferError) -> None:
+        del self._outgoing[outgoing.active.ticket]
+        self.fail(outgoing.active, error)
+
+    def give_up(self, active: ActiveLeg, error: TercetError) -> None:
+        outgoing = self._outgoing.get(active.ticket)
+        if outgoing is not None:
+            outgoing.given_up = error
+            self.sender.cancel(active.ticket, error)
+
+    # ---- events of the mover
+
+    def on_event(self, event: Event) -> None:
+        """Called on a mover thread."""
+        self._loop.call_soon_threadsafe(self._on_event, event)
+
+    def _on_event(self, event: Event) -> None:
+        outgoing = self._outgoing.get(event.ticket)
+        if outgoing is None:
+            return
+        active = outgoing.active
+        match event:
+            case Granted(_, first_block):
+                self._compute(outgoing, first_block)
+            case Failed(_, error):
+                self.engine.abort(active.sequence)
+                self.fail(active, error)
+            case Released():
+                if self.forget(active):
+                    active.stream.finished(active.leg, Done(FinishReason.LENGTH))
+            case OpDone():
+                del self._outgoing[active.ticket]
+                self.engine.op_done(active.sequence)
+
+    def _compute(self, outgoing: _Outgoing, first_block: int) -> None:
+        active = outgoing.active
+        if active.sequence.over:
+            return
+        active.sequence.handoff = self.sender
+        active.sequence.pushed_blocks = first_block
+        try:
+            self.engine.add(active.sequence)
+        except Overloaded as error:
+            self.sender.cancel(active.ticket, error)
+
+    # ---- the engine
+
+    def on_sampled(self, sampled: list[Sampled]) -> None:
+        """On the engine's thread: the first token goes with the COMMIT, behind the last layer."""
+        for item in sampled:
+            self.sender.commit(self._commit_of(item.sequence, item.token))
+
+    def _commit_of(self, sequence: Sequence, token: TokenEvent) -> Commit:
+        outgoing = self._outgoing.get(sequence.ticket)
+        scheduled = sequence.first_scheduled or 0.0
+        return Commit(
+            ticket=sequence.ticket,
+            num_bytes=0,
+            digest=0,
+            token_id=token.token_id,
+            logprob=token.logprob,
+            top_ids=[t for t, _ in token.top_logprobs],
+            top_logprobs=[p for _, p in token.top_logprobs],
+            cached_tokens=sequence.cached_tokens,
+            queue_s=scheduled - (outgoing.arrived if outgoing else scheduled),
+            prefill_s=time.monotonic() - scheduled,
+            transfer_s=0.0,
+            transport=outgoing.transport if outgoing else "",
+        )

@@ -1,0 +1,134 @@
+"""One worker process: the model, the engine on its thread, the role, and the ports. Cluster starts and watches it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+
+import torch
+
+from tercet.core import Load, Role, WorkerInfo
+from tercet.engine.engine import Engine
+from tercet.engine.runner import Runner, kv_layout
+from tercet.errors import ClusterError, WorkerLost
+from tercet.models.sources import LoadedModel, load_model
+from tercet.roles.aggregated import Aggregated
+from tercet.roles.decode import Decode
+from tercet.roles.prefill import Prefill
+from tercet.spec import ClusterSpec
+from tercet.transfer.receiver import KvReceiver, MoverConfig
+from tercet.transfer.region import Region
+from tercet.transfer.sender import KvSender
+from tercet.transfer.shm import ShmTransport
+from tercet.transfer.tcp import TcpTransport
+from tercet.transfer.transport import Transport
+from tercet.wire.worker_server import WorkerServer
+
+STUCK_S = 60.0  # a step that runs longer than any step should: the worker is unhealthy
+
+
+def transports(name: str) -> list[Transport]:
+    """In order of preference. `auto` prefers shared memory where it reaches."""
+    known: list[Transport] = [ShmTransport(), TcpTransport()]
+    return [t for t in known if name in ("auto", t.name)]
+
+
+class Worker:
+    def __init__(
+        self, worker_id: str, role: Role, epoch: int, spec: ClusterSpec, host: str, cluster_token: str
+    ) -> None:
+        self._worker_id = worker_id
+        self._role = role
+        self._epoch = epoch
+        self._spec = spec
+        self._host = host
+        self._token = cluster_token
+        self._sender: KvSender | None = None
+        self._receiver: KvReceiver | None = None
+
+    async def start(self) -> WorkerInfo:
+        """Load the model, open the ports (free ones on `host`). Raises ModelError or ClusterError."""
+        loop = asyncio.get_running_loop()
+        spec = self._spec.roles[self._role]
+        torch.set_num_threads(spec.threads)
+        loaded = await loop.run_in_executor(None, load_model, self._spec.model)
+        layout = kv_layout(loaded.model, spec.kv.blocks, spec.kv.block_size, self._spec.model.dtype)
+        region = Region(layout)
+        endpoint = self._make_role(loop, loaded, region)
+        self.engine = Engine(
+            Runner(loaded.model, region),
+            spec,
+            min(self._spec.model.max_context, loaded.config.max_context),
+            loaded.config.eos_token_ids,
+            self._spec.transfer.quarantine_blocks,
+            self.handler.on_sampled,
+        )
+        self.handler.engine = self.engine
+        self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
+        self._thread.start()
+        self._server = WorkerServer(self.handler, self.engine.load, self._token)
+        address = await self._server.start(self._host)
+        return WorkerInfo(
+            self._worker_id,
+            self._role,
+            self._epoch,
+            address,
+            endpoint,
+            loaded.fingerprint,
+            os.getpid(),
+            socket.gethostname(),
+        )
+
+    def _make_role(self, loop: asyncio.AbstractEventLoop, loaded: LoadedModel, region: Region) -> str:
+        """The role's handler and its side of the mover. -> the transfer endpoint, empty if it has none."""
+        spec, transfer = self._spec.roles[self._role], self._spec.transfer
+        config = MoverConfig(
+            self._worker_id, loaded.fingerprint, self._token, transfer.lease_s, transfer.heartbeat_s, transfer.integrity
+        )
+        ways = transports(transfer.transport)
+        self.handler: Prefill | Decode | Aggregated
+        if self._role is Role.PREFILL:
+            limit = spec.scheduler.max_running + spec.scheduler.max_waiting
+            self.handler = Prefill(loop, limit, spec.kv.block_size)
+            self._sender = self.handler.sender = KvSender(config, region, ways, self.handler.on_event)
+            return ""
+        if self._role is Role.DECODE:
+            self.handler = Decode(loop)
+            self._receiver = KvReceiver(config, self._epoch, region, ways, self.handler.on_event)
+            self.handler.receiver = self._receiver
+            return self._receiver.start(self._host).encode()
+        self.handler = Aggregated(loop)
+        return ""
+
+    def _run_engine(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self.engine.run()
+        finally:
+            if self.engine.failure is not None:
+                error = WorkerLost(f"the engine of {self._worker_id} died: {self.engine.failure!r}")
+                loop.call_soon_threadsafe(self.handler.fail_all, error)
+
+    async def health(self) -> Load:
+        """Raises ClusterError when the engine is dead or stuck."""
+        if self.engine.failure is not None or not self._thread.is_alive():
+            raise ClusterError(f"the engine of {self._worker_id} died: {self.engine.failure!r}")
+        started = self.engine.step_started
+        if started is not None and time.monotonic() - started > STUCK_S:
+            raise ClusterError(f"the engine of {self._worker_id} is stuck in one step for over {STUCK_S} s")
+        return self.engine.load()
+
+    async def drain(self, timeout_s: float) -> None:
+        await self.handler.drain(timeout_s)
+
+    async def stop(self) -> None:
+        self.engine.stop()
+        await self._server.stop()
+        loop = asyncio.get_running_loop()
+        if self._sender is not None:
+            await loop.run_in_executor(None, self._sender.stop)
+        if self._receiver is not None:
+            await loop.run_in_executor(None, self._receiver.stop)
+        await loop.run_in_executor(None, self._thread.join, 5.0)

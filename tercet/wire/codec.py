@@ -1,0 +1,148 @@
+"""Between the nouns of core.py and the messages of proto/tercet/v1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tercet.core import Done, FinishReason, Load, SamplingParams, StageTimes, TokenEvent
+from tercet.wire.gen import inference_pb2 as inf
+from tercet.wire.gen import worker_pb2 as pb
+
+TOKEN_METADATA = "tercet-cluster-token"  # noqa: S105  # gRPC metadata key of the secret, not the secret
+
+LEG_NAMES = {pb.LEG_AGGREGATED: "aggregated", pb.LEG_PREFILL: "prefill", pb.LEG_DECODE: "decode"}
+LEG_NUMBERS = {name: number for number, name in LEG_NAMES.items()}
+_LOAD_FIELDS = tuple(Load.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What one worker is to do for one attempt at a request."""
+
+    request_id: str
+    attempt: int
+    epoch: int  # of the worker that decodes
+    kind: str  # aggregated, prefill, decode
+    token_ids: tuple[int, ...]  # the prompt, then what an earlier attempt has emitted
+    num_prompt: int
+    params: SamplingParams
+    timeout_s: float
+    peer: str = ""  # prefill: the decode worker's transfer endpoint
+
+
+def leg_to_proto(leg: Leg) -> pb.Command:
+    return pb.Command(
+        start=pb.Start(
+            ticket=pb.TicketId(request_id=leg.request_id, attempt=leg.attempt, epoch=leg.epoch),
+            leg=LEG_NUMBERS[leg.kind],
+            token_ids=leg.token_ids,
+            prompt_tokens=leg.num_prompt,
+            sampling=_sampling_to_proto(leg.params),
+            timeout_s=leg.timeout_s,
+            peer=leg.peer,
+        )
+    )
+
+
+def leg_from_proto(start: pb.Start) -> Leg:
+    return Leg(
+        start.ticket.request_id,
+        start.ticket.attempt,
+        start.ticket.epoch,
+        LEG_NAMES[start.leg],
+        tuple(start.token_ids),
+        start.prompt_tokens,
+        _sampling_from_proto(start.sampling),
+        start.timeout_s,
+        start.peer,
+    )
+
+
+def _sampling_to_proto(params: SamplingParams) -> inf.Sampling:
+    return inf.Sampling(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs,
+    )
+
+
+def _sampling_from_proto(message: inf.Sampling) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        seed=message.seed if message.HasField("seed") else None,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def token_to_proto(event: TokenEvent) -> pb.Token:
+    token = pb.Token(token_id=event.token_id)
+    if event.finish is not None:
+        token.finish_reason = event.finish.value
+    if event.logprob is not None:
+        token.logprob = event.logprob
+        token.top_logprobs.extend(inf.TokenLogprob(token_id=t, logprob=p) for t, p in event.top_logprobs)
+    return token
+
+
+def token_from_proto(token: pb.Token) -> TokenEvent:
+    finish = FinishReason(token.finish_reason) if token.finish_reason else None
+    if not token.HasField("logprob"):
+        return TokenEvent(token.token_id, finish=finish)
+    top = tuple((t.token_id, t.logprob) for t in token.top_logprobs)
+    return TokenEvent(token.token_id, token.logprob, top, finish)
+
+
+def done_to_proto(done: Done) -> pb.Finished:
+    times = done.times
+    finished = pb.Finished(
+        finish_reason=done.finish_reason.value,
+        cached_tokens=done.cached_tokens,
+        queue_s=times.queue_s,
+        prefill_s=times.prefill_s,
+        transfer_s=times.transfer_s,
+        first_decode_s=times.first_decode_s,
+        kv_bytes=times.kv_bytes,
+        transport=times.transport,
+    )
+    if done.stop_token_id is not None:
+        finished.stop_token_id = done.stop_token_id
+    return finished
+
+
+def done_from_proto(message: pb.Finished) -> Done:
+    times = StageTimes(
+        message.queue_s,
+        message.prefill_s,
+        message.transfer_s,
+        message.first_decode_s,
+        message.kv_bytes,
+        message.transport,
+    )
+    stop = message.stop_token_id if message.HasField("stop_token_id") else None
+    return Done(FinishReason(message.finish_reason), stop, message.cached_tokens, times)
+
+
+def load_to_proto(load: Load) -> pb.Load:
+    return pb.Load(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+
+
+def load_from_proto(message: pb.Load) -> Load:
+    return Load(**{name: getattr(message, name) for name in _LOAD_FIELDS})

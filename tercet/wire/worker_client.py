@@ -1,0 +1,134 @@
+"""The gateway's end of the stream to one worker: legs out, reports in, and the word when the worker is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from tercet.core import Done, Load, TokenEvent, WorkerInfo
+from tercet.errors import TercetError, from_wire
+from tercet.wire.codec import TOKEN_METADATA, Leg, done_from_proto, leg_to_proto, load_from_proto, token_from_proto
+from tercet.wire.gen import worker_pb2 as pb
+from tercet.wire.gen import worker_pb2_grpc
+
+RECONNECT_S = 0.2
+SILENT_S = 5.0  # a worker reports its load every 0.5 s; one silent for so long hangs, and its requests go elsewhere
+OPTIONS = [("grpc.max_receive_message_length", 64 << 20)]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """The worker did not take the leg."""
+
+    reason: str
+
+
+Outcome = TokenEvent | Done | Rejection | TercetError
+LegKey = tuple[str, int]  # request id, attempt
+
+
+class WorkerLink:
+    """One worker as the router sees it. Event loop only.
+
+    on_report(link, key, outcome): a leg's next event, in order.
+    on_change(link, up): the stream came up or was lost; what was under way on it is over.
+    """
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        cluster_token: str,
+        on_report: Callable[[WorkerLink, LegKey, Outcome], None],
+        on_change: Callable[[WorkerLink, bool], None],
+    ) -> None:
+        self.info = info
+        self.load = Load()
+        self.up = False
+        self.outstanding = 0  # tokens of the requests that the router has put on it
+        self.fault = ""  # why the last stream ended
+        self._token = cluster_token
+        self._on_report = on_report
+        self._on_change = on_change
+        self._outbox: asyncio.Queue[pb.Command] = asyncio.Queue()
+        self._last_word = 0.0
+        self._task = asyncio.create_task(self._keep_connected(), name=f"link-{info.worker_id}")
+
+    def start(self, leg: Leg) -> None:
+        self._outbox.put_nowait(leg_to_proto(leg))
+
+    def abort(self, leg: Leg) -> None:
+        ticket = pb.TicketId(request_id=leg.request_id, attempt=leg.attempt, epoch=leg.epoch)
+        self._outbox.put_nowait(pb.Command(abort=pb.Abort(ticket=ticket)))
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _keep_connected(self) -> None:
+        async with grpc.aio.insecure_channel(self.info.rpc_address, options=OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]  # generated code
+            while True:
+                try:
+                    await self._converse(stub)
+                except grpc.aio.AioRpcError as error:
+                    self.fault = f"{error.code().name}: {error.details()}"
+                except asyncio.CancelledError:
+                    # Ours, when the task is being cancelled; else the watch cut a silent stream.
+                    if (task := asyncio.current_task()) is not None and task.cancelling():
+                        raise
+                    self.fault = f"silent for {SILENT_S} s"
+                await asyncio.sleep(RECONNECT_S)
+
+    async def _converse(self, stub: worker_pb2_grpc.WorkerStub) -> None:
+        """One stream, from its first report to its end."""
+        self._outbox = asyncio.Queue()
+        call = stub.Connect(self._commands(), metadata=((TOKEN_METADATA, self._token),))
+        watch = asyncio.create_task(self._watch(call))
+        try:
+            async for reports in call:
+                self._take(reports)
+        finally:
+            watch.cancel()
+            call.cancel()
+            if self.up:
+                self.up = False
+                self._on_change(self, False)
+
+    async def _commands(self) -> AsyncIterator[pb.Command]:
+        outbox = self._outbox
+        while True:
+            yield await outbox.get()
+
+    async def _watch(self, call: grpc.aio.StreamStreamCall[pb.Command, pb.Reports]) -> None:
+        """End a stream that has gone silent: the process is stopped, or the host is gone."""
+        self._last_word = time.monotonic()
+        while time.monotonic() - self._last_word < SILENT_S:
+            await asyncio.sleep(SILENT_S / 5)
+        call.cancel()
+
+    def _take(self, reports: pb.Reports) -> None:
+        self._last_word = time.monotonic()
+        self.load = load_from_proto(reports.load)
+        if not self.up:
+            self.up = True
+            self._on_change(self, True)
+        for report in reports.reports:
+            key = (report.ticket.request_id, report.ticket.attempt)
+            self._on_report(self, key, _outcome(report))
+
+
+def _outcome(report: pb.Report) -> Outcome:
+    kind = report.WhichOneof("kind")
+    if kind == "token":
+        return token_from_proto(report.token)
+    if kind == "finished":
+        return done_from_proto(report.finished)
+    if kind == "rejected":
+        return Rejection(report.rejected.reason)
+    return from_wire(report.failed.code, report.failed.message)

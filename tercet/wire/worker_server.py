@@ -1,0 +1,124 @@
+"""The worker's end of the stream: legs in, reports out, everything of one loop turn in one message.
+
+Who calls whom: the service calls the `LegHandler` (a role) on the event loop; the role answers through the
+`ReportStream` that came with the leg, also on the event loop. When a gateway's stream ends, `disconnected` tells the
+role to abort what it carried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+import grpc
+
+from tercet.core import Done, Load, TokenEvent
+from tercet.errors import ClusterError, TercetError
+from tercet.wire.codec import TOKEN_METADATA, Leg, done_to_proto, leg_from_proto, load_to_proto, token_to_proto
+from tercet.wire.gen import worker_pb2 as pb
+from tercet.wire.gen import worker_pb2_grpc
+
+LOAD_PERIOD_S = 0.5  # a load is sent at least so often; its absence tells the gateway that the worker hangs
+OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
+
+
+class ReportStream:
+    """Reports to one gateway. Event loop only; never blocks: the gateway bounds what it asks for."""
+
+    def __init__(self) -> None:
+        self._reports: list[pb.Report] = []
+        self._posted = asyncio.Event()
+
+    def token(self, leg: Leg, event: TokenEvent) -> None:
+        self._post(pb.Report(ticket=_ticket(leg), token=token_to_proto(event)))
+
+    def finished(self, leg: Leg, done: Done) -> None:
+        self._post(pb.Report(ticket=_ticket(leg), finished=done_to_proto(done)))
+
+    def rejected(self, leg: Leg, reason: str) -> None:
+        self._post(pb.Report(ticket=_ticket(leg), rejected=pb.Rejected(reason=reason)))
+
+    def failed(self, leg: Leg, error: TercetError) -> None:
+        self._post(pb.Report(ticket=_ticket(leg), failed=pb.Failed(code=error.code(), message=str(error))))
+
+    def _post(self, report: pb.Report) -> None:
+        self._reports.append(report)
+        self._posted.set()
+
+    async def take(self) -> list[pb.Report]:
+        """What has been posted; empty when nothing was for a load period."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._posted.wait(), LOAD_PERIOD_S)
+        self._posted.clear()
+        reports, self._reports = self._reports, []
+        return reports
+
+
+def _ticket(leg: Leg) -> pb.TicketId:
+    return pb.TicketId(request_id=leg.request_id, attempt=leg.attempt, epoch=leg.epoch)
+
+
+class LegHandler(Protocol):
+    def start(self, leg: Leg, stream: ReportStream) -> None:
+        """Begin a leg; every leg ends in exactly one of finished, rejected, failed, unless it is aborted."""
+
+    def abort(self, request_id: str, attempt: int, epoch: int) -> None:
+        """Give a leg up; unknown ones are ignored."""
+
+    def disconnected(self, stream: ReportStream) -> None:
+        """Give up every leg that came with this stream."""
+
+
+class _Service(worker_pb2_grpc.WorkerServicer):
+    def __init__(self, handler: LegHandler, load: Callable[[], Load], cluster_token: str) -> None:
+        self._handler = handler
+        self._load = load
+        self._token = cluster_token
+
+    async def Connect(  # noqa: N802  # the proto's name
+        self, request_iterator: AsyncIterator[pb.Command], context: grpc.aio.ServicerContext[pb.Command, pb.Reports]
+    ) -> AsyncIterator[pb.Reports]:
+        metadata = dict(context.invocation_metadata() or ())
+        if not hmac.compare_digest(str(metadata.get(TOKEN_METADATA, "")), self._token):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong cluster token")
+        stream = ReportStream()
+        commands = asyncio.create_task(self._take_commands(request_iterator, stream))
+        try:
+            yield pb.Reports(load=load_to_proto(self._load()))
+            while not commands.done():
+                reports = await stream.take()
+                yield pb.Reports(reports=reports, load=load_to_proto(self._load()))
+        finally:
+            commands.cancel()
+            self._handler.disconnected(stream)
+
+    async def _take_commands(self, commands: AsyncIterator[pb.Command], stream: ReportStream) -> None:
+        async for command in commands:
+            if command.HasField("start"):
+                self._handler.start(leg_from_proto(command.start), stream)
+            elif command.HasField("abort"):
+                ticket = command.abort.ticket
+                self._handler.abort(ticket.request_id, ticket.attempt, ticket.epoch)
+
+
+class WorkerServer:
+    """The gRPC server of one worker."""
+
+    def __init__(self, handler: LegHandler, load: Callable[[], Load], cluster_token: str) -> None:
+        self._server = grpc.aio.server(options=OPTIONS)
+        worker_pb2_grpc.add_WorkerServicer_to_server(_Service(handler, load, cluster_token), self._server)
+
+    async def start(self, host: str) -> str:
+        """-> host:port. Raises ClusterError when no port can be bound."""
+        try:
+            port = self._server.add_insecure_port(f"{host}:0")
+        except RuntimeError as error:
+            raise ClusterError(f"the worker cannot listen on {host}: {error}") from error
+        await self._server.start()
+        return f"{host}:{port}"
+
+    async def stop(self) -> None:
+        await self._server.stop(grace=None)

@@ -1,0 +1,44 @@
+"""A tokenizer whose ids are UTF-8 bytes: every multi-byte character spans tokens, as in the worst of real text."""
+
+from __future__ import annotations
+
+import codecs
+from typing import Any
+
+from tercet.errors import InvalidRequest
+from tercet.roles.gateway.ask import ServedModel
+
+VOCAB = 260
+EOS = 256
+CONTEXT = 128
+
+
+class ByteDetokenizer:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(bytes([token_id])) if token_id < 256 else ""
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        if messages[0]["role"] == "assistant":
+            raise InvalidRequest("messages must begin with system or user")
+        turns = "".join(f"<{m['role'][0]}>{m['content']}" for m in messages)
+        return turns + ("<a>" if add_generation_prompt else "")
+
+    def token_text(self, token_id: int) -> str:
+        return bytes([token_id]).decode(errors="replace") if token_id < 256 else ""
+
+    def detokenizer(self) -> ByteDetokenizer:
+        return ByteDetokenizer()
+
+
+MODEL = ServedModel("fake-model", ByteTokenizer(), VOCAB, CONTEXT)
