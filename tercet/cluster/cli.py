@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the spec or the command line is wrong, 130 inter
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -80,6 +81,9 @@ def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> 
         with RayRuntime(address) as runtime:
             nodes = runtime.nodes()
     Console().print(plan_table(checked, roles.plan(checked, nodes)))
+    asked, cores = nodes[0].resources.get("CPU", 0), os.cpu_count() or 1
+    if address is None and asked > cores:
+        typer.echo(f"The workers ask for {asked:g} CPUs and this machine has {cores}: they will share cores.")
 
 
 @app.command()
@@ -113,16 +117,28 @@ def down(
     timeout: Annotated[float, typer.Option(help="Seconds to wait until it is gone.")] = 60.0,
 ) -> None:
     """Drain a cluster that another process serves, and end it."""
-    from tercet.cluster import remote
+    from tercet.cluster import run_file
 
-    typer.echo(f"cluster {remote.down(name, address, timeout)} is down")
+    if address is None:
+        ended = run_file.end(name, timeout)
+    else:
+        from tercet.cluster import remote
+
+        ended = remote.down(name, address, timeout)
+    typer.echo(f"cluster {ended} is down")
 
 
 @app.command()
 def status(name: Name = None, address: Address = None) -> None:
     """Show a running cluster's members and their loads."""
-    from tercet.cluster import remote
+    from tercet.cluster import run_file
     from tercet.cluster.tables import status_table
+
+    if address is None:
+        found = run_file.find(name)
+        name, address = found.name, found.ray_address
+        os.environ.update(found.ray_environment)
+    from tercet.cluster import remote  # only now: Ray reads its environment when it is imported
 
     Console().print(status_table(remote.status(name, address)))
 

@@ -61,7 +61,8 @@ class Controller:
         self._told: dict[str, int] | None = None
         self._status: dict[str, Any] = {}  # of the gateway, as of its last health
         self._changed = asyncio.Event()
-        self._fault: TercetError | None = None  # the first one, while bringing up
+        self._is_up = False  # once: before that a fault ends it all, after it the member is replaced
+        self._fault: TercetError | None = None  # the first one
 
     @property
     def stop_requested(self) -> bool:
@@ -80,6 +81,7 @@ class Controller:
                 raise self._fault
             if time.monotonic() > deadline:
                 raise ClusterError(f"not ready after {self._spec.ray.start_timeout_s:g} s: {self._why_not_ready()}")
+        self._is_up = True
 
     async def run(self, stop: asyncio.Event) -> None:
         """Keep the cluster as it should be until `stop` is set or someone asks the gateway for it."""
@@ -153,8 +155,9 @@ class Controller:
         slot.member = reconcile.lost(slot.member, f"{error.code()}: {error}", time.monotonic())
         if member_id == GATEWAY:
             self._told, self._status = None, {}
+        if self._is_up:
+            self._report(f"{member_id} (epoch {slot.member.epoch}) lost: {slot.member.reason}{self._next_try(slot)}")
         self._fault = self._fault or error
-        self._report(f"{member_id} (epoch {slot.member.epoch}) lost: {slot.member.reason}{self._next_try(slot)}")
         self._changed.set()
 
     def _next_try(self, slot: _Slot) -> str:

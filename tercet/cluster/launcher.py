@@ -114,7 +114,7 @@ class Launcher:
 
     async def _create(self, member_id: str, kind: type, options: dict[str, Any], *args: object) -> Any:
         name = actor_name(self._spec.name, member_id)
-        actor = ray.remote(kind).options(
+        actor: Any = ray.remote(kind).options(
             name=name, namespace=NAMESPACE, max_restarts=0, max_concurrency=MAX_CALLS, **options
         )
         for _ in range(int(NAME_TIMEOUT_S / 0.1)):

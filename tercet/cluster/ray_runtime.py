@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from pathlib import Path
 from types import TracebackType
@@ -21,33 +22,27 @@ from tercet.placement.roles import Node
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least is 75 MiB; nothing of ours goes through it
 CONNECT_TIMEOUT_S = 3.0
+_AUTH_VARIABLES = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # any one set: the user decides
 
 
 class RayRuntime:
     """`with RayRuntime(address, cpus)`: a connection to Ray; a local Ray that it started ends with it.
 
     cpus: of the Ray to start where none is to join; None: never start one.
+    token_path: where to put the token that a Ray started here asks of everyone; None: Ray's own default.
     Raises ClusterError when no Ray answers at the address, or a local one cannot start.
     """
 
-    def __init__(self, address: str, cpus: int | None = None) -> None:
+    def __init__(self, address: str, cpus: int | None = None, token_path: Path | None = None) -> None:
         self._wanted = address
         self._cpus = cpus
+        self._token_path = token_path
         self.is_ours = False
 
     def __enter__(self) -> Self:
         address = resolve_address(self._wanted)
         self.is_ours = address is None
-        options: dict[str, Any] = {"address": address}
-        if address is None:
-            if self._cpus is None:
-                raise ClusterError("no Ray runs on this machine; give the --address of one, as host:port")
-            options = {
-                "address": "local",
-                "num_cpus": self._cpus,
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE_BYTES,
-            }
+        options = {"address": address} if address else self._local()
         try:
             ray.init(**options, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except KeyboardInterrupt:
@@ -55,11 +50,25 @@ class RayRuntime:
             raise
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             reason = " ".join(str(error).split())
-            raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {reason}") from error
+            hint = "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" if address else ""
+            raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {reason}{hint}") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         ray.shutdown(wait_for_processes=True)
+
+    def _local(self) -> dict[str, Any]:
+        if self._cpus is None:
+            raise ClusterError("no Ray runs on this machine; give the --address of one, as host:port")
+        if self._token_path is not None and not _AUTH_VARIABLES & os.environ.keys():
+            self._token_path.write_text(secrets.token_hex(32))
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(self._token_path)  # else Ray leaves one in the user's home
+        return {
+            "address": "local",
+            "num_cpus": self._cpus,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
 
     @property
     def address(self) -> str:
@@ -74,7 +83,7 @@ class RayRuntime:
 
 
 def resolve_address(wanted: str) -> str | None:
-    """host:port of the Ray to join, None to start one.
+    """The Ray to join, as ray.init takes it, or None to start one.
 
     auto: RAY_ADDRESS (as `ray job submit` sets it), else the Ray that `ray start` left running here, else none.
     Raises ClusterError if an address that was asked for by name does not answer.
@@ -87,7 +96,8 @@ def resolve_address(wanted: str) -> str | None:
     if named in {"", "auto"}:
         found = _address_file()
         # The file outlives a Ray that was killed: only an address that answers counts.
-        return found if found and _answers(found) else None
+        # Ray is told `auto`, since only then it takes the token that `ray start` took.
+        return "auto" if found and _answers(found) else None
     _check_form(named)
     if not _answers(named):
         raise ClusterError(f"no Ray answers at {named}; start one with `ray start --head`, or set ray.address: local")

@@ -31,7 +31,7 @@ def serve(spec: ClusterSpec, report: Callable[[str], None], ready: Visit, visit:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over: leave through `with`
     cpus = int(local_node(spec).resources["CPU"])
-    with RunFile(spec.name) as run_file, RayRuntime(spec.ray.address, cpus) as runtime:
+    with RunFile(spec.name) as run_file, RayRuntime(spec.ray.address, cpus, run_file.token_path) as runtime:
         refuse_second(spec.name)
         placement = plan(spec, runtime.nodes())
         run_file.write(runtime.address)

@@ -1,4 +1,4 @@
-"""Paged grouped-query attention on a CPU: write K and V to the cache, attend over it. Planned once a step, run per layer.
+"""Paged grouped-query attention on a CPU: K and V to the cache, attend over it. Planned once a step, run per layer.
 
 T rows of the batch   B decodes of a group   L tokens of context
 H query heads   Hkv key-value heads   G = H / Hkv   D head dimension   S block size
@@ -83,17 +83,16 @@ def plan_chunk(start: int, length: int, context: int, table: Tensor, windows: Se
     return ChunkPlan(start, start + length, torch.cat((blocks, blocks + 1)), context, masks)
 
 
-def page_rows(slots: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """slots [T], block * S + offset -> where each row's K and V lie in the cache seen as [blocks * 2 * S, Hkv * D]."""
+def page_rows(slots: Tensor, block_size: int) -> Tensor:
+    """slots [T], block * S + offset -> [2 T]: K row and V row of each in the cache seen as [blocks * 2 * S, Hkv, D]."""
     keys = slots + slots // block_size * block_size
-    return keys, keys + block_size
+    return torch.stack((keys, keys + block_size), 1).flatten()
 
 
-def write_kv(cache: Tensor, rows: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> None:
-    """key and value [T, Hkv, D] in the cache's dtype; rows as `page_rows` gives them."""
-    flat = cache.view(-1, *key.shape[1:])
-    flat.index_copy_(0, rows[0], key)
-    flat.index_copy_(0, rows[1], value)
+def write_kv(cache: Tensor, rows: Tensor, key_value: Tensor) -> None:
+    """key_value [T, 2 Hkv, D], K heads first, in the cache's dtype; rows as `page_rows` gives them."""
+    _, _, _, heads, dim = cache.shape
+    cache.view(-1, heads, dim).index_copy_(0, rows, key_value.reshape(-1, heads, dim))
 
 
 def _gather(cache: Tensor, pages: Tensor, batch: int, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -105,7 +104,7 @@ def _gather(cache: Tensor, pages: Tensor, batch: int, context: int, dtype: torch
 
 
 def decode_attention(query: Tensor, cache: Tensor, group: DecodeGroup, window: Window) -> Tensor:
-    """query [B, H, D] -> [B, H, D]. The G query heads of a key-value head are rows of one product: K is not expanded."""
+    """query [B, H, D] -> [B, H, D]. The G query heads of a key-value head are rows of one product: K is not copied."""
     batch, heads, dim = query.shape
     key, value = _gather(cache, group.pages, batch, group.context, query.dtype)
     grouped = query.view(batch, key.shape[1], -1, dim)
@@ -113,14 +112,12 @@ def decode_attention(query: Tensor, cache: Tensor, group: DecodeGroup, window: W
     return out.reshape(batch, heads, dim)
 
 
-def chunk_attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: ChunkPlan, window: Window
-) -> Tensor:
-    """The chunk's query [T, H, D], key and value [T, Hkv, D] (as they stand in the cache) -> [T, H, D]."""
+def chunk_attention(query: Tensor, key_value: Tensor, cache: Tensor, plan: ChunkPlan, window: Window) -> Tensor:
+    """The chunk's query [T, H, D] and key_value [T, 2 Hkv, D] as it was written to the cache -> [T, H, D]."""
     if plan.pages.numel():
         keys, values = _gather(cache, plan.pages, 1, plan.context, query.dtype)
     else:
-        keys, values = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
+        keys, values = key_value.to(query.dtype).transpose(0, 1).unsqueeze(0).chunk(2, 1)
     mask = plan.masks[window]
     out = functional.scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True

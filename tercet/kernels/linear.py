@@ -32,7 +32,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class PackedLinear:
     """weight [n, k], bias [n] or None. `linear`: x [T, k] -> [T, n], in `compute_dtype(weight.dtype)`.
 
-    This one is plain torch; `pack_linear` chooses.
+    This one is plain torch; `LinearPacker` chooses.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -61,13 +61,21 @@ class WidenedLinear(PackedLinear):
     in float32 by slices of the weight that are widened on the way, so that no float32 copy of the model is kept.
     """
 
+    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> None:
+        """scratch: float32, at least SLICE * k, which may be shared by all that never run at the same time. A fresh
+        one in each call would cost more in page faults than the multiplication."""
+        super().__init__(weight, bias)
+        self._scratch = scratch[: SLICE * weight.shape[1]].view(SLICE, weight.shape[1])
+
     def linear(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1:
             out = functional.linear(x.bfloat16(), self._weight).float()
         else:
             out = x.new_empty(x.shape[0], self._weight.shape[0])
-            for part, columns in zip(self._weight.split(SLICE), out.split(SLICE, 1), strict=True):
-                torch.mm(x, part.float().t(), out=columns)
+            for at in range(0, out.shape[1], SLICE):
+                part = self._weight[at : at + SLICE]
+                widened = self._scratch[: part.shape[0]].copy_(part)
+                torch.mm(x, widened.t(), out=out[:, at : at + SLICE])
         return out if self._bias is None else out.add_(self._bias)
 
 
@@ -77,10 +85,18 @@ def compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     return weight_dtype if native else torch.float32
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    if compute_dtype(weight.dtype) != weight.dtype:
-        return WidenedLinear(weight, bias)
-    return OnednnLinear(weight, bias) if _onednn_packs(weight.dtype) else PackedLinear(weight, bias)
+class LinearPacker:
+    """Makes a model's `PackedLinear`s, the fastest kind for its dtype on this CPU. They run one at a time."""
+
+    def __init__(self, dtype: torch.dtype, max_fan_in: int) -> None:
+        self._dtype = dtype
+        self._widens = compute_dtype(dtype) != dtype
+        self._scratch = torch.empty(SLICE * max_fan_in if self._widens else 0)
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        if self._widens:
+            return WidenedLinear(weight, bias, self._scratch)
+        return OnednnLinear(weight, bias) if _onednn_packs(self._dtype) else PackedLinear(weight, bias)
 
 
 @functools.cache

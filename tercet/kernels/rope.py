@@ -31,6 +31,6 @@ class RopeTable:
         return self._cos[positions].to(dtype), self._sin[positions].to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """x [T, H, D], cos and signed sin as `RopeTable.rows` gives them -> [T, H, D]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+def apply_rope(x: Tensor, cos: Tensor, signed_sin: Tensor, out: Tensor) -> None:
+    """x [T, H, D], cos and signed sin as `RopeTable.rows` gives them; `out` [T, H, D] may be x."""
+    torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin, out=out)

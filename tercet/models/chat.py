@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tercet.errors import InvalidRequest, UnsupportedModel
@@ -43,15 +42,7 @@ class ChatTemplate:
                 length += len(part)
                 if length > MAX_CHARS:
                     raise InvalidRequest(f"the chat template made more than {MAX_CHARS} characters of the messages")
-        except (
-            TemplateError,
-            SecurityError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            OverflowError,
-        ) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequest(f"the model's chat template refused the messages: {error}") from error
         return "".join(parts)
 

@@ -48,7 +48,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A GGUF file, mapped. Raises ModelFileMissing or ModelFileCorrupt when it is opened, UnsupportedModel by `read`."""
+    """A GGUF file, mapped. Opening it raises ModelFileMissing, ModelFileCorrupt or UnsupportedModel."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,7 +79,7 @@ class GgufFile:
         return self.metadata[key]
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
-        """One tensor, dequantised, [shape] float32."""
+        """One tensor, dequantised, [shape] float32. Raises UnsupportedModel if gguf cannot do that."""
         tensor = self.tensors.get(name)
         if tensor is None:
             raise ModelFileCorrupt(f"{self.path}: has no tensor {name!r}")
@@ -91,7 +91,7 @@ class GgufFile:
             )
         except NotImplementedError as error:
             raise UnsupportedModel(f"{self.path}: tensor {name!r} is quantised as {tensor.kind.name}") from error
-        return np.asarray(values, np.float32).reshape(tensor.shape)
+        return np.require(values, np.float32, "W").reshape(tensor.shape)
 
 
 _NATIVE = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}

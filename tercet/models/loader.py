@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from tercet.errors import ModelFileCorrupt, UnsupportedModel
-from tercet.kernels.linear import PackedLinear, compute_dtype, pack_linear
+from tercet.kernels.linear import LinearPacker, PackedLinear, compute_dtype
 from tercet.kernels.norm import RmsNorm
 from tercet.models.config import ModelConfig
 from tercet.models.transformer import Layer, Transformer, Weights
@@ -45,6 +45,9 @@ class _Reader:
     def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype) -> None:
         self._source, self._config, self._dtype = source, config, dtype
         self._unread = source.names()
+        self.packer = LinearPacker(
+            dtype, max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+        )
         self._digest = hashlib.sha256(json.dumps([asdict(config), str(dtype)], sort_keys=True).encode())
 
     def weight(self, name: str, *shape: int) -> Tensor:
@@ -56,7 +59,7 @@ class _Reader:
                 f"{self._source.path}: tensor {name!r} is {[*weight.shape]}, its config says {[*shape]}"
             )
         self._unread.discard(name)
-        content = xxhash.xxh3_128_digest(weight.contiguous().view(torch.uint8).numpy())
+        content = xxhash.xxh3_128_digest(weight.contiguous().view(torch.uint8).numpy().data)
         self._digest.update(f"{name} {[*shape]} ".encode() + content)
         return weight
 
@@ -69,7 +72,7 @@ class _Reader:
         weights = [self.weight(f"{n}.weight", out, fan_in) for n, out in zip(names, outs, strict=True)]
         biases = [self.weight(f"{n}.bias", out) for n, out in zip(names, outs, strict=True)] if bias else []
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return pack_linear(weight, torch.cat(biases) if bias else None)
+        return self.packer.pack(weight, torch.cat(biases) if bias else None)
 
     def refuse_unused(self) -> None:
         left = self._unread - ({"lm_head.weight"} if self._config.tie_word_embeddings else set())
@@ -87,7 +90,7 @@ def _weights(reader: _Reader, config: ModelConfig) -> Weights:
     layers = tuple(_layer(reader, config, f"model.layers.{i}.") for i in range(config.num_layers))
     norm = reader.norm("model.norm", config.hidden_size)
     if config.tie_word_embeddings:
-        return Weights(embedding, layers, norm, pack_linear(embedding))
+        return Weights(embedding, layers, norm, reader.packer.pack(embedding))
     return Weights(embedding, layers, norm, reader.linear(["lm_head"], [config.vocab_size], config.hidden_size, False))
 
 

@@ -75,7 +75,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """One stream of tokens to text. `push` gives what is complete; a character split over tokens comes with its last."""
+    """One stream of tokens to text. A character that is split over tokens comes with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer, strip_space: bool) -> None:
         """strip_space: a space at the very beginning is the tokeniser's own, not the text's."""

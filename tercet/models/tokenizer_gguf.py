@@ -18,6 +18,7 @@ from tercet.models.gguf_file import GgufFile
 from tercet.models.tokenizer import Tokenizer
 
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")  # these begin every prompt with bos, and take whole words first
 DIGITS_3, DIGITS_1 = r"\p{N}{1,3}", r"\p{N}"
 
 
@@ -44,7 +45,7 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
         return _gpt2()
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-    if name in ("llama-bpe", "llama3", "llama-v3"):
+    if name in LLAMA3:
         return _split(_cl100k(DIGITS_3))
     if name == "qwen2":
         return _split(_cl100k(DIGITS_1))
@@ -61,7 +62,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     tokens = file.require("tokenizer.ggml.tokens")
     pre = str(file.metadata.get("tokenizer.ggml.pre", "default"))
     try:
-        backend = _bpe(tokens, file.require("tokenizer.ggml.merges"), ignore_merges=pre.startswith("llama"))
+        backend = _bpe(tokens, file.require("tokenizer.ggml.merges"), ignore_merges=pre in LLAMA3)
     except ValueError as error:
         raise ModelFileCorrupt(f"{file.path}: tokenizer.ggml.merges does not fit its tokens: {error}") from error
     try:
@@ -71,27 +72,23 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
-    _add_special(backend, file, tokens)
+    _add_special(backend, file, tokens, pre)
     return Tokenizer(backend, eos_token_ids(file), _template(file, tokens))
 
 
 def _bpe(tokens: list[str], merges: list[str], ignore_merges: bool) -> tokenizers.Tokenizer:
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges))
 
 
-def _add_special(backend: tokenizers.Tokenizer, file: GgufFile, tokens: list[str]) -> None:
+def _add_special(backend: tokenizers.Tokenizer, file: GgufFile, tokens: list[str], pre: str) -> None:
     types = file.metadata.get("tokenizer.ggml.token_type", [])
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = [
-            AddedToken(t, special=special, normalized=False) for t, of in zip(tokens, types, strict=False) if of == kind
-        ]
-        (backend.add_special_tokens if special else backend.add_tokens)(added)
+    typed = list(zip(tokens, types, strict=False))
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in typed if kind == CONTROL])
+    backend.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == USER_DEFINED])
     bos = file.metadata.get("tokenizer.ggml.bos_token_id")
-    if bos is not None and file.metadata.get(
-        "tokenizer.ggml.add_bos_token", file.metadata.get("tokenizer.ggml.pre") in ("llama-bpe",)
-    ):
+    if bos is not None and file.metadata.get("tokenizer.ggml.add_bos_token", pre in LLAMA3):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", pair=None, special_tokens=[(tokens[bos], bos)]
         )

@@ -22,7 +22,7 @@ def tokenizer_from_hf(directory: Path, eos_token_ids: tuple[int, ...]) -> Tokeni
         raise ModelFileMissing(f"{path}: there is no such file; only tokenizers of that form are read")
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise ModelFileCorrupt(f"{path}: is no tokenizer: {error}") from error
     settings = directory / "tokenizer_config.json"
     config = read_json(settings) if settings.exists() else {}

@@ -51,7 +51,7 @@ class _Step:
 
     cos: Tensor  # [T, 1, D]
     signed_sin: Tensor
-    cache_rows: tuple[Tensor, Tensor]
+    cache_rows: Tensor  # [2 T]
     decodes: list[DecodeGroup]
     chunks: list[ChunkPlan]
 
@@ -74,11 +74,11 @@ class Transformer:
         step = self._plan(batch, kv_cache.shape[3])
         x = self._weights.embedding[batch.token_ids].to(self._compute_dtype)
         for i, layer in enumerate(self._weights.layers):
-            query, key, value = self._project(layer, x, step)
-            attention.write_kv(kv_cache[i], step.cache_rows, key, value)
+            query, key_value = self._project(layer, x, step)
+            attention.write_kv(kv_cache[i], step.cache_rows, key_value)
             if on_layer is not None:
                 on_layer(i)
-            attended = self._attend(query, key, value, kv_cache[i], step, self.config.sliding_windows[i])
+            attended = self._attend(query, key_value, kv_cache[i], step, self.config.sliding_windows[i])
             x = layer.output.linear(attended).add_(x)
             x = layer.down.linear(silu_and_mul(layer.gate_up.linear(layer.mlp_norm(x)))).add_(x)
         wanted = self._weights.final_norm(x[batch.logit_rows])
@@ -98,24 +98,23 @@ class Transformer:
             ],
         )
 
-    def _project(self, layer: Layer, x: Tensor, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, E] -> query [T, H, D] in the compute dtype, key and value [T, Hkv, D] in the cache's."""
-        config = self.config
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv = layer.qkv.linear(layer.attention_norm(x)).view(len(x), heads + 2 * kv_heads, config.head_dim)
-        rotated = qkv[:, : heads + kv_heads]
-        if layer.qk_norm is not None:
-            rotated = layer.qk_norm(rotated)
-        rotated = apply_rope(rotated, step.cos, step.signed_sin)
-        return rotated[:, :heads], rotated[:, heads:].to(self.dtype), qkv[:, heads + kv_heads :].to(self.dtype)
+    def _project(self, layer: Layer, x: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
+        """x [T, E] -> query [T, H, D] in the compute dtype, keys and values [T, 2 Hkv, D] in the cache's."""
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        qkv = layer.qkv.linear(layer.attention_norm(x)).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
+        rotary = qkv[:, : heads + kv_heads]
+        normed = rotary if layer.qk_norm is None else layer.qk_norm(rotary)
+        apply_rope(normed, step.cos, step.signed_sin, out=rotary)
+        return qkv[:, :heads], qkv[:, heads:].to(self.dtype)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, step: _Step, window: Window) -> Tensor:
+    def _attend(self, query: Tensor, key_value: Tensor, cache: Tensor, step: _Step, window: Window) -> Tensor:
         """-> [T, H * D]. Each row attends to its own sequence."""
+        if not step.chunks and len(step.decodes) == 1:
+            return attention.decode_attention(query, cache, step.decodes[0], window).flatten(1)
         out = torch.empty_like(query)
         for group in step.decodes:
             out[group.rows] = attention.decode_attention(query[group.rows], cache, group, window)
         for chunk in step.chunks:
             rows = slice(chunk.start, chunk.stop)
-            k, v = key[rows].to(query.dtype), value[rows].to(query.dtype)
-            out[rows] = attention.chunk_attention(query[rows], k, v, cache, chunk, window)
-        return out.view(len(query), -1)
+            out[rows] = attention.chunk_attention(query[rows], key_value[rows], cache, chunk, window)
+        return out.flatten(1)

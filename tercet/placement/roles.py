@@ -1,7 +1,7 @@
 """Which node each worker of a cluster runs on. Pure: a spec and nodes in, a placement out.
 
 Replicas of a role are spread: a node with fewer of them is tried first, then the one with more free CPU. If that
-leads nowhere the search steps back, so that a placement is found whenever there is one (within MAX_STEPS).
+leads nowhere the search steps back, so that a placement is found whenever there is one (within MAX_DEAD_ENDS).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from tercet.core import Role
 from tercet.errors import ClusterError
 from tercet.spec import ClusterSpec
 
-MAX_STEPS = 20_000
+MAX_DEAD_ENDS = 20_000
 EPSILON = 1e-6  # fractions of a CPU do not add up exactly
 
 
@@ -114,45 +115,53 @@ class _Search:
         self._nodes = nodes
         self._free = [dict(n.resources) for n in nodes]
         self._placed: list[int] = []  # node of order[i]
+        self._of_role: Counter[tuple[Role, int]] = Counter()  # (role, node) -> replicas there
         self._failed: set[tuple[object, ...]] = set()
-        self._steps = 0
         self._deepest = 0
 
     def run(self) -> dict[str, Node]:
-        if not self._place(0):
-            raise ClusterError(_full(self._order, self._deepest, self._nodes))
+        untried = [self._candidates()]  # of order[0], order[1] ... as deep as the search is now
+        while len(self._placed) < len(self._order):
+            self._deepest = max(self._deepest, len(self._placed))
+            node = next(untried[-1], None)
+            if node is not None:
+                self._put(node)
+                untried.append(self._candidates())
+            elif self._placed and len(self._failed) < MAX_DEAD_ENDS:
+                self._failed.add(self._state())
+                untried.pop()
+                self._take_back()
+            else:
+                raise ClusterError(_full(self._order, self._deepest, self._nodes))
         return {r.worker_id: self._nodes[i] for r, i in zip(self._order, self._placed, strict=True)}
 
-    def _place(self, index: int) -> bool:
-        self._steps += 1
-        self._deepest = max(self._deepest, index)
-        if index == len(self._order):
-            return True
-        state = (index, *(tuple(sorted((k, round(v, 6)) for k, v in free.items())) for free in self._free))
-        if state in self._failed or self._steps > MAX_STEPS:
-            return False
-        for node in self._candidates(index):
-            self._take(index, node, 1)
-            self._placed.append(node)
-            if self._place(index + 1):
-                return True
-            self._placed.pop()
-            self._take(index, node, -1)
-        self._failed.add(state)
-        return False
+    def _state(self) -> tuple[object, ...]:
+        return (len(self._placed), *(tuple(round(free[k], 6) for k in sorted(free)) for free in self._free))
 
-    def _candidates(self, index: int) -> Iterator[int]:
-        replica = self._order[index]
-        same = [i for r, i in zip(self._order, self._placed, strict=False) if r.role == replica.role]
+    def _candidates(self) -> Iterator[int]:
+        """Nodes for the next replica, the best first; none if this state is known to fail."""
+        if len(self._placed) == len(self._order) or self._state() in self._failed:
+            return iter(())
+        replica = self._order[len(self._placed)]
         fits = [i for i, node in enumerate(self._nodes) if replica.may_use(node) and self._fits(replica, i)]
-        yield from sorted(fits, key=lambda i: (same.count(i), -self._free[i].get("CPU", 0.0)))
+        return iter(sorted(fits, key=lambda i: (self._of_role[replica.role, i], -self._free[i].get("CPU", 0.0))))
 
     def _fits(self, replica: _Replica, node: int) -> bool:
         return all(self._free[node].get(kind, 0.0) + EPSILON >= amount for kind, amount in replica.needs.items())
 
-    def _take(self, index: int, node: int, sign: int) -> None:
-        for kind, amount in self._order[index].needs.items():
-            self._free[node][kind] -= sign * amount
+    def _put(self, node: int) -> None:
+        replica = self._order[len(self._placed)]
+        self._placed.append(node)
+        self._of_role[replica.role, node] += 1
+        for kind, amount in replica.needs.items():
+            self._free[node][kind] -= amount
+
+    def _take_back(self) -> None:
+        node = self._placed.pop()
+        replica = self._order[len(self._placed)]
+        self._of_role[replica.role, node] -= 1
+        for kind, amount in replica.needs.items():
+            self._free[node][kind] += amount
 
 
 def _refuse_split_loopback(spec: ClusterSpec, placement: Placement) -> None:

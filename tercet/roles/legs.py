@@ -33,6 +33,7 @@ class LegRole(ABC):
         self._loop = loop
         self._legs: dict[Ticket, ActiveLeg] = {}
         self._draining = False
+        self._dead: TercetError | None = None  # why no leg can be served here any more
 
     @abstractmethod
     def begin(self, active: ActiveLeg) -> None:
@@ -48,6 +49,9 @@ class LegRole(ABC):
 
     def start(self, leg: Leg, stream: ReportStream) -> None:
         ticket = Ticket(leg.request_id, leg.attempt, leg.epoch)
+        if self._dead is not None:
+            stream.failed(leg, self._dead)
+            return
         if self._draining or ticket in self._legs:
             stream.rejected(leg, "the worker is draining" if self._draining else f"{ticket} is running already")
             return
@@ -75,7 +79,9 @@ class LegRole(ABC):
         if self.forget(active):
             active.stream.failed(active.leg, error)
 
-    def fail_all(self, error: TercetError) -> None:
+    def die(self, error: TercetError) -> None:
+        """The engine is dead: fail every leg, and each that still comes."""
+        self._dead = error
         for active in list(self._legs.values()):
             self.fail(active, error)
 

@@ -14,7 +14,8 @@ from tercet.core import Load, Role, WorkerInfo
 from tercet.engine.engine import Engine
 from tercet.engine.runner import Runner, kv_layout
 from tercet.errors import ClusterError, WorkerLost
-from tercet.models.sources import LoadedModel, load_model
+from tercet.models.loader import LoadedModel
+from tercet.models.sources import load_model
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
 from tercet.roles.prefill import Prefill
@@ -109,7 +110,7 @@ class Worker:
         finally:
             if self.engine.failure is not None:
                 error = WorkerLost(f"the engine of {self._worker_id} died: {self.engine.failure!r}")
-                loop.call_soon_threadsafe(self.handler.fail_all, error)
+                loop.call_soon_threadsafe(self.handler.die, error)
 
     async def health(self) -> Load:
         """Raises ClusterError when the engine is dead or stuck."""

@@ -168,7 +168,7 @@ class Inbound:
         if data.layer >= self._layers or data.count < 1 or data.index + data.count > len(inbound.blocks):
             self.dropped["Data"] += 1
             return None
-        if (data.layer, data.index) in inbound.landed:
+        if any((data.layer, data.index + i) in inbound.landed for i in range(data.count)):
             self.dropped["Data"] += 1  # a duplicate: what is verified is not written again
             return None
         inbound.landing += 1
@@ -179,10 +179,8 @@ class Inbound:
         inbound = self._tickets[data.ticket]
         inbound.landing -= 1
         for offset, digest in enumerate(digests or ()):
-            where = (data.layer, data.index + offset)
-            if where not in inbound.landed:
-                inbound.landed.add(where)
-                inbound.digest = (inbound.digest + digest) & MASK
+            inbound.landed.add((data.layer, data.index + offset))
+            inbound.digest = (inbound.digest + digest) & MASK
         if inbound.failed:
             return self._settle(inbound)
         return self._complete_if_all_landed(inbound, now)

@@ -35,7 +35,10 @@ class ByteTokenizer:
         return turns + ("<a>" if add_generation_prompt else "")
 
     def token_text(self, token_id: int) -> str:
-        return bytes([token_id]).decode(errors="replace") if token_id < 256 else ""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b"<eos>"
 
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()

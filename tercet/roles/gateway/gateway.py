@@ -21,11 +21,13 @@ from grpc_reflection.v1alpha import reflection
 from tercet.core import WorkerInfo
 from tercet.errors import ClusterError
 from tercet.metrics import Metrics
+from tercet.models.sources import load_config, load_tokenizer, served_name
 from tercet.roles.gateway.ask import Backend, ServedModel
 from tercet.roles.gateway.frontend import Frontend
 from tercet.roles.gateway.grpc_api import NOT_SERVING, SERVICE, SERVING, InferenceService
 from tercet.roles.gateway.http_api import HttpApi
 from tercet.roles.gateway.readiness import POLL_S, Readiness
+from tercet.roles.router import Router
 from tercet.spec import ClusterSpec, ListenSpec, ModelSpec
 from tercet.wire.gen import inference_pb2_grpc
 
@@ -43,12 +45,10 @@ class GatewayInfo:
 
 def load_served_model(spec: ModelSpec) -> ServedModel:
     """Tokenizer and limits, without weights. Raises ModelError."""
-    from tercet.models import sources
-
-    config = sources.load_config(spec)
+    config = load_config(spec)
     return ServedModel(
-        name=sources.served_name(spec),
-        tokenizer=sources.load_tokenizer(spec),
+        name=served_name(spec),
+        tokenizer=load_tokenizer(spec),
         vocab_size=config.vocab_size,
         max_context=min(spec.max_context, config.max_context),
     )
@@ -61,11 +61,7 @@ class Gateway:
         self, spec: ClusterSpec, cluster_token: str, router: Backend | None = None, model: ServedModel | None = None
     ) -> None:
         self._spec = spec
-        if router is None:
-            from tercet.roles.router import Router
-
-            router = Router(spec, cluster_token)
-        self._router = router
+        self._router: Backend = router or Router(spec, cluster_token)
         self._model = model or load_served_model(spec.model)
         self._workers: tuple[WorkerInfo, ...] = ()
         self._metrics = Metrics(self._router.loads)

@@ -123,8 +123,8 @@ class ChatReply(Reply):
         return {"content": content, "refusal": None}
 
     def _logprob(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        text = self._tokenizer.token_text(token_id)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        text, raw = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
 
     def _add_prompt_ids(self, answer: dict[str, Any]) -> None:
         if self._options.return_token_ids:

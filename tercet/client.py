@@ -1,0 +1,239 @@
+"""A small synchronous client of the OpenAI endpoint, by the standard library alone.
+
+    client = tercet.Client("http://127.0.0.1:8000")
+    client.chat("What is the capital of France?", max_tokens=20).text
+    with client.stream("Tell me more.") as answer:
+        for piece in answer: ...
+    answer.result.timings
+
+Every failure is one of tercet.errors: the gateway's own by its code, NoWorkers if nothing answers at the address.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from tercet.errors import DeadlineExceeded, InvalidRequest, NoWorkers, TercetError, WorkerLost, from_wire
+
+Messages = str | Sequence[Mapping[str, Any]]  # a text stands for one message of the user
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole answer. `timings` is what the gateway says of the request's stages, seconds and bytes."""
+
+    text: str
+    finish_reason: str | None
+    token_ids: tuple[int, ...] = ()  # if asked for with return_token_ids=True
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    timings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Stream:
+    """Iterate for pieces of text; `result` stands once it is exhausted. Closing it early aborts the request."""
+
+    def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
+        self._connection = connection
+        self._response = response
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._finish_reason: str | None = None
+        self.result: Result | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        with self:
+            for chunk in self._chunks():
+                yield from self._take(chunk)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._response.close()
+        self._connection.close()
+
+    def _chunks(self) -> Iterator[dict[str, Any]]:
+        """Chunks until [DONE]. Raises the error that the gateway sent, WorkerLost if the stream just ends."""
+        try:
+            for line in self._response:
+                data = line.strip().removeprefix(b"data: ")
+                if data == b"[DONE]":
+                    return
+                if data:
+                    yield _checked(json.loads(data))
+        except TimeoutError as error:
+            raise DeadlineExceeded("the gateway sent nothing for too long") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise WorkerLost(f"the stream was cut: {error}") from error
+        raise WorkerLost("the stream ended before the answer did")
+
+    def _take(self, chunk: dict[str, Any]) -> Iterator[str]:
+        for choice in chunk["choices"]:
+            text = choice["delta"]["content"] if "delta" in choice else choice["text"]
+            self._ids.extend(choice.get("token_ids", ()))
+            self._finish_reason = choice["finish_reason"]
+            if text:
+                self._text.append(text)
+                yield text
+        if "timings" in chunk:
+            text = "".join(self._text)
+            self.result = Result(text, self._finish_reason, tuple(self._ids), chunk["usage"], chunk["timings"])
+
+
+class Client:
+    """Opens one connection a request; may be used from many threads."""
+
+    def __init__(self, base_url: str = "http://127.0.0.1:8000", timeout_s: float = 300.0) -> None:
+        """timeout_s: the longest silence of the gateway."""
+        url = urlsplit(base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise InvalidRequest(f"base_url must look like http://host:port, got {base_url!r}")
+        self._url = url
+        self._timeout_s = timeout_s
+
+    def chat(self, messages: Messages, **params: Any) -> Result:
+        """params: as in the OpenAI API and vLLM. Raises TercetError."""
+        choice, body = self._whole(CHAT, {"messages": _messages(messages)} | params)
+        return _result(choice["message"]["content"], choice, body)
+
+    def generate(self, prompt: str | Sequence[int], **params: Any) -> Result:
+        """Completion of a text or of token ids. Raises TercetError."""
+        choice, body = self._whole(COMPLETIONS, {"prompt": _prompt(prompt)} | params)
+        return _result(choice["text"], choice, body)
+
+    def stream(self, messages: Messages, **params: Any) -> Stream:
+        """`chat`, piece by piece. Raises TercetError, here or while it is iterated."""
+        return self._stream(CHAT, {"messages": _messages(messages)} | params)
+
+    def stream_generate(self, prompt: str | Sequence[int], **params: Any) -> Stream:
+        """`generate`, piece by piece. Raises TercetError, here or while it is iterated."""
+        return self._stream(COMPLETIONS, {"prompt": _prompt(prompt)} | params)
+
+    def models(self) -> list[str]:
+        return [model["id"] for model in self._json("GET", "/v1/models")["data"]]
+
+    def is_ready(self) -> bool:
+        """Whether a real request has passed through a live pair. Raises NoWorkers if nothing answers."""
+        connection, response = self._open("GET", "/ready")
+        response.read()
+        connection.close()
+        return response.status == 200
+
+    def _whole(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if body.get("n", 1) != 1:
+            raise InvalidRequest(f"n must be 1 for this client, got {body['n']}; use the openai client for more")
+        answer = self._json("POST", path, body)
+        return answer["choices"][0], answer
+
+    def _stream(self, path: str, body: dict[str, Any]) -> Stream:
+        asked = {"stream": True, "stream_options": {"include_usage": True}}
+        connection, response = self._open("POST", path, body | asked)
+        if response.status != 200:
+            with closing(connection):
+                raise _failure(response.status, response.read())
+        return Stream(connection, response)
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        connection, response = self._open(method, path, body)
+        try:
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise WorkerLost(f"the answer was cut: {error}") from error
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise _failure(response.status, content)
+        return _checked(json.loads(content))
+
+    def _open(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._url.hostname or "", self._url.port, timeout=self._timeout_s)
+        content = None if body is None else json.dumps(body).encode()
+        try:
+            connection.request(method, self._url.path.rstrip("/") + path, content, {"Content-Type": "application/json"})
+            return connection, connection.getresponse()
+        except TimeoutError as error:
+            connection.close()
+            raise DeadlineExceeded(f"{self._url.geturl()} did not answer within {self._timeout_s:g} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise NoWorkers(f"cannot reach {self._url.geturl()}: {error}; is `tercet serve` running?") from error
+
+
+def chat_loop(client: Client, console: Console | None = None, **params: Any) -> None:
+    """Read a line, stream the answer, remember both; an empty line or the end of input ends it."""
+    console = console or Console()
+    history: list[dict[str, str]] = []
+    console.print("Chat with the model; an empty line ends it.", style="dim")
+    while line := _ask(console):
+        history.append({"role": "user", "content": line})
+        try:
+            history.append({"role": "assistant", "content": _say(client, console, history, params)})
+        except TercetError as error:
+            history.pop()
+            console.print(f"{error.code()}: {error}", style="red", markup=False)
+
+
+def _ask(console: Console) -> str:
+    try:
+        return console.input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _say(client: Client, console: Console, history: Messages, params: Mapping[str, Any]) -> str:
+    """Ctrl-C ends the answer, not the chat."""
+    pieces: list[str] = []
+    with client.stream(history, **params) as stream:
+        try:
+            for piece in stream:
+                pieces.append(piece)
+                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            console.print(" [stopped]", style="dim", markup=False)
+    console.print()
+    return "".join(pieces)
+
+
+def _messages(messages: Messages) -> list[Mapping[str, Any]]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+
+
+def _prompt(prompt: str | Sequence[int]) -> str | list[int]:
+    return prompt if isinstance(prompt, str) else list(prompt)
+
+
+def _result(text: str, choice: Mapping[str, Any], body: Mapping[str, Any]) -> Result:
+    return Result(text, choice["finish_reason"], tuple(choice.get("token_ids", ())), body["usage"], body["timings"])
+
+
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    if "error" in answer:
+        raise from_wire(answer["error"]["code"], answer["error"]["message"])
+    return answer
+
+
+def _failure(status: int, content: bytes) -> TercetError:
+    """The gateway's error; what stands between may answer in no known shape."""
+    try:
+        error = json.loads(content)["error"]
+        return from_wire(error["code"], error["message"])
+    except (ValueError, KeyError, TypeError):
+        return TercetError(f"HTTP {status}: {content[:200]!r}")

@@ -1,0 +1,95 @@
+"""Pieces that several tests use: a cluster of real workers in this process, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+from tercet.core import Done, GenerateRequest, Role, SamplingParams, TokenEvent
+from tercet.roles.router import Router
+from tercet.roles.worker import Worker
+from tercet.spec import ClusterSpec
+
+TOKEN = "secret"
+
+
+def spec_of(topology: str = "pd", decoders: int = 2, prefills: int = 1, **changes: object) -> ClusterSpec:
+    """A small float32 cluster; `changes` are dotted keys: transfer__transport="tcp", kv__blocks=64, ..."""
+    kv = {k.removeprefix("kv__"): v for k, v in changes.items() if k.startswith("kv__")}
+    scheduler = {k.removeprefix("scheduler__"): v for k, v in changes.items() if k.startswith("scheduler__")}
+    role = {"threads": 1, "kv": {"blocks": 256} | kv, "scheduler": scheduler}
+    roles = {
+        "pd": {Role.PREFILL: role | {"replicas": prefills}, Role.DECODE: role | {"replicas": decoders}},
+        "aggregated": {Role.AGGREGATED: role | {"replicas": decoders}},
+    }[topology]
+    transfer = {k.removeprefix("transfer__"): v for k, v in changes.items() if k.startswith("transfer__")}
+    limits = {k.removeprefix("limits__"): v for k, v in changes.items() if k.startswith("limits__")}
+    return ClusterSpec(
+        topology=topology,
+        model={"dtype": "float32"},
+        roles=roles,
+        transfer=transfer,
+        limits=limits,
+    )
+
+
+class LocalCluster:
+    """Workers on this process's event loop and a router; every wire between them is real."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self.spec = spec
+        self.workers: dict[str, Worker] = {}
+        self.router = Router(spec, TOKEN)
+
+    async def start(self) -> None:
+        infos = []
+        for role, role_spec in self.spec.roles.items():
+            for number in range(role_spec.replicas):
+                worker = Worker(f"{role.value}-{number}", role, 1, self.spec, "127.0.0.1", TOKEN)
+                infos.append(await worker.start())
+                self.workers[f"{role.value}-{number}"] = worker
+        await self.router.set_workers(infos)
+        while self.router.missing_roles() or len(self.router.loads()) < len(infos):
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        await self.router.close()
+        for worker in self.workers.values():
+            await worker.stop()
+
+    async def generate(self, token_ids: Sequence[int], **params: object) -> tuple[list[TokenEvent], Done]:
+        events = [e async for e in self.router.generate(request_of(token_ids, **params))]
+        assert isinstance(events[-1], Done)
+        return events[:-1], events[-1]
+
+    async def settled(self, timeout_s: float = 5.0) -> None:
+        """The leak oracle: every block is accounted for, and idle workers hold none."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and any(
+            w.engine.load().blocks_free < w.engine.load().blocks_total for w in self.workers.values()
+        ):
+            await asyncio.sleep(0.02)
+        for name, worker in self.workers.items():
+            worker.engine.check_integrity()
+            load = worker.engine.load()
+            assert load.blocks_free == load.blocks_total, f"{name} leaks: {load}"
+            assert load.running == load.waiting == 0, f"{name}: {load}"
+
+
+def request_of(token_ids: Sequence[int], timeout_s: float = 60.0, **params: object) -> GenerateRequest:
+    sampling = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | params))
+    return GenerateRequest(uuid.uuid4().hex, tuple(token_ids), sampling, time.monotonic() + timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def cluster(spec: ClusterSpec) -> AsyncIterator[LocalCluster]:
+    made = LocalCluster(spec)
+    await made.start()
+    try:
+        yield made
+        await made.settled()
+    finally:
+        await made.stop()

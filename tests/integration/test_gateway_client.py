@@ -1,0 +1,103 @@
+"""tercet.Client and the chat loop against a real gateway, from another thread, as users run them."""
+
+import asyncio
+import io
+import socket
+
+import pytest
+from rich.console import Console
+
+import tercet
+from tercet.client import chat_loop
+from tercet.errors import ContextTooLong, InvalidRequest, NoWorkers, WorkerLost
+from tests.fakes.gateway import running
+from tests.fakes.router import TIMES, FakeRouter
+from tests.fakes.tokenizer import EOS
+
+SAYS = "The capital of France is Paris."
+
+
+@pytest.fixture
+async def router():
+    return FakeRouter(SAYS)
+
+
+@pytest.fixture
+async def client(router):
+    async with running(router) as (_, info):
+        yield tercet.Client(info.http_url)
+
+
+async def test_chat(client, router):
+    result = await asyncio.to_thread(client.chat, "What is it?", temperature=0, return_token_ids=True)
+    assert (result.text, result.finish_reason) == (SAYS, "stop")
+    assert result.token_ids == (*SAYS.encode(), EOS)
+    assert result.usage["completion_tokens"] == len(SAYS) + 1
+    assert result.timings["kv_bytes"] == TIMES.kv_bytes
+    assert bytes(router.requests[0].token_ids) == b"<u>What is it?<a>"
+
+
+async def test_generate_from_text_and_token_ids(client, router):
+    router.script = lambda request: bytes(request.token_ids).upper()
+    assert (await asyncio.to_thread(client.generate, "ab")).text == "AB"
+    assert (await asyncio.to_thread(client.generate, list(b"cd"))).text == "CD"
+
+
+async def test_stream(client):
+    def run():
+        stream = client.stream("What is it?", max_tokens=5)
+        return list(stream), stream.result
+
+    pieces, result = await asyncio.to_thread(run)
+    assert pieces == list("The c")
+    assert (result.text, result.finish_reason) == ("The c", "length")
+    assert result.timings["workers"]["decode"] == "decode-1"
+    assert result.usage["total_tokens"] > 5
+
+
+async def test_closing_a_stream_aborts_the_request(client, router):
+    router.delay_s = 0.01
+
+    def run():
+        with client.stream_generate("x", ignore_eos=True, max_tokens=100) as stream:
+            return next(iter(stream))
+
+    assert await asyncio.to_thread(run) == "T"
+    while not router.aborted:
+        await asyncio.sleep(0.005)
+
+
+async def test_errors_have_their_class(client, router):
+    with pytest.raises(InvalidRequest, match="temperature must be"):
+        await asyncio.to_thread(client.chat, "x", temperature=-1)
+    with pytest.raises(ContextTooLong):
+        await asyncio.to_thread(client.stream, "x" * 500)
+    with pytest.raises(InvalidRequest, match="base_url"):
+        tercet.Client("localhost:8000")
+    router.error, router.error_after = WorkerLost("decode-1 died"), 3
+    with pytest.raises(WorkerLost, match="decode-1 died"):
+        await asyncio.to_thread(list, client.stream("x"))
+
+
+def test_nothing_at_the_address():
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        with pytest.raises(NoWorkers, match="cannot reach"):
+            tercet.Client(f"http://127.0.0.1:{unheard.getsockname()[1]}").models()
+
+
+async def test_models_and_ready(client, router):
+    assert await asyncio.to_thread(client.models) == ["fake-model"]
+    assert await asyncio.to_thread(client.is_ready)
+    router.missing = ["decode"]
+    assert not await asyncio.to_thread(client.is_ready)
+
+
+async def test_the_chat_loop_remembers_what_was_said(client, router, monkeypatch):
+    lines = iter(["hi", "x" * 500, "and now?", ""])
+    console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(console, "input", lambda _: next(lines))
+    await asyncio.to_thread(chat_loop, client, console, max_tokens=3)
+    out = console.file.getvalue()
+    assert "context_too_long" in out  # and that line is forgotten
+    assert bytes(router.requests[1].token_ids) == b"<u>hi<a>The<u>and now?<a>"

@@ -1,0 +1,86 @@
+"""The command as a user types it, where no Ray is needed: exit codes, one line on stderr, nothing started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tercet.cluster import run_file
+from tercet.cluster.run_file import RunFile
+from tercet.errors import ClusterError
+
+ROOT = Path(__file__).parents[2]
+TERCET = Path(sys.executable).parent / "tercet"
+
+
+def tercet(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [TERCET, *args], cwd=ROOT, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin:/bin", **env}
+    )
+
+
+def test_version_and_validate():
+    assert tercet("--version").stdout.startswith("tercet ")
+    done = tercet("validate", "configs/local.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 prefill, 2 decode" in done.stdout
+
+
+def test_plan_shows_every_member_and_starts_nothing():
+    done = tercet("plan", "configs/local.yaml", "--set", "roles.decode.replicas=3")
+    assert done.returncode == 0
+    assert all(member in done.stdout for member in ("gateway", "prefill-0", "decode-0", "decode-1", "decode-2"))
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "want"),
+    [
+        (["validate", "none.yaml"], 2, "none.yaml: no such file"),
+        (["plan", "configs/local.yaml", "--set", "roles.decode.replicas=0"], 2, "must be at least 1, got 0"),
+        (["serve", "configs/local.yaml", "--set", "topology=pdx"], 2, "topology: must be"),
+        (["plan", "configs/local.yaml", "--set", "pools.cpu.labels.zone=a"], 1, "no node carries the labels zone=a"),
+        (["plan", "configs/local.yaml", "--address", "127.0.0.1:1"], 1, "no Ray answers at 127.0.0.1:1"),
+        (["serve", "configs/local.yaml", "--set", "ray.address=here"], 1, "Ray address 'here': want host:port"),
+        (["down", "--name", "nobody"], 1, "no cluster named nobody is served"),
+        (["status", "--name", "nobody"], 1, "no cluster named nobody is served"),
+    ],
+)
+def test_a_fault_is_one_line_and_an_exit_code(args, code, want):
+    done = tercet(*args)
+    assert done.returncode == code
+    assert want in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_a_stale_address_file_does_not_hang(tmp_path):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    done = tercet("plan", "configs/local.yaml", "--address", "auto", RAY_TMPDIR=str(tmp_path))
+    assert done.returncode == 1
+    assert "no Ray runs on this machine" in done.stderr
+
+
+def test_the_command_imports_neither_torch_nor_ray():
+    code = "import sys, tercet.cluster.cli; sys.exit(bool({'torch', 'ray', 'grpc'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+def test_a_run_file_is_a_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ClusterError, match="no cluster is served"):
+        run_file.find(None)
+    with RunFile("one") as mine:
+        mine.write("10.0.0.1:6379", "http://127.0.0.1:8000")
+        assert run_file.find(None).http_url == "http://127.0.0.1:8000"
+        with pytest.raises(ClusterError, match="a cluster named one is already served"), RunFile("one"):
+            pass
+        with RunFile("two"), pytest.raises(ClusterError, match=r"--name.*one, two"):
+            run_file.find(None)
+    assert run_file.served() == []
+    left_behind = tmp_path / next(tmp_path.iterdir()).name / "one.json"
+    left_behind.write_text('{"name": "one", "pid": 1}')
+    assert run_file.served() == []

@@ -1,0 +1,182 @@
+"""The reconcile loop: its pure decisions, then the controller over a fake starter (members without processes)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tercet.cluster import reconcile
+from tercet.cluster.controller import Controller
+from tercet.cluster.reconcile import GATEWAY, Member, Publish, Start, State, Stop, diff
+from tercet.core import Role
+from tercet.errors import ClusterError, ModelFileMissing, TercetError, WorkerLost
+from tercet.spec import ClusterSpec, RaySpec, RoleSpec
+
+TARGET = (GATEWAY, "prefill-0", "decode-0")
+
+
+def live(epoch: int = 1) -> Member:
+    return Member(epoch, State.LIVE, 0.0)
+
+
+def test_an_empty_cluster_starts_everything():
+    assert set(diff(TARGET, {}, None, 0.0)) == {Start(m, 1) for m in TARGET}
+
+
+def test_a_cluster_as_it_should_be_needs_nothing():
+    actual = {m: live() for m in TARGET}
+    assert diff(TARGET, actual, {"decode-0": 1, "prefill-0": 1}, 0.0) == ()
+
+
+def test_a_lost_worker_is_unpublished_and_started_with_the_next_epoch():
+    actual = {m: live() for m in TARGET} | {"decode-0": reconcile.lost(live(4), "died", 10.0)}
+    told = {"decode-0": 4, "prefill-0": 1}
+    assert diff(TARGET, actual, told, 10.0) == (Start("decode-0", 5), Publish({"prefill-0": 1}))
+
+
+def test_a_new_gateway_is_told_even_if_nothing_changed():
+    actual = {m: live() for m in TARGET}
+    assert diff(TARGET, actual, None, 0.0) == (Publish({"decode-0": 1, "prefill-0": 1}),)
+
+
+def test_what_is_not_wanted_is_stopped():
+    actual = {m: live() for m in (*TARGET, "decode-1")}
+    assert Stop("decode-1") in diff(TARGET, actual, None, 0.0)
+
+
+def test_a_crash_loop_backs_off_and_a_long_life_forgives():
+    now, member, waits = 0.0, reconcile.starting(1, None, 0.0), []
+    for _ in range(8):
+        member = reconcile.lost(member, "crash", now)
+        waits.append(member.retry_at - now)
+        assert not [a for a in diff(TARGET, {"decode-0": member}, None, now - 0.1) if a == Start("decode-0", 2)]
+        now = member.retry_at
+        member = reconcile.starting(member.epoch + 1, member, now)
+    assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
+    old = reconcile.up(member, now)
+    assert reconcile.lost(old, "at last", now + reconcile.STABLE_S).retry_at == now + reconcile.STABLE_S
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from((*TARGET, "decode-1")),
+        st.builds(Member, st.integers(1, 9), st.sampled_from(State), st.just(0.0), retry_at=st.floats(0, 9)),
+    ),
+    st.floats(0, 9),
+)
+def test_no_member_is_started_while_it_lives_and_epochs_grow(actual, now):
+    for action in diff(TARGET, actual, None, now):
+        match action:
+            case Start(member_id, epoch):
+                before = actual.get(member_id)
+                assert before is None or (before.state is State.LOST and epoch > before.epoch)
+            case Publish(epochs):
+                assert all(actual[m].state is State.LIVE for m in epochs)
+
+
+class FakeMember:
+    """A member's process: answers what the test says, remembers what it was asked."""
+
+    def __init__(self, member_id: str, epoch: int, world: FakeStarter) -> None:
+        self.name = f"{member_id}@{epoch}"
+        self._member_id = member_id
+        self._world = world
+        self.fault: TercetError | None = None
+
+    async def call(self, method: str, *args: object, timeout_s: float) -> Any:
+        await asyncio.sleep(0)
+        self._world.calls.append((self.name, method))
+        if self.fault is not None:
+            raise self.fault
+        if method == "set_workers":
+            self._world.told = args[0]
+        if method == "health" and self._member_id == GATEWAY:
+            return {"ready": len(self._world.told) == 2, "stop_requested": self._world.stop_requested}
+        return self.name  # stands for the info that `start` gives
+
+    def kill(self) -> None:
+        self._world.killed.append(self.name)
+
+
+class FakeStarter:
+    def __init__(self) -> None:
+        self.members: dict[str, FakeMember] = {}
+        self.calls: list[tuple[str, str]] = []
+        self.killed: list[str] = []
+        self.told: Any = ()
+        self.stop_requested = False
+        self.refuse: TercetError | None = None
+
+    async def launch(self, member_id: str, epoch: int) -> FakeMember:
+        if self.refuse is not None and member_id == "decode-0":
+            raise self.refuse
+        self.members[member_id] = FakeMember(member_id, epoch, self)
+        return self.members[member_id]
+
+
+def controller(starter: FakeStarter, reports: list[str]) -> Controller:
+    spec = ClusterSpec(roles={Role.PREFILL: RoleSpec(), Role.DECODE: RoleSpec()}, ray=RaySpec(start_timeout_s=20.0))
+    return Controller(spec, ["prefill-0", "decode-0"], starter, reports.append)
+
+
+async def until(condition: Any) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def test_a_lost_worker_is_killed_replaced_and_published():
+    starter, reports, stop = FakeStarter(), [], asyncio.Event()
+    cluster = controller(starter, reports)
+    await cluster.bring_up()
+    assert set(starter.told) == {"prefill-0@1", "decode-0@1"}
+    running = asyncio.create_task(cluster.run(stop))
+    starter.members["decode-0"].fault = WorkerLost("decode-0 died")
+    await until(lambda: "decode-0@2" in starter.told)
+    assert starter.killed == ["decode-0@1"]
+    assert any("decode-0 (epoch 1) lost: worker_lost: decode-0 died" in line for line in reports)
+    starter.members[GATEWAY].fault = WorkerLost("gateway died")
+    starter.told = ()
+    await until(lambda: set(starter.told) == {"prefill-0@1", "decode-0@2"})
+    stop.set()
+    await running
+
+
+async def test_shut_down_drains_the_gateway_first_and_kills_all():
+    starter = FakeStarter()
+    cluster = controller(starter, [])
+    await cluster.bring_up()
+    starter.stop_requested = True  # as `tercet down` asks
+    await cluster.run(asyncio.Event())
+    starter.calls.clear()
+    await cluster.shut_down()
+    told = [call for call in starter.calls if call[1] != "health"]
+    assert told[0] == ("gateway@1", "drain")
+    assert set(told[1:3]) == {("prefill-0@1", "drain"), ("decode-0@1", "drain")}
+    assert {method for _, method in told[3:]} == {"stop"}
+    assert sorted(starter.killed) == ["decode-0@1", "gateway@1", "prefill-0@1"]
+
+
+@pytest.mark.parametrize("fault", [ModelFileMissing("x.gguf: no such file"), ClusterError("port 8000 is in use")])
+async def test_a_fault_while_bringing_up_is_raised_as_itself(fault):
+    starter = FakeStarter()
+    starter.refuse = fault
+    cluster = controller(starter, [])
+    with pytest.raises(type(fault), match=str(fault)):
+        await cluster.bring_up()
+    await cluster.shut_down()
+    assert len(starter.killed) == len(starter.members)
+
+
+async def test_a_bug_in_a_member_is_not_swallowed():
+    class Broken(FakeStarter):
+        async def launch(self, member_id: str, epoch: int) -> FakeMember:
+            raise ZeroDivisionError
+
+    cluster = controller(Broken(), [])
+    with pytest.raises(ZeroDivisionError):
+        await cluster.bring_up()
+    await cluster.kill()

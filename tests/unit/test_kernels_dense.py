@@ -1,0 +1,76 @@
+"""Linear, norm, RoPE and SwiGLU against their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tercet.kernels.activation import silu_and_mul, silu_and_mul_reference
+from tercet.kernels.linear import (
+    SLICE,
+    LinearPacker,
+    OnednnLinear,
+    PackedLinear,
+    WidenedLinear,
+    compute_dtype,
+    linear_reference,
+)
+from tercet.kernels.norm import RmsNorm, rms_norm_reference
+from tercet.kernels.rope import RopeTable, apply_rope, apply_rope_reference
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "onednn", "widened", "chosen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(kind, dtype, rows, biased):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(SLICE + 100, 96).to(dtype), torch.randn(SLICE + 100).to(dtype) if biased else None
+    if kind == "chosen":
+        linear = LinearPacker(dtype, 128).pack(weight, bias)
+    elif kind == "widened":
+        if compute_dtype(dtype) == dtype:
+            pytest.skip("this CPU multiplies the dtype itself")
+        linear = WidenedLinear(weight, bias, torch.empty(SLICE * 128))
+    elif compute_dtype(dtype) != dtype:
+        pytest.skip("activations are float32 on this CPU")
+    else:
+        linear = {"plain": PackedLinear, "onednn": OnednnLinear}[kind](weight, bias)
+    x = torch.randn(rows, 96).to(compute_dtype(dtype))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.15  # bfloat16 rounds inputs and results of about 10 to 2^-8
+    torch.testing.assert_close(linear.linear(x), linear_reference(x, weight, bias), rtol=1e-2, atol=tolerance)
+
+
+def test_linear_keeps_bfloat16_weights_exact():
+    """More than one row is multiplied in float32, whatever the weights were rounded to when they were stored."""
+    if compute_dtype(torch.bfloat16) == torch.bfloat16:
+        pytest.skip("this CPU multiplies bfloat16 itself")
+    weight, x = torch.randn(300, 64).bfloat16(), torch.randn(3, 64)
+    out = LinearPacker(torch.bfloat16, 64).pack(weight).linear(x)
+    torch.testing.assert_close(out, linear_reference(x, weight, None), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_rms_norm(scale):
+    x, weight = torch.randn(5, 3, 64) * scale, torch.randn(3, 64)
+    torch.testing.assert_close(RmsNorm(weight, 1e-5)(x), rms_norm_reference(x, weight, 1e-5))
+
+
+def test_rms_norm_of_zeros_is_zero():
+    assert RmsNorm(torch.ones(8), 1e-5)(torch.zeros(2, 8)).eq(0).all()
+
+
+def test_rope():
+    inv_freq, positions = 100.0 ** -torch.linspace(0, 1, 8), torch.tensor([0, 1, 7, 90])
+    x, angles = torch.randn(4, 3, 16), torch.outer(positions.float(), inv_freq)
+    expected = apply_rope_reference(x, angles.cos() * 1.5, angles.sin() * 1.5)
+    wide = torch.cat((x, x), 1)[:, 2:5]  # a view with strides, written in place as the model does it
+    apply_rope(x, *RopeTable(inv_freq, 128, 1.5).rows(positions, torch.float32), out=wide)
+    torch.testing.assert_close(wide, expected)
+    apply_rope(x, *RopeTable(inv_freq, 128, 1.5).rows(positions, torch.float32), out=x)
+    torch.testing.assert_close(x, expected)
+
+
+def test_silu_and_mul():
+    gate_up = torch.randn(5, 32) * 5
+    torch.testing.assert_close(silu_and_mul(gate_up), silu_and_mul_reference(gate_up))

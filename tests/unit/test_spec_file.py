@@ -1,0 +1,156 @@
+"""A wrong spec is one line that names file, line, path and the bad value."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tercet.cluster.spec_file import load_spec
+from tercet.core import Role
+from tercet.errors import SpecError, UnsupportedSpec
+
+LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
+SPEC = """\
+name: small
+pools:
+  cpu: {accelerator: cpu, cpus: 4}
+roles:
+  prefill:
+    pool: cpu
+  decode:
+    pool: cpu
+    replicas: 2
+"""
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "spec.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def fault(path: Path, *overrides: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_spec(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_shipped_specs_are_valid():
+    for path in LOCAL.parent.glob("*.yaml"):
+        load_spec(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "want"),
+    [
+        ("replicas: 2", "replicas: 0", ":9: roles.decode.replicas: must be at least 1, got 0"),
+        ("replicas: 2", "replicas: two", ':9: roles.decode.replicas: must be a whole number, got "two"'),
+        ("replicas: 2", "replicas: 1.5", ":9: roles.decode.replicas: must be a whole number, got 1.5"),
+        ("replicas: 2", "replica: 2", ":9: roles.decode.replica: unknown key; did you mean replicas?"),
+        ("replicas: 2", "replicas: 9", ":5: roles.prefill.cpus: pool 'cpu' has 4 cpus, its roles need 10"),
+        ("replicas: 2", "replicas: 2\n    replicas: 3", ":10: roles.decode.replicas: this key stands twice"),
+        ("replicas: 2", "gpus: 1", ":9: roles.decode.gpus: pool 'cpu' has 0 gpus, its roles need 1"),
+        ("name: small", "name: Small!", ":1: name: must be lower-case"),
+        ("name: small", "model: {dtype: int3}", ":1: model.dtype: must be 'float32' or 'bfloat16', got \"int3\""),
+        ("name: small", "model: null", ":1: model: must be a map of keys, got null"),
+        ("name: small", "limits: {request_timeout_s: .nan}", ":1: limits.request_timeout_s: must be "),
+        ("name: small", "name: !!python/object:os.system x", ":1: name: the tag tag:yaml.org,2002:python/object"),
+        ("  decode:\n    pool: cpu\n    replicas: 2\n", "", ":4: roles: topology pd needs decode"),
+        ("  decode:", "  aggregated:", ":4: roles: topology pd needs decode"),
+        ("  decode:", "  decoder:", ":7: roles.decoder: must be 'encode', 'prefill', 'decode' or 'aggregated'"),
+        ("roles:", "roles: [", ":6: not valid YAML"),
+    ],
+)
+def test_one_line_names_place_and_value(tmp_path, old, new, want):
+    path = write(tmp_path, SPEC.replace(old, new, 1))
+    assert f"{path}{want}" in fault(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "want"),
+    [
+        ("", "the file is empty"),
+        ("# only a comment\n", "the file is empty"),
+        ("- a\n- b\n", ":1: the spec must be a map of keys, got a list"),
+        (b"name: x\nmodel: \xff\n", ":2: not valid UTF-8 at byte 15"),
+        ("a: &x [*x]\n", "levels"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_spec(tmp_path, content, want):
+    assert want in fault(write(tmp_path, content))
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "no such file" in fault(tmp_path / "none.yaml")
+    assert "cannot be read" in fault(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "want"),
+    [
+        ("roles.decode.parallel.tensor=2", "roles.decode.parallel.tensor: degree 2 is not built yet"),
+        ("roles.prefill.parallel.expert=4", "roles.prefill.parallel.expert: degree 4 is not built yet"),
+        ("pools.cpu.accelerator=gpu", "pools.cpu.accelerator: gpu is not built yet"),
+        ("pools.cpu.accelerator=npu", "pools.cpu.accelerator: npu is not built yet"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(tmp_path, setting, want):
+    path = write(tmp_path, SPEC)
+    assert f"--set {setting}: {want}" in fault(path, setting)
+    with pytest.raises(UnsupportedSpec):
+        load_spec(path, [setting])
+
+
+def test_encode_and_accelerators_are_refused_with_their_line(tmp_path):
+    with_encode = SPEC + "  encode:\n    pool: cpu\ntopology: epd\n"
+    assert ":12: topology: epd needs the encode role" in fault(write(tmp_path, with_encode))
+    with_gpus = SPEC.replace("cpus: 4", "gpus: 2").replace("replicas: 2", "gpus: 2")
+    assert ":9: roles.decode.gpus: GPU workers are not built yet" in fault(write(tmp_path, with_gpus))
+
+
+def test_set_overrides_as_helm_does():
+    spec = load_spec(
+        LOCAL,
+        [
+            "model.dtype=float32",
+            "gateway.http.port=18000",
+            "topology=aggregated",
+            "roles.prefill=null",
+            "roles.decode=null",
+            "roles.aggregated={pool: cpu, replicas: 2}",
+            r"pools.cpu.labels.tercet\.io/pool=a",
+        ],
+    )
+    assert (spec.model.dtype, spec.gateway.http.port) == ("float32", 18000)
+    assert list(spec.roles) == [Role.AGGREGATED]
+    assert spec.pools["cpu"].labels == {"tercet.io/pool": "a"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "want"),
+    [
+        ("modle.dtype=float32", "--set modle.dtype=float32: modle: unknown key; did you mean model?"),
+        ("name", "--set name: want key.path=value"),
+        ("a..b=1", "--set a..b=1: want key.path=value"),
+        ("model=[1", "--set model=[1: not valid YAML"),
+        ("name.x=1", "--set name.x=1: name is 'local', it has no keys below it"),
+        ("gateway.grpc.port=8000", "--set gateway.grpc.port=8000: gateway.grpc.port: 8000 is taken by gateway.http"),
+        ("gateway.http.port=70000", "gateway.http.port: must be at most 65535, got 70000"),
+    ],
+)
+def test_a_wrong_override_names_itself(setting, want):
+    assert want in fault(LOCAL, setting)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
+def test_any_override_ends_in_a_spec_or_a_spec_error(text):
+    with contextlib.suppress(SpecError):
+        load_spec(LOCAL, [text])
