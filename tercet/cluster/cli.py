@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the spec or the command line is wrong, 130 inter
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -129,18 +130,26 @@ def down(
 
 
 @app.command()
-def status(name: Name = None, address: Address = None) -> None:
+def status(
+    name: Name = None,
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Show a running cluster's members and their loads."""
     from tercet.cluster import run_file
     from tercet.cluster.tables import status_table
 
     if address is None:
-        found = run_file.find(name)
-        name, address = found.name, found.ray_address
-        os.environ.update(found.ray_environment)
+        here = run_file.find(name)
+        name, address = here.name, here.ray_address
+        os.environ.update(here.ray_environment)
     from tercet.cluster import remote  # only now: Ray reads its environment when it is imported
 
-    Console().print(status_table(remote.status(name, address)))
+    found = remote.status(name, address)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        Console().print(status_table(found))
 
 
 @app.command()

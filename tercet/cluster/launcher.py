@@ -135,10 +135,9 @@ def _cause(member_id: str, error: RayTaskError) -> TercetError:
 def _death(member_id: str, error: RayActorError) -> TercetError:
     if error.actor_init_failed:
         return ClusterError(f"{member_id} could not be created: {str(error).strip().splitlines()[-1]}")
-    kind = re.search(r"Worker exit type: (\w+)", str(error))
-    return WorkerLost(
-        f"{member_id} died ({kind[1] if kind else _first_line(error)}); its log is in Ray's session folder"
-    )
+    text = " ".join(str(error).split())
+    why = re.search(r"Worker exit type: \w+|node has died|node was terminated", text)
+    return WorkerLost(f"{member_id} died ({why[0] if why else text[:120]}); its log is in Ray's session folder")
 
 
 def _first_line(error: BaseException) -> str:

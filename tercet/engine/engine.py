@@ -59,10 +59,11 @@ class Engine:
     # ---- verbs
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose prompt is computed here. Raises Overloaded when the queue is full."""
+        """Queue a sequence whose prompt is computed here. Raises Overloaded when too many are."""
         with self._work:
-            if len(self._scheduler.waiting) >= self._spec.scheduler.max_waiting:
-                raise Overloaded(f"{len(self._scheduler.waiting)} requests are waiting already")
+            active = len(self._scheduler.running) + len(self._scheduler.waiting)
+            if active >= self._spec.scheduler.max_running + self._spec.scheduler.max_waiting:
+                raise Overloaded(f"{active} requests are running or waiting already")
             sequence.arrived = time.monotonic()
             sequence.sending = sequence.handoff is not None
             self._scheduler.waiting.append(sequence)

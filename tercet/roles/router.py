@@ -188,6 +188,8 @@ class Router:
             return outcome
         if isinstance(outcome, Rejection):
             raise _Busy(current.plan.decode)
+        if isinstance(outcome, Overloaded):  # the prefill worker had no room after all
+            raise _Busy(current.plan.prefill)
         assert isinstance(outcome, TercetError)
         raise outcome
 

@@ -76,7 +76,7 @@ async def test_errors_have_their_class(client, router):
         tercet.Client("localhost:8000")
     router.error, router.error_after = WorkerLost("decode-1 died"), 3
     with pytest.raises(WorkerLost, match="decode-1 died"):
-        await asyncio.to_thread(list, client.stream("x"))
+        await asyncio.to_thread(lambda: list(client.stream("x")))
 
 
 def test_nothing_at_the_address():

@@ -101,13 +101,14 @@ def test_logits(name, tmp_path):
 
 def test_shards(tmp_path):
     """Weights in several files with an index, and stored in bfloat16."""
-    reference = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen2"]).to(torch.bfloat16).eval()
-    reference.save_pretrained(tmp_path, max_shard_size="50KB")
+    stored = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen2"]).to(torch.bfloat16)
+    stored.save_pretrained(tmp_path, max_shard_size="50KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     loaded = load_model(ModelSpec(source=str(tmp_path), dtype="float32"))
     ids = torch.randint(0, SMALL["vocab_size"], (20,))
     with torch.no_grad():
-        expected = reference.float()(ids.unsqueeze(0)).logits[0]
+        expected = reference(ids.unsqueeze(0)).logits[0]
     torch.testing.assert_close(prefilled(loaded, ids, [20]), expected, rtol=1e-4, atol=2e-4)
 
 

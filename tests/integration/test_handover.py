@@ -1,0 +1,133 @@
+"""Real workers, the real model, real sockets: what a request goes through between router and workers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from tercet.core import FinishReason
+from tercet.errors import DeadlineExceeded
+from tests.helpers import cluster, request_of, spec_of
+
+rng = random.Random(1)
+PROMPTS = [[rng.randrange(100, 40000) for _ in range(n)] for n in (1, 5, 16, 17, 48, 100)]
+
+
+async def tokens_of(made, prompts, **params):
+    results = await asyncio.gather(*(made.generate(p, **params) for p in prompts))
+    return [[e.token_id for e in events] for events, _ in results]
+
+
+SAMPLINGS = [
+    {},
+    {"temperature": 0.9, "seed": 7, "top_p": 0.95},
+    {"temperature": 1.3, "seed": 8, "top_k": 50, "min_p": 0.01},
+    {"temperature": 0.7, "seed": 9, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+]
+
+
+async def test_every_topology_and_transport_gives_the_same_tokens():
+    expected = []
+    async with cluster(spec_of("aggregated", decoders=1)) as made:
+        for sampling in SAMPLINGS:
+            expected.append([await tokens_of(made, [p], max_tokens=12, ignore_eos=True, **sampling) for p in PROMPTS])
+    expected = [[rows[0] for rows in per_sampling] for per_sampling in expected]
+    for transport in ("shm", "tcp"):
+        async with cluster(spec_of("pd", transfer__transport=transport)) as made:
+            for sampling, wanted in zip(SAMPLINGS, expected, strict=True):
+                got = await tokens_of(made, PROMPTS, max_tokens=12, ignore_eos=True, **sampling)
+                assert got == wanted, (transport, sampling)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_kv_bytes_are_those_that_prefill_computed(transport):
+    spec = spec_of("pd", decoders=1, transfer__transport=transport, scheduler__token_budget=40)
+    async with cluster(spec) as made:
+        prompt = PROMPTS[-1]
+        await made.generate(prompt, max_tokens=1)
+        source = made.workers["prefill-0"].engine
+        destination = made.workers["decode-0"].engine
+        full = len(prompt) // 16
+        hashes = list(source._pool._block_of)[:full]
+        assert set(hashes) <= set(destination._pool._block_of)
+        assert len(hashes) == full
+        for digest in hashes:
+            ours = source._runner.kv_cache[:, source._pool._block_of[digest]]
+            theirs = destination._runner.kv_cache[:, destination._pool._block_of[digest]]
+            assert ours.view(dtype=ours.dtype).equal(theirs)
+            assert ours.abs().sum() > 0
+
+
+async def test_only_missing_blocks_are_sent():
+    async with cluster(spec_of("pd", decoders=1)) as made:
+        prompt = [rng.randrange(100, 40000) for _ in range(64)]
+        block = made.workers["decode-0"].engine._runner.kv_cache[0, 0].nbytes * 30
+        first = (await made.generate(prompt, max_tokens=2))[1]
+        assert first.times.kv_bytes == 4 * block
+        assert first.times.transport == "shm"
+        again = (await made.generate(prompt, max_tokens=2))[1]
+        assert (again.times.kv_bytes, again.cached_tokens) == (0, 48)
+        longer = (await made.generate(prompt + prompt[:20], max_tokens=2))[1]
+        assert (longer.times.kv_bytes, longer.cached_tokens) == (2 * block, 64)
+
+
+async def test_closing_the_stream_frees_every_block_on_both_sides():
+    async with cluster(spec_of("pd")) as made:
+        for stop_after in (0, 1, 3):
+            stream = made.router.generate(request_of(PROMPTS[-1], max_tokens=200, ignore_eos=True))
+            if stop_after == 0:
+                first = asyncio.create_task(anext(stream))
+                await asyncio.sleep(0.05)
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+            for _ in range(stop_after):
+                await anext(stream)
+            await stream.aclose()
+            await made.settled()
+
+
+async def test_a_deadline_ends_the_request_and_frees_its_blocks():
+    async with cluster(spec_of("pd")) as made:
+        with pytest.raises(DeadlineExceeded):
+            async for _ in made.router.generate(request_of(PROMPTS[-1], 0.5, max_tokens=2000, ignore_eos=True)):
+                pass
+        await made.settled()
+
+
+async def test_more_requests_than_fit_all_finish():
+    spec = spec_of("pd", scheduler__max_running=3, scheduler__max_waiting=2)
+    async with cluster(spec) as made:
+        results = await asyncio.gather(*(made.generate(p, max_tokens=5, ignore_eos=True) for p in PROMPTS * 4))
+        assert all(len(events) == 5 for events, _ in results)
+        assert {done.finish_reason for _, done in results} == {FinishReason.LENGTH}
+        assert {dict(done.workers)["decode"] for _, done in results} == {"decode-0", "decode-1"}
+
+
+@pytest.mark.parametrize("topology", ["aggregated", "pd"])
+async def test_preemption_changes_no_token(topology):
+    prompts = [p[:10] for p in PROMPTS[2:]]
+    async with cluster(spec_of(topology, decoders=1)) as made:
+        expected = await tokens_of(made, prompts, max_tokens=60, ignore_eos=True)
+    async with cluster(spec_of(topology, decoders=1, kv__blocks=12)) as made:
+        assert await tokens_of(made, prompts, max_tokens=60, ignore_eos=True) == expected
+        scheduler = next(w for name, w in made.workers.items() if not name.startswith("prefill")).engine._scheduler
+        assert scheduler.preemptions > 0
+
+
+async def test_the_first_token_may_be_the_last():
+    async with cluster(spec_of("pd")) as made:
+        events, done = await made.generate(PROMPTS[3], max_tokens=1)
+        assert len(events) == 1
+        assert done.finish_reason is FinishReason.LENGTH
+        events, done = await made.generate(PROMPTS[3], stop_token_ids=(events[0].token_id,))
+        assert (done.finish_reason, done.stop_token_id) == (FinishReason.STOP, events[0].token_id)
+
+
+async def test_logprobs_are_the_same_from_prefill_and_decode():
+    async with cluster(spec_of("pd")) as made:
+        events, _ = await made.generate(PROMPTS[4], max_tokens=4, logprobs=3, ignore_eos=True)
+        for event in events:
+            assert len(event.top_logprobs) == 3
+            assert event.top_logprobs[0] == (event.token_id, event.logprob)

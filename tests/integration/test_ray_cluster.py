@@ -1,0 +1,297 @@
+"""The cluster on Ray, as processes: a real model, two Ray nodes on one machine, a local Ray, and a Ray job.
+
+Every process that a test starts carries a mark in its environment, so that what is left behind is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tercet.client import Client
+from tercet.errors import TercetError
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(170)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+    return found
+
+
+@dataclass
+class Machine:
+    """A folder, an environment with a mark, and what was started in it."""
+
+    folder: Path
+    mark: str = field(default_factory=lambda: f"TERCET_TEST={secrets.token_hex(8)}")
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        token = self.folder / "token"
+        token.write_text("0123456789abcdef" * 4)
+        return os.environ | {
+            "PATH": f"{BIN}:/usr/bin:/bin",
+            "TMPDIR": str(self.folder),  # run files and Ray's session lie here
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "TERCET_TEST": self.mark.partition("=")[2],
+        }
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        path = self.folder / f"{secrets.token_hex(4)}.log"
+        with path.open("w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, text=True, start_new_session=True
+            )
+        process.log = path
+        self.started.append(process)
+        return process
+
+    def run(self, *command: str, seconds: float = 90.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
+
+    def left(self) -> dict[int, str]:
+        """pid -> command line of the live processes that carry the mark."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+            except OSError:  # it ended while we looked
+                continue
+        return found
+
+    def clear(self) -> None:
+        """End what a failed test left."""
+        for process in self.started:
+            process.terminate()
+        with contextlib.suppress(AssertionError):
+            until(lambda: not self.left(), 15)
+        for pid in self.left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def new_machine() -> Machine:
+    # Ray's sockets lie below this folder and a socket's path may have 107 bytes, so it must be a short one.
+    return Machine(Path(tempfile.mkdtemp(prefix="tc.", dir="/tmp")))
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    made = new_machine()
+    yield made
+    made.clear()
+
+
+@dataclass
+class Served:
+    machine: Machine
+    process: subprocess.Popen[str]
+    name: str
+    http: int
+
+    def client(self) -> Client:
+        return Client(f"http://127.0.0.1:{self.http}", timeout_s=60.0)
+
+    def status(self, *where: str) -> dict[str, Any]:
+        done = self.machine.run("tercet", "status", "--name", self.name, "--json", *where)
+        return json.loads(done.stdout) if done.returncode == 0 else {}
+
+    def ask(self) -> str:
+        return self.client().chat("What is the capital of France?", temperature=0, max_tokens=12).text
+
+
+def settings(name: str, http: int, *more: str) -> list[str]:
+    wanted = [f"name={name}", f"gateway.http.port={http}", "gateway.grpc.port=0", "limits.drain_timeout_s=5", *more]
+    return [part for setting in wanted for part in ("--set", setting)]
+
+
+def serve(machine: Machine, name: str, *more: str) -> Served:
+    http = free_port()
+    process = machine.start("tercet", "serve", "configs/local.yaml", *settings(name, http, *more))
+    served = Served(machine, process, name, http)
+    until(lambda: process.poll() is not None or is_ready(served.client()), 120)
+    assert process.poll() is None, process.log.read_text()
+    return served
+
+
+def is_ready(client: Client) -> bool:
+    try:
+        return client.is_ready()
+    except TercetError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def ray_head(machine: Machine) -> Iterator[tuple[str, str]]:
+    """Two Ray nodes on this machine, labelled pool=a and pool=b. Gives (GCS address, dashboard URL)."""
+    gcs, dashboard = f"127.0.0.1:{free_port()}", free_port()
+    both = ["--block", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=80000000"]
+    head = machine.start(
+        "ray", "start", "--head", f"--port={gcs.partition(':')[2]}", "--labels=pool=a", *both,
+        f"--dashboard-port={dashboard}", f"--temp-dir={machine.folder / 'ray'}",
+    )  # fmt: skip
+    until(lambda: answers(gcs))
+    node = machine.start("ray", "start", f"--address={gcs}", "--labels=pool=b", *both)
+    until(lambda: "pool=b" in machine.run("tercet", "plan", "configs/local.yaml", "--address", gcs, "--set",
+                                          "pools.cpu.labels.pool=b").stdout)  # fmt: skip
+    yield gcs, f"http://127.0.0.1:{dashboard}"
+    for process in (node, head):
+        process.terminate()
+        process.wait(40)
+    until(lambda: not machine.left(), 20)
+
+
+def answers(address: str) -> bool:
+    host, _, port = address.partition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+POOLS = ("pools={a: {labels: {pool: a}}, b: {labels: {pool: b}}}", "roles.prefill.pool=a", "roles.decode.pool=b")
+
+
+@pytest.fixture(scope="module")
+def on_two_nodes(machine: Machine, ray_head: tuple[str, str]) -> Iterator[Served]:
+    served = serve(machine, "two", f"ray.address={ray_head[0]}", *POOLS)
+    yield served
+    served.process.terminate()
+    served.process.wait(40)
+
+
+def test_pools_bind_to_nodes_by_label(on_two_nodes, ray_head):
+    workers = on_two_nodes.status("--address", ray_head[0])["workers"]
+    raylets = {name: raylet_of(worker["pid"]) for name, worker in workers.items()}
+    assert raylets["decode-0"] == raylets["decode-1"] != raylets["prefill-0"]
+    assert '"pool":"a"' in raylets["prefill-0"]
+    assert '"pool":"b"' in raylets["decode-0"]
+    assert "Paris" in on_two_nodes.ask()
+
+
+def raylet_of(pid: int) -> str:
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    return Path(f"/proc/{parent}/cmdline").read_bytes().replace(b"\0", b" ").replace(b": ", b":").decode()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_hung_worker_comes_back_with_the_next_epoch(on_two_nodes, blow):
+    before = on_two_nodes.status()["workers"]["decode-0"]
+    os.kill(before["pid"], blow)
+
+    def replaced() -> Any:
+        now = on_two_nodes.status().get("workers", {}).get("decode-0", {})
+        return now.get("epoch") == before["epoch"] + 1 and now
+
+    assert until(replaced, 60)["pid"] != before["pid"]
+    assert "Paris" in on_two_nodes.ask()
+
+
+def test_a_second_cluster_of_the_same_name_is_refused(on_two_nodes, ray_head, tmp_path):
+    done = on_two_nodes.machine.run("tercet", "serve", "configs/local.yaml", "--set", "name=two")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "a cluster named two is already served" in done.stderr
+
+
+def test_down_by_address_leaves_nothing_of_the_cluster(on_two_nodes, ray_head):
+    machine, workers = on_two_nodes.machine, on_two_nodes.status()["workers"]
+    done = machine.run("tercet", "down", "--name", "two", "--address", ray_head[0])
+    assert (done.returncode, done.stdout) == (0, "cluster two is down\n"), done.stderr
+    assert on_two_nodes.process.wait(30) == 0, on_two_nodes.process.log.read_text()
+    until(lambda: not any(Path(f"/proc/{w['pid']}").exists() for w in workers.values()), 20)
+    done = machine.run("tercet", "down", "--address", ray_head[0])
+    assert "no cluster in the Ray at" in done.stderr
+
+
+def test_the_same_file_goes_through_ray_job_submit(machine, ray_head):
+    http, job = free_port(), "tercet-test"
+    sets = settings("job", http, "roles.decode.replicas=1")
+    submit = machine.run(
+        "ray", "job", "submit", f"--address={ray_head[1]}", "--working-dir=.", "--no-wait", f"--submission-id={job}",
+        "--", "tercet", "serve", "configs/local.yaml", *sets,
+    )  # fmt: skip
+    assert submit.returncode == 0, submit.stderr
+    served = Served(machine, None, "job", http)
+    until(lambda: is_ready(served.client()), 120)
+    assert "Paris" in served.ask()
+    assert machine.run("tercet", "down", "--name", "job").returncode == 0
+    until(lambda: "SUCCEEDED" in machine.run("ray", "job", "status", f"--address={ray_head[1]}", job).stderr, 30)
+
+
+@pytest.fixture
+def alone() -> Iterator[Machine]:
+    """A machine without a Ray. After the test no process and no shared memory may be left."""
+    shared = {p.name for p in Path("/dev/shm").iterdir()}
+    machine = new_machine()
+    yield machine
+    try:
+        until(lambda: not machine.left(), 20)
+        assert {p.name for p in Path("/dev/shm").iterdir()} <= shared
+        assert not list(machine.folder.glob("tercet-*/*"))
+    finally:
+        machine.clear()
+
+
+def test_ctrl_c_ends_a_local_ray_without_a_trace(alone):
+    served = serve(alone, "local")
+    assert "Paris" in served.ask()
+    assert served.status()["ready"] is True  # joins the Ray that `serve` keeps for itself
+    os.killpg(served.process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the whole group
+    assert served.process.wait(40) == 0, served.process.log.read_text()
+    assert "Traceback" not in served.process.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "want"),
+    [
+        ("model.source=/no/such/model.gguf", "/no/such/model.gguf"),
+        ("gateway.http.port={taken}", "{taken} is in use"),
+    ],
+)
+def test_what_keeps_it_from_standing_is_one_line(alone, setting, want):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        sets = settings("bad", free_port(), setting.replace("{taken}", port))
+        done = alone.run("tercet", "serve", "configs/local.yaml", *sets)
+    assert done.returncode == 1
+    assert want.replace("{taken}", port) in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "ready" not in done.stdout
