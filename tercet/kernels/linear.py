@@ -14,6 +14,7 @@ On AVX512-BF16, bf16 packed by oneDNN takes half of what `functional.linear` tak
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -54,6 +55,14 @@ class OnednnLinear(PackedLinear):
         return out
 
 
+class Scratch(threading.local):
+    """Where weights are widened: one place for all of a model's products, since fresh memory in each call would cost
+    more in page faults than the product; and one for each thread, so that threads may share a model."""
+
+    def __init__(self, max_fan_in: int) -> None:
+        self.values = torch.empty(SLICE * max_fan_in)
+
+
 class WidenedLinear(PackedLinear):
     """bfloat16 weights on a CPU without bfloat16 instructions: x and the result are float32.
 
@@ -61,11 +70,9 @@ class WidenedLinear(PackedLinear):
     in float32 by slices of the weight that are widened on the way, so that no float32 copy of the model is kept.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> None:
-        """scratch: float32, at least SLICE * k, which may be shared by all that never run at the same time. A fresh
-        one in each call would cost more in page faults than the multiplication."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         super().__init__(weight, bias)
-        self._scratch = scratch[: SLICE * weight.shape[1]].view(SLICE, weight.shape[1])
+        self._scratch = scratch
 
     def linear(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1:
@@ -74,7 +81,7 @@ class WidenedLinear(PackedLinear):
             out = x.new_empty(x.shape[0], self._weight.shape[0])
             for at in range(0, out.shape[1], SLICE):
                 part = self._weight[at : at + SLICE]
-                widened = self._scratch[: part.shape[0]].copy_(part)
+                widened = self._scratch.values[: part.numel()].view(part.shape).copy_(part)
                 torch.mm(x, widened.t(), out=out[:, at : at + SLICE])
         return out if self._bias is None else out.add_(self._bias)
 
@@ -86,12 +93,12 @@ def compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:
 
 
 class LinearPacker:
-    """Makes a model's `PackedLinear`s, the fastest kind for its dtype on this CPU. They run one at a time."""
+    """Makes a model's `PackedLinear`s, the fastest kind for its dtype on this CPU."""
 
     def __init__(self, dtype: torch.dtype, max_fan_in: int) -> None:
         self._dtype = dtype
         self._widens = compute_dtype(dtype) != dtype
-        self._scratch = torch.empty(SLICE * max_fan_in if self._widens else 0)
+        self._scratch = Scratch(max_fan_in if self._widens else 0)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         if self._widens:

@@ -63,7 +63,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     pre = str(file.metadata.get("tokenizer.ggml.pre", "default"))
     try:
         backend = _bpe(tokens, file.require("tokenizer.ggml.merges"), ignore_merges=pre in LLAMA3)
-    except ValueError as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise ModelFileCorrupt(f"{file.path}: tokenizer.ggml.merges does not fit its tokens: {error}") from error
     try:
         backend.pre_tokenizer = _pre_tokenizer(pre)

@@ -251,7 +251,12 @@ def test_the_same_file_goes_through_ray_job_submit(machine, ray_head):
     until(lambda: is_ready(served.client()), 120)
     assert "Paris" in served.ask()
     assert machine.run("tercet", "down", "--name", "job").returncode == 0
-    until(lambda: "SUCCEEDED" in machine.run("ray", "job", "status", f"--address={ray_head[1]}", job).stderr, 30)
+
+    def outcome() -> str:
+        told = machine.run("ray", "job", "status", f"--address={ray_head[1]}", job)
+        return next((w for w in ("SUCCEEDED", "FAILED", "STOPPED") if w in (told.stdout + told.stderr).upper()), "")
+
+    assert until(outcome, 60) == "SUCCEEDED"
 
 
 @pytest.fixture

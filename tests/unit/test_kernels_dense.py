@@ -11,6 +11,7 @@ from tercet.kernels.linear import (
     LinearPacker,
     OnednnLinear,
     PackedLinear,
+    Scratch,
     WidenedLinear,
     compute_dtype,
     linear_reference,
@@ -31,7 +32,7 @@ def test_linear(kind, dtype, rows, biased):
     elif kind == "widened":
         if compute_dtype(dtype) == dtype:
             pytest.skip("this CPU multiplies the dtype itself")
-        linear = WidenedLinear(weight, bias, torch.empty(SLICE * 128))
+        linear = WidenedLinear(weight, bias, Scratch(128))
     elif compute_dtype(dtype) != dtype:
         pytest.skip("activations are float32 on this CPU")
     else:
