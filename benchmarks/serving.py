@@ -242,8 +242,8 @@ def main(
     warmups = random_requests(warmup, (input_len, output_len), 0.0, 0, vocab_size, seed + 1)  # other prompts
     asyncio.run(run(target, warmups, 1, timeout_s))
     measured = report(asyncio.run(run(target, requests, max_concurrency, timeout_s)), limits)
-    setting: dict[str, Any] = {"model_id": target.model, "num_prompts": len(requests), "request_rate": str(request_rate)}
-    measured = setting | {"burstiness": burstiness, "max_concurrency": max_concurrency} | measured
+    setting: dict[str, Any] = {"model_id": target.model, "num_prompts": len(requests), "burstiness": burstiness}
+    measured = setting | {"request_rate": str(request_rate), "max_concurrency": max_concurrency} | measured
     Console().print(*tables(measured))
     if result is not None:
         result.write_text(json.dumps(measured))

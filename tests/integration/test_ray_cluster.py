@@ -286,7 +286,7 @@ def test_ctrl_c_ends_a_local_ray_without_a_trace(alone):
     ("setting", "want"),
     [
         ("model.source=/no/such/model.gguf", "/no/such/model.gguf"),
-        ("gateway.http.port={taken}", "{taken} is in use"),
+        ("gateway.http.port={taken}", "port {taken} on 127.0.0.1 is in use"),
     ],
 )
 def test_what_keeps_it_from_standing_is_one_line(alone, setting, want):

@@ -23,7 +23,7 @@ from tercet.spec import LimitsSpec
 
 MAX_STOPS = 4  # as in the OpenAI API
 MAX_STOP_CHARS = 256  # bounds the work per token
-THREAD_CHARS = 8192  # a longer text is tokenised in a thread, so that streams go on meanwhile
+THREAD_CHARS = 8192  # more text than this is tokenised in a thread, so that streams go on meanwhile
 
 
 class Frontend:
@@ -124,8 +124,9 @@ class Frontend:
         """One per prompt and sample, in that order."""
         seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed
         choices: list[Choice] = []
+        in_thread = sum(map(_num_chars, ask.prompts)) > THREAD_CHARS
         for prompt in ask.prompts:
-            ids = await self._tokenise(prompt)
+            ids = await self._tokenise(prompt, in_thread)
             max_tokens = self._room(ids, ask)
             for sample in range(ask.n):
                 index = len(choices)
@@ -142,11 +143,11 @@ class Frontend:
                 choices.append(Choice(index, request, self.model.tokenizer.detokenizer(), ask.stop, ask.arrived))
         return choices
 
-    async def _tokenise(self, prompt: Prompt) -> tuple[int, ...]:
+    async def _tokenise(self, prompt: Prompt, in_thread: bool) -> tuple[int, ...]:
         if isinstance(prompt, tuple):
             ids = prompt
             self._check_ids("prompt", ids)
-        elif _size(prompt) > THREAD_CHARS:
+        elif in_thread:
             ids = await asyncio.to_thread(self._encode, prompt)
         else:
             ids = self._encode(prompt)
@@ -181,5 +182,7 @@ class Frontend:
         return ask.params.max_tokens
 
 
-def _size(prompt: str | Chat) -> int:
-    return len(prompt) if isinstance(prompt, str) else sum(len(m.get("content") or "") for m in prompt.messages)
+def _num_chars(prompt: Prompt) -> int:
+    if isinstance(prompt, Chat):
+        return sum(len(message["content"]) for message in prompt.messages)
+    return len(prompt) if isinstance(prompt, str) else 0

@@ -20,6 +20,7 @@ from tercet.roles.gateway.openai_request import Options
 from tercet.roles.gateway.session import Session
 
 DONE = b"data: [DONE]\n\n"
+SLOT = "\0"  # where the text goes; no model name holds it
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI and vLLM write this too
 
 _json = json.JSONEncoder(separators=(",", ":")).encode  # ASCII only, so a half character cannot break it
@@ -36,18 +37,31 @@ class Reply(ABC):
         self._tokenizer = tokenizer
         self._options = options
         self._head = {"id": session.ask.request_id, "created": int(time.time()), "model": model}
-        self._opened: set[int] = set()  # choices that have sent a chunk
+        self._frames: dict[int, tuple[str, str]] = {}  # choice that has sent a chunk -> JSON around its next text
+        self._varied = options.logprobs or options.return_token_ids  # chunks differ in more than their text
         self._unfinished = len(session.choices)
 
     def chunk(self, delta: Delta) -> bytes:
         """The server-sent events of one delta."""
-        choice = self._chunk_choice(delta) | self._ending(delta.index, [delta])
-        chunk = {**self._head, "object": self.chunk_name, "choices": [choice]}
-        if delta.index not in self._opened:
+        frame = self._frames.get(delta.index)
+        if frame and delta.finish_reason is None and not self._varied:
+            return f"{frame[0]}{_json(delta.text)}{frame[1]}".encode()
+        chunk = self._chunk(delta)
+        if frame is None:
             self._add_prompt_ids(chunk)
-            self._opened.add(delta.index)
+            self._frames[delta.index] = self._frame(delta.index)
         self._unfinished -= delta.finish_reason is not None
         return _event(chunk) if self._unfinished else self._last(chunk)
+
+    def _chunk(self, delta: Delta) -> dict[str, Any]:
+        choice = self._chunk_choice(delta) | self._ending(delta.index, [delta])
+        return {**self._head, "object": self.chunk_name, "choices": [choice]}
+
+    def _frame(self, index: int) -> tuple[str, str]:
+        """What stands before and after the text in an ordinary chunk; it is the same for every token."""
+        self._frames[index] = ("", "")  # the choice has begun: what only a first chunk has stays out
+        before, _, after = _event(self._chunk(Delta(index, SLOT, (), 0.0))).decode().partition(_json(SLOT))
+        return before, after
 
     def _last(self, chunk: dict[str, Any]) -> bytes:
         """The chunk that ends it all; the timings stand in the very last one."""
@@ -106,7 +120,7 @@ class ChatReply(Reply):
 
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
         content = {"content": delta.text}
-        if delta.index not in self._opened:
+        if delta.index not in self._frames:
             content = {"role": "assistant", **content}
         return {"index": delta.index, "delta": content}
 
