@@ -27,7 +27,7 @@ class Tokenizer:
         self._template = template
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._added = set(backend.get_added_tokens_decoder())
-        self._decoder = _decoder_of(backend)
+        self._bytelevel, self._strips_space = _decoder_of(backend)
         self._bytes: dict[int, bytes] = {}  # token id -> what it adds to the text; filled as ids come
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
@@ -41,7 +41,7 @@ class Tokenizer:
         return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
 
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self, strip_space=self._decoder == "metaspace")
+        return Detokenizer(self, self._strips_space)
 
     def token_text(self, token_id: int) -> str:
         """One token alone, special or not; U+FFFD where it holds a part of a character."""
@@ -67,7 +67,7 @@ class Tokenizer:
     def _to_bytes(self, token_id: int, token: str) -> bytes:
         if token_id in self._added:
             return token.encode()
-        if self._decoder == "bytelevel":
+        if self._bytelevel:
             return _bytelevel(token)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
@@ -117,12 +117,13 @@ def _byte_of() -> dict[str, int]:
 _BYTE_OF = _byte_of()  # character -> byte
 
 
-def _decoder_of(backend: tokenizers.Tokenizer) -> str:
-    """bytelevel (GPT-2, Llama 3, Qwen) or metaspace (sentencepiece: Llama 2, Mistral)."""
+def _decoder_of(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
+    """-> whether tokens are bytes as GPT-2 writes them (else sentencepiece's, as Llama 2 has them), and whether the
+    text's first space is the tokeniser's own."""
     decoder = json.loads(backend.to_str())["decoder"] or {"type": "none"}
     parts = [part["type"] for part in decoder.get("decoders", [decoder])]
     if parts == ["ByteLevel"]:
-        return "bytelevel"
-    if parts == ["Replace", "ByteFallback", "Fuse", "Strip"]:
-        return "metaspace"
+        return True, False
+    if parts[:3] == ["Replace", "ByteFallback", "Fuse"] and parts[3:] in ([], ["Strip"]):
+        return False, parts[3:] == ["Strip"]
     raise UnsupportedModel(f"the tokenizer's decoder {' + '.join(parts)} is not supported")

@@ -99,6 +99,18 @@ def test_logits(name, tmp_path):
         torch.testing.assert_close(prefilled(loaded, ids, chunks), expected, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_that_wants_no_logits(dtype, tmp_path):
+    """A chunk that is not the prompt's last."""
+    saved(FAMILIES["qwen3 tied, bias"], tmp_path)
+    model = load_model(ModelSpec(source=str(tmp_path), dtype=dtype)).model
+    cache = torch.zeros(3, 1, 2, BLOCK, 2, 32, dtype=model.dtype)
+    none, at = torch.zeros(0, 0, dtype=torch.int64), torch.arange(5)
+    batch = StepBatch(at, at, at, 0, none, none.flatten(), (PrefillChunk(0, 5, 5, torch.zeros(1).long()),), at[:0])
+    assert model.forward(batch, cache).shape == (0, SMALL["vocab_size"])
+    assert cache[:, 0, :, :5].abs().sum((1, 2, 3, 4)).gt(0).all()
+
+
 def test_shards(tmp_path):
     """Weights in several files with an index, and stored in bfloat16."""
     stored = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen2"]).to(torch.bfloat16)

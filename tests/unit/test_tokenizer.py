@@ -132,6 +132,37 @@ def test_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("strips", [True, False])
+def test_sentencepiece_style(strips, tmp_path):
+    """Llama 2's form in a directory: spaces as U+2581, characters that lack as bytes, a space put before the text."""
+    tokens = ["<unk>", "<s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a", "é"]
+    model = tokenizers.models.BPE(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"
+    )
+    backend = tokenizers.Tokenizer(model)
+    prepend = [tokenizers.normalizers.Prepend("▁")] if strips else []
+    backend.normalizer = tokenizers.normalizers.Sequence([*prepend, tokenizers.normalizers.Replace(" ", "▁")])
+    d = tokenizers.decoders
+    strip = [d.Strip(" ", 1, 0)] if strips else []
+    backend.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), *strip])
+    backend.add_special_tokens(["<s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    ours = load_tokenizer(ModelSpec(source=str(tmp_path)))
+    for text in ("a b", " a", "  aé 日本 🦙", ""):
+        assert ours.decode(ours.encode(text)) == backend.decode(ours.encode(text)) == text
+    assert ours.token_text(tokens.index("▁a")) == " a"
+
+
+def test_unknown_decoder_is_refused(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.decoder = tokenizers.decoders.WordPiece()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="WordPiece"):
+        load_tokenizer(ModelSpec(source=str(tmp_path)))
+
+
 class TestDirectory:
     """tokenizer.json, tokenizer_config.json and the template's three places."""
 
