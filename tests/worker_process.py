@@ -1,5 +1,8 @@
-"""A worker in a process of its own, so that a test can kill or stop it: `python -m tests.worker_process` reads a JSON
-list [worker id, role, epoch, spec as JSON, token] on stdin, prints its WorkerInfo as JSON, and serves until stdin ends."""
+"""A worker in a process of its own, so that a test can kill or stop it.
+
+`python -m tests.worker_process` reads a JSON list [worker id, role, epoch, spec as JSON, token] on stdin, prints its
+WorkerInfo as JSON, and serves until stdin ends.
+"""
 
 from __future__ import annotations
 

@@ -73,9 +73,9 @@ class Controller:
         return self._slots[GATEWAY].info
 
     async def bring_up(self) -> None:
-        """Return when the gateway is ready: a real request has passed. Raises the first TercetError of a member."""
+        """Return when all members live and a real request has passed. Raises the first TercetError of a member."""
         deadline = time.monotonic() + self._spec.ray.start_timeout_s
-        while not self._status.get("ready"):
+        while not self._ready():
             await self._step()
             if self._fault is not None:
                 raise self._fault
@@ -200,6 +200,10 @@ class Controller:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ready(self) -> bool:
+        live = [member_id for member_id, slot in self._slots.items() if slot.member.state is State.LIVE]
+        return len(live) == len(self._target) and bool(self._status.get("ready"))
 
     def _why_not_ready(self) -> str:
         waiting = [f"{m} is {s.member.state}" for m, s in self._slots.items() if s.member.state is not State.LIVE]

@@ -61,7 +61,7 @@ def penalise(row: Tensor, token_ids: Rows[int], num_prompt: int, params: Samplin
         row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
     output = torch.tensor(token_ids[num_prompt:], dtype=torch.int64, device=row.device)
     if len(output):
-        ids, counts = output.unique(return_counts=True)
+        ids, counts = torch.unique(output, return_counts=True)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     return row
 

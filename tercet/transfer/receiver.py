@@ -149,6 +149,9 @@ class KvReceiver:
             channel.settimeout(None)
         except (PeerDown, PeerMismatch, ProtocolViolation) as error:
             self.refused[error.code()] += 1
+            if isinstance(error, PeerMismatch):
+                with contextlib.suppress(PeerDown):
+                    channel.send(Refuse(error.code(), str(error)))
             channel.shutdown()
             channel.close()
             return
@@ -171,7 +174,6 @@ class KvReceiver:
         config, layout = self._config, self._region.layout
         fault = hello_fault(hello, VERSION, config.token, config.fingerprint, layout)
         if fault is not None:
-            channel.send(Refuse(fault.code(), str(fault)))
             raise fault
         transport.greet(channel, Welcome(config.worker_id, self._epoch, list(astuple(layout))), self._region)
 

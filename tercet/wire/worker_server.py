@@ -109,7 +109,8 @@ class WorkerServer:
 
     def __init__(self, handler: LegHandler, load: Callable[[], Load], cluster_token: str) -> None:
         self._server = grpc.aio.server(options=OPTIONS)
-        worker_pb2_grpc.add_WorkerServicer_to_server(_Service(handler, load, cluster_token), self._server)
+        service = _Service(handler, load, cluster_token)
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]  # generated code
 
     async def start(self, host: str) -> str:
         """-> host:port. Raises ClusterError when no port can be bound."""
