@@ -15,13 +15,14 @@ import os
 import random
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import transformers
@@ -45,12 +46,9 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 READ_BYTES = 5 << 28  # 1.25 GiB, far more than any cache holds
 GEMM_SIZE = 2048
 
+Dtype = Literal["bfloat16", "float32"]
 Prompts = Sequence[Sequence[int]]
-
-
-class Dtype(StrEnum):
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
+Samples = dict[str, list[float]]  # one value a round
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,7 @@ class Outcome:
         return sum(map(len, self.tokens)) / self.total_s if measure == BATCH else 1 / self.first_s
 
 
-class Contestant(Protocol):
-    def generate(self, prompts: Prompts, outputs: int) -> Outcome:
-        """All prompts at once, `outputs` tokens for each."""
+Generate = Callable[[Prompts, int], Outcome]  # all prompts at once, so many tokens for each
 
 
 class Tercet:
@@ -140,7 +136,7 @@ class _Stamps(BaseStreamer):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def put(self, value: torch.Tensor) -> None:  # noqa: ARG002  # the interface is transformers'
+    def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -151,34 +147,21 @@ class Transformers:
     """`generate` with a static batch; prompts are of one length, so nothing is padded."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        transformers.utils.logging.disable_progress_bar()
-        path, dtype = locate(spec, weights=True), getattr(torch, spec.dtype)
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
-        if path.suffix == ".gguf":
-            whole = transformers.GgufConfig(dequantize=True)
-            model = load(path.parent, gguf_file=path.name, quantization_config=whole, dtype=dtype)
-        else:
-            model = load(path, dtype=dtype)
-        self._model = model.eval()
+        path, whole = locate(spec), transformers.GgufConfig(dequantize=True)
+        self._model = load(path.parent, gguf_file=path.name, quantization_config=whole, dtype=spec.dtype).eval()
 
     def generate(self, prompts: Prompts, outputs: int) -> Outcome:
         ids, stamps = torch.tensor(prompts), _Stamps()
         start = time.perf_counter()
-        out = self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=outputs,
-            eos_token_id=None,
-            pad_token_id=0,
-            streamer=stamps,
-        )
+        settings = {"do_sample": False, "max_new_tokens": outputs, "eos_token_id": None, "pad_token_id": 0}
+        out = self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings)
         tokens = out[:, ids.shape[1] :].tolist()
         return Outcome(stamps.times[1] - start, stamps.times[-1] - start, tokens)
 
 
 class Limits:
-    """What the machine can do: read memory, and multiply square matrices."""
+    """What the machine can do: read memory, and multiply square matrices, a bᵀ, as a linear layer does."""
 
     def __init__(self, shrink: int) -> None:
         self._wide = torch.ones(READ_BYTES // 4 // shrink)
@@ -186,7 +169,7 @@ class Limits:
         self._matrix, self._vector = torch.ones(rows, 4096, dtype=torch.bfloat16), torch.ones(4096).bfloat16()
         n = GEMM_SIZE // shrink
         self._flops = 2 * n**3
-        self._squares = {kind: torch.rand(n, n).to(getattr(torch, kind)) for kind in Dtype}
+        self._squares = {kind: torch.rand(n, n).to(getattr(torch, kind)) for kind in get_args(Dtype)}
 
     def measure(self) -> dict[str, float]:
         """Bytes or FLOPs per second."""
@@ -195,7 +178,7 @@ class Limits:
             "read_matvec_bfloat16": self._matrix.nbytes / _seconds(lambda: self._matrix @ self._vector),
         }
         for kind, square in self._squares.items():
-            rates[f"gemm_{kind}"] = self._flops / _seconds(lambda a=square: torch.mm(a, a))
+            rates[f"gemm_{kind}"] = self._flops / _seconds(partial(torch.mm, square, square.t()))
         return rates
 
 
@@ -222,39 +205,30 @@ class Cost:
         return cls(itemsize * (body + head), 2 * (body * prompt + scores + head))
 
 
-Samples = dict[str, list[float]]
-
-
 def run_rounds(
-    ours: Contestant, theirs: Contestant, workloads: Mapping[str, Workload], limits: Limits, repeats: int, vocab: int
+    ours: Generate, theirs: Generate, workloads: Mapping[str, Workload], limits: Limits, repeats: int, vocab: int
 ) -> Samples:
-    """-> `MEASURE.tercet`, `MEASURE.transformers` (per second), `MEASURE.same_tokens` and rates of the machine, a
-    sample for each round. One round more, which warms caches and threads with small workloads, is not kept."""
+    """A sample per round of `MEASURE.tercet`, `MEASURE.transformers` (per second), `MEASURE.same_tokens` and the
+    machine's rates. Round 0 warms caches and threads with small workloads and is not kept."""
     samples: Samples = {}
-    console = Console(stderr=True)
     for number in range(repeats + 1):
-        warming, start = number == 0, time.perf_counter()
+        start = time.perf_counter()
         figures = limits.measure()
-        for measure, workload in workloads.items():
-            sized = workload.shrunk(8) if warming else workload
-            figures |= _compare(measure, sized, ours, theirs, vocab, number)
-        console.print(
-            f"{'warm-up' if warming else f'round {number} of {repeats}'}: {time.perf_counter() - start:.0f} s"
-        )
-        for name, value in figures.items() if not warming else ():
+        for measure, full in workloads.items():
+            workload = full if number else full.shrunk(8)
+            prompts = workload.prompts(vocab, seed=number)
+            figures |= compare(measure, ours(prompts, workload.outputs), theirs(prompts, workload.outputs))
+        print(f"round {number} of {repeats}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        for name, value in figures.items() if number else ():
             samples.setdefault(name, []).append(value)
     return samples
 
 
-def _compare(
-    measure: str, workload: Workload, ours: Contestant, theirs: Contestant, vocab: int, seed: int
-) -> dict[str, float]:
-    prompts = workload.prompts(vocab, seed)
-    mine, other = (contestant.generate(prompts, workload.outputs) for contestant in (ours, theirs))
-    pairs = [pair for a, b in zip(mine.tokens, other.tokens, strict=True) for pair in zip(a, b, strict=True)]
+def compare(measure: str, ours: Outcome, theirs: Outcome) -> dict[str, float]:
+    pairs = [pair for a, b in zip(ours.tokens, theirs.tokens, strict=True) for pair in zip(a, b, strict=True)]
     return {
-        f"{measure}.tercet": mine.speed(measure),
-        f"{measure}.transformers": other.speed(measure),
+        f"{measure}.tercet": ours.speed(measure),
+        f"{measure}.transformers": theirs.speed(measure),
         f"{measure}.same_tokens": sum(a == b for a, b in pairs) / len(pairs),
     }
 
@@ -266,57 +240,34 @@ def summarise(samples: Samples, cost: Cost) -> dict[str, float]:
         pairs = zip(samples[f"{measure}.tercet"], samples[f"{measure}.transformers"], strict=True)
         result[f"{measure}.ratio"] = statistics.median(ours / theirs for ours, theirs in pairs)
     read = max(result["read_sum_float32"], result["read_matvec_bfloat16"])
-    gemm = max(result[f"gemm_{kind}"] for kind in Dtype)
-    result["decode.limit"], result["prefill.limit"] = read / cost.decode_bytes, gemm / cost.prefill_flops
-    for measure in (DECODE, PREFILL):
-        result[f"{measure}.share_of_limit"] = result[f"{measure}.tercet"] / result[f"{measure}.limit"]
+    gemm = max(result[f"gemm_{kind}"] for kind in get_args(Dtype))
+    for measure, limit in (DECODE, read / cost.decode_bytes), (PREFILL, gemm / cost.prefill_flops):
+        result[f"{measure}.limit"] = limit
+        result[f"{measure}.share_of_limit"] = result[f"{measure}.tercet"] / limit
     return result
 
 
 def table(result: Mapping[str, float], workloads: Mapping[str, Workload], title: str) -> Table:
-    made = Table(title=title)
-    for column in ("median", "tercet", "transformers", "ratio", "machine", "reached"):
-        made.add_column(column, justify="left" if column == "median" else "right")
-    batch, prompt = workloads[BATCH], workloads[PREFILL].inputs
-    labels = {
-        DECODE: "decode at batch 1, tokens/s",
-        BATCH: f"{batch.batch} requests of {batch.inputs} in, {batch.outputs} out, output tokens/s",
-        PREFILL: f"prefill of {prompt}, input tokens/s",
-    }
-    for measure, label in labels.items():
-        unit = prompt if measure == PREFILL else 1
-        speeds = [result.get(f"{measure}.{key}", 0.0) * unit for key in ("tercet", "transformers", "limit")]
-        ours, theirs, limit = (f"{value:,.1f}" if value else "" for value in speeds)
-        share = result.get(f"{measure}.share_of_limit")
-        ratio = f"{result[f'{measure}.ratio']:.2f}"
-        made.add_row(label, ours, theirs, ratio, limit, f"{share:.0%}" if share is not None else "")
+    made = Table("median", title=title)
+    for column in ("tercet", "transformers", "ratio", "machine", "reached"):
+        made.add_column(column, justify="right")
+    for measure, w in workloads.items():
+        label, unit = {
+            DECODE: (f"decode at batch {w.batch}, tokens/s", 1),
+            BATCH: (f"{w.batch} requests of {w.inputs} in, {w.outputs} out, output tokens/s", 1),
+            PREFILL: (f"prefill of {w.inputs}, tokens/s", w.inputs),
+        }[measure]
+        ours, theirs = (f"{result[f'{measure}.{name}'] * unit:,.1f}" for name in ("tercet", "transformers"))
+        bound = [""] * 2
+        if measure != BATCH:
+            bound = [f"{result[f'{measure}.limit'] * unit:,.1f}", f"{result[f'{measure}.share_of_limit']:.0%}"]
+        made.add_row(label, ours, theirs, f"{result[f'{measure}.ratio']:.2f}", *bound)
     made.add_section()
-    for name, value in result.items():
-        if name.startswith(("read_", "gemm_")):
-            unit = "GB/s" if name.startswith("read_") else "GFLOPS"
-            made.add_row(f"{name.replace('_', ' ')}, {unit}", "", "", "", f"{value / 1e9:,.1f}")
-    made.add_section()
+    for name in (n for n in result if n.startswith(("read_", "gemm_"))):
+        unit_name = "GB/s" if name.startswith("read_") else "GFLOPS"
+        made.add_row(f"{name.replace('_', ' ')}, {unit_name}", "", "", "", f"{result[name] / 1e9:,.1f}")
     made.add_row("resident, MB", *(f"{result[f'resident_mb.{name}']:,.0f}" for name in ("tercet", "transformers")))
     return made
-
-
-def machine() -> dict[str, Any]:
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    cpu = {key.strip(): value.strip() for key, _, value in lines}
-    flags = cpu.get("flags", "").split()
-    return {
-        "cpu": cpu.get("model name", "unknown"),
-        "cores": len(os.sched_getaffinity(0)),
-        "flags": [flag for flag in FLAGS if flag in flags],
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }
-
-
-def git_commit() -> str:
-    """With `-dirty` if the tree has changes; `unknown` outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    root = Path(__file__).parent
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def resident_mb() -> float:
@@ -325,36 +276,50 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def facts() -> dict[str, Any]:
+    """Of machine and software. The commit is marked `-dirty` if the tree has changes."""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    cpu = {key.strip(): value.strip() for key, _, value in lines}
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {
+        "cpu": cpu.get("model name", "unknown"),
+        "cores": len(os.sched_getaffinity(0)),
+        "flags": [flag for flag in FLAGS if flag in cpu.get("flags", "").split()],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
 def main(
     threads: Annotated[int, typer.Option(min=1, help="compute threads, of both")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = Dtype.BFLOAT16,
+    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "bfloat16",
     rival_dtype: Annotated[Dtype | None, typer.Option(help="of transformers' weights; default: the same")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds")] = 5,
     shrink: Annotated[int, typer.Option(min=1, help="divide every size by this, to try the script out")] = 1,
-    source: Annotated[str, typer.Option(help="of the model, as in a spec")] = ModelSpec().source,
     result_file: Annotated[Path | None, typer.Option("--json", help="where the JSON goes")] = None,
 ) -> None:
-    """Exit code 0 whatever the figures are: they are read, not judged."""
+    """The figures are to be read: none of them makes the command fail."""
     torch.set_num_threads(threads)
+    rival_dtype, about = rival_dtype or dtype, facts()
+    about |= {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype, "repeats": repeats}
     workloads = {name: workload.shrunk(shrink) for name, workload in WORKLOADS.items()}
-    before = resident_mb()
-    ours = Tercet(ModelSpec(source=source, dtype=dtype.value), threads)
-    with_ours = resident_mb()
-    theirs = Transformers(ModelSpec(source=source, dtype=(rival_dtype or dtype).value))
-    resident = {"resident_mb.tercet": with_ours - before, "resident_mb.transformers": resident_mb() - with_ours}
-    samples = run_rounds(ours, theirs, workloads, Limits(shrink), repeats, ours.config.vocab_size)
+    memory = [resident_mb()]
+    ours = Tercet(ModelSpec(dtype=dtype), threads)
+    memory.append(resident_mb())
+    theirs = Transformers(ModelSpec(dtype=rival_dtype))
+    memory.append(resident_mb())
+    samples = run_rounds(ours.generate, theirs.generate, workloads, Limits(shrink), repeats, ours.config.vocab_size)
     ours.stop()
-    cost = Cost.of(ours.config, getattr(torch, dtype).itemsize, workloads[PREFILL].inputs)
-    result = summarise(samples, cost) | resident
-    setting = {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype or dtype, "repeats": repeats}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "commit": git_commit()}
-    host = machine()
-    title = f"{dtype}, {threads} of {host['cores']} cores, {host['cpu']} ({', '.join(host['flags'])})"
+    result = summarise(samples, Cost.of(ours.config, getattr(torch, dtype).itemsize, workloads[PREFILL].inputs))
+    result |= {"resident_mb.tercet": memory[1] - memory[0], "resident_mb.transformers": memory[2] - memory[1]}
+    kinds = dtype if dtype == rival_dtype else f"{dtype} against {rival_dtype}"
+    title = f"{kinds}, {threads} of {about['cores']} cores, {about['cpu']}, {about['commit'][:12]}"
     Console().print(table(result, workloads, title))
     if result_file is not None:
         sizes = {name: asdict(workload) for name, workload in workloads.items()}
-        facts = {"setting": setting, "machine": host, "versions": versions, "workloads": sizes, "cost": asdict(cost)}
-        result_file.write_text(json.dumps(facts | {"result": result, "samples": samples}, indent=1))
+        result_file.write_text(json.dumps(about | {"workloads": sizes, "result": result, "samples": samples}, indent=1))
 
 
 if __name__ == "__main__":
