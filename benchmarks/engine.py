@@ -3,8 +3,8 @@
     python -m benchmarks.engine --threads 1 --json result.json
 
 Every round runs each measure once with our engine, once with transformers (same weights, threads and prompts of random
-ids, greedy, eos ignored), and once reads memory and multiplies matrices, so that noise hits all of them. A figure is
-the median over rounds; a ratio is the median of the rounds' ratios, above 1 where our engine is the faster.
+ids, greedy, eos ignored), and once reads memory and multiplies matrices, so that noise hits all of them. Each figure,
+ratios too, is the median of the rounds' figures; a ratio above 1 says that our engine is the faster.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
@@ -45,10 +45,11 @@ from tercet.transfer.region import Region
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 READ_BYTES = 5 << 28  # 1.25 GiB, far more than any cache holds
 GEMM_SIZE = 2048
+COLUMNS = (("tercet", ",.1f"), ("transformers", ",.1f"), ("ratio", ".2f"), ("machine", ",.1f"), ("reached", ".0%"))
 
 Dtype = Literal["bfloat16", "float32"]
 Prompts = Sequence[Sequence[int]]
-Samples = dict[str, list[float]]  # one value a round
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Workload:
     inputs: int  # tokens of each prompt
     outputs: int  # tokens that each gets
 
-    def prompts(self, vocab: int, seed: int) -> list[list[int]]:
+    def prompts(self, vocab: int, seed: int) -> Prompts:
         rng = random.Random(seed)
         return [[rng.randrange(vocab) for _ in range(self.inputs)] for _ in range(self.batch)]
 
@@ -65,24 +66,24 @@ class Workload:
         return Workload(self.batch, max(1, self.inputs // by), max(2, self.outputs // by))
 
 
-DECODE, BATCH, PREFILL = "decode", "batch", "prefill"
-WORKLOADS = {DECODE: Workload(1, 32, 64), BATCH: Workload(16, 128, 64), PREFILL: Workload(1, 1024, 2)}
-
-
 @dataclass(frozen=True)
 class Outcome:
-    first_s: float  # start until the first token
-    total_s: float  # start until the last token
-    tokens: list[list[int]]  # of each request
+    """Seconds from the start, when all requests come at once, and what each request got."""
 
-    def speed(self, measure: str) -> float:
-        """Per second: decoded tokens after the first; output tokens of the whole batch; prompts prefilled."""
-        if measure == DECODE:
-            return (len(self.tokens[0]) - 1) / (self.total_s - self.first_s)
-        return sum(map(len, self.tokens)) / self.total_s if measure == BATCH else 1 / self.first_s
+    first_s: float  # until the first token of any
+    total_s: float  # until the last
+    tokens: list[list[int]]
 
 
-Generate = Callable[[Prompts, int], Outcome]  # all prompts at once, so many tokens for each
+Generate = Callable[[Prompts, int], Outcome]  # (prompts of one length, output tokens of each)
+Trials = Mapping[str, tuple[Workload, Prompts]]
+DECODE, BATCH, PREFILL = "decode", "batch", "prefill"
+WORKLOADS = {DECODE: Workload(1, 32, 64), BATCH: Workload(16, 128, 64), PREFILL: Workload(1, 1024, 2)}
+SPEEDS: dict[str, Callable[[Workload, Outcome], float]] = {  # tokens per second
+    DECODE: lambda work, out: (work.outputs - 1) / (out.total_s - out.first_s),
+    BATCH: lambda work, out: work.batch * work.outputs / out.total_s,
+    PREFILL: lambda work, out: work.inputs / out.first_s,
+}
 
 
 class Tercet:
@@ -126,8 +127,8 @@ class Tercet:
         if sampled:
             self._stamps.append(time.perf_counter())
             self._left -= sum(item.token.finish is not None for item in sampled)
-        if not self._left:
-            self._idle.set()
+            if not self._left:
+                self._idle.set()
 
 
 class _Stamps(BaseStreamer):
@@ -153,33 +154,30 @@ class Transformers:
 
     def generate(self, prompts: Prompts, outputs: int) -> Outcome:
         ids, stamps = torch.tensor(prompts), _Stamps()
-        start = time.perf_counter()
         settings = {"do_sample": False, "max_new_tokens": outputs, "eos_token_id": None, "pad_token_id": 0}
+        start = time.perf_counter()
         out = self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings)
-        tokens = out[:, ids.shape[1] :].tolist()
-        return Outcome(stamps.times[1] - start, stamps.times[-1] - start, tokens)
+        return Outcome(stamps.times[1] - start, stamps.times[-1] - start, out[:, ids.shape[1] :].tolist())
 
 
-class Limits:
-    """What the machine can do: read memory, and multiply square matrices, a bᵀ, as a linear layer does."""
+class Machine:
+    """What it can do: read memory, and multiply square matrices, a bᵀ, as a linear layer does."""
 
     def __init__(self, shrink: int) -> None:
-        self._wide = torch.ones(READ_BYTES // 4 // shrink)
-        rows = READ_BYTES // 2 // shrink // 4096
-        self._matrix, self._vector = torch.ones(rows, 4096, dtype=torch.bfloat16), torch.ones(4096).bfloat16()
-        n = GEMM_SIZE // shrink
-        self._flops = 2 * n**3
-        self._squares = {kind: torch.rand(n, n).to(getattr(torch, kind)) for kind in get_args(Dtype)}
-
-    def measure(self) -> dict[str, float]:
-        """Bytes or FLOPs per second."""
-        rates = {
-            "read_sum_float32": self._wide.nbytes / _seconds(self._wide.sum),
-            "read_matvec_bfloat16": self._matrix.nbytes / _seconds(lambda: self._matrix @ self._vector),
+        numbers = torch.ones(READ_BYTES // 4 // shrink)
+        matrix, vector = torch.ones(READ_BYTES // 8192 // shrink, 4096).bfloat16(), torch.ones(4096).bfloat16()
+        wide = torch.rand(GEMM_SIZE // shrink, GEMM_SIZE // shrink)
+        narrow, flops = wide.bfloat16(), 2 * len(wide) ** 3
+        self._works: dict[str, tuple[float, Callable[[], object]]] = {  # name -> (bytes or FLOPs, what takes them)
+            "read, float32 sum": (numbers.nbytes, numbers.sum),
+            "read, bfloat16 matrix-vector": (matrix.nbytes, partial(torch.mv, matrix, vector)),
+            "gemm, float32": (flops, partial(torch.mm, wide, wide.t())),
+            "gemm, bfloat16": (flops, partial(torch.mm, narrow, narrow.t())),
         }
-        for kind, square in self._squares.items():
-            rates[f"gemm_{kind}"] = self._flops / _seconds(partial(torch.mm, square, square.t()))
-        return rates
+
+    def measure(self) -> Figures:
+        """Bytes or FLOPs per second."""
+        return {name: amount / _seconds(work) for name, (amount, work) in self._works.items()}
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -190,10 +188,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """What must be read and computed at least. KV and norms are left out: below 2 % here."""
+    """What a token must read and compute at least. Norms and the KV that decode reads are left out: below 2 %."""
 
-    decode_bytes: int  # weights read for one token
-    prefill_flops: int  # of the prefill workload
+    decode_bytes: int  # weights
+    prefill_flops: float  # mean over the tokens of a prompt
 
     @classmethod
     def of(cls, config: ModelConfig, itemsize: int, prompt: int) -> Cost:
@@ -201,79 +199,64 @@ class Cost:
         attention = config.hidden_size * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
         body = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
         head = config.vocab_size * config.hidden_size
-        scores = config.num_layers * 2 * heads * prompt * (prompt + 1) // 2  # causal, q kᵀ and p v
-        return cls(itemsize * (body + head), 2 * (body * prompt + scores + head))
+        scores = config.num_layers * heads * (prompt + 1)  # q kᵀ and p v, causal
+        return cls(itemsize * (body + head), 2 * (body + scores + head / prompt))
+
+    def limits(self, rates: Figures) -> Figures:
+        """Tokens per second on a machine of these rates: its fastest way to read and its fastest to multiply."""
+        read, gemm = (max(rate for name, rate in rates.items() if name.startswith(kind)) for kind in ("read", "gemm"))
+        return {DECODE: read / self.decode_bytes, PREFILL: gemm / self.prefill_flops}
+
+
+def compare(measure: str, work: Workload, ours: Outcome, theirs: Outcome) -> Figures:
+    pairs = [pair for a, b in zip(ours.tokens, theirs.tokens, strict=True) for pair in zip(a, b, strict=True)]
+    mine, other = SPEEDS[measure](work, ours), SPEEDS[measure](work, theirs)
+    same = sum(a == b for a, b in pairs) / len(pairs)
+    values = {"tercet": mine, "transformers": other, "ratio": mine / other, "same_tokens": same}
+    return {f"{measure}.{name}": value for name, value in values.items()}
+
+
+def run_round(ours: Generate, theirs: Generate, machine: Machine, cost: Cost, trials: Trials) -> Figures:
+    """`MEASURE.KEY` for each measure, and the machine's rates."""
+    figures = machine.measure()
+    limits = cost.limits(figures)
+    for measure, (work, prompts) in trials.items():
+        figures |= compare(measure, work, ours(prompts, work.outputs), theirs(prompts, work.outputs))
+    for measure, limit in limits.items():
+        figures |= {f"{measure}.machine": limit, f"{measure}.reached": figures[f"{measure}.tercet"] / limit}
+    return figures
 
 
 def run_rounds(
-    ours: Generate, theirs: Generate, workloads: Mapping[str, Workload], limits: Limits, repeats: int, vocab: int
-) -> Samples:
-    """A sample per round of `MEASURE.tercet`, `MEASURE.transformers` (per second), `MEASURE.same_tokens` and the
-    machine's rates. Round 0 warms caches and threads with small workloads and is not kept."""
-    samples: Samples = {}
+    ours: Tercet, theirs: Transformers, machine: Machine, cost: Cost, workloads: Mapping[str, Workload], repeats: int
+) -> list[Figures]:
+    """Round 0 warms caches and threads with small workloads and is not kept."""
+    rounds = []
     for number in range(repeats + 1):
         start = time.perf_counter()
-        figures = limits.measure()
-        for measure, full in workloads.items():
-            workload = full if number else full.shrunk(8)
-            prompts = workload.prompts(vocab, seed=number)
-            figures |= compare(measure, ours(prompts, workload.outputs), theirs(prompts, workload.outputs))
+        works = workloads if number else {name: work.shrunk(8) for name, work in workloads.items()}
+        trials = {name: (work, work.prompts(ours.config.vocab_size, number)) for name, work in works.items()}
+        rounds.append(run_round(ours.generate, theirs.generate, machine, cost, trials))
         print(f"round {number} of {repeats}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        for name, value in figures.items() if number else ():
-            samples.setdefault(name, []).append(value)
-    return samples
+    return rounds[1:]
 
 
-def compare(measure: str, ours: Outcome, theirs: Outcome) -> dict[str, float]:
-    pairs = [pair for a, b in zip(ours.tokens, theirs.tokens, strict=True) for pair in zip(a, b, strict=True)]
-    return {
-        f"{measure}.tercet": ours.speed(measure),
-        f"{measure}.transformers": theirs.speed(measure),
-        f"{measure}.same_tokens": sum(a == b for a, b in pairs) / len(pairs),
-    }
-
-
-def summarise(samples: Samples, cost: Cost) -> dict[str, float]:
-    """Medians, ratios, and the shares of the machine's limits that our engine reaches."""
-    result = {name: statistics.median(values) for name, values in samples.items()}
-    for measure in WORKLOADS:
-        pairs = zip(samples[f"{measure}.tercet"], samples[f"{measure}.transformers"], strict=True)
-        result[f"{measure}.ratio"] = statistics.median(ours / theirs for ours, theirs in pairs)
-    read = max(result["read_sum_float32"], result["read_matvec_bfloat16"])
-    gemm = max(result[f"gemm_{kind}"] for kind in get_args(Dtype))
-    for measure, limit in (DECODE, read / cost.decode_bytes), (PREFILL, gemm / cost.prefill_flops):
-        result[f"{measure}.limit"] = limit
-        result[f"{measure}.share_of_limit"] = result[f"{measure}.tercet"] / limit
-    return result
-
-
-def table(result: Mapping[str, float], workloads: Mapping[str, Workload], title: str) -> Table:
+def table(result: Figures, workloads: Mapping[str, Workload], title: str) -> Table:
     made = Table("median", title=title)
-    for column in ("tercet", "transformers", "ratio", "machine", "reached"):
+    for column, _ in COLUMNS:
         made.add_column(column, justify="right")
-    for measure, w in workloads.items():
-        label, unit = {
-            DECODE: (f"decode at batch {w.batch}, tokens/s", 1),
-            BATCH: (f"{w.batch} requests of {w.inputs} in, {w.outputs} out, output tokens/s", 1),
-            PREFILL: (f"prefill of {w.inputs}, tokens/s", w.inputs),
-        }[measure]
-        ours, theirs = (f"{result[f'{measure}.{name}'] * unit:,.1f}" for name in ("tercet", "transformers"))
-        bound = [""] * 2
-        if measure != BATCH:
-            bound = [f"{result[f'{measure}.limit'] * unit:,.1f}", f"{result[f'{measure}.share_of_limit']:.0%}"]
-        made.add_row(label, ours, theirs, f"{result[f'{measure}.ratio']:.2f}", *bound)
+    for measure, work in workloads.items():
+        cells = [
+            format(result[f"{measure}.{key}"], form) if f"{measure}.{key}" in result else "" for key, form in COLUMNS
+        ]
+        made.add_row(f"{measure}, {work.batch} of {work.inputs} in, {work.outputs} out, tokens/s", *cells)
     made.add_section()
-    for name in (n for n in result if n.startswith(("read_", "gemm_"))):
-        unit_name = "GB/s" if name.startswith("read_") else "GFLOPS"
-        made.add_row(f"{name.replace('_', ' ')}, {unit_name}", "", "", "", f"{result[name] / 1e9:,.1f}")
+    for name in (name for name in result if name.startswith(("read", "gemm"))):
+        made.add_row(
+            f"{name}, G{'B' if name.startswith('read') else 'FLOP'}/s", "", "", "", f"{result[name] / 1e9:,.1f}"
+        )
     made.add_row("resident, MB", *(f"{result[f'resident_mb.{name}']:,.0f}" for name in ("tercet", "transformers")))
     return made
-
-
-def resident_mb() -> float:
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def facts() -> dict[str, Any]:
@@ -292,6 +275,11 @@ def facts() -> dict[str, Any]:
     }
 
 
+def resident_mb() -> float:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def main(
     threads: Annotated[int, typer.Option(min=1, help="compute threads, of both")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "bfloat16",
@@ -302,24 +290,26 @@ def main(
 ) -> None:
     """The figures are to be read: none of them makes the command fail."""
     torch.set_num_threads(threads)
-    rival_dtype, about = rival_dtype or dtype, facts()
-    about |= {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype, "repeats": repeats}
-    workloads = {name: workload.shrunk(shrink) for name, workload in WORKLOADS.items()}
+    rival_dtype = rival_dtype or dtype
+    about = facts() | {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype, "repeats": repeats}
+    workloads = {name: work.shrunk(shrink) for name, work in WORKLOADS.items()}
     memory = [resident_mb()]
     ours = Tercet(ModelSpec(dtype=dtype), threads)
     memory.append(resident_mb())
     theirs = Transformers(ModelSpec(dtype=rival_dtype))
     memory.append(resident_mb())
-    samples = run_rounds(ours.generate, theirs.generate, workloads, Limits(shrink), repeats, ours.config.vocab_size)
+    machine = Machine(shrink)
+    cost = Cost.of(ours.config, getattr(torch, dtype).itemsize, workloads[PREFILL].inputs)
+    rounds = run_rounds(ours, theirs, machine, cost, workloads, repeats)
     ours.stop()
-    result = summarise(samples, Cost.of(ours.config, getattr(torch, dtype).itemsize, workloads[PREFILL].inputs))
+    result = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
     result |= {"resident_mb.tercet": memory[1] - memory[0], "resident_mb.transformers": memory[2] - memory[1]}
     kinds = dtype if dtype == rival_dtype else f"{dtype} against {rival_dtype}"
     title = f"{kinds}, {threads} of {about['cores']} cores, {about['cpu']}, {about['commit'][:12]}"
     Console().print(table(result, workloads, title))
     if result_file is not None:
-        sizes = {name: asdict(workload) for name, workload in workloads.items()}
-        result_file.write_text(json.dumps(about | {"workloads": sizes, "result": result, "samples": samples}, indent=1))
+        sizes = {name: asdict(work) for name, work in workloads.items()}
+        result_file.write_text(json.dumps(about | {"workloads": sizes, "result": result, "rounds": rounds}, indent=1))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,9 @@ class Load:
     blocks_leased: int = 0
     blocks_in_flight: int = 0
     blocks_quarantined: int = 0
+    preemptions: int = 0  # sequences sent back to be recomputed, since the start
+    transfer_dropped: int = 0  # messages that named no live ticket: late, doubled, or of an old epoch
+    transfer_refused: int = 0  # connections turned away or cut off: mismatch, garbage
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from tercet.core import Done, FinishReason, Load
@@ -22,6 +23,11 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _GATEWAY_S = (1e-5, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1.5e-3, 3e-3, 1e-2, 1e-1)
+_WORKER_COUNTERS = {  # field of Load -> help
+    "preemptions": "Sequences sent back to be recomputed",
+    "transfer_dropped": "Transfer messages that named no live ticket",
+    "transfer_refused": "Transfer connections turned away or cut off",
+}
 _STAGES = ("queue", "prefill", "transfer", "first_decode")
 
 
@@ -31,7 +37,7 @@ class WorkerGauges(Collector):
     def __init__(self, loads: Callable[[], Mapping[str, Load]]) -> None:
         self._loads = loads
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         running = GaugeMetricFamily("tercet_num_requests_running", "Requests in the running batch", labels=["worker"])
         waiting = GaugeMetricFamily("tercet_num_requests_waiting", "Requests admitted, not running", labels=["worker"])
         usage = GaugeMetricFamily("tercet_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", labels=["worker"])
@@ -42,7 +48,14 @@ class WorkerGauges(Collector):
             usage.add_metric([worker], 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0)
             for state in ("free", "owned", "leased", "in_flight", "quarantined"):
                 blocks.add_metric([worker, state], getattr(load, f"blocks_{state}"))
-        yield from (running, waiting, usage, blocks)
+        yield from (running, waiting, usage, blocks, *self._counters())
+
+    def _counters(self) -> Iterator[CounterMetricFamily]:
+        for name, text in _WORKER_COUNTERS.items():
+            family = CounterMetricFamily(f"tercet_{name}", text, labels=["worker"])
+            for worker, load in self._loads().items():
+                family.add_metric([worker], getattr(load, name))
+            yield family
 
 
 class Metrics:

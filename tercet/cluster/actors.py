@@ -8,6 +8,7 @@ No token and no KV byte passes through these calls. A TercetError crosses them a
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,6 +27,14 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
+async def end_with_raylet() -> None:
+    """Ray may leave an async actor running when its raylet is killed; it would hold its ports and memory for ever."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        await asyncio.sleep(1.0)
+    os._exit(1)
+
+
 class WorkerActor:
     """One replica of a role. The role's object is made in `start`, where an error of its own can cross as itself."""
 
@@ -37,6 +46,7 @@ class WorkerActor:
     async def start(self) -> WorkerInfo:
         from tercet.roles.worker import Worker
 
+        self._watch = asyncio.create_task(end_with_raylet())
         host = "127.0.0.1" if self._loopback else node_address()
         self._worker = Worker(*self._identity, host, self._token)
         return await self._worker.start()
@@ -62,6 +72,7 @@ class GatewayActor:
     async def start(self) -> GatewayInfo:
         from tercet.roles.gateway.gateway import Gateway
 
+        self._watch = asyncio.create_task(end_with_raylet())
         self._gateway = Gateway(self._spec, self._token)
         self._info = await self._gateway.start()
         return self._info

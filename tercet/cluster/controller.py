@@ -32,9 +32,10 @@ class Running(Protocol):
 
 
 class Starter(Protocol):
-    """Makes processes. Raises ClusterError when there is no room for one."""
+    """Makes processes. `launch` raises ClusterError when there is no room for one."""
 
     async def launch(self, member_id: str, epoch: int) -> Running: ...
+    def has_home(self) -> bool: ...
 
 
 @dataclass
@@ -84,9 +85,15 @@ class Controller:
         self._is_up = True
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Keep the cluster as it should be until `stop` is set or someone asks the gateway for it."""
+        """Keep the cluster as it should be until `stop` is set or someone asks the gateway for it.
+
+        Raises ClusterError when this process's own Ray node has died.
+        """
         while not stop.is_set() and not self.stop_requested:
             await self._step()
+            gateway = self._slots[GATEWAY].member
+            if gateway.state is not State.LIVE and not self._starter.has_home():
+                raise ClusterError(f"the Ray node of this process has died; the gateway was lost: {gateway.reason}")
 
     async def shut_down(self) -> None:
         """Drain what runs, then end it all; each step has a deadline, so this ends too."""

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from tercet.cluster.actors import GatewayActor, WorkerActor
 from tercet.cluster.reconcile import GATEWAY
 from tercet.errors import ClusterError, TercetError, WorkerLost
-from tercet.placement.roles import Assignment, Placement
+from tercet.placement.roles import Assignment, Node, Placement
 from tercet.spec import ClusterSpec
 
 NAMESPACE = "tercet"
@@ -75,6 +75,10 @@ class Launcher:
             return await self._gateway()
         return await self._worker(self._workers[member_id], epoch)
 
+    def has_home(self) -> bool:
+        """Whether the Ray node of this process lives; without it nothing can be mended from here."""
+        return _is_alive(self._gateway_node)
+
     async def _gateway(self) -> Actor:
         here = NodeAffinitySchedulingStrategy(self._gateway_node.node_id, soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here}
@@ -92,8 +96,7 @@ class Launcher:
             raise
 
     async def _reserve(self, wanted: Assignment) -> PlacementGroup:
-        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}  # type: ignore[no-untyped-call]
-        pin = {NODE_ID_LABEL: wanted.node.node_id} if wanted.node.node_id in alive else {}
+        pin = {NODE_ID_LABEL: wanted.node.node_id} if _is_alive(wanted.node) else {}
         name = actor_name(self._spec.name, wanted.worker_id)
         group: PlacementGroup = placement_group(
             [dict(wanted.needs)], name=name, bundle_label_selector=[{**wanted.labels, **pin}]
@@ -125,6 +128,10 @@ class Launcher:
         raise ClusterError(f"{name}: another actor of this name lives in this Ray; is the cluster served twice?")
 
 
+def _is_alive(node: Node) -> bool:
+    return any(n["Alive"] and n["NodeID"] == node.node_id for n in ray.nodes())  # type: ignore[no-untyped-call]
+
+
 def _cause(member_id: str, error: RayTaskError) -> TercetError:
     cause = error.cause
     if isinstance(cause, TercetError):
@@ -137,7 +144,9 @@ def _death(member_id: str, error: RayActorError) -> TercetError:
         return ClusterError(f"{member_id} could not be created: {str(error).strip().splitlines()[-1]}")
     text = " ".join(str(error).split())
     why = re.search(r"Worker exit type: \w+|node has died|node was terminated", text)
-    return WorkerLost(f"{member_id} died ({why[0] if why else text[:120]}); its log is in Ray's session folder")
+    return WorkerLost(
+        f"{member_id} died ({why[0] if why else text.partition(' class_name')[0]}); its log is in Ray's session folder"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -100,7 +100,9 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)  # what is worth nothing is taken first
 
     def counts(self) -> dict[Hold | None, int]:
-        """How many blocks are in each state; None is free."""
+        """How many blocks are in each state; None is free. Audits the balance on the way, as it is cheap."""
+        assert sum(self._counts.values()) == self.total, f"the ledger does not balance: {self._counts}"
+        assert self._counts[None] == len(self._free), f"{len(self._free)} free blocks: {self._counts}"
         return dict(self._counts)
 
     def check_integrity(self) -> None:

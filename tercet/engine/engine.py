@@ -157,6 +157,7 @@ class Engine:
                 blocks_leased=counts[Hold.LEASED],
                 blocks_in_flight=counts[Hold.IN_FLIGHT],
                 blocks_quarantined=counts[Hold.QUARANTINED],
+                preemptions=self._scheduler.preemptions,
             )
 
     def check_integrity(self) -> None:

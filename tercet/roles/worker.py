@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import torch
 
@@ -70,7 +71,7 @@ class Worker:
         self.handler.engine = self.engine
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
         self._thread.start()
-        self._server = WorkerServer(self.handler, self.engine.load, self._token)
+        self._server = WorkerServer(self.handler, self.load, self._token)
         address = await self._server.start(self._host)
         return WorkerInfo(
             self._worker_id,
@@ -112,6 +113,16 @@ class Worker:
                 error = WorkerLost(f"the engine of {self._worker_id} died: {self.engine.failure!r}")
                 loop.call_soon_threadsafe(self.handler.die, error)
 
+    def load(self) -> Load:
+        """The engine's load, with what the mover has counted."""
+        load = self.engine.load()
+        if self._receiver is not None:
+            dropped, refused = self._receiver.dropped().total(), self._receiver.refused.total()
+            return replace(load, transfer_dropped=dropped, transfer_refused=refused)
+        if self._sender is not None:
+            return replace(load, transfer_dropped=self._sender.dropped().total())
+        return load
+
     async def health(self) -> Load:
         """Raises ClusterError when the engine is dead or stuck."""
         if self.engine.failure is not None or not self._thread.is_alive():
@@ -119,7 +130,7 @@ class Worker:
         started = self.engine.step_started
         if started is not None and time.monotonic() - started > STUCK_S:
             raise ClusterError(f"the engine of {self._worker_id} is stuck in one step for over {STUCK_S} s")
-        return self.engine.load()
+        return self.load()
 
     async def drain(self, timeout_s: float) -> None:
         await self.handler.drain(timeout_s)

@@ -110,6 +110,10 @@ class FakeStarter:
         self.told: Any = ()
         self.stop_requested = False
         self.refuse: TercetError | None = None
+        self.home = True
+
+    def has_home(self) -> bool:
+        return self.home
 
     async def launch(self, member_id: str, epoch: int) -> FakeMember:
         if self.refuse is not None and member_id == "decode-0":
@@ -169,6 +173,17 @@ async def test_a_fault_while_bringing_up_is_raised_as_itself(fault):
         await cluster.bring_up()
     await cluster.shut_down()
     assert len(starter.killed) == len(starter.members)
+
+
+async def test_the_death_of_the_own_node_ends_the_controller():
+    starter = FakeStarter()
+    cluster = controller(starter, [])
+    await cluster.bring_up()
+    starter.home = False
+    starter.members[GATEWAY].fault = WorkerLost("gateway died")
+    with pytest.raises(ClusterError, match="the Ray node of this process has died"):
+        await cluster.run(asyncio.Event())
+    await cluster.shut_down()
 
 
 async def test_a_bug_in_a_member_is_not_swallowed():

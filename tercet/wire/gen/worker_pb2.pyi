@@ -62,7 +62,7 @@ class Abort(_message.Message):
     def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_owned", "blocks_leased", "blocks_in_flight", "blocks_quarantined")
+    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_owned", "blocks_leased", "blocks_in_flight", "blocks_quarantined", "preemptions", "transfer_dropped", "transfer_refused")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,9 @@ class Load(_message.Message):
     BLOCKS_LEASED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_REFUSED_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     blocks_total: int
@@ -79,7 +82,10 @@ class Load(_message.Message):
     blocks_leased: int
     blocks_in_flight: int
     blocks_quarantined: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ...) -> None: ...
+    preemptions: int
+    transfer_dropped: int
+    transfer_refused: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., preemptions: _Optional[int] = ..., transfer_dropped: _Optional[int] = ..., transfer_refused: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "logprob", "top_logprobs", "finish_reason")
