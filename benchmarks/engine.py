@@ -9,7 +9,6 @@ ratios too, is the median of the rounds' figures; a ratio above 1 says that our 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -45,6 +44,7 @@ from tercet.transfer.region import Region
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 READ_BYTES = 5 << 28  # 1.25 GiB, far more than any cache holds
 GEMM_SIZE = 2048
+RATES = {"read": "GB/s", "gemm": "GFLOPS"}
 COLUMNS = (("tercet", ",.1f"), ("transformers", ",.1f"), ("ratio", ".2f"), ("machine", ",.1f"), ("reached", ".0%"))
 
 Dtype = Literal["bfloat16", "float32"]
@@ -75,8 +75,6 @@ class Outcome:
     tokens: list[list[int]]
 
 
-Generate = Callable[[Prompts, int], Outcome]  # (prompts of one length, output tokens of each)
-Trials = Mapping[str, tuple[Workload, Prompts]]
 DECODE, BATCH, PREFILL = "decode", "batch", "prefill"
 WORKLOADS = {DECODE: Workload(1, 32, 64), BATCH: Workload(16, 128, 64), PREFILL: Workload(1, 1024, 2)}
 SPEEDS: dict[str, Callable[[Workload, Outcome], float]] = {  # tokens per second
@@ -169,21 +167,20 @@ class Machine:
         wide = torch.rand(GEMM_SIZE // shrink, GEMM_SIZE // shrink)
         narrow, flops = wide.bfloat16(), 2 * len(wide) ** 3
         self._works: dict[str, tuple[float, Callable[[], object]]] = {  # name -> (bytes or FLOPs, what takes them)
-            "read, float32 sum": (numbers.nbytes, numbers.sum),
-            "read, bfloat16 matrix-vector": (matrix.nbytes, partial(torch.mv, matrix, vector)),
-            "gemm, float32": (flops, partial(torch.mm, wide, wide.t())),
-            "gemm, bfloat16": (flops, partial(torch.mm, narrow, narrow.t())),
+            "read_float32_sum": (numbers.nbytes, numbers.sum),
+            "read_bfloat16_matvec": (matrix.nbytes, partial(torch.mv, matrix, vector)),
+            "gemm_float32": (flops, partial(torch.mm, wide, wide.t())),
+            "gemm_bfloat16": (flops, partial(torch.mm, narrow, narrow.t())),
         }
 
     def measure(self) -> Figures:
         """Bytes or FLOPs per second."""
-        return {name: amount / _seconds(work) for name, (amount, work) in self._works.items()}
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+        rates = {}
+        for name, (amount, work) in self._works.items():
+            start = time.perf_counter()
+            work()
+            rates[name] = amount / (time.perf_counter() - start)
+        return rates
 
 
 @dataclass(frozen=True)
@@ -204,7 +201,7 @@ class Cost:
 
     def limits(self, rates: Figures) -> Figures:
         """Tokens per second on a machine of these rates: its fastest way to read and its fastest to multiply."""
-        read, gemm = (max(rate for name, rate in rates.items() if name.startswith(kind)) for kind in ("read", "gemm"))
+        read, gemm = (max(rate for name, rate in rates.items() if name.startswith(kind)) for kind in RATES)
         return {DECODE: read / self.decode_bytes, PREFILL: gemm / self.prefill_flops}
 
 
@@ -216,27 +213,20 @@ def compare(measure: str, work: Workload, ours: Outcome, theirs: Outcome) -> Fig
     return {f"{measure}.{name}": value for name, value in values.items()}
 
 
-def run_round(ours: Generate, theirs: Generate, machine: Machine, cost: Cost, trials: Trials) -> Figures:
-    """`MEASURE.KEY` for each measure, and the machine's rates."""
-    figures = machine.measure()
-    limits = cost.limits(figures)
-    for measure, (work, prompts) in trials.items():
-        figures |= compare(measure, work, ours(prompts, work.outputs), theirs(prompts, work.outputs))
-    for measure, limit in limits.items():
-        figures |= {f"{measure}.machine": limit, f"{measure}.reached": figures[f"{measure}.tercet"] / limit}
-    return figures
-
-
 def run_rounds(
     ours: Tercet, theirs: Transformers, machine: Machine, cost: Cost, workloads: Mapping[str, Workload], repeats: int
 ) -> list[Figures]:
-    """Round 0 warms caches and threads with small workloads and is not kept."""
+    """Of each round `MEASURE.KEY` for each measure, and the machine's rates."""
     rounds = []
     for number in range(repeats + 1):
-        start = time.perf_counter()
-        works = workloads if number else {name: work.shrunk(8) for name, work in workloads.items()}
-        trials = {name: (work, work.prompts(ours.config.vocab_size, number)) for name, work in works.items()}
-        rounds.append(run_round(ours.generate, theirs.generate, machine, cost, trials))
+        start, figures = time.perf_counter(), machine.measure()
+        for measure, whole in workloads.items():
+            work = whole if number else whole.shrunk(8)  # round 0 warms caches and threads and is not kept
+            prompts = work.prompts(ours.config.vocab_size, number)
+            figures |= compare(measure, work, *(each.generate(prompts, work.outputs) for each in (ours, theirs)))
+        for measure, limit in cost.limits(figures).items():
+            figures |= {f"{measure}.machine": limit, f"{measure}.reached": figures[f"{measure}.tercet"] / limit}
+        rounds.append(figures)
         print(f"round {number} of {repeats}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return rounds[1:]
 
@@ -246,15 +236,11 @@ def table(result: Figures, workloads: Mapping[str, Workload], title: str) -> Tab
     for column, _ in COLUMNS:
         made.add_column(column, justify="right")
     for measure, work in workloads.items():
-        cells = [
-            format(result[f"{measure}.{key}"], form) if f"{measure}.{key}" in result else "" for key, form in COLUMNS
-        ]
+        cells = [format(result[k], form) if (k := f"{measure}.{key}") in result else "" for key, form in COLUMNS]
         made.add_row(f"{measure}, {work.batch} of {work.inputs} in, {work.outputs} out, tokens/s", *cells)
     made.add_section()
-    for name in (name for name in result if name.startswith(("read", "gemm"))):
-        made.add_row(
-            f"{name}, G{'B' if name.startswith('read') else 'FLOP'}/s", "", "", "", f"{result[name] / 1e9:,.1f}"
-        )
+    for name, unit in ((name, unit) for name in result for kind, unit in RATES.items() if name.startswith(kind)):
+        made.add_row(f"{name.replace('_', ' ')}, {unit}", "", "", "", f"{result[name] / 1e9:,.1f}")
     made.add_row("resident, MB", *(f"{result[f'resident_mb.{name}']:,.0f}" for name in ("tercet", "transformers")))
     return made
 
@@ -276,7 +262,6 @@ def facts() -> dict[str, Any]:
 
 
 def resident_mb() -> float:
-    gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -290,26 +275,24 @@ def main(
 ) -> None:
     """The figures are to be read: none of them makes the command fail."""
     torch.set_num_threads(threads)
-    rival_dtype = rival_dtype or dtype
-    about = facts() | {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype, "repeats": repeats}
+    about = facts() | {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype or dtype, "repeats": repeats}
     workloads = {name: work.shrunk(shrink) for name, work in WORKLOADS.items()}
     memory = [resident_mb()]
     ours = Tercet(ModelSpec(dtype=dtype), threads)
     memory.append(resident_mb())
-    theirs = Transformers(ModelSpec(dtype=rival_dtype))
+    theirs = Transformers(ModelSpec(dtype=rival_dtype or dtype))
     memory.append(resident_mb())
-    machine = Machine(shrink)
     cost = Cost.of(ours.config, getattr(torch, dtype).itemsize, workloads[PREFILL].inputs)
-    rounds = run_rounds(ours, theirs, machine, cost, workloads, repeats)
+    rounds = run_rounds(ours, theirs, Machine(shrink), cost, workloads, repeats)
     ours.stop()
     result = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
     result |= {"resident_mb.tercet": memory[1] - memory[0], "resident_mb.transformers": memory[2] - memory[1]}
-    kinds = dtype if dtype == rival_dtype else f"{dtype} against {rival_dtype}"
-    title = f"{kinds}, {threads} of {about['cores']} cores, {about['cpu']}, {about['commit'][:12]}"
+    title = f"{dtype} against {about['rival_dtype']}, {threads} of {about['cores']} cores, {about['cpu']}"
+    title += f", {about['commit'][:12]}"
     Console().print(table(result, workloads, title))
     if result_file is not None:
-        sizes = {name: asdict(work) for name, work in workloads.items()}
-        result_file.write_text(json.dumps(about | {"workloads": sizes, "result": result, "rounds": rounds}, indent=1))
+        about["workloads"] = {name: asdict(work) for name, work in workloads.items()}
+        result_file.write_text(json.dumps(about | {"result": result, "rounds": rounds}, indent=1))
 
 
 if __name__ == "__main__":

@@ -137,6 +137,10 @@ class ClusterSpec(Frozen):
             raise ValueError(f"gateway.grpc.port: {grpc.port} is taken by gateway.http.port")
         if len({spec.kv.block_size for spec in self.roles.values()}) > 1:
             raise ValueError("roles: kv.block_size must be the same in every role")
+        for role, spec in self.roles.items():
+            if spec.kv.blocks * spec.kv.block_size < self.model.max_context:
+                held = f"{spec.kv.blocks} blocks of {spec.kv.block_size} tokens"
+                raise ValueError(f"roles.{role}.kv.blocks: {held} cannot hold model.max_context {self.model.max_context}")
         if self.transfer.heartbeat_s * 2 > self.transfer.lease_s:
             raise ValueError("transfer.heartbeat_s: must be at most half of transfer.lease_s")
         return self

@@ -29,7 +29,7 @@ def spec_of(topology: str = "pd", decoders: int = 2, prefills: int = 1, **change
     limits = {k.removeprefix("limits__"): v for k, v in changes.items() if k.startswith("limits__")}
     return ClusterSpec(
         topology=topology,
-        model={"dtype": "float32"},
+        model={"dtype": "float32", "max_context": min(2048, 16 * role["kv"]["blocks"])},
         roles=roles,
         transfer=transfer,
         limits=limits,

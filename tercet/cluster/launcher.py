@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from tercet.cluster.actors import GatewayActor, WorkerActor
@@ -24,7 +24,8 @@ from tercet.spec import ClusterSpec
 
 NAMESPACE = "tercet"
 NODE_ID_LABEL = "ray.io/node-id"
-PLACE_TIMEOUT_S = 30
+PLACE_TIMEOUT_S = 30.0
+POLL_S = 0.1
 MAX_CALLS = 16  # at once to one actor: health, drain and their like
 NAME_TIMEOUT_S = 10.0  # Ray frees the name of a dead actor a moment after its death
 
@@ -102,16 +103,15 @@ class Launcher:
             [dict(wanted.needs)], name=name, bundle_label_selector=[{**wanted.labels, **pin}]
         )
         try:
-            for _ in range(PLACE_TIMEOUT_S):  # second by second, so that a cancelled start leaves no waiting thread
-                if await asyncio.to_thread(group.wait, 1):
-                    return group
+            if await _created(group):
+                return group
         except BaseException:
             remove_placement_group(group)
             raise
         remove_placement_group(group)
         where = wanted.node.address if pin else f"nodes labelled {dict(wanted.labels)}"
         raise ClusterError(
-            f"{wanted.worker_id}: Ray gave no room for {dict(wanted.needs)} on {where} in {PLACE_TIMEOUT_S} s; "
+            f"{wanted.worker_id}: Ray gave no room for {dict(wanted.needs)} on {where} in {PLACE_TIMEOUT_S:g} s; "
             "is something else running there?"
         )
 
@@ -120,12 +120,21 @@ class Launcher:
         actor: Any = ray.remote(kind).options(
             name=name, namespace=NAMESPACE, max_restarts=0, max_concurrency=MAX_CALLS, **options
         )
-        for _ in range(int(NAME_TIMEOUT_S / 0.1)):
+        for _ in range(int(NAME_TIMEOUT_S / POLL_S)):
             try:
                 return actor.remote(*args)
             except ActorAlreadyExistsError:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(POLL_S)
         raise ClusterError(f"{name}: another actor of this name lives in this Ray; is the cluster served twice?")
+
+
+async def _created(group: PlacementGroup) -> bool:
+    """Whether the group gets its place in time. Asked again and again, since `group.wait` blocks a thread."""
+    for _ in range(int(PLACE_TIMEOUT_S / POLL_S)):
+        if placement_group_table(group)["state"] == "CREATED":
+            return True
+        await asyncio.sleep(POLL_S)
+    return False
 
 
 def _is_alive(node: Node) -> bool:
