@@ -140,7 +140,9 @@ class ClusterSpec(Frozen):
         for role, spec in self.roles.items():
             if spec.kv.blocks * spec.kv.block_size < self.model.max_context:
                 held = f"{spec.kv.blocks} blocks of {spec.kv.block_size} tokens"
-                raise ValueError(f"roles.{role}.kv.blocks: {held} cannot hold model.max_context {self.model.max_context}")
+                raise ValueError(
+                    f"roles.{role}.kv.blocks: {held} cannot hold model.max_context {self.model.max_context}"
+                )
         if self.transfer.heartbeat_s * 2 > self.transfer.lease_s:
             raise ValueError("transfer.heartbeat_s: must be at most half of transfer.lease_s")
         return self

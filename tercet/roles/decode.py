@@ -54,6 +54,9 @@ class Decode(LegRole):
         else:
             self.receiver.cancel(active.ticket, error)
 
+    def settling(self, ticket: Ticket) -> bool:
+        return ticket in self._incoming
+
     # ---- events of the mover
 
     def on_event(self, event: Event) -> None:

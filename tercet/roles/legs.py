@@ -43,6 +43,10 @@ class LegRole(ABC):
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         """Free what the leg holds here and at the peer; the leg is already out of the table."""
 
+    def settling(self, ticket: Ticket) -> bool:
+        """Whether blocks of an earlier leg of this ticket are not settled yet."""
+        return False
+
     @abstractmethod
     def on_sampled(self, sampled: list[Sampled]) -> None:
         """What an engine step brought. Called on the engine's thread."""
@@ -52,8 +56,8 @@ class LegRole(ABC):
         if self._dead is not None:
             stream.failed(leg, self._dead)
             return
-        if self._draining or ticket in self._legs:
-            stream.rejected(leg, "the worker is draining" if self._draining else f"{ticket} is running already")
+        if self._draining or ticket in self._legs or self.settling(ticket):
+            stream.rejected(leg, "the worker is draining" if self._draining else f"{ticket} is not over yet")
             return
         sequence = Sequence(ticket, list(leg.token_ids), leg.num_prompt, leg.params)
         timer = self._loop.call_later(leg.timeout_s, self._expire, ticket)
@@ -63,6 +67,8 @@ class LegRole(ABC):
         except Overloaded as error:
             self.forget(active)
             stream.rejected(leg, str(error))
+        except TercetError as error:
+            self.fail(active, error)
 
     def abort(self, request_id: str, attempt: int, epoch: int) -> None:
         active = self._legs.get(Ticket(request_id, attempt, epoch))

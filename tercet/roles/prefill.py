@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tercet.core import Done, FinishReason, TokenEvent
 from tercet.engine.engine import Engine, Sampled
 from tercet.engine.sequence import Sequence
-from tercet.errors import Overloaded, TercetError, TransferError
+from tercet.errors import Overloaded, PeerDown, TercetError, TransferError
 from tercet.roles.legs import ActiveLeg, LegRole
 from tercet.transfer.messages import Commit, Ticket
 from tercet.transfer.outbound import Failed, Granted, OpDone, Released
 from tercet.transfer.sender import Event, KvSender
+
+DIALERS = 16  # a first contact may block for some seconds; known peers are answered at once
 
 
 @dataclass(eq=False)
@@ -38,12 +41,13 @@ class Prefill(LegRole):
         self._max_legs = max_legs
         self._block_size = block_size
         self._outgoing: dict[Ticket, _Outgoing] = {}  # until OpDone
+        self._dialers = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-dial")
 
     def begin(self, active: ActiveLeg) -> None:
         if len(self._outgoing) >= self._max_legs:
             raise Overloaded(f"{len(self._outgoing)} prompts are waiting or being computed already")
         outgoing = self._outgoing[active.ticket] = _Outgoing(active, time.monotonic())
-        self._loop.run_in_executor(None, self._open, outgoing)
+        self._loop.run_in_executor(self._dialers, self._open, outgoing)
 
     def _open(self, outgoing: _Outgoing) -> None:
         """On a pool thread, since a first contact dials."""
@@ -51,7 +55,7 @@ class Prefill(LegRole):
         num_blocks = -(-len(active.sequence.token_ids) // self._block_size)
         try:
             outgoing.transport = self.sender.open(active.ticket, active.leg.peer, num_blocks)
-        except TransferError as error:
+        except (TransferError, OSError) as error:
             self._loop.call_soon_threadsafe(self._not_opened, outgoing, error)
         else:
             self._loop.call_soon_threadsafe(self._opened, outgoing)
@@ -60,15 +64,19 @@ class Prefill(LegRole):
         if outgoing.given_up is not None:
             self.sender.cancel(outgoing.active.ticket, outgoing.given_up)
 
-    def _not_opened(self, outgoing: _Outgoing, error: TransferError) -> None:
+    def _not_opened(self, outgoing: _Outgoing, error: TransferError | OSError) -> None:
         del self._outgoing[outgoing.active.ticket]
-        self.fail(outgoing.active, error)
+        known = error if isinstance(error, TransferError) else PeerDown(f"the decode worker was not reached: {error}")
+        self.fail(outgoing.active, known)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         outgoing = self._outgoing.get(active.ticket)
         if outgoing is not None:
             outgoing.given_up = error
             self.sender.cancel(active.ticket, error)
+
+    def settling(self, ticket: Ticket) -> bool:
+        return ticket in self._outgoing
 
     # ---- events of the mover
 

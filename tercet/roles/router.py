@@ -1,9 +1,12 @@
 """Pick the workers of each request as one plan, run the plan, and run another when a worker fails. Event loop only.
 
-    plan ─legs started─> tokens ... Done
-      ^        │
-      │        ├─ rejected: the other leg is cancelled, the busy worker is passed over for this round
-      └────────┴─ failed or lost: the other leg is cancelled, a new attempt goes on behind the last token that came
+    line ─> plan ─legs started─> tokens ... Done
+      ^              │
+      │              ├─ rejected: the other leg is cancelled, the busy worker is passed over
+      └──────────────┴─ failed or lost: likewise, and the new attempt goes on behind the last token that came
+
+Requests wait in one line, first come first planned, while no worker has room: the router counts what it has put on
+each, so that a worker's REJECT is the exception (its blocks ran out).
 
 A new attempt sends prompt + emitted tokens as its prompt; the sampler depends only on seed and position
 (engine/sampler.py), so no token is lost or repeated.
@@ -14,17 +17,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tercet.core import Done, GenerateRequest, Load, Role, TokenEvent, WorkerInfo
 from tercet.errors import DeadlineExceeded, NoWorkers, Overloaded, TercetError, TransferError, WorkerLost
-from tercet.spec import ROLES_OF, ClusterSpec
+from tercet.spec import ROLES_OF, ClusterSpec, SchedulerSpec
 from tercet.wire.codec import Leg
 from tercet.wire.worker_client import LegKey, Outcome, Rejection, WorkerLink
 
-RETRY_BUSY_S = 0.02  # pause before asking again when every worker has rejected
+ROOM_S = 0.2  # at the latest after so long a waiting request looks again whether a worker has room
 Incarnation = tuple[str, int]  # worker id, epoch
 
 
@@ -64,12 +68,14 @@ class _Busy(Exception):  # never leaves this file
 class Router:
     def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
         self._limits = spec.limits
+        self._capacity = {role: _capacity(role, spec.roles[role].scheduler) for role in ROLES_OF[spec.topology]}
         self._token = cluster_token
         self._roles = ROLES_OF[spec.topology]
         self._links: dict[str, WorkerLink] = {}  # worker id -> link to its live incarnation
         self._attempts: dict[LegKey, _Attempt] = {}
         self._proven: set[tuple[Incarnation, Incarnation]] = set()  # pairs through which a request has passed
-        self._came_up = asyncio.Event()  # pulsed
+        self._line = asyncio.Lock()  # its holder is the next request to be planned
+        self._room = asyncio.Event()  # pulsed when a worker came up or a request left one
 
     # ---- the control path
 
@@ -94,10 +100,6 @@ class Router:
         """Roles of the topology without a live worker."""
         return [role.value for role in self._roles if not self._up(role)]
 
-    def unproven(self) -> list[tuple[str, str]]:
-        """Live (prefill, decode) pairs through which no request has passed yet."""
-        return [(p[0], d[0]) for p, d in self._live_pairs() - self._proven]
-
     def is_ready(self) -> bool:
         return bool(self._live_pairs() & self._proven)
 
@@ -107,10 +109,11 @@ class Router:
         """Tokens as they come, then Done. Raises TercetError. Closing the generator aborts the request at once."""
         emitted: list[TokenEvent] = []
         failures = 0
-        busy: set[WorkerLink] = set()  # have rejected in this round
+        passed_over: set[WorkerLink] = set()  # have rejected or failed this request
+        name = f"{request.request_id}.{secrets.token_hex(4)}"  # clients reuse ids; a ticket must be unique
         for number in itertools.count():
-            plan = await self._plan(request.deadline, busy)
-            current = self._begin(request, emitted, number, plan)
+            plan = await self._plan(request.deadline, passed_over)
+            current = self._begin((name, number), request, emitted, plan)
             try:
                 while isinstance(event := await self._next(current), TokenEvent):
                     emitted.append(event)
@@ -118,8 +121,9 @@ class Router:
                 yield self._done(event, plan, failures + 1)
                 return
             except _Busy as rejected:
-                busy.add(rejected.link)
+                passed_over.add(rejected.link)
             except (WorkerLost, TransferError):
+                passed_over |= current.ended
                 if emitted and emitted[-1].finish is not None:  # only the word that it was the last was lost
                     yield self._done(Done(emitted[-1].finish), plan, failures + 1)
                     return
@@ -129,42 +133,48 @@ class Router:
             finally:
                 self._end(current)
 
-    async def _plan(self, deadline: float, busy: set[WorkerLink]) -> Plan:
-        """The least loaded worker of each role. Waits while all are busy; while one is missing, for its restart."""
+    async def _plan(self, deadline: float, passed_over: set[WorkerLink]) -> Plan:
+        """The least loaded worker of each role with room. Waits in line while none has; while a role has no live
+        worker at all, for a restart."""
         give_up = min(deadline, time.monotonic() + self._limits.worker_wait_s)
-        while True:
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded("every worker was busy until the request's deadline")
-            missing = self.missing_roles()
-            if missing and time.monotonic() > give_up:
-                raise NoWorkers(f"no live worker of role {', '.join(missing)}")
-            if missing:
-                await self._wait_for_worker()
-                continue
-            choices = [[link for link in self._up(role) if link not in busy] for role in self._roles]
-            if all(choices):
-                chosen = [min(links, key=_pressure) for links in choices]
-                return Plan(chosen[0], chosen[-1])
-            busy.clear()
-            await asyncio.sleep(RETRY_BUSY_S)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()), self._line:
+                while (plan := self._choose(passed_over)) is None:
+                    if (missing := self.missing_roles()) and time.monotonic() > give_up:
+                        raise NoWorkers(f"no live worker of role {', '.join(missing)}")
+                    await self._wait_for_room()
+                return plan
+        except TimeoutError as error:
+            raise DeadlineExceeded("no worker had room until the request's deadline") from error
 
-    def _begin(self, request: GenerateRequest, emitted: list[TokenEvent], number: int, plan: Plan) -> _Attempt:
+    def _choose(self, passed_over: set[WorkerLink]) -> Plan | None:
+        chosen = []
+        for role in self._roles:
+            free = [link for link in self._up(role) if link.outstanding_legs < self._capacity[role]]
+            if free and passed_over.issuperset(free):
+                passed_over.difference_update(free)  # a new round, after a pause
+                return None
+            if not free:
+                return None
+            chosen.append(min((link for link in free if link not in passed_over), key=_pressure))
+        return Plan(chosen[0], chosen[-1])
+
+    def _begin(self, key: LegKey, request: GenerateRequest, emitted: list[TokenEvent], plan: Plan) -> _Attempt:
         """Start every leg of the plan."""
         decoder = plan.decode.info
         tokens = (*request.token_ids, *(e.token_id for e in emitted))
         timeout_s = request.deadline - time.monotonic()
-        base = Leg(
-            request.request_id, number, decoder.epoch, "", tokens, len(request.token_ids), request.params, timeout_s
-        )
+        base = Leg(*key, decoder.epoch, "", tokens, len(request.token_ids), request.params, timeout_s)
         legs = {link: replace(base, kind=link.info.role.value) for link in plan.links}
         if plan.prefill is not plan.decode:
             legs[plan.prefill] = replace(legs[plan.prefill], peer=decoder.transfer_endpoint)
-        current = _Attempt((request.request_id, number), plan, legs)
+        current = _Attempt(key, plan, legs)
         self._attempts[current.key] = current
         out_of_time = (None, DeadlineExceeded(f"request {request.request_id} ran out of time"))
         current.timer = asyncio.get_running_loop().call_later(timeout_s, current.events.put_nowait, out_of_time)
         for link, leg in legs.items():
-            link.outstanding += len(tokens)
+            link.outstanding_tokens += len(tokens)
+            link.outstanding_legs += 1
             link.start(leg)
         return current
 
@@ -207,8 +217,10 @@ class Router:
         if current.timer is not None:
             current.timer.cancel()
         del self._attempts[current.key]
+        self._room.set()
         for link, leg in current.legs.items():
-            link.outstanding -= len(leg.token_ids)
+            link.outstanding_tokens -= len(leg.token_ids)
+            link.outstanding_legs -= 1
             if link.up and link not in current.ended:
                 link.abort(leg)
 
@@ -225,17 +237,17 @@ class Router:
 
     def _on_change(self, link: WorkerLink, up: bool) -> None:
         if up:
-            self._came_up.set()
+            self._room.set()
             return
         lost = WorkerLost(f"{link.info.worker_id} (epoch {link.info.epoch}) was lost: {link.fault or 'stream closed'}")
         for current in self._attempts.values():
             if link in current.legs:
                 current.events.put_nowait((link, lost))
 
-    async def _wait_for_worker(self) -> None:
-        self._came_up.clear()
+    async def _wait_for_room(self) -> None:
+        self._room.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._came_up.wait(), 0.2)
+            await asyncio.wait_for(self._room.wait(), ROOM_S)
 
     def _up(self, role: Role) -> list[WorkerLink]:
         return [link for link in self._links.values() if link.up and link.info.role is role]
@@ -246,10 +258,15 @@ class Router:
         return {Plan(p, d).incarnations for p, d in pairs}
 
 
+def _capacity(role: Role, scheduler: SchedulerSpec) -> int:
+    """Legs that a worker takes at once (engine.reserve, engine.add)."""
+    return scheduler.max_running + (0 if role is Role.DECODE else scheduler.max_waiting)
+
+
 def _incarnation(link: WorkerLink) -> Incarnation:
     return link.info.worker_id, link.info.epoch
 
 
 def _pressure(link: WorkerLink) -> tuple[int, int, str]:
     """What the router itself has put on a worker is fresher than what the worker reports."""
-    return link.outstanding, link.load.running + link.load.waiting, link.info.worker_id
+    return link.outstanding_tokens, link.load.running + link.load.waiting, link.info.worker_id

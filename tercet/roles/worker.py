@@ -58,7 +58,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         loaded = await loop.run_in_executor(None, load_model, self._spec.model)
         layout = kv_layout(loaded.model, spec.kv.blocks, spec.kv.block_size, self._spec.model.dtype)
-        region = Region(layout)
+        region = self._region = Region(layout)
         endpoint = self._make_role(loop, loaded, region)
         self.engine = Engine(
             Runner(loaded.model, region),
@@ -117,7 +117,7 @@ class Worker:
         """The engine's load, with what the mover has counted."""
         load = self.engine.load()
         if self._receiver is not None:
-            dropped, refused = self._receiver.dropped().total(), self._receiver.refused.total()
+            dropped, refused = self._receiver.dropped().total(), self._receiver.refused().total()
             return replace(load, transfer_dropped=dropped, transfer_refused=refused)
         if self._sender is not None:
             return replace(load, transfer_dropped=self._sender.dropped().total())
@@ -144,3 +144,4 @@ class Worker:
         if self._receiver is not None:
             await loop.run_in_executor(None, self._receiver.stop)
         await loop.run_in_executor(None, self._thread.join, 5.0)
+        self._region.close()

@@ -172,5 +172,5 @@ class Pump(Generic[Item]):
         while (item := self._outbox.get()) is not None:
             try:
                 self._write(item)
-            except PeerDown:
+            except (PeerDown, ProtocolViolation):
                 self._channel.shutdown()

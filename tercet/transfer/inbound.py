@@ -14,7 +14,7 @@ and on nothing else. Proof is one of
 A timeout is never proof.
 
 Messages may come in any order, twice or late; what names no ticket of ours is counted in `dropped`.
-Methods return effects for the caller to carry out in order, outside of any lock.
+Methods return effects for the caller to carry out, in order.
 """
 
 from __future__ import annotations
@@ -203,11 +203,12 @@ class Inbound:
         for ticket in [t for t, offer in self._offers.items() if offer[2] < now]:
             del self._offers[ticket]
         effects: list[Effect] = []
-        for inbound in [t for t in self._tickets.values() if not t.failed and t.expires < now]:
+        for inbound in [t for t in self._tickets.values() if t.expires < now]:
             error = LeaseExpired(
                 f"no word of {inbound.ticket.request_id} from its prefill worker for {self._lease_s} s"
             )
-            effects += self._fail(inbound, error)
+            if not inbound.failed:
+                effects += self._fail(inbound, error)
             if inbound.landing:
                 effects.append(Cut(inbound.peer))
         return effects

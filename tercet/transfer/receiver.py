@@ -75,7 +75,7 @@ class KvReceiver:
         self._listeners: list[socket.socket] = []
         self._stopping = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
-        self.refused: Counter[str] = Counter()  # error code -> connections turned away or cut off for it
+        self._refused: Counter[str] = Counter()  # error code -> connections turned away or cut off for it
 
     # ---- verbs, any thread
 
@@ -109,6 +109,11 @@ class KvReceiver:
         with self._lock:
             return Counter(self._inbound.dropped)
 
+    def refused(self) -> Counter[str]:
+        """Error code -> connections turned away or cut off for it."""
+        with self._lock:
+            return Counter(self._refused)
+
     def stop(self) -> None:
         """Close every connection. Tickets that are still open fail; their proof may never come, the process ends."""
         self._stopping.set()
@@ -121,20 +126,26 @@ class KvReceiver:
             connections = list(self._connections)
         for connection in connections:
             connection.pump.finish(timeout=1.0)
+        os.close(self._stop_write)  # the read end stays readable for whoever still waits for a death
 
     # ---- threads
 
     def _spawn(self, target: Callable[..., None], *args: object) -> None:
         threading.Thread(target=target, args=args, name=f"kv-{target.__name__.strip('_')}", daemon=True).start()
 
+    def _count_refused(self, code: str) -> None:
+        with self._lock:
+            self._refused[code] += 1
+
     def _accept_loop(self, transport: Transport, listener: socket.socket) -> None:
         while not self._stopping.is_set():
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return
+            except OSError:  # the listener is closed, or for now there is no descriptor left
+                self._stopping.wait(0.1)
+                continue
             if len(self._connections) >= MAX_CONNECTIONS:
-                self.refused["overloaded"] += 1
+                self._count_refused("overloaded")
                 sock.close()
                 continue
             self._spawn(self._serve, transport, sock)
@@ -142,13 +153,16 @@ class KvReceiver:
     def _serve(self, transport: Transport, sock: socket.socket) -> None:
         """The handshake; then the connection's own threads take over."""
         channel = Channel(sock)
+        pidfd = None
         try:
             pidfd = transport.vet(sock)
             channel.settimeout(HANDSHAKE_S)
             self._welcome(transport, channel)
             channel.settimeout(None)
         except (PeerDown, PeerMismatch, ProtocolViolation) as error:
-            self.refused[error.code()] += 1
+            self._count_refused(error.code())
+            if pidfd is not None:
+                os.close(pidfd)
             if isinstance(error, PeerMismatch):
                 with contextlib.suppress(PeerDown):
                     channel.send(Refuse(error.code(), str(error)))
@@ -208,7 +222,7 @@ class KvReceiver:
 
     def _ended(self, connection: _Connection, error: PeerDown | ProtocolViolation) -> None:
         if isinstance(error, ProtocolViolation):
-            self.refused[error.code()] += 1
+            self._count_refused(error.code())
         with self._lock:
             self._connections.discard(connection)
             self._run(self._inbound.peer_down(connection, time.monotonic()))

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 
-from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
+from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError, TransferError
 from tercet.transfer.channel import Channel, Pump
 from tercet.transfer.digest import block_digest
 from tercet.transfer.messages import VERSION, Commit, Goodbye, Hello, Message, Ticket
@@ -104,6 +104,8 @@ class KvSender:
         self._stopping.set()
         with self._lock:
             connections = list(self._connections.values())
+            for ticket in self._outbound.live():  # no write begins after this, so GOODBYE is true
+                self._run(self._outbound.cancel(ticket, PeerDown("the prefill worker stops")))
             for connection in connections:
                 connection.pump.post(Goodbye("the prefill worker stops"))
         for connection in connections:
@@ -131,7 +133,7 @@ class KvSender:
             target = transport.attach(channel)
             self._region.layout.require_same_blocks(target.layout)
             channel.settimeout(None)
-        except (PeerDown, PeerMismatch, ProtocolViolation):
+        except (TransferError, OSError):
             channel.close()
             raise
         connection = _Connection(encoded, transport, channel, target)
@@ -208,6 +210,7 @@ class KvSender:
             if self._connections.get(connection.endpoint) is connection:
                 del self._connections[connection.endpoint]
             self._run(self._outbound.peer_down(connection))
+        connection.target.memory = None  # the dead peer's cache would stay mapped until a garbage collection
 
     def _clock(self) -> None:
         while not self._stopping.wait(self._config.heartbeat_s):

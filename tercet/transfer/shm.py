@@ -71,7 +71,7 @@ class ShmTransport(Transport):
             if len(fds) != 1:
                 raise ProtocolViolation(f"WELCOME over shared memory carries {len(fds)} descriptors, not 1")
             target = Target(welcome)
-            target.memory = memoryview(mmap.mmap(fds[0], target.layout.total_bytes))
+            target.memory = _map(fds[0], target.layout.total_bytes)
             return target
         finally:
             for fd in fds:
@@ -84,3 +84,10 @@ class ShmTransport(Transport):
         for run in plan(source.layout, target.layout, data.layer, list(zip(blocks, dst, strict=True))):
             target.memory[run.dst : run.dst + run.length] = source.view[run.src : run.src + run.length]
         channel.send(data)
+
+
+def _map(fd: int, num_bytes: int) -> memoryview:
+    try:
+        return memoryview(mmap.mmap(fd, num_bytes))
+    except (OSError, ValueError) as error:
+        raise ProtocolViolation(f"the peer's KV cache cannot be mapped: {error}") from error

@@ -9,6 +9,8 @@ death can quiesce a ticket (transfer/inbound.py).
 
 from __future__ import annotations
 
+import dataclasses
+import hmac
 import json
 import os
 import socket
@@ -54,7 +56,7 @@ class Target:
     """A peer's cache as the writer sees it: its layout and, if the transport maps it, its memory."""
 
     def __init__(self, welcome: Welcome, memory: memoryview | None = None) -> None:
-        self.layout = KvLayout(*welcome.layout)  # type: ignore[arg-type]  # checked against ours by the caller
+        self.layout = layout_of(welcome.layout)
         self.worker_id = welcome.worker_id
         self.epoch = welcome.epoch
         self.memory = memory
@@ -109,12 +111,20 @@ def hello_fault(hello: Hello, version: int, token: str, fingerprint: str, layout
     """Why a peer that says `hello` may not write to us; None if it may."""
     if hello.version != version:
         return PeerMismatch(f"transfer protocol {hello.version} at {hello.worker_id}, {version} here")
-    if hello.token != token:
+    if not hmac.compare_digest(hello.token.encode(), token.encode()):
         return PeerMismatch("wrong cluster token")
     if hello.fingerprint != fingerprint:
         return PeerMismatch(f"{hello.worker_id} serves another model: {hello.fingerprint} there, {fingerprint} here")
     try:
-        layout.require_same_blocks(KvLayout(*hello.layout))  # type: ignore[arg-type]  # compared field by field
-    except (TypeError, PeerMismatch) as error:
-        return PeerMismatch(str(error))
+        layout.require_same_blocks(layout_of(hello.layout))
+    except PeerMismatch as error:
+        return error
     return None
+
+
+def layout_of(fields: Sequence[object]) -> KvLayout:
+    """A peer's layout from its wire form; raises PeerMismatch unless every field is there with its type."""
+    types = [str if f.type == "str" else int for f in dataclasses.fields(KvLayout)]
+    if [type(value) for value in fields] != types:
+        raise PeerMismatch(f"no KV layout: {fields!r:.200}")
+    return KvLayout(*fields)  # type: ignore[arg-type]  # checked above

@@ -18,7 +18,11 @@ from tercet.wire.gen import worker_pb2_grpc
 
 RECONNECT_S = 0.2
 SILENT_S = 5.0  # a worker reports its load every 0.5 s; one silent for so long hangs, and its requests go elsewhere
-OPTIONS = [("grpc.max_receive_message_length", 64 << 20)]
+OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own, 120 s, would outlast every restart
+]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class WorkerLink:
         self.info = info
         self.load = Load()
         self.up = False
-        self.outstanding = 0  # tokens of the requests that the router has put on it
+        self.outstanding_legs = 0  # what the router has put on it
+        self.outstanding_tokens = 0
         self.fault = ""  # why the last stream ended
         self._token = cluster_token
         self._on_report = on_report

@@ -91,6 +91,7 @@ class _Service(worker_pb2_grpc.WorkerServicer):
             while not commands.done():
                 reports = await stream.take()
                 yield pb.Reports(reports=reports, load=load_to_proto(self._load()))
+            commands.result()  # a fault in a handler ends the stream, and is told
         finally:
             commands.cancel()
             self._handler.disconnected(stream)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
 from tercet.core import FinishReason
-from tercet.errors import DeadlineExceeded
+from tercet.errors import DeadlineExceeded, WorkerLost
 from tests.helpers import cluster, request_of, spec_of
 
 rng = random.Random(1)
@@ -114,6 +115,25 @@ async def test_preemption_changes_no_token(topology):
         assert await tokens_of(made, prompts, max_tokens=60, ignore_eos=True) == expected
         scheduler = next(w for name, w in made.workers.items() if not name.startswith("prefill")).engine._scheduler
         assert scheduler.preemptions > 0
+
+
+async def test_a_broken_worker_is_passed_over():
+    async with cluster(spec_of("pd", limits__retries=1)) as made:
+        expected = await tokens_of(made, [PROMPTS[2]])
+        made.workers["decode-0"].handler.die(WorkerLost("broken on purpose"))
+        for _ in range(3):
+            events, done = await made.generate(PROMPTS[2])
+            assert [e.token_id for e in events] == expected[0]
+            assert dict(done.workers)["decode"] == "decode-1"
+
+
+async def test_a_client_may_use_a_request_id_again_at_once():
+    async with cluster(spec_of("pd", decoders=1)) as made:
+        for _ in range(5):
+            again = replace(request_of(PROMPTS[-1], max_tokens=50, ignore_eos=True), request_id="mine")
+            stream = made.router.generate(again)
+            await anext(stream)
+            await stream.aclose()
 
 
 async def test_the_first_token_may_be_the_last():

@@ -56,7 +56,11 @@ def test_shipped_specs_are_valid():
         ("replicas: 2", "replicas: 9", ":5: roles.prefill.cpus: pool 'cpu' has 4 cpus, its roles need 10"),
         ("replicas: 2", "replicas: 2\n    replicas: 3", ":10: roles.decode.replicas: this key stands twice"),
         ("replicas: 2", "gpus: 1", ":9: roles.decode.gpus: pool 'cpu' has 0 gpus, its roles need 1"),
-        ("replicas: 2", "kv: {blocks: 8}", ":9: roles.decode.kv.blocks: 8 blocks of 16 tokens cannot hold model.max_context"),
+        (
+            "replicas: 2",
+            "kv: {blocks: 8}",
+            ":9: roles.decode.kv.blocks: 8 blocks of 16 tokens cannot hold",
+        ),
         ("name: small", "name: Small!", ":1: name: must be lower-case"),
         ("name: small", "model: {dtype: int3}", ":1: model.dtype: must be 'float32' or 'bfloat16', got \"int3\""),
         ("name: small", "model: null", ":1: model: must be a map of keys, got null"),

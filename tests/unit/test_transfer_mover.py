@@ -196,7 +196,7 @@ def test_a_peer_that_does_not_match_is_refused_by_name(transport, changes, layou
     try:
         with pytest.raises(PeerMismatch, match=named):
             pair.sender.open(Ticket("r", 0, 7), pair.endpoint, 1)
-        assert pair.receiver.refused["peer_mismatch"] == 1
+        assert pair.receiver.refused()["peer_mismatch"] == 1
     finally:
         pair.stop()
 
@@ -211,7 +211,7 @@ def test_garbage_on_the_transfer_port_ends_that_connection_only(garbage):
             stranger.shutdown(socket.SHUT_WR)
             stranger.settimeout(10)
             assert stranger.recv(1) == b""
-        assert sum(pair.receiver.refused.values()) == 1
+        assert sum(pair.receiver.refused().values()) == 1
         ticket = Ticket("r", 0, 7)
         pair.grant(ticket, 0, [1], 1)
         pair.push_all(ticket, [3])
