@@ -38,8 +38,8 @@ def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
         raise UnsupportedModel(f"{file.path}: architecture {arch!r} is not supported; {', '.join(ARCHITECTURES)} are")
     keys = {k.removeprefix(f"{arch}."): v for k, v in file.metadata.items() if k.startswith(f"{arch}.")}
     _refuse_unsupported(file, keys)
-    heads, hidden = file.require(f"{arch}.attention.head_count"), file.require(f"{arch}.embedding_length")
-    layers = file.require(f"{arch}.block_count")
+    heads, hidden = file.count(f"{arch}.attention.head_count"), file.count(f"{arch}.embedding_length")
+    layers = file.count(f"{arch}.block_count")
     head_dim = keys.get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.get(key, head_dim) != head_dim:
@@ -50,12 +50,12 @@ def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
         architecture=arch,
         vocab_size=file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
         hidden_size=hidden,
-        intermediate_size=file.require(f"{arch}.feed_forward_length"),
+        intermediate_size=file.count(f"{arch}.feed_forward_length"),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=keys.get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        max_context=min(max_context, file.require(f"{arch}.context_length")),
+        max_context=min(max_context, file.count(f"{arch}.context_length")),
         rms_norm_eps=file.require(f"{arch}.attention.layer_norm_rms_epsilon"),
         rope=_rope(file, keys),
         sliding_windows=(keys.get("attention.sliding_window") or None,) * layers,

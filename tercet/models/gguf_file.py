@@ -64,13 +64,22 @@ class GgufFile:
         num_tensors, num_keys = header.take("<QQ")
         self.metadata = {header.string(): header.value(header.scalar("<I")) for _ in range(num_keys)}
         infos = [_tensor_info(header) for _ in range(num_tensors)]
-        align = int(self.metadata.get("general.alignment", 32))
-        start = header.at + -header.at % align if align > 0 else header.at
+        align = self.metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1:
+            raise header.corrupt(f"general.alignment is {align!r}")
+        start = header.at + -header.at % align
         self.tensors = {info.name: _placed(info, start, path, len(self._data)) for info in infos}
 
     @cached_property
     def architecture(self) -> str:
         return str(self.require("general.architecture"))
+
+    def count(self, key: str) -> int:
+        """The value of a key that must be a positive whole number."""
+        value = self.require(key)
+        if not isinstance(value, int) or value < 1:
+            raise ModelFileCorrupt(f"{self.path}: {key} is {value!r}, not a positive whole number")
+        return value
 
     def require(self, key: str) -> Any:
         """The value of a key that the file must have."""

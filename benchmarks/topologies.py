@@ -1,0 +1,142 @@
+"""Aggregated against disaggregated on equal cores, in one run: two workers each, one thread a worker.
+
+    python -m benchmarks.topologies --rounds 5 --result topologies.json
+
+Starts both clusters (`tercet serve`), then measures them in turn, round by round, so that noise hits both; an idle
+cluster takes no core. Each figure is the median of the rounds. Also says what the gateway itself cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.serving import Target, first_model, report, run
+from benchmarks.workload import paced, random_requests
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTERS = {
+    "aggregated": ("configs/aggregated.yaml", []),
+    "pd": ("configs/local.yaml", ["--set", "roles.decode.replicas=1"]),
+}
+KEYS = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_itl_ms", "median_e2el_ms", "output_throughput")
+PORTS = {"aggregated": 18300, "pd": 18310}
+START_S = 120.0
+
+
+def start(name: str) -> subprocess.Popen[bytes]:
+    """Serve one cluster, on ports of its own, and wait until it is ready."""
+    spec, extra = CLUSTERS[name]
+    port = PORTS[name]
+    settings = [f"name=bench-{name}", "ray.address=local", f"gateway.http.port={port}", f"gateway.grpc.port={port + 1}"]
+    command = [str(Path(sys.executable).parent / "tercet"), "serve", spec, *extra]
+    for setting in settings:
+        command += ["--set", setting]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url(name)}/ready", timeout=5):  # noqa: S310  # our own server
+                return process
+        except OSError:
+            time.sleep(0.3)
+    raise SystemExit(f"cluster {name} did not become ready")
+
+
+def url(name: str) -> str:
+    return f"http://127.0.0.1:{PORTS[name]}"
+
+
+def measure(name: str, prompts: int, concurrency: int | None, rate: float, seed: int) -> dict[str, float]:
+    """One closed loop (or open, at `rate`) of 128 tokens in, 64 out."""
+    requests = paced(random_requests(prompts, (128, 64), 0.0, 0, 10_000, seed), rate, 1.0, seed)
+    model = asyncio.run(first_model(url(name)))
+    outcomes = asyncio.run(run(Target(f"{url(name)}/v1/completions", model, True), requests, concurrency, 600.0))
+    result = report(outcomes, {})
+    if result["failed"]:
+        raise SystemExit(f"{name}: {result['failed']} requests failed: {result['errors']}")
+    return {key: float(result[key]) for key in KEYS}
+
+
+def gateway_cost(name: str) -> dict[str, float]:
+    """What the gateway process cost by /metrics and by its CPU clock, since it started."""
+    with urllib.request.urlopen(f"{url(name)}/metrics", timeout=5) as reply:  # noqa: S310  # our own server
+        text = reply.read().decode()
+    tokens = float(re.findall(r"^tercet_generation_tokens_total (\S+)", text, re.MULTILINE)[0])
+    return {
+        "token_us_at_most": _median_bucket(text, "tercet_gateway_token_seconds") * 1e6,
+        "request_ms_at_most": _median_bucket(text, "tercet_gateway_request_seconds") * 1e3,
+        "tokens": tokens,
+    }
+
+
+def _median_bucket(text: str, metric: str) -> float:
+    """Upper edge of the histogram bucket that holds the median, seconds."""
+    buckets = [
+        (float(e), float(n)) for e, n in re.findall(rf'^{metric}_bucket{{le="(\S+)"}} (\S+)', text, re.MULTILINE)
+    ]
+    return next(edge for edge, count in buckets if count * 2 >= buckets[-1][1])
+
+
+def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+
+
+def show(title: str, found: dict[str, dict[str, float]]) -> None:
+    table = Table("", *found, "aggregated / pd", title=title)
+    for key in KEYS:
+        ratio = found["aggregated"][key] / found["pd"][key]
+        table.add_row(key, *(f"{found[name][key]:,.1f}" for name in found), f"{ratio:.2f}")
+    Console().print(table)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    prompts: Annotated[int, typer.Option(min=1, help="of each round and loop")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="clients of the closed loop")] = 8,
+    rate: Annotated[float, typer.Option(help="requests per second of the open loop")] = 0.7,
+    result: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
+) -> None:
+    processes = []
+    everything: dict[str, Any] = {}
+    try:
+        processes.extend(map(start, CLUSTERS))
+        loops = {
+            f"closed loop, {concurrency} clients": (concurrency, float("inf")),
+            f"open loop, {rate}/s": (None, rate),
+        }
+        for title, (clients, pace) in loops.items():
+            raw: dict[str, list[dict[str, float]]] = {name: [] for name in CLUSTERS}
+            for number in range(rounds):
+                for name, found in raw.items():
+                    found.append(measure(name, prompts, clients, pace, seed=number))
+            everything[title] = raw
+            show(title, {name: medians(found) for name, found in raw.items()})
+        everything["gateway"] = {name: gateway_cost(name) for name in CLUSTERS}
+        Console().print(everything["gateway"])
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait(60)
+    if result is not None:
+        result.write_text(json.dumps({"cores": os.cpu_count(), **everything}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
