@@ -8,6 +8,11 @@ Medians of all weight multiplications of a SmolLM2-135M step, 1 thread, ms (AVX2
     float32 `functional.linear`      36    65    68   109   497
     float32 packed by oneDNN         32    36    50    89   475
 
+In another run of the same products, bf16 packed as float16 by fbgemm against widened by slice (one row: bf16 linear):
+
+    fbgemm                           20    23    26    65   435
+    widened                          32    62    74   121   499
+
 On AVX512-BF16, bf16 packed by oneDNN takes half of what `functional.linear` takes, so packing comes first.
 """
 
@@ -63,8 +68,26 @@ class Scratch(threading.local):
         self.values = torch.empty(SLICE * max_fan_in)
 
 
+class Fp16Linear(PackedLinear):
+    """bfloat16 weights on a CPU without bfloat16 instructions, where float16 holds every one of them exactly: fbgemm
+    packs them as float16, widens them in registers and multiplies in float32. x and the result are float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        wide_bias = None if bias is None else bias.float()
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), wide_bias)
+
+    @staticmethod
+    def holds(weight: Tensor) -> bool:
+        """Whether float16 has every value of `weight`."""
+        return torch.equal(weight.half().float(), weight.float())
+
+    def linear(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+        return out
+
+
 class WidenedLinear(PackedLinear):
-    """bfloat16 weights on a CPU without bfloat16 instructions: x and the result are float32.
+    """bfloat16 weights on a CPU without bfloat16 instructions, whatever their values: x and the result are float32.
 
     One row goes through torch's bfloat16 matrix-vector product, which reads half the bytes. More rows are multiplied
     in float32 by slices of the weight that are widened on the way, so that no float32 copy of the model is kept.
@@ -101,9 +124,23 @@ class LinearPacker:
         self._scratch = Scratch(max_fan_in if self._widens else 0)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        if self._widens and _fbgemm_packs() and Fp16Linear.holds(weight):
+            return Fp16Linear(weight, bias)
         if self._widens:
             return WidenedLinear(weight, bias, self._scratch)
         return OnednnLinear(weight, bias) if _onednn_packs(self._dtype) else PackedLinear(weight, bias)
+
+
+@functools.cache
+def _fbgemm_packs() -> bool:
+    """Whether fbgemm's float16 product is there and right in this torch, on this CPU."""
+    weight = torch.linspace(-1, 1, 64 * 64).reshape(64, 64).bfloat16()
+    x = torch.linspace(-1, 1, 3 * 64).reshape(3, 64)
+    try:
+        packed = Fp16Linear(weight, None).linear(x)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(packed, linear_reference(x, weight, None), rtol=1e-4, atol=1e-4)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from tercet.kernels.activation import silu_and_mul, silu_and_mul_reference
 from tercet.kernels.linear import (
     SLICE,
+    Fp16Linear,
     LinearPacker,
     OnednnLinear,
     PackedLinear,
@@ -40,6 +41,27 @@ def test_linear(kind, dtype, rows, biased):
     x = torch.randn(rows, 96).to(compute_dtype(dtype))
     tolerance = 1e-4 if dtype == torch.float32 else 0.15  # bfloat16 rounds inputs and results of about 10 to 2^-8
     torch.testing.assert_close(linear.linear(x), linear_reference(x, weight, bias), rtol=1e-2, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fp16_linear(rows, biased):
+    """Where float16 holds the weights, the product is that of the weights themselves."""
+    weight = (torch.randn(200, 96) * 64).round().bfloat16() / 64
+    bias = torch.randn(200).bfloat16() if biased else None
+    assert Fp16Linear.holds(weight)
+    x = torch.randn(rows, 96)
+    out = Fp16Linear(weight, bias).linear(x)
+    torch.testing.assert_close(out, linear_reference(x, weight, bias), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [1e5, 1e-6])
+def test_weights_that_float16_does_not_hold_stay_as_they_are(value):
+    weight = torch.full((40, 64), value).bfloat16()
+    assert not Fp16Linear.holds(weight)
+    x = torch.randn(2, 64).to(compute_dtype(torch.bfloat16))
+    out = LinearPacker(torch.bfloat16, 64).pack(weight).linear(x)
+    torch.testing.assert_close(out, linear_reference(x, weight, None), rtol=2e-2, atol=value * 0.1)
 
 
 def test_linear_keeps_bfloat16_weights_exact():
