@@ -73,15 +73,23 @@ def measure(name: str, prompts: int, concurrency: int | None, rate: float, seed:
     return {key: float(result[key]) for key in KEYS}
 
 
-def gateway_cost(name: str) -> dict[str, float]:
-    """What the gateway process cost by /metrics and by its CPU clock, since it started."""
+def gateway_cpu_s(name: str) -> float:
+    """CPU seconds of the gateway's process so far: HTTP, gRPC, router, tokenizer, everything."""
+    tercet = str(Path(sys.executable).parent / "tercet")
+    reply = subprocess.run([tercet, "status", "--json", "--name", f"bench-{name}"], capture_output=True, check=True)
+    stat = Path(f"/proc/{json.loads(reply.stdout)['pid']}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def gateway_cost(name: str, cpu_s: float) -> dict[str, float]:
+    """What the gateway cost: its own medians from /metrics, and `cpu_s` CPU seconds by token, router and all."""
     with urllib.request.urlopen(f"{url(name)}/metrics", timeout=5) as reply:  # noqa: S310  # our own server
         text = reply.read().decode()
     tokens = float(re.findall(r"^tercet_generation_tokens_total (\S+)", text, re.MULTILINE)[0])
     return {
         "token_us_at_most": _median_bucket(text, "tercet_gateway_token_seconds") * 1e6,
         "request_ms_at_most": _median_bucket(text, "tercet_gateway_request_seconds") * 1e3,
-        "tokens": tokens,
+        "process_cpu_us_per_token": cpu_s / tokens * 1e6,
     }
 
 
@@ -116,6 +124,7 @@ def main(
     everything: dict[str, Any] = {}
     try:
         processes.extend(map(start, CLUSTERS))
+        started = {name: gateway_cpu_s(name) for name in CLUSTERS}
         loops = {
             f"closed loop, {concurrency} clients": (concurrency, float("inf")),
             f"open loop, {rate}/s": (None, rate),
@@ -127,7 +136,8 @@ def main(
                     found.append(measure(name, prompts, clients, pace, seed=number))
             everything[title] = raw
             show(title, {name: medians(found) for name, found in raw.items()})
-        everything["gateway"] = {name: gateway_cost(name) for name in CLUSTERS}
+        cpu_s = {name: gateway_cpu_s(name) - before for name, before in started.items()}
+        everything["gateway"] = {name: gateway_cost(name, seconds) for name, seconds in cpu_s.items()}
         Console().print(everything["gateway"])
     finally:
         for process in processes:
