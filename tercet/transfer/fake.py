@@ -17,6 +17,7 @@ from collections.abc import Callable
 from tercet.errors import TercetError
 from tercet.transfer import inbound as receiving
 from tercet.transfer import outbound as sending
+from tercet.transfer.effects import Send
 from tercet.transfer.inbound import Inbound
 from tercet.transfer.messages import Commit, Data, Message, Ticket
 from tercet.transfer.outbound import Outbound
@@ -155,7 +156,7 @@ class FakeLink:
 
     def _receiver(self, effects: list[receiving.Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, receiving.Send):
+            if isinstance(effect, Send):
                 self.to_prefill.append(effect.message)
             elif isinstance(effect, receiving.Complete | receiving.Quiesced):
                 self.events.append(effect)
@@ -165,7 +166,7 @@ class FakeLink:
 
     def _sender(self, effects: list[sending.Effect], *, behind: bool = False) -> None:
         for effect in effects:
-            if isinstance(effect, sending.Send):
+            if isinstance(effect, Send):
                 if behind:  # sealed on the writer, so sent in its turn
                     self.to_decode.append(effect.message)
                 else:

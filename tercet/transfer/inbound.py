@@ -13,18 +13,19 @@ and on nothing else. Proof is one of
   * the writer's death (`peer_dead`), which the transport proved.
 A timeout is never proof.
 
-Messages may come in any order, twice or late; what names no ticket of ours is counted in `dropped`.
-Methods return effects for the caller to carry out, in order.
+Messages may come in any order, twice or late; what names no ticket of ours is counted in `dropped`. Methods return
+effects for the caller to carry out, in order.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tercet.errors import DigestMismatch, LeaseExpired, PeerDown, TercetError, TransferError, from_wire
 from tercet.transfer.digest import MASK
+from tercet.transfer.effects import Peer, Send
 from tercet.transfer.messages import (
     Abort,
     AbortAck,
@@ -39,14 +40,6 @@ from tercet.transfer.messages import (
     Release,
     Ticket,
 )
-
-Peer = Hashable  # a connection
-
-
-@dataclass(frozen=True)
-class Send:
-    peer: Peer
-    message: Message
 
 
 @dataclass(frozen=True)
@@ -187,8 +180,7 @@ class Inbound:
 
     def peer_down(self, peer: Peer, now: float) -> list[Effect]:
         """The connection is gone. For a one-sided writer that is no proof; see `peer_dead`."""
-        for ticket in [t for t, offer in self._offers.items() if offer[0] == peer]:
-            del self._offers[ticket]
+        self._offers = {t: offer for t, offer in self._offers.items() if offer[0] != peer}
         effects: list[Effect] = []
         for inbound in self._of(peer):
             effects += self._fail(inbound, PeerDown(f"the prefill worker of {inbound.ticket.request_id} is gone"))
@@ -200,8 +192,7 @@ class Inbound:
 
     def tick(self, now: float) -> list[Effect]:
         """Fail what has heard nothing from its writer for a lease; forget stale offers."""
-        for ticket in [t for t, offer in self._offers.items() if offer[2] < now]:
-            del self._offers[ticket]
+        self._offers = {t: offer for t, offer in self._offers.items() if offer[2] >= now}
         effects: list[Effect] = []
         for inbound in [t for t in self._tickets.values() if t.expires < now]:
             error = LeaseExpired(

@@ -14,11 +14,12 @@ Messages may come in any order, twice or late; what names no ticket of ours is c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tercet.errors import LeaseExpired, Overloaded, PeerDown, TercetError, TransferError, from_wire
 from tercet.transfer.digest import MASK
+from tercet.transfer.effects import Peer, Send
 from tercet.transfer.messages import (
     Abort,
     AbortAck,
@@ -32,14 +33,6 @@ from tercet.transfer.messages import (
     Release,
     Ticket,
 )
-
-Peer = Hashable
-
-
-@dataclass(frozen=True)
-class Send:
-    peer: Peer
-    message: Message
 
 
 @dataclass(frozen=True)

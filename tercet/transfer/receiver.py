@@ -20,7 +20,8 @@ from dataclasses import astuple, dataclass
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
 from tercet.transfer.channel import Channel, Pump
 from tercet.transfer.digest import block_digest
-from tercet.transfer.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced, Send
+from tercet.transfer.effects import Send
+from tercet.transfer.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced
 from tercet.transfer.messages import VERSION, Data, Goodbye, Hello, Message, Refuse, Ticket, Welcome
 from tercet.transfer.region import Region
 from tercet.transfer.transport import Endpoint, Transport, hello_fault, host_id

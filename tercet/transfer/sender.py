@@ -16,6 +16,7 @@ from dataclasses import astuple
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError, TransferError
 from tercet.transfer.channel import Channel, Pump
 from tercet.transfer.digest import block_digest
+from tercet.transfer.effects import Send
 from tercet.transfer.messages import VERSION, Commit, Goodbye, Hello, Message, Ticket
 from tercet.transfer.outbound import (
     Effect,
@@ -25,7 +26,6 @@ from tercet.transfer.outbound import (
     Outbound,
     Released,
     Seal,
-    Send,
     Write,
 )
 from tercet.transfer.receiver import HANDSHAKE_S, MoverConfig
