@@ -129,11 +129,12 @@ def main(
             f"closed loop, {concurrency} clients": (concurrency, float("inf")),
             f"open loop, {rate}/s": (None, rate),
         }
-        for title, (clients, pace) in loops.items():
+        for loop, (title, (clients, pace)) in enumerate(loops.items()):
             raw: dict[str, list[dict[str, float]]] = {name: [] for name in CLUSTERS}
             for number in range(rounds):
                 for name, found in raw.items():
-                    found.append(measure(name, prompts, clients, pace, seed=number))
+                    # Other prompts each time, or the prefix caches would answer.
+                    found.append(measure(name, prompts, clients, pace, seed=loop * rounds + number))
             everything[title] = raw
             show(title, {name: medians(found) for name, found in raw.items()})
         cpu_s = {name: gateway_cpu_s(name) - before for name, before in started.items()}
