@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+import time
 from dataclasses import dataclass, field
 
 from tercet.errors import InvalidRequest
@@ -83,6 +84,7 @@ class TokenEvent:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None  # set on the last token
+    at: float = field(default_factory=time.monotonic, compare=False)  # when this process had it
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
-_GATEWAY_S = (1e-5, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1.5e-3, 3e-3, 1e-2, 1e-1)
+_GATEWAY_S = (1e-5, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4, 1.25e-4, 1.5e-4, 2e-4, 5e-4, 1e-3, 1.5e-3, 3e-3, 1e-2, 1e-1)
 _WORKER_COUNTERS = {  # field of Load -> help
     "preemptions": "Sequences sent back to be recomputed",
     "transfer_dropped": "Transfer messages that named no live ticket",
@@ -78,7 +78,10 @@ class Metrics:
             "tercet_gateway_request_seconds", "Request read until the router call", buckets=_GATEWAY_S, registry=r
         )
         self.gateway_token = Histogram(
-            "tercet_gateway_token_seconds", "Token received until its bytes are written", buckets=_GATEWAY_S, registry=r
+            "tercet_gateway_token_seconds",
+            "Token off the worker's stream until its bytes are written",
+            buckets=_GATEWAY_S,
+            registry=r,
         )
         self._success = Counter("tercet_request_success", "Finished requests", ["finished_reason"], registry=r)
         self._failure = Counter("tercet_request_failure", "Failed requests, by error code", ["code"], registry=r)

@@ -147,8 +147,10 @@ def serve(machine: Machine, name: str, *more: str) -> Served:
     http = free_port()
     process = machine.start("tercet", "serve", "configs/local.yaml", *settings(name, http, *more))
     served = Served(machine, process, name, http)
-    until(lambda: process.poll() is not None or is_ready(served.client()), 120)
+    # Not /ready: that is true with the first live pair, while other workers may still start.
+    until(lambda: process.poll() is not None or "ready: " in process.log.read_text(), 120)
     assert process.poll() is None, process.log.read_text()
+    assert is_ready(served.client())
     return served
 
 

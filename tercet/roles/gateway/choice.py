@@ -31,10 +31,10 @@ class Choice:
 
     def push(self, event: TokenEvent, metrics: Metrics) -> Delta:
         """The next token. The delta has a finish_reason if it completes a stop string."""
-        now = self._tick(metrics)
+        self._tick(event.at, metrics)
         silent = event.token_id in self.request.params.stop_token_ids
         text = "" if silent else self._stop.push(self._detokenizer.push(event.token_id))
-        return Delta(self.index, text, (event,), now, FinishReason.STOP if self._stop.found else None)
+        return Delta(self.index, text, (event,), event.at, FinishReason.STOP if self._stop.found else None)
 
     def finish(self, done: Done) -> Delta:
         """The end, with the text that was held back."""
@@ -43,9 +43,8 @@ class Choice:
         reason = FinishReason.STOP if self._stop.found else done.finish_reason
         return Delta(self.index, text, (), time.monotonic(), reason)
 
-    def _tick(self, metrics: Metrics) -> float:
-        """Count a token that has arrived now."""
-        now = time.monotonic()
+    def _tick(self, now: float, metrics: Metrics) -> None:
+        """Count a token that arrived `now`."""
         if self.num_tokens:
             metrics.itl.observe(now - self._last_at)
         else:
@@ -53,7 +52,6 @@ class Choice:
             metrics.ttft.observe(now - self._arrived)
         self._last_at = now
         self.num_tokens += 1
-        return now
 
     def book(self, reason: FinishReason, metrics: Metrics) -> None:
         """Count a finished choice."""
