@@ -153,12 +153,18 @@ def status(
 
 
 @app.command()
-def chat(name: Name = None, url: Url = None) -> None:
+def chat(
+    name: Name = None,
+    url: Url = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
+) -> None:
     """Talk to a running cluster."""
     from tercet.client import Client, chat_loop
     from tercet.cluster import run_file
 
-    chat_loop(Client(url or run_file.find(name).http_url))
+    client = Client(url or run_file.find(name).http_url)
+    chat_loop(client, temperature=temperature, max_tokens=max_tokens)
 
 
 def _serve(
