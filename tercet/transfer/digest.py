@@ -1,18 +1,32 @@
-"""A digest of moved KV that depends neither on the order of the blocks nor on how they were cut into messages.
+"""Digests of moved KV, one for each (layer, head, unit), the same whatever the tensor-parallel degree, the order in
+memory or the transport.
 
-    digest = sum over (layer, index) of xxh3_64(bytes of the block, seed = (layer, index))   mod 2**64
+    digest = xxh3_64(key rows of the unit, then value rows; seed = layer, head, unit)
 
-`index` counts the granted blocks of the ticket. XXH3 is no cryptographic hash: it finds corruption, not forgery;
-who may write at all is settled by the handshake.
+XXH3 is no cryptographic hash: it finds corruption, not forgery; who may write at all is settled by the handshake.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-MASK = (1 << 64) - 1
+from tercet.transfer.pack import Bytes
+
+Digests = NDArray[np.uint64]
 
 
-def block_digest(data: memoryview, layer: int, index: int) -> int:
-    """Digest of one block of one layer, to be added to the sum."""
-    return int(xxhash.xxh3_64_intdigest(data, seed=(layer << 32) | index))
+def digests_of(packed: Bytes, layer: int, first_head: int, first_unit: int) -> Digests:
+    """Digests of a packed buffer (transfer/pack.py), shape [units, heads]."""
+    units, heads = packed.shape[:2]
+    flat, size = packed.reshape(-1).data, packed.nbytes // (units * heads)
+    digest = xxhash.xxh3_64_intdigest
+    found = [
+        digest(
+            flat[n * size : (n + 1) * size],
+            seed=(layer << 48) ^ ((first_head + n % heads) << 32) ^ (first_unit + n // heads),
+        )
+        for n in range(units * heads)
+    ]
+    return np.array(found, dtype=np.uint64).reshape(units, heads)

@@ -1,53 +1,93 @@
-"""How a worker's KV cache lies in memory, and which bytes go where when blocks move between two of them.
+"""How a worker's KV cache lies in memory, and which bytes go where when KV moves between two of them.
 
-Shapes: a cache is `[layers, blocks, 2, block_size, kv_heads, head_dim]`, C order, 2 = key, value. So one block of one
-layer is one contiguous run of bytes, and neighbouring blocks of a layer are neighbours in memory.
+A cache holds some layers (a pipeline stage's window) and some KV heads (a tensor-parallel rank's share) of one model:
+
+    NHD  [layers, blocks, parts, block_size, heads, head_dim]
+    HND  [layers, blocks, parts, heads, block_size, head_dim]
+
+C order; parts = 2: key and value; 1: the compressed latent of MLA, which is one "head" that every rank holds. KV moves
+in *units*: as many tokens as the greatest common divisor of the two block sizes, so that a unit lies within one block
+on both sides. Unit n of a prompt is its tokens n * unit ... (n + 1) * unit - 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
 
 from tercet.errors import PeerMismatch
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
+MODEL_FIELDS = ("model_layers", "kv_heads", "head_dim", "parts")  # equal in all workers of a model
 
 
 @dataclass(frozen=True)
 class KvLayout:
-    layers: int
+    layers: int  # held here
     blocks: int
     block_size: int  # tokens
-    kv_heads: int
+    kv_heads: int  # of the whole model
     head_dim: int
-    dtype: str  # float32, bfloat16
-    itemsize: int  # bytes of one element
+    dtype: str
+    order: str = "NHD"
+    parts: int = 2
+    tp_size: int = 1
+    tp_rank: int = 0
+    first_layer: int = 0
+    model_layers: int = 0  # 0: as many as are held here
+    scale: float = 1.0  # int8: value = stored * scale
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_layers", self.model_layers or self.layers)
+        sizes = (self.layers, self.blocks, self.block_size, self.kv_heads, self.head_dim, self.parts, self.tp_size)
+        if min(sizes) < 1 or self.dtype not in ITEMSIZE or self.order not in ("NHD", "HND") or not self.scale > 0:
+            raise PeerMismatch(f"no KV layout: {self}")
+        if not (0 <= self.tp_rank < self.tp_size and 0 <= self.first_layer <= self.model_layers - self.layers):
+            raise PeerMismatch(f"no KV layout: {self}")
+
+    @property
+    def heads(self) -> range:
+        """The model's KV heads that are held here. With fewer heads than ranks, a head has several holders."""
+        first = self.tp_rank * self.kv_heads // self.tp_size
+        return range(first, max(first + 1, (self.tp_rank + 1) * self.kv_heads // self.tp_size))
+
+    @property
+    def window(self) -> range:
+        """The model's layers that are held here."""
+        return range(self.first_layer, self.first_layer + self.layers)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token of one head of one part."""
+        return self.head_dim * ITEMSIZE[self.dtype]
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
-        return (self.layers, self.blocks, 2, self.block_size, self.kv_heads, self.head_dim)
+        inner = (self.block_size, len(self.heads)) if self.order == "NHD" else (len(self.heads), self.block_size)
+        return (self.layers, self.blocks, self.parts, *inner, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of one layer."""
-        return 2 * self.block_size * self.kv_heads * self.head_dim * self.itemsize
+        return self.parts * self.block_size * len(self.heads) * self.row_bytes
 
     @property
     def total_bytes(self) -> int:
         return self.layers * self.blocks * self.block_bytes
 
-    def offset(self, layer: int, block: int) -> int:
-        return (layer * self.blocks + block) * self.block_bytes
-
-    def require_same_blocks(self, other: KvLayout) -> None:
-        """Raises PeerMismatch naming the first field in which a block of `other` differs from ours."""
-        for field in ("layers", "block_size", "kv_heads", "head_dim", "dtype"):
-            ours, theirs = getattr(self, field), getattr(other, field)
-            if ours != theirs:
-                raise PeerMismatch(f"KV layouts differ: {field} is {ours} here and {theirs} at the peer")
+    def offset(self, layer: int, block: int, part: int = 0, head: int = 0, token: int = 0) -> int:
+        """Byte at which a row begins; `layer` and `head` count those of the model. A block begins at its first row."""
+        heads = len(self.heads)
+        row = token * heads + head if self.order == "NHD" else head * self.block_size + token
+        start = ((layer - self.first_layer) * self.blocks + block) * self.block_bytes
+        return start + (part * self.block_size * heads + row) * self.row_bytes
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """`length` bytes from offset `src` of the source cache to offset `dst` of the destination cache."""
 
     src: int
@@ -55,20 +95,160 @@ class Run:
     length: int
 
 
-def plan(src: KvLayout, dst: KvLayout, layer: int, blocks: Sequence[tuple[int, int]]) -> list[Run]:
-    """Runs that move `blocks` [(source block, destination block)] of one layer; what is adjacent on both sides is
-    one run. Both layouts must have the same block bytes (`require_same_blocks`)."""
-    size = src.block_bytes
+@dataclass(frozen=True)
+class Units:
+    """Consecutive units of a prompt in one cache: `blocks` holds them, from unit `skip` of its first block on."""
+
+    blocks: Sequence[int]
+    skip: int
+    count: int
+
+    def places(self, per_block: int) -> tuple[np.ndarray, np.ndarray]:
+        """-> (block, unit within it) of each unit; `per_block` units make a block."""
+        at = np.arange(self.skip, self.skip + self.count)
+        return np.asarray(self.blocks, dtype=np.intp)[at // per_block], at % per_block
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a source and a destination cache have to do with each other. Raises PeerMismatch if they can't."""
+
+    src: KvLayout
+    dst: KvLayout
+    convert: bool = False  # a lossy change of dtype was asked for
+
+    def __post_init__(self) -> None:
+        src, dst = self.src, self.dst
+        wrong = [f for f in MODEL_FIELDS if getattr(src, f) != getattr(dst, f)]
+        if (src.dtype, src.scale) != (dst.dtype, dst.scale) and not self.convert:
+            wrong.append("dtype" if src.dtype != dst.dtype else "scale")
+        if wrong:
+            ours, theirs = getattr(src, wrong[0]), getattr(dst, wrong[0])
+            raise PeerMismatch(f"KV layouts differ: {wrong[0]} is {ours} at the source, {theirs} at the destination")
+        if not self.layers or not self.heads:
+            raise PeerMismatch(f"the source holds no layer or head that the destination needs: {src} and {dst}")
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a unit."""
+        return math.gcd(self.src.block_size, self.dst.block_size)
+
+    @property
+    def layers(self) -> range:
+        """Layers that both hold."""
+        src, dst = self.src.window, self.dst.window
+        return range(max(src.start, dst.start), min(src.stop, dst.stop))
+
+    @property
+    def heads(self) -> range:
+        """Heads that go from this source to this destination: those that both hold, each from one of its holders."""
+        src, dst = self.src.heads, self.dst.heads
+        common = range(max(src.start, dst.start), min(src.stop, dst.stop))
+        sent = [head for head in common if self._sender(head) == self.src.tp_rank]
+        return range(sent[0], sent[-1] + 1) if sent else range(0)
+
+    def _sender(self, head: int) -> int:
+        """Which of the source ranks that hold `head` sends it to this destination; the replicas take turns."""
+        size, heads = self.src.tp_size, self.src.kv_heads
+        if size <= heads:
+            return next(r for r in range(size) if (r + 1) * heads // size > head)
+        holders = [r for r in range(size) if r * heads // size == head]
+        return holders[self.dst.tp_rank % len(holders)]
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one unit of one layer, as the destination keeps them."""
+        return self.dst.parts * self.unit * len(self.heads) * self.dst.row_bytes
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether a unit is a block that looks the same on both sides, so that it moves as one run."""
+        src, dst = self.src, self.dst
+        same_form = (src.block_size, src.order, src.heads, src.dtype) == (
+            dst.block_size,
+            dst.order,
+            dst.heads,
+            dst.dtype,
+        )
+        return same_form and self.heads == src.heads
+
+    @property
+    def streamed(self) -> Pair:
+        """The pair as the receiving end of a stream sees it: the source has one block for each of the units."""
+        return replace(self, src=replace(self.src, block_size=self.unit, blocks=self.dst.blocks * self.dst.block_size))
+
+    @property
+    def converts(self) -> bool:
+        return (self.src.dtype, self.src.scale) != (self.dst.dtype, self.dst.scale)
+
+
+def plan(pair: Pair, layers: range, src: Units, dst: Units) -> list[Run]:
+    """Runs that move the units `src` of the layers to `dst`, in the order of layers, units, parts, then as the
+    destination lies; what is adjacent on both sides is one run."""
+    assert src.count == dst.count
+    assert not pair.converts, "bytes of another dtype cannot be copied"
+    first = (_blocks if pair.whole_blocks else _steps)(pair, layers.start, src, dst)
+    runs = _merged(first)
+    if len(layers) == 1:
+        return runs
+    strides = [side.blocks * side.block_bytes for side in (pair.src, pair.dst)]  # layers lie alike, one behind another
+    return [
+        Run(run.src + n * strides[0], run.dst + n * strides[1], run.length) for n in range(len(layers)) for run in runs
+    ]
+
+
+def _merged(steps: Iterable[Run]) -> list[Run]:
     runs: list[Run] = []
-    for source, destination in blocks:
-        step = Run(src.offset(layer, source), dst.offset(layer, destination), size)
-        if runs and runs[-1].src + runs[-1].length == step.src and runs[-1].dst + runs[-1].length == step.dst:
-            runs[-1] = Run(runs[-1].src, runs[-1].dst, runs[-1].length + size)
-        else:
-            runs.append(step)
+    src, dst, length = 0, 0, 0
+    for step in steps:
+        if length and src + length == step.src and dst + length == step.dst:
+            length += step.length
+            continue
+        if length:
+            runs.append(Run(src, dst, length))
+        src, dst, length = step
+    runs.append(Run(src, dst, length))
     return runs
 
 
-def spans(layout: KvLayout, layer: int, blocks: Sequence[int]) -> list[tuple[int, int]]:
-    """(offset, length) of `blocks` of one layer in one cache, adjacent ones merged, in order."""
-    return [(run.src, run.length) for run in plan(layout, layout, layer, [(b, b) for b in blocks])]
+def _blocks(pair: Pair, layer: int, src: Units, dst: Units) -> Iterator[Run]:
+    size, from_, to = pair.src.block_bytes, pair.src.offset(layer, 0), pair.dst.offset(layer, 0)
+    sources, targets = src.blocks[src.skip : src.skip + src.count], dst.blocks[dst.skip : dst.skip + dst.count]
+    return (Run(from_ + a * size, to + b * size, size) for a, b in zip(sources, targets, strict=True))
+
+
+def _steps(pair: Pair, layer: int, src: Units, dst: Units) -> Iterator[Run]:
+    """The longest stretches that are contiguous in both caches by their form alone."""
+    unit, heads, row = pair.unit, pair.heads, pair.src.row_bytes
+    a, b = pair.src, pair.dst
+    all_heads = heads == a.heads == b.heads
+    for (block_a, sub_a), (block_b, sub_b) in zip(_each(src, a, unit), _each(dst, b, unit), strict=True):
+        for part in range(b.parts):
+            for head, token, length in _stretches(a.order, b.order, heads, unit, all_heads):
+                yield Run(
+                    a.offset(layer, block_a, part, head - a.heads.start, sub_a * unit + token),
+                    b.offset(layer, block_b, part, head - b.heads.start, sub_b * unit + token),
+                    length * row,
+                )
+
+
+def _each(units: Units, layout: KvLayout, unit: int) -> Iterator[tuple[int, int]]:
+    blocks, subs = units.places(layout.block_size // unit)
+    return zip(blocks.tolist(), subs.tolist(), strict=True)
+
+
+def _stretches(
+    src_order: str, dst_order: str, heads: range, unit: int, all_heads: bool
+) -> Iterator[tuple[int, int, int]]:
+    """(head, token, rows) of one unit of one part, in the destination's order."""
+    if src_order == dst_order == "NHD":
+        if all_heads:
+            yield heads.start, 0, unit * len(heads)
+        else:
+            yield from ((heads.start, token, len(heads)) for token in range(unit))
+    elif src_order == dst_order:
+        yield from ((head, 0, unit) for head in heads)
+    elif dst_order == "NHD":
+        yield from ((head, token, 1) for token in range(unit) for head in heads)
+    else:
+        yield from ((head, token, 1) for head in heads for token in range(unit))
