@@ -1,45 +1,56 @@
 """A link between one Outbound and one Inbound in which every step is chosen by the caller: what is delivered next, what
-is duplicated, dropped or never comes, when the writer writes, who dies. No threads, no sockets, no clock.
+is duplicated, dropped, corrupted or never comes, when a write begins and ends, who dies. No threads, no sockets; the
+clock moves only by `pass_time`. So a seed replays exactly.
 
-It checks what no other transport can: a write into a block that is not leased to the write's ticket, and a read of a
-source block after OpDone, raise AssertionError at the step that does it.
+It checks what no other transport can, at the step that breaks it, by AssertionError: a write into a block that is not
+leased to the write's ticket, a read of a source block after OpDone, corrupt KV that counts as complete.
 
-    link = FakeLink(one_sided=True, source_blocks=8, destination_blocks=8)
+    link = FakeLink(one_sided=True)
     link.admit(ticket, [2, 3]); link.open(ticket, [0, 1])
     while (choices := link.choices()): link.take(choices[rng])
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
+from functools import partial
+
+import numpy as np
 
 from tercet.errors import TercetError
 from tercet.transfer import inbound as receiving
 from tercet.transfer import outbound as sending
+from tercet.transfer.arrivals import Landing
 from tercet.transfer.effects import Send
-from tercet.transfer.inbound import Inbound
+from tercet.transfer.inbound import Inbound, Terms
+from tercet.transfer.layout import KvLayout, Pair
 from tercet.transfer.messages import Commit, Data, Message, Ticket
-from tercet.transfer.outbound import Outbound
+from tercet.transfer.outbound import Outbound, Write
 
 LAYERS = 2
 LEASE_S = 10.0
+LINKS = 2  # writes that may be under way at once
 PREFILL, DECODE = "prefill", "decode"  # the peers' names for each other
+LAYOUT = KvLayout(LAYERS, blocks=64, block_size=1, kv_heads=1, head_dim=1, dtype="int8", parts=1)
+Move = Callable[[], None]
 
 
 class FakeLink:
     """`events` are what the two state machines reported, in order."""
 
-    def __init__(self, *, one_sided: bool, epoch: int = 1) -> None:
-        self.one_sided = one_sided
+    def __init__(self, *, one_sided: bool, fenceable: bool = False, epoch: int = 1) -> None:
+        self.terms = Terms(Pair(LAYOUT, LAYOUT), one_sided, fenceable)
         self.now = 0.0
-        self.inbound = Inbound(epoch, LAYERS, block_bytes=1, lease_s=LEASE_S, integrity=True)
-        self.outbound = Outbound(block_bytes=1, lease_s=LEASE_S)
+        self.inbound = Inbound(epoch, LEASE_S)
+        self.outbound = Outbound(LEASE_S)
         self.events: list[object] = []
         self.leased: dict[int, Ticket] = {}  # destination block -> the ticket that may be written into it
+        self.granted: dict[Ticket, list[int]] = {}  # ticket -> its destination blocks, for the check at Complete
         self.reading: dict[Ticket, list[int]] = {}  # ticket -> its source blocks, until OpDone
-        self.written: dict[tuple[Ticket, int, int], int] = {}  # (ticket, layer, destination block) -> source block
-        self.writer: deque[Message | sending.Write | sending.Seal] = deque()
+        self.memory: dict[tuple[int, int], object] = {}  # (layer, destination block) -> what stands there
+        self.flips = 0  # so many of the next units arrive corrupt
+        self.writes: list[Write] = []  # under way
+        self.landings: list[tuple[Data, Landing]] = []  # under way
         self.to_decode: list[Message] = []  # on the wire, in any order
         self.to_prefill: list[Message] = []
 
@@ -48,17 +59,19 @@ class FakeLink:
     def admit(self, ticket: Ticket, blocks: list[int], first_block: int = 0) -> None:
         assert not set(blocks) & set(self.leased), "a block was leased twice"
         self.leased |= dict.fromkeys(blocks, ticket)
+        self.granted[ticket] = blocks
         self._receiver(self.inbound.admit(ticket, first_block, blocks, self.now))
 
     def open(self, ticket: Ticket, blocks: list[int]) -> None:
         self.reading[ticket] = blocks
-        self._sender(self.outbound.open(ticket, DECODE, len(blocks), self.now))
+        deadline = self.now + 60.0
+        self._sender(self.outbound.open(ticket, DECODE, self.terms.pair, len(blocks), deadline, self.now))
 
     def push(self, ticket: Ticket, layer: int) -> None:
         self._sender(self.outbound.push(ticket, layer, 0, self.reading[ticket]))
 
     def commit(self, ticket: Ticket) -> None:
-        commit = Commit(ticket, 0, 0, 1, None, [], [], 0, 0.0, 0.0, 0.0, "fake")
+        commit = Commit(ticket, 0, 1, None, [], [], 0, 0.0, 0.0, 0.0, "fake")
         self._sender(self.outbound.commit(commit, self.now))
 
     def cancel_inbound(self, ticket: Ticket) -> None:
@@ -69,14 +82,15 @@ class FakeLink:
 
     # ---- the world's moves
 
-    def choices(self) -> list[Callable[[], None]]:
-        """Everything that may happen next without time passing: any delivery, or the writer's next item."""
-        moves: list[Callable[[], None]] = [
-            lambda m=m: self._deliver(self.to_decode, m)  # type: ignore[misc]
-            for m in self.to_decode
-        ]
-        moves += [lambda m=m: self._deliver(self.to_prefill, m) for m in self.to_prefill]  # type: ignore[misc]
-        return [*moves, self._write_next] if self.writer else moves
+    def choices(self) -> list[Move]:
+        """Everything that may happen next without time passing."""
+        moves: list[Move] = [partial(self._deliver, self.to_decode, m) for m in self.to_decode]
+        moves += [partial(self._deliver, self.to_prefill, m) for m in self.to_prefill]
+        moves += [partial(self._end_write, write) for write in self.writes]
+        moves += [partial(self._end_landing, *landing) for landing in self.landings]
+        if len(self.writes) < LINKS and self.outbound.has_pending(DECODE):
+            moves.append(self._begin_write)
+        return moves
 
     def duplicate(self, number: int) -> None:
         wire = self.to_decode if number % 2 else self.to_prefill
@@ -96,17 +110,36 @@ class FakeLink:
         self._receiver(self.inbound.tick(self.now))
         self._sender(self.outbound.tick(self.now))
 
+    def break_connection(self) -> None:
+        """Both ends see it. What is under way on a fenceable link ends with it; a mapping outlives it."""
+        self.to_decode.clear()
+        self.to_prefill.clear()
+        for data, _ in list(self.landings):
+            self._cut_landing(data)
+        self._receiver(self.inbound.peer_down(PREFILL))
+        if not self.terms.one_sided or self.terms.fenceable:
+            for write in list(self.writes):
+                self.writes.remove(write)
+                self._sender(self.outbound.end_write(write, self.now))
+            self._receiver(self.inbound.peer_dead(PREFILL))
+        self._sender(self.outbound.peer_down(DECODE))
+
     def prefill_dies(self) -> None:
         """The process is gone with all its state: nothing of it writes again, and the decode worker has proof."""
-        self.outbound = Outbound(block_bytes=1, lease_s=LEASE_S)
+        self.outbound = Outbound(LEASE_S)
         self.reading.clear()
-        self.writer.clear()
+        self.writes.clear()
         self.to_decode.clear()
-        self._receiver(self.inbound.peer_down(PREFILL, self.now))
+        for data, _ in list(self.landings):
+            self._cut_landing(data)
+        self._receiver(self.inbound.peer_down(PREFILL))
         self._receiver(self.inbound.peer_dead(PREFILL))
 
     def decode_dies(self) -> None:
         self.to_prefill.clear()
+        for write in list(self.writes):  # its socket is gone
+            self.writes.remove(write)
+            self._sender(self.outbound.end_write(write, self.now))
         self._sender(self.outbound.peer_down(DECODE))
 
     # ---- carrying things out
@@ -115,69 +148,87 @@ class FakeLink:
         wire.remove(message)
         if wire is self.to_prefill:
             self._sender(self.outbound.on_message(DECODE, message, self.now))
-        elif isinstance(message, Data):
-            self._land(message)
-        else:
-            self._receiver(self.inbound.on_message(PREFILL, self.one_sided, message, self.now))
+        elif not isinstance(message, Data):
+            self._receiver(self.inbound.on_message(PREFILL, self.terms, message, self.now))
+        elif (landing := self.inbound.begin_landing(PREFILL, message)) is not None:
+            self.landings.append((message, landing))
 
-    def _land(self, data: Data) -> None:
-        blocks = self.inbound.begin_landing(PREFILL, data)
-        if blocks is None:
-            return
-        if not self.one_sided:
-            self._place(data, blocks, [-1] * len(blocks))
-        digests = [_digest(data.layer, data.index + i) for i in range(len(blocks))]
-        self._receiver(self.inbound.end_landing(data, digests, self.now))
+    def _end_landing(self, data: Data, landing: Landing) -> None:
+        self.landings.remove((data, landing))
+        if not self.terms.one_sided:
+            self._place(data.ticket, data.layer, data.layers, data.index, list(landing.units.blocks))
+        good = np.array(
+            [
+                [
+                    self.memory.get((layer, block)) == _content(data.ticket, layer, data.index + n)
+                    for n, block in enumerate(landing.units.blocks)
+                ]
+                for layer in range(data.layer, data.layer + data.layers)
+            ]
+        )
+        self._receiver(self.inbound.end_landing(data, good, self.now))
 
-    def _write_next(self) -> None:
-        item = self.writer.popleft()
-        if isinstance(item, sending.Seal):
-            self._sender(self.outbound.seal(item, self.now), behind=True)
-        elif isinstance(item, sending.Write):
-            self._write(item)
-        else:
-            self.to_decode.append(item)
+    def _cut_landing(self, data: Data) -> None:
+        self.landings = [landing for landing in self.landings if landing[0] is not data]
+        self._receiver(self.inbound.end_landing(data, None, self.now))
 
-    def _write(self, write: sending.Write) -> None:
-        data, digests = write.data, None
-        if self.outbound.begin_write(data):
-            assert data.ticket in self.reading, f"source blocks of {data.ticket} were read after OpDone"
-            if self.one_sided:
-                self._place(data, list(write.destinations), list(write.blocks))
-            self.to_decode.append(data)
-            digests = [_digest(data.layer, data.index + i) for i in range(data.count)]
-        self._sender(self.outbound.end_write(data, digests))
+    def _begin_write(self) -> None:
+        write = self.outbound.next_write(DECODE)
+        if write is not None:
+            self.writes.append(write)
 
-    def _place(self, data: Data, blocks: list[int], sources: list[int]) -> None:
-        for block, source in zip(blocks, sources, strict=True):
-            owner = self.leased.get(block)
-            assert owner == data.ticket, f"{data.ticket} wrote into block {block}, which is {owner}'s"
-            self.written[data.ticket, data.layer, block] = source
+    def _end_write(self, write: Write) -> None:
+        self.writes.remove(write)
+        assert write.ticket in self.reading, f"source blocks of {write.ticket} were read after OpDone"
+        if self.terms.one_sided:
+            self._place(write.ticket, write.layer, write.layers, write.index, list(write.dst.blocks))
+        data = Data(write.ticket, write.layer, write.layers, write.index, write.src.count, write.resend, False, b"")
+        self.to_decode.append(data)
+        self._sender(self.outbound.end_write(write, self.now))
+
+    def _place(self, ticket: Ticket, first_layer: int, layers: int, index: int, blocks: list[int]) -> None:
+        for layer in range(first_layer, first_layer + layers):
+            for number, block in enumerate(blocks):
+                owner = self.leased.get(block)
+                assert owner == ticket, f"{ticket} wrote into block {block}, which is {owner}'s"
+                self.memory[layer, block] = _content(ticket, layer, index + number)
+                if self.flips:
+                    self.flips -= 1
+                    self.memory[layer, block] = "corrupt"
 
     def _receiver(self, effects: list[receiving.Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
                 self.to_prefill.append(effect.message)
             elif isinstance(effect, receiving.Complete | receiving.Quiesced):
-                self.events.append(effect)
-                self.leased = {b: t for b, t in self.leased.items() if t != effect.ticket}
-            elif not isinstance(effect, receiving.Cut):
+                self._freed(effect)
+            elif isinstance(effect, receiving.Cut):
+                self.break_connection()
+            else:
                 self.events.append(effect)
 
-    def _sender(self, effects: list[sending.Effect], *, behind: bool = False) -> None:
+    def _freed(self, effect: receiving.Complete | receiving.Quiesced) -> None:
+        """The decode worker reads the blocks of a complete ticket, and the verified ones of a failed one."""
+        self.events.append(effect)
+        blocks = self.granted[effect.ticket]
+        good = len(blocks) if isinstance(effect, receiving.Complete) else effect.verified
+        for index, block in enumerate(blocks[:good]):
+            for layer in range(LAYERS):
+                stands = self.memory.get((layer, block))
+                assert stands == _content(effect.ticket, layer, index), f"block {block} holds {stands}"
+        self.leased = {b: t for b, t in self.leased.items() if t != effect.ticket}
+
+    def _sender(self, effects: list[sending.Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
-                if behind:  # sealed on the writer, so sent in its turn
-                    self.to_decode.append(effect.message)
-                else:
-                    self.writer.append(effect.message)
-            elif isinstance(effect, sending.Write | sending.Seal):
-                self.writer.append(effect)
-            else:
+                self.to_decode.append(effect.message)
+            elif isinstance(effect, sending.Cut):
+                self.break_connection()
+            elif not isinstance(effect, sending.Ready):
                 self.events.append(effect)
                 if isinstance(effect, sending.OpDone):
                     del self.reading[effect.ticket]
 
 
-def _digest(layer: int, index: int) -> int:
-    return (layer + 1) * 1_000_003 + index
+def _content(ticket: Ticket, layer: int, unit: int) -> object:
+    return (ticket, layer, unit)

@@ -1,16 +1,16 @@
 """The receiving half of the KV handover: a state machine without I/O, threads or clocks of its own.
 
-    admit ──OFFER/GRANT──> granted ──DATA*, COMMIT, digest holds──> Complete, Quiesced
-      │                       │
+    admit ──OFFER/GRANT──> granted ──DATA*, COMMIT──> Complete
+      │                       │  └──corrupt: RESEND──┘
       └──cancel, lease, ABORT─┴──────────────────> Failed(cause) ... Quiesced
 
-Four facts are kept apart. OpDone is the sender's. Here: `Complete` (bytes landed = bytes expected, digest holds),
+Four facts are kept apart. OpDone is the sender's. Here: `Complete` (units landed and verified = units granted),
 `Failed(cause)`, and `Quiesced`: proof that no further write can land. A caller frees blocks on Complete or Quiesced
 and on nothing else. Proof is one of
   * no write is possible: nothing was granted, or the transport places bytes at the receiver (tcp) and no landing is
     under way;
   * the writer's word: ABORT, ABORT_ACK, GOODBYE or COMMIT from the writer, after which it writes no more;
-  * the writer's death (`peer_dead`), which the transport proved.
+  * the writer's end (`peer_dead`): its death, or a link that this side has fenced.
 A timeout is never proof.
 
 Messages may come in any order, twice or late; what names no ticket of ours is counted in `dropped`. Methods return
@@ -21,11 +21,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tercet.errors import DigestMismatch, LeaseExpired, PeerDown, TercetError, TransferError, from_wire
-from tercet.transfer.digest import MASK
+from tercet.transfer.arrivals import Arrivals, Landing
 from tercet.transfer.effects import Peer, Send
+from tercet.transfer.layout import Pair
 from tercet.transfer.messages import (
     Abort,
     AbortAck,
@@ -38,8 +42,20 @@ from tercet.transfer.messages import (
     Offer,
     Reject,
     Release,
+    Resend,
     Ticket,
 )
+
+MAX_RESENDS = 8  # of one ticket; a link that corrupts more than that is broken
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a connection agreed on."""
+
+    pair: Pair
+    one_sided: bool  # the writer places the bytes, so it must say or be shown to have stopped
+    fenceable: bool  # closing our end of the link proves that nothing lands any more
 
 
 @dataclass(frozen=True)
@@ -65,12 +81,15 @@ class Failed:
 
 @dataclass(frozen=True)
 class Quiesced:
+    """verified: how many of the granted blocks, from the first on, hold all layers of their tokens, verified."""
+
     ticket: Ticket
+    verified: int = 0
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Close the connection: its peer is silent in the middle of a landing, and only that ends the landing."""
+    """Close the connection: its peer is silent, and only that can end what it has begun."""
 
     peer: Peer
 
@@ -79,35 +98,46 @@ Effect = Send | Cut | Committed | Complete | Failed | Quiesced
 
 
 @dataclass
+class _Offer:
+    peer: Peer
+    terms: Terms
+    num_units: int
+    expires: float
+
+
+@dataclass
 class _Inbound:
     ticket: Ticket
     first_block: int
     blocks: tuple[int, ...]  # destination blocks, empty on a full prefix hit
     expires: float
-    peer: Peer | None = None  # set by OFFER
-    one_sided: bool = False  # the peer writes into our memory itself
-    granted: bool = False
-    landed: set[tuple[int, int]] = field(default_factory=set)  # (layer, index)
-    digest: int = 0
-    landing: int = 0  # DATA payloads that are being placed right now
+    offer: _Offer | None = None  # set by OFFER; GRANT has been sent
+    arrivals: Arrivals | None = None  # with it
+    resends: int = 0
     commit: Commit | None = None
     committed_at: float = 0.0
     failed: bool = False
-    writer_done: bool = False  # proof by word or death
+    writer_done: bool = False  # proof by word or end
+
+    @property
+    def peer(self) -> Peer | None:
+        return self.offer.peer if self.offer else None
+
+    @property
+    def landing(self) -> bool:
+        return self.arrivals is not None and self.arrivals.any_landing
 
 
 class Inbound:
     """All tickets of one decode worker. Not thread-safe: the mover holds a lock around each call."""
 
-    def __init__(self, epoch: int, layers: int, block_bytes: int, lease_s: float, integrity: bool) -> None:
+    def __init__(self, epoch: int, lease_s: float) -> None:
         self.epoch = epoch
         self.dropped: Counter[str] = Counter()  # message name -> how many named no live ticket
-        self._layers = layers
-        self._block_bytes = block_bytes
+        self.corrupt = 0  # units that landed with a wrong digest
         self._lease_s = lease_s
-        self._integrity = integrity
         self._tickets: dict[Ticket, _Inbound] = {}
-        self._offers: dict[Ticket, tuple[Peer, bool, float]] = {}  # came before admission -> peer, one_sided, expiry
+        self._offers: dict[Ticket, _Offer] = {}  # came before admission
 
     # ---- the decode worker's verbs
 
@@ -117,12 +147,12 @@ class Inbound:
         inbound = _Inbound(ticket, first_block, tuple(blocks), expires=now + self._lease_s)
         self._tickets[ticket] = inbound
         offer = self._offers.pop(ticket, None)
-        return self._grant(inbound, offer[0], offer[1]) if offer else []
+        return self._grant(inbound, offer) if offer else []
 
     def refuse(self, ticket: Ticket, reason: str) -> list[Effect]:
         """Answer the ticket's OFFER, if it came, with REJECT."""
         offer = self._offers.pop(ticket, None)
-        return [Send(offer[0], Reject(ticket, reason))] if offer else []
+        return [Send(offer.peer, Reject(ticket, reason))] if offer else []
 
     def cancel(self, ticket: Ticket, error: TercetError) -> list[Effect]:
         """Give a ticket up. Quiesced follows, now or when it is proven."""
@@ -134,10 +164,10 @@ class Inbound:
 
     # ---- what comes from the peer
 
-    def on_message(self, peer: Peer, one_sided: bool, message: Message, now: float) -> list[Effect]:
+    def on_message(self, peer: Peer, terms: Terms, message: Message, now: float) -> list[Effect]:
         match message:
-            case Offer(ticket):
-                return self._on_offer(peer, one_sided, ticket, now)
+            case Offer(ticket, num_units):
+                return self._on_offer(ticket, _Offer(peer, terms, num_units, now + self._lease_s))
             case Commit(ticket):
                 return self._on_commit(ticket, peer, message, now)
             case Abort(ticket, code, reason):
@@ -151,48 +181,42 @@ class Inbound:
         self.dropped[type(message).__name__] += 1
         return []
 
-    def begin_landing(self, peer: Peer, data: Data) -> list[int] | None:
-        """Destination blocks of a DATA message, or None if its bytes must not be placed. Every non-None answer is
-        followed by `end_landing`; until then the ticket is not quiesced."""
+    def begin_landing(self, peer: Peer, data: Data) -> Landing | None:
+        """Where the bytes of a DATA go, or None if its bytes must not be placed. Every non-None answer is followed by
+        `end_landing`; until then the ticket is not quiesced."""
         inbound = self._tickets.get(data.ticket)
-        if inbound is None or inbound.peer != peer or inbound.failed or not inbound.granted:
+        known = inbound is not None and inbound.peer == peer and not inbound.failed
+        landing = inbound.arrivals.begin(data) if known and inbound and inbound.arrivals else None
+        if landing is None:
             self.dropped["Data"] += 1
-            return None
-        if data.layer >= self._layers or data.count < 1 or data.index + data.count > len(inbound.blocks):
-            self.dropped["Data"] += 1
-            return None
-        if any((data.layer, data.index + i) in inbound.landed for i in range(data.count)):
-            self.dropped["Data"] += 1  # a duplicate: what is verified is not written again
-            return None
-        inbound.landing += 1
-        return list(inbound.blocks[data.index : data.index + data.count])
+        return landing
 
-    def end_landing(self, data: Data, digests: Sequence[int] | None, now: float) -> list[Effect]:
-        """The bytes of `data` stand in memory, with one digest a block; None: the placing was cut off."""
+    def end_landing(self, data: Data, good: NDArray[np.bool_] | None, now: float) -> list[Effect]:
+        """The bytes of `data` stand; good: whether each (layer, unit) has its digest. None: it was cut off."""
         inbound = self._tickets[data.ticket]
-        inbound.landing -= 1
-        for offset, digest in enumerate(digests or ()):
-            inbound.landed.add((data.layer, data.index + offset))
-            inbound.digest = (inbound.digest + digest) & MASK
+        assert inbound.arrivals is not None
+        inbound.arrivals.end(data, good)
         if inbound.failed:
             return self._settle(inbound)
+        if good is not None and not good.all():
+            return self._fetch_again(inbound, inbound.arrivals, data, good)
         return self._complete_if_all_landed(inbound, now)
 
-    def peer_down(self, peer: Peer, now: float) -> list[Effect]:
+    def peer_down(self, peer: Peer) -> list[Effect]:
         """The connection is gone. For a one-sided writer that is no proof; see `peer_dead`."""
-        self._offers = {t: offer for t, offer in self._offers.items() if offer[0] != peer}
+        self._offers = {t: offer for t, offer in self._offers.items() if offer.peer != peer}
         effects: list[Effect] = []
         for inbound in self._of(peer):
             effects += self._fail(inbound, PeerDown(f"the prefill worker of {inbound.ticket.request_id} is gone"))
         return effects
 
     def peer_dead(self, peer: Peer) -> list[Effect]:
-        """The process behind the connection is proven dead."""
+        """Nothing of the peer can land any more: its process is proven dead, or its link is fenced."""
         return [e for t in self._of(peer) for e in self._on_writer_done(t.ticket, peer)]
 
     def tick(self, now: float) -> list[Effect]:
         """Fail what has heard nothing from its writer for a lease; forget stale offers."""
-        self._offers = {t: offer for t, offer in self._offers.items() if offer[2] >= now}
+        self._offers = {t: offer for t, offer in self._offers.items() if offer.expires >= now}
         effects: list[Effect] = []
         for inbound in [t for t in self._tickets.values() if t.expires < now]:
             error = LeaseExpired(
@@ -200,8 +224,8 @@ class Inbound:
             )
             if not inbound.failed:
                 effects += self._fail(inbound, error)
-            if inbound.landing:
-                effects.append(Cut(inbound.peer))
+            if inbound.ticket in self._tickets and inbound.offer and (inbound.landing or inbound.offer.terms.fenceable):
+                effects.append(Cut(inbound.offer.peer))
         return effects
 
     def heartbeats(self) -> list[Effect]:
@@ -217,19 +241,28 @@ class Inbound:
     def _of(self, peer: Peer) -> list[_Inbound]:
         return [t for t in self._tickets.values() if t.peer == peer]
 
-    def _on_offer(self, peer: Peer, one_sided: bool, ticket: Ticket, now: float) -> list[Effect]:
+    def _on_offer(self, ticket: Ticket, offer: _Offer) -> list[Effect]:
         inbound = self._tickets.get(ticket)
         if inbound is not None:
-            return self._grant(inbound, peer, one_sided) if not inbound.granted and not inbound.failed else []
+            return self._grant(inbound, offer) if inbound.offer is None and not inbound.failed else []
         if ticket.epoch != self.epoch:
             self.dropped["Offer"] += 1
-            return [Send(peer, Reject(ticket, f"this worker is at epoch {self.epoch}, not {ticket.epoch}"))]
-        self._offers[ticket] = (peer, one_sided, now + self._lease_s)
+            return [Send(offer.peer, Reject(ticket, f"this worker is at epoch {self.epoch}, not {ticket.epoch}"))]
+        self._offers[ticket] = offer
         return []
 
-    def _grant(self, inbound: _Inbound, peer: Peer, one_sided: bool) -> list[Effect]:
-        inbound.peer, inbound.one_sided, inbound.granted = peer, one_sided, True
-        return [Send(peer, Grant(inbound.ticket, inbound.first_block, list(inbound.blocks)))]
+    def _grant(self, inbound: _Inbound, offer: _Offer) -> list[Effect]:
+        inbound.offer = offer
+        pair, blocks = offer.terms.pair, inbound.blocks
+        per_block = pair.dst.block_size // pair.unit
+        first_unit = inbound.first_block * per_block
+        missing = max(0, offer.num_units - first_unit)
+        inbound.arrivals = Arrivals(pair, blocks, missing)
+        if -(-missing // per_block) != len(blocks):
+            inbound.writer_done = True  # it was granted nothing
+            error = TransferError(f"the offer of {offer.num_units} units does not fit {len(blocks)} blocks")
+            return self._fail(inbound, error)
+        return [Send(offer.peer, Grant(inbound.ticket, first_unit, list(blocks)))]
 
     def _on_commit(self, ticket: Ticket, peer: Peer, commit: Commit, now: float) -> list[Effect]:
         inbound = self._tickets.get(ticket)
@@ -237,23 +270,39 @@ class Inbound:
             self.dropped["Commit"] += 1
             return []
         inbound.commit, inbound.committed_at = commit, now
-        inbound.writer_done = True  # a writer commits after its last write
+        inbound.writer_done = (
+            inbound.resends == 0
+        )  # a writer commits after its last write, but for what it was asked for
         return [Committed(ticket, commit), *self._complete_if_all_landed(inbound, now)]
+
+    def _fetch_again(self, inbound: _Inbound, arrivals: Arrivals, data: Data, good: NDArray[np.bool_]) -> list[Effect]:
+        """Ask for exactly the units whose digest was wrong."""
+        wrong = np.argwhere(~good).tolist()
+        self.corrupt += len(wrong)
+        if inbound.resends + len(wrong) > MAX_RESENDS:
+            return self._fail(inbound, DigestMismatch(f"the KV of {inbound.ticket.request_id} keeps arriving corrupt"))
+        assert inbound.peer is not None
+        inbound.writer_done = False
+        effects: list[Effect] = []
+        for layer, unit in wrong:
+            inbound.resends += 1
+            at = (data.layer + layer, data.index + unit)
+            arrivals.ask_again(*at, inbound.resends)
+            effects.append(Send(inbound.peer, Resend(inbound.ticket, inbound.resends, *at)))
+        return effects
 
     def _complete_if_all_landed(self, inbound: _Inbound, now: float) -> list[Effect]:
         commit = inbound.commit
-        if commit is None or len(inbound.landed) < len(inbound.blocks) * self._layers or inbound.landing:
+        if commit is None or inbound.arrivals is None or not inbound.arrivals.all_landed:
             return []
-        expected = len(inbound.landed) * self._block_bytes
+        assert inbound.offer is not None
+        expected = inbound.arrivals.num_cells * inbound.offer.terms.pair.unit_bytes
         if commit.num_bytes != expected:
             return self._fail(inbound, TransferError(f"{expected} KV bytes landed, {commit.num_bytes} were committed"))
-        if self._integrity and commit.digest != inbound.digest:
-            return self._fail(inbound, DigestMismatch(f"the KV of {inbound.ticket.request_id} arrived corrupt"))
         del self._tickets[inbound.ticket]
-        assert inbound.peer is not None
         return [
             Complete(inbound.ticket, expected, now - inbound.committed_at),
-            Send(inbound.peer, Release(inbound.ticket)),
+            Send(inbound.offer.peer, Release(inbound.ticket)),
         ]
 
     def _on_abort(self, ticket: Ticket, peer: Peer, error: TercetError) -> list[Effect]:
@@ -279,7 +328,7 @@ class Inbound:
             if inbound is not None and inbound.peer == peer:
                 inbound.expires = now + self._lease_s
             elif ticket in self._offers:
-                self._offers[ticket] = (*self._offers[ticket][:2], now + self._lease_s)
+                self._offers[ticket].expires = now + self._lease_s
             else:
                 self.dropped["Heartbeat"] += 1
         return []
@@ -295,7 +344,7 @@ class Inbound:
 
     def _settle(self, inbound: _Inbound) -> list[Effect]:
         """Quiesced, if it is proven for this failed ticket."""
-        writer_may_write = inbound.granted and inbound.one_sided and not inbound.writer_done
+        writer_may_write = inbound.offer is not None and inbound.offer.terms.one_sided and not inbound.writer_done
         if inbound.landing or writer_may_write or self._tickets.pop(inbound.ticket, None) is None:
             return []
-        return [Quiesced(inbound.ticket)]
+        return [Quiesced(inbound.ticket, inbound.arrivals.verified_blocks() if inbound.arrivals else 0)]

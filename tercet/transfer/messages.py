@@ -1,32 +1,37 @@
 """Every message between a prefill and a decode worker's movers, and its frame on a stream.
 
-    frame = magic "TCT1" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
+    frame = magic "TCT2" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
 
-The body is the message's fields in order. Only DATA over TCP has a payload. Bodies are bounded, types are checked,
+The body is the message's fields in order. Only DATA and PROBE have a payload. Bodies are bounded, types are checked,
 and what is no frame of ours raises ProtocolViolation: the connection is closed, nothing else happens.
 
     HELLO     P>D  who I am, what I speak              WELCOME   D>P  where I lie, or REFUSE with a reason
+    PROBE     P>D  bytes to measure a link by          PROBE_ACK D>P  they have landed
     OFFER     P>D  I have this request                 GRANT     D>P  write these blocks
-    DATA      P>D  these bytes (have landed)           COMMIT    P>D  that was all; digest; first token
-    RELEASE   D>P  all landed and verified             REJECT    D>P  I will not take it
+    DATA      P>D  these bytes (have landed); digests  COMMIT    P>D  that was all; first token
+    RESEND    D>P  these have landed corrupt           RELEASE   D>P  all landed and verified
+    REJECT    D>P  I will not take it                  HEARTBEAT both the tickets that I hold
     ABORT     both this ticket is over; from P it is proof that P writes no more
-    ABORT_ACK P>D  proof that P writes no more         HEARTBEAT both the tickets that I hold
+    ABORT_ACK P>D  proof that P writes no more
     GOODBYE   P>D  proof that P writes no more for any ticket of this connection
+
+KV is counted in units (transfer/layout.py). DATA and PROBE travel on a pair's data links, all else on its control link.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgpack
 
 from tercet.errors import ProtocolViolation
 
-VERSION = 1
-MAGIC = b"TCT1"
+VERSION = 2
+MAGIC = b"TCT2"
 HEADER = struct.Struct("<4sB3xIQ")
 MAX_BODY = 1 << 20
 MAX_PAYLOAD = 1 << 32
@@ -45,8 +50,12 @@ class Hello:
     version: int
     token: str  # the cluster's secret
     worker_id: str
-    fingerprint: str  # model and dtype
+    fingerprint: str  # model
     layout: list[object]  # KvLayout, as its fields
+    transport: str  # that the pair will use
+    pair: str  # "": a new pair, this is its control link; else a data link of that pair
+    quiet: list[str]  # earlier pairs of this process that are over: nothing of them will write any more
+    blob: bytes  # what the transport needs to know
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Welcome:
     worker_id: str
     epoch: int
     layout: list[object]
+    pair: str
+    blob: bytes
 
 
 @dataclass(frozen=True)
@@ -63,31 +74,52 @@ class Refuse:
 
 
 @dataclass(frozen=True)
+class Probe:
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class ProbeAck:
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class Offer:
     ticket: Ticket
-    num_blocks: int  # blocks of the whole prompt
+    num_units: int  # of the whole prompt
 
 
 @dataclass(frozen=True)
 class Grant:
     ticket: Ticket
-    first_block: int  # index in the prompt of the first block that is missing here
-    blocks: list[int]  # destination block of each missing one
+    first_unit: int  # of the prompt, the first that is missing here
+    blocks: list[int]  # destination blocks, from that unit on
 
 
 @dataclass(frozen=True)
 class Data:
     ticket: Ticket
+    layer: int  # the model's
+    layers: int  # how many from that one on
+    index: int  # first granted unit in this message
+    count: int  # how many of them, in each layer
+    resend: int  # number of the RESEND that asked for it, 0: none did
+    packed: bool  # the bytes come in packed order (transfer/pack.py), to be scattered
+    digests: bytes  # u64 each, [layers, count, heads]; empty where integrity is off
+
+
+@dataclass(frozen=True)
+class Resend:
+    ticket: Ticket
+    number: int  # of the RESENDs of this ticket, so that a duplicate is known as one
     layer: int
-    index: int  # first granted block in this message
-    count: int  # how many of them
+    index: int  # the granted unit
 
 
 @dataclass(frozen=True)
 class Commit:
     ticket: Ticket
-    num_bytes: int  # all bytes that were pushed under the ticket
-    digest: int  # transfer/digest.py; 0 where integrity is off
+    num_bytes: int  # of the units that were written, each counted once
     token_id: int  # the first token, sampled from the prompt's last logits
     logprob: float | None
     top_ids: list[int]
@@ -133,23 +165,24 @@ class Goodbye:
 
 
 Message = (
-    Hello | Welcome | Refuse | Offer | Grant | Data | Commit | Release | Reject | Abort | AbortAck | Heartbeat | Goodbye
+    Hello
+    | Welcome
+    | Refuse
+    | Probe
+    | ProbeAck
+    | Offer
+    | Grant
+    | Data
+    | Resend
+    | Commit
+    | Release
+    | Reject
+    | Abort
+    | AbortAck
+    | Heartbeat
+    | Goodbye
 )
-_KINDS: tuple[type[Message], ...] = (
-    Hello,
-    Welcome,
-    Refuse,
-    Offer,
-    Grant,
-    Data,
-    Commit,
-    Release,
-    Reject,
-    Abort,
-    AbortAck,
-    Heartbeat,
-    Goodbye,
-)
+_KINDS: tuple[type[Message], ...] = get_args(Message)
 _KIND_OF = {cls: number for number, cls in enumerate(_KINDS)}
 _FIELDS = {cls: tuple(f.name for f in dataclasses.fields(cls)) for cls in _KINDS}
 _HINTS = {cls: get_type_hints(cls) for cls in _KINDS}
@@ -173,7 +206,7 @@ def decode_header(header: bytes, max_body: int = MAX_BODY) -> tuple[int, int, in
         raise ProtocolViolation(f"unknown message kind {kind}")
     if body > max_body:
         raise ProtocolViolation(f"a body of {body} bytes is over the limit of {max_body}")
-    if payload > MAX_PAYLOAD or (payload and _KINDS[kind] is not Data):
+    if payload > MAX_PAYLOAD or (payload and _KINDS[kind] not in (Data, Probe)):
         raise ProtocolViolation(f"a payload of {payload} bytes on {_KINDS[kind].__name__}")
     return kind, body, payload
 
@@ -198,19 +231,28 @@ def _checked(cls: type[Message], name: str, value: object) -> object:
         return _ticket(value)
     if hint == list[Ticket] and isinstance(value, list):
         return [_ticket(v) for v in value]
-    if hint == list[int] and isinstance(value, list) and all(type(v) is int and v >= 0 for v in value):
-        return value
-    if hint == list[float] and isinstance(value, list) and all(isinstance(v, float) for v in value):
-        return value
-    if hint == list[object] and isinstance(value, list):
-        return value
-    if hint is int and type(value) is int and value >= 0:
-        return value
-    if hint in (float, float | None) and isinstance(value, float):
-        return value
-    if (hint is str and isinstance(value, str)) or (hint == float | None and value is None):
+    if _FITS[hint](value):
         return value
     raise ProtocolViolation(f"{cls.__name__}.{name} has the wrong type: {value!r:.80}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+_FITS: dict[object, Callable[[object], bool]] = {  # type of a field -> whether a value has it
+    int: _is_count,
+    float: lambda v: isinstance(v, float),
+    str: lambda v: isinstance(v, str),
+    bool: lambda v: isinstance(v, bool),
+    bytes: lambda v: isinstance(v, bytes),
+    float | None: lambda v: v is None or isinstance(v, float),
+    list[int]: lambda v: isinstance(v, list) and all(map(_is_count, v)),
+    list[float]: lambda v: isinstance(v, list) and all(isinstance(x, float) for x in v),
+    list[str]: lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+    list[object]: lambda v: isinstance(v, list),
+    list[Ticket]: lambda v: False,  # a list was seen to before
+}
 
 
 def _ticket(value: object) -> Ticket:

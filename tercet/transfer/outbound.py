@@ -5,59 +5,74 @@
       └── cancel, REJECT, ABORT, lease ──┴──> Failed(cause) ... OpDone
 
 `OpDone` says that the source blocks may be reused: no write of the ticket is under way or will begin. It always comes,
-once, and last. A write is bracketed by `begin_write` (False: the ticket is over, do not write) and `end_write`, so an
-ABORT_ACK is sent only when no write can follow: it is the receiver's proof.
+once, and last. The links of a peer ask for their next write (`next_write`), carry it out and say so (`end_write`), so
+an ABORT_ACK is sent only when no write can follow: it is the receiver's proof. The COMMIT is sent when the last write
+has ended, whichever link carried it.
+
+A peer's bandwidth is shared by deadline: the request that must be done first is written first, `MAX_WRITE` bytes at a
+time. What waits meanwhile is coalesced: layers of the same units travel as one write.
 
 Messages may come in any order, twice or late; what names no ticket of ours is counted in `dropped`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from tercet.errors import LeaseExpired, Overloaded, PeerDown, TercetError, TransferError, from_wire
-from tercet.transfer.digest import MASK
 from tercet.transfer.effects import Peer, Send
+from tercet.transfer.layout import Pair, Units
 from tercet.transfer.messages import (
     Abort,
     AbortAck,
     Commit,
-    Data,
     Grant,
     Heartbeat,
     Message,
     Offer,
     Reject,
     Release,
+    Resend,
     Ticket,
 )
+
+MAX_WRITE = 2 << 20  # bytes: a later, more urgent request waits for no more, and it stays in the caches on its way
 
 
 @dataclass(frozen=True)
 class Write:
-    """Write source `blocks` of one layer as what `data` names; destinations are `destinations`."""
+    """Write source units of `layers` layers to the destination's, as granted units `index ...` of the ticket."""
 
-    peer: Peer
-    data: Data
-    blocks: tuple[int, ...]
-    destinations: tuple[int, ...]
+    ticket: Ticket
+    layer: int
+    layers: int
+    index: int
+    src: Units
+    dst: Units
+    resend: int = 0  # number of the RESEND that asked for it
 
 
 @dataclass(frozen=True)
-class Seal:
-    """Every write before it has ended: `seal` the commit and send it."""
+class Ready:
+    """There may be something to write to this peer."""
 
     peer: Peer
-    commit: Commit
-    committed_at: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Close the connection: a write to a silent peer is under way, and only that ends it."""
+
+    peer: Peer
 
 
 @dataclass(frozen=True)
 class Granted:
     ticket: Ticket
-    first_block: int  # blocks before it are at the destination already
+    first_block: int  # source blocks before it need not be pushed
 
 
 @dataclass(frozen=True)
@@ -76,57 +91,83 @@ class OpDone:
     ticket: Ticket
 
 
-Effect = Send | Write | Seal | Granted | Failed | Released | OpDone
+Effect = Send | Ready | Cut | Granted | Failed | Released | OpDone
+
+
+class _Pending(NamedTuple):
+    """What is to be written: granted units of one layer."""
+
+    layer: int
+    unit: int  # granted, the first
+    units: int
+    resend: int = 0
 
 
 @dataclass
 class _Outbound:
     ticket: Ticket
     peer: Peer
-    num_blocks: int
+    pair: Pair
+    num_units: int
+    deadline: float
     expires: float
     grant: Grant | None = None
-    queued: int = 0  # writes handed out and not yet ended or refused
+    blocks: dict[int, int] = field(default_factory=dict)  # index in the prompt -> source block, of what was pushed
+    pending: deque[_Pending] = field(default_factory=deque)
+    writing: int = 0  # writes handed out and not yet ended
     written_bytes: int = 0
-    digest: int = 0
+    resent: set[int] = field(default_factory=set)  # numbers of the RESENDs that were obeyed
+    commit: Commit | None = None
+    committed_at: float = 0.0
     over: bool = False  # failed or released: no new write begins
     farewell: Abort | AbortAck | None = None  # proof for the receiver, due when the last write has ended
+
+    @property
+    def units_per_block(self) -> tuple[int, int]:
+        """Of the source, of the destination."""
+        return self.pair.src.block_size // self.pair.unit, self.pair.dst.block_size // self.pair.unit
 
 
 class Outbound:
     """All tickets of one prefill worker. Not thread-safe: the mover holds a lock around each call."""
 
-    def __init__(self, block_bytes: int, lease_s: float) -> None:
+    def __init__(self, lease_s: float) -> None:
         self.dropped: Counter[str] = Counter()
-        self._block_bytes = block_bytes
+        self.resent = 0  # units that a receiver asked for again
         self._lease_s = lease_s
         self._tickets: dict[Ticket, _Outbound] = {}
 
     # ---- the prefill worker's verbs
 
-    def open(self, ticket: Ticket, peer: Peer, num_blocks: int, now: float) -> list[Effect]:
+    def open(
+        self, ticket: Ticket, peer: Peer, pair: Pair, num_tokens: int, deadline: float, now: float
+    ) -> list[Effect]:
         assert ticket not in self._tickets, f"{ticket} opened twice"
-        self._tickets[ticket] = _Outbound(ticket, peer, num_blocks, now + self._lease_s)
-        return [Send(peer, Offer(ticket, num_blocks))]
+        num_units = -(-num_tokens // pair.unit)
+        self._tickets[ticket] = _Outbound(ticket, peer, pair, num_units, deadline, now + self._lease_s)
+        return [Send(peer, Offer(ticket, num_units))]
 
     def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> list[Effect]:
         """Prompt blocks `first ...` of `layer` stand in source `blocks`; write those that were granted."""
         out = self._tickets.get(ticket)
-        if out is None or out.over or out.grant is None:
+        if out is None or out.over or out.grant is None or layer not in out.pair.layers:
             return []
-        skip = max(0, out.grant.first_block - first)
-        index = first + skip - out.grant.first_block
-        sources = tuple(blocks[skip:])
-        if not sources:
+        out.blocks.update(enumerate(blocks, first))
+        per_block = out.units_per_block[0]
+        start = max(first * per_block, out.grant.first_unit)
+        count = min((first + len(blocks)) * per_block, out.num_units) - start
+        if count <= 0:
             return []
-        out.queued += 1
-        destinations = tuple(out.grant.blocks[index : index + len(sources)])
-        return [Write(out.peer, Data(ticket, layer, index, len(sources)), sources, destinations)]
+        out.pending.append(_Pending(layer, start - out.grant.first_unit, count))
+        return [Ready(out.peer)]
 
     def commit(self, commit: Commit, now: float) -> list[Effect]:
-        """All was pushed. Bytes, digest and transfer time are filled in by `seal`, when the writes have ended."""
+        """All was pushed. Bytes and transfer time are filled in when the writes have ended."""
         out = self._tickets.get(commit.ticket)
-        return [Seal(out.peer, commit, now)] if out is not None and not out.over else []
+        if out is None or out.over:
+            return []
+        out.commit, out.committed_at = commit, now
+        return self._commit_if_written(out, now)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> list[Effect]:
         out = self._tickets.get(ticket)
@@ -135,46 +176,51 @@ class Outbound:
     def live(self) -> list[Ticket]:
         return list(self._tickets)
 
-    # ---- the mover's brackets around each write
+    # ---- the links of a peer
 
-    def begin_write(self, data: Data) -> bool:
-        out = self._tickets[data.ticket]
-        return not out.over
+    def next_write(self, peer: Peer) -> Write | None:
+        """The most urgent write to a peer. Every one is followed by `end_write`."""
+        waiting = [out for out in self._tickets.values() if out.peer == peer and out.pending]
+        if not waiting:
+            return None
+        out = min(waiting, key=lambda out: out.deadline)
+        out.writing += 1
+        return self._coalesced(out)
 
-    def end_write(self, data: Data, digests: Sequence[int] | None) -> list[Effect]:
-        """A Write has been carried out, with a digest a block, or (None) left out because the ticket is over."""
-        out = self._tickets[data.ticket]
-        out.queued -= 1
-        if digests is not None:
-            out.written_bytes += data.count * self._block_bytes
-            out.digest = (out.digest + sum(digests)) & MASK
-        return self._settle(out) if out.over else []
+    def end_write(self, write: Write, now: float) -> list[Effect]:
+        """A write has ended; whether it went well is the connection's matter."""
+        out = self._tickets[write.ticket]
+        out.writing -= 1
+        if out.over:
+            return self._settle(out)
+        if write.resend == 0:
+            out.written_bytes += write.layers * write.src.count * out.pair.unit_bytes
+        return self._commit_if_written(out, now)
 
-    def seal(self, seal: Seal, now: float) -> list[Effect]:
-        """The COMMIT, filled in; called in the order of the writes, behind the last of them."""
-        out = self._tickets.get(seal.commit.ticket)
-        if out is None or out.over:
-            return []
-        transfer_s = now - seal.committed_at
-        commit = replace(seal.commit, num_bytes=out.written_bytes, digest=out.digest, transfer_s=transfer_s)
-        return [Send(out.peer, commit)]
+    def has_pending(self, peer: Peer) -> bool:
+        """Whether `next_write` has one."""
+        return any(out.pending for out in self._tickets.values() if out.peer == peer)
+
+    def writing(self, peer: Peer) -> bool:
+        """Whether a write to the peer is under way."""
+        return any(out.writing for out in self._tickets.values() if out.peer == peer)
 
     # ---- what comes from the peer
 
     def on_message(self, peer: Peer, message: Message, now: float) -> list[Effect]:
         if isinstance(message, Heartbeat):
             return self._on_heartbeat(peer, message.tickets, now)
-        out = self._tickets.get(message.ticket) if isinstance(message, Grant | Release | Reject | Abort) else None
+        known = isinstance(message, Grant | Release | Reject | Abort | Resend)
+        out = self._tickets.get(message.ticket) if known else None  # type: ignore[union-attr]  # checked above
         if out is None or out.peer != peer:
             self.dropped[type(message).__name__] += 1
             # An ABORT for a ticket that we no longer know still asks for proof, and there is nothing left to write.
             return [Send(peer, AbortAck(message.ticket))] if isinstance(message, Abort) else []
         match message:
             case Grant() if out.grant is None and not out.over:
-                if message.first_block + len(message.blocks) != out.num_blocks:
-                    return self._give_up(out, TransferError("the grant does not fit the prompt"))
-                out.grant = message
-                return [Granted(out.ticket, message.first_block)]
+                return self._on_grant(out, message)
+            case Resend(_, number) if number not in out.resent and not out.over:
+                return self._on_resend(out, message)
             case Release() if not out.over:
                 out.over = True
                 return [Released(out.ticket), *self._settle(out)]
@@ -193,9 +239,13 @@ class Outbound:
 
     def tick(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for out in [t for t in self._tickets.values() if not t.over and t.expires < now]:
+        for out in [t for t in self._tickets.values() if t.expires < now]:
             error = LeaseExpired(f"no word of {out.ticket.request_id} from its decode worker for {self._lease_s} s")
-            effects += self._give_up(out, error)
+            if not out.over:
+                out.expires = now + self._lease_s  # for the write that may be under way
+                effects += self._give_up(out, error)
+            elif out.writing:
+                effects.append(Cut(out.peer))
         return effects
 
     def heartbeats(self) -> list[Effect]:
@@ -206,6 +256,56 @@ class Outbound:
         return [Send(peer, Heartbeat(tickets)) for peer, tickets in by_peer.items()]
 
     # ---- transitions
+
+    def _on_grant(self, out: _Outbound, grant: Grant) -> list[Effect]:
+        missing = max(0, out.num_units - grant.first_unit)
+        if len(grant.blocks) != -(-missing // out.units_per_block[1]):
+            return self._give_up(out, TransferError("the grant does not fit the prompt"))
+        out.grant = grant
+        return [Granted(out.ticket, grant.first_unit // out.units_per_block[0])]
+
+    def _on_resend(self, out: _Outbound, asked: Resend) -> list[Effect]:
+        """Write one unit again; its source stands until the RELEASE."""
+        assert out.grant is not None
+        block = (out.grant.first_unit + asked.index) // out.units_per_block[0]
+        if block not in out.blocks or asked.layer not in out.pair.layers:
+            return self._give_up(out, TransferError(f"unit {asked.index} was asked for again, but never written"))
+        out.resent.add(asked.number)
+        self.resent += 1
+        out.pending.appendleft(_Pending(asked.layer, asked.index, 1, asked.number))
+        return [Ready(out.peer)]
+
+    def _coalesced(self, out: _Outbound) -> Write:
+        """The first pending write, with the following layers of the same units, cut to `MAX_WRITE`."""
+        first = out.pending.popleft()
+        most = max(1, MAX_WRITE // out.pair.unit_bytes)  # units
+        if first.units > most:
+            out.pending.appendleft(first._replace(unit=first.unit + most, units=first.units - most))
+            return self._write_of(out, first._replace(units=most), 1)
+        layers = 1
+        while out.pending and (layers + 1) * first.units <= most:
+            if out.pending[0] != first._replace(layer=first.layer + layers):
+                break
+            out.pending.popleft()
+            layers += 1
+        return self._write_of(out, first, layers)
+
+    def _write_of(self, out: _Outbound, what: _Pending, layers: int) -> Write:
+        assert out.grant is not None
+        from_, to = out.units_per_block
+        end = what.unit + what.units
+        start = out.grant.first_unit + what.unit
+        sources = [out.blocks[n] for n in range(start // from_, -(-(start + what.units) // from_))]
+        src = Units(sources, start % from_, what.units)
+        dst = Units(out.grant.blocks[what.unit // to : -(-end // to)], what.unit % to, what.units)
+        return Write(out.ticket, what.layer, layers, what.unit, src, dst, what.resend)
+
+    def _commit_if_written(self, out: _Outbound, now: float) -> list[Effect]:
+        if out.commit is None or out.pending or out.writing:
+            return []
+        commit = replace(out.commit, num_bytes=out.written_bytes, transfer_s=now - out.committed_at)
+        out.commit = None
+        return [Send(out.peer, commit)]
 
     def _on_heartbeat(self, peer: Peer, tickets: Sequence[Ticket], now: float) -> list[Effect]:
         for ticket in tickets:
@@ -228,7 +328,8 @@ class Outbound:
 
     def _settle(self, out: _Outbound) -> list[Effect]:
         """OpDone, and the proof for the receiver, once no write of the ticket is left."""
-        if out.queued or self._tickets.pop(out.ticket, None) is None:
+        out.pending.clear()
+        if out.writing or self._tickets.pop(out.ticket, None) is None:
             return []
         effects: list[Effect] = []
         if out.farewell is not None:

@@ -1,0 +1,317 @@
+"""The real protocol code under a seeded scheduler and a virtual clock: thousands of interleavings and faults.
+
+A failing seed is in the assertion's message and replays exactly. The mutants at the end put back bugs that other
+systems have had; the simulation must catch each of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tercet.transfer import inbound, outbound
+from tercet.transfer.arrivals import Arrivals
+from tercet.transfer.fake import LAYERS, FakeLink, Move
+from tercet.transfer.inbound import Inbound
+from tercet.transfer.messages import AbortAck, Ticket
+from tercet.transfer.outbound import Outbound
+
+SEEDS = 3000
+STEPS = 120
+BLOCKS = 3  # of a prompt
+KINDS = [(False, True), (True, False), (True, True)]  # one_sided, fenceable: tcp, shm, nixl
+FAULTS = ("cancel_inbound", "cancel_outbound", "drop", "duplicate", "flip", "pass_time", "break", "stop", "death")
+
+
+class Simulation:
+    """Requests come, are pushed and committed as a prefill worker would, over blocks that are scarce on both sides: a
+    block that is freed too early is soon somebody else's."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        one_sided, fenceable = self.rng.choice(KINDS)
+        self.link = FakeLink(one_sided=one_sided, fenceable=fenceable)
+        # Two faults that meet now and then show more than many that end everything soon.
+        rare_pair = ["flip", "duplicate"]
+        self.faults = rare_pair if seed % 4 == 0 else self.rng.sample(FAULTS, self.rng.randint(0, 4))
+        self.strike_share = self.rng.choice([0.02, 0.08, 0.3])
+        self.tickets: list[Ticket] = []
+        self.to_open: dict[Ticket, int] = {}  # ticket -> blocks that the destination has already
+        self.pushed: Counter[Ticket] = Counter()
+        self.writer_stopped = False
+
+    def run(self) -> None:
+        for _ in range(STEPS):
+            if self.faults and self.rng.random() < self.strike_share:
+                self.strike(self.rng.choice(self.faults))
+            if moves := self.moves():
+                self.rng.choice(moves)()
+        self.finish()
+        self.check()
+
+    def moves(self) -> list[Move]:
+        moves = [m for m in self.link.choices() if not (self.writer_stopped and self._is_writers(m))]
+        granted = {e.ticket for e in self.link.events if isinstance(e, outbound.Granted)}
+        computing = [t for t in self.link.reading if t in granted and self.pushed[t] <= LAYERS]
+        moves += [lambda t=t: self.advance(t) for t in computing]
+        moves += [lambda t=t: self.open(t) for t in self.to_open]
+        free = sorted(set(range(2 * BLOCKS)) - set(self.link.leased))
+        if len(free) >= BLOCKS and len(self.tickets) < 8:
+            moves.append(lambda: self.admit(free))
+        return moves
+
+    def _is_writers(self, move: Move) -> bool:
+        return move == self.link._begin_write or getattr(move, "func", None) == self.link._end_write
+
+    def admit(self, free: list[int]) -> None:
+        ticket = Ticket(f"r{len(self.tickets)}", 0, 1)
+        self.tickets.append(ticket)
+        hits = self.rng.choice([0, 0, 1, BLOCKS])
+        self.to_open[ticket] = hits
+        self.link.admit(ticket, self.rng.sample(free, BLOCKS - hits), hits)
+
+    def open(self, ticket: Ticket) -> None:
+        del self.to_open[ticket]
+        number = self.tickets.index(ticket)
+        self.link.open(ticket, list(range(BLOCKS * number, BLOCKS * (number + 1))))
+
+    def advance(self, ticket: Ticket) -> None:
+        layer = self.pushed[ticket]
+        self.pushed[ticket] += 1
+        if layer < LAYERS:
+            self.link.push(ticket, layer)
+        else:
+            self.link.commit(ticket)
+
+    def strike(self, fault: str) -> None:
+        link, number = self.link, self.rng.randrange(1000)
+        match fault:
+            case "cancel_inbound" | "cancel_outbound" if self.tickets:
+                getattr(link, fault)(self.rng.choice(self.tickets))
+            case "drop" | "duplicate":
+                getattr(link, fault)(number)
+            case "flip":
+                link.flips += number % 4
+            case "pass_time":
+                link.pass_time(number % 12, heartbeats=number % 3 > 0)
+            case "stop":
+                self.writer_stopped = not self.writer_stopped
+            case "break":
+                link.break_connection()
+            case "death":
+                link.prefill_dies()
+                link.decode_dies()
+
+    def finish(self) -> None:
+        """No more faults: everything is delivered, leases run out, and at last the writer's end is proven."""
+        self.writer_stopped = False
+        while not self.faults and (moves := self.moves()):
+            moves[0]()
+        for _ in range(4):
+            while choices := self.link.choices():
+                choices[0]()
+            self.link.pass_time(11.0, heartbeats=False)
+        while choices := self.link.choices():
+            choices[0]()
+        assert self.link.reading == {}, "leaked source blocks"
+        self.link.prefill_dies()
+        self.link.decode_dies()
+
+    def check(self) -> None:
+        """Each ticket ended once on each side; nothing is leased or read any more."""
+        link = self.link
+        assert link.leased == {}, "leaked blocks"
+        assert link.inbound.live() == link.outbound.live() == []
+        counts = Counter((type(e).__module__, type(e).__name__, e.ticket) for e in link.events)
+        assert all(n == 1 for n in counts.values()), counts
+        for ticket in self.tickets:
+            ours = {type(e) for e in link.events if e.ticket == ticket and type(e).__module__ == inbound.__name__}
+            complete, failed = {inbound.Complete} <= ours, {inbound.Failed, inbound.Quiesced} <= ours
+            assert complete != failed, f"{ticket} ended as {ours}"
+        if not self.faults:
+            assert not any(isinstance(e, inbound.Failed) for e in link.events)
+
+
+def failing_seed(seeds: int) -> int | None:
+    for seed in range(seeds):
+        try:
+            Simulation(seed).run()
+        except (AssertionError, KeyError):
+            return seed
+    return None
+
+
+def test_no_interleaving_breaks_the_protocol():
+    for seed in range(SEEDS):
+        try:
+            Simulation(seed).run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def test_a_seed_replays_exactly():
+    first, second = Simulation(17), Simulation(17)
+    first.run()
+    second.run()
+    assert list(map(repr, first.link.events)) == list(map(repr, second.link.events))  # errors know no equality
+    assert first.link.memory == second.link.memory
+
+
+def test_every_kind_of_end_is_reached():
+    """The oracle would be worth little if, say, no seed ever fetched a block again."""
+    seen: Counter[str] = Counter()
+    for seed in range(400):
+        simulation = Simulation(seed)
+        simulation.run()
+        seen.update(type(e).__name__ for e in simulation.link.events)
+        seen["corrupt"] += simulation.link.inbound.corrupt
+        seen["resumable"] += sum(isinstance(e, inbound.Quiesced) and e.verified > 0 for e in simulation.link.events)
+    assert min(seen[k] for k in ("Complete", "Quiesced", "OpDone", "Released", "corrupt", "resumable")) > 20
+
+
+# ---- mutants: (where, method, what it does wrong)
+
+
+def frees_on_failure(_: Callable) -> Callable:
+    """Blocks are reused while a remote writer may still write (SGLang 24527, 23020; vLLM PR 45357)."""
+
+    def settle(self, inbound_):
+        if self._tickets.pop(inbound_.ticket, None) is None:
+            return []
+        return [inbound.Quiesced(inbound_.ticket)]
+
+    return settle
+
+
+def frees_on_timeout(real: Callable) -> Callable:
+    """A lease that ran out counts as proof."""
+
+    def tick(self, now):
+        for ticket in [t for t in self._tickets.values() if t.expires < now]:
+            ticket.writer_done = True
+        return real(self, now)
+
+    return tick
+
+
+def asserts_on_late_completion(real: Callable) -> Callable:
+    """The engine crashes on a completion of a request that it has forgotten (vLLM 43226)."""
+
+    def on_message(self, peer, message, now):
+        assert not hasattr(message, "ticket") or message.ticket in self._tickets, "unknown ticket"
+        return real(self, peer, message, now)
+
+    return on_message
+
+
+def forgets_op_done_after_abort(real: Callable) -> Callable:
+    """Source blocks leak when the peer aborts (vLLM 46283)."""
+
+    def fail(self, out, error, farewell):
+        effects = real(self, out, error, farewell)
+        return [e for e in effects if not isinstance(e, outbound.OpDone)] if isinstance(farewell, AbortAck) else effects
+
+    return fail
+
+
+def op_done_while_writing(_: Callable) -> Callable:
+    """Source blocks are reused while they are still being read."""
+
+    def settle(self, out):
+        out.pending.clear()
+        if self._tickets.pop(out.ticket, None) is None:
+            return []
+        return [outbound.OpDone(out.ticket)]
+
+    return settle
+
+
+def keeps_tickets_of_a_dead_peer(_: Callable) -> Callable:
+    """A peer's restart leaves its tickets behind (vLLM 49238)."""
+    return lambda self, peer: []
+
+
+def acks_before_the_last_write(real: Callable) -> Callable:
+    """ABORT_ACK, the receiver's proof, overtakes a write that is under way."""
+
+    def on_message(self, peer, message, now):
+        effects = real(self, peer, message, now)
+        if type(message).__name__ == "Abort" and not any(isinstance(e, outbound.Send) for e in effects):
+            effects.append(outbound.Send(peer, AbortAck(message.ticket)))
+        return effects
+
+    return on_message
+
+
+def commits_before_the_last_write(_: Callable) -> Callable:
+    def commit(self, out, now):
+        if out.commit is None:
+            return []
+        commit, out.commit = outbound.replace(out.commit, num_bytes=out.written_bytes), None
+        return [outbound.Send(out.peer, commit)]
+
+    return commit
+
+
+def ignores_digests(real: Callable) -> Callable:
+    def end_landing(self, data, good, now):
+        return real(self, data, None if good is None else good | True, now)
+
+    return end_landing
+
+
+def obeys_a_duplicate_resend(real: Callable) -> Callable:
+    """The same RESEND twice writes twice, and the second write may come after the blocks are free."""
+
+    def on_resend(self, out, asked):
+        effects = real(self, out, asked)
+        out.resent.clear()
+        return effects
+
+    return on_resend
+
+
+def takes_a_duplicate_of_corrupt_data(real: Callable) -> Callable:
+    """A late copy of DATA that was asked for again asks once more, so one write is left over at the end."""
+
+    def begin(self, data):
+        self._asked = dict.fromkeys(self._asked, data.resend)
+        return real(self, data)
+
+    return begin
+
+
+def counts_duplicates_as_landed(real: Callable) -> Callable:
+    """Completion counts messages instead of bytes that landed."""
+
+    def end(self, data, good):
+        real(self, data, good)
+        self._landed[:] |= self._landed.sum() + 1 >= self._landed.size
+
+    return end
+
+
+MUTANTS = [
+    (Inbound, "_settle", frees_on_failure),
+    (Inbound, "tick", frees_on_timeout),
+    (Outbound, "on_message", asserts_on_late_completion),
+    (Outbound, "_fail", forgets_op_done_after_abort),
+    (Outbound, "_settle", op_done_while_writing),
+    (Outbound, "peer_down", keeps_tickets_of_a_dead_peer),
+    (Inbound, "peer_dead", keeps_tickets_of_a_dead_peer),
+    (Outbound, "on_message", acks_before_the_last_write),
+    (Outbound, "_commit_if_written", commits_before_the_last_write),
+    (Inbound, "end_landing", ignores_digests),
+    (Outbound, "_on_resend", obeys_a_duplicate_resend),
+    (Arrivals, "begin", takes_a_duplicate_of_corrupt_data),
+    (Arrivals, "end", counts_duplicates_as_landed),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "mutant"), MUTANTS, ids=[f"{c.__name__}-{m.__name__}" for c, _, m in MUTANTS])
+def test_each_mutant_is_caught(cls, name, mutant, monkeypatch):
+    monkeypatch.setattr(cls, name, mutant(getattr(cls, name)))
+    assert failing_seed(SEEDS) is not None, f"no seed below {SEEDS} catches it"
