@@ -115,10 +115,14 @@ class Engine:
                 self._reserved.remove(sequence)
                 sequence.over = True
 
-    def release(self, sequence: Sequence) -> None:
-        """It is proven that nobody writes into the blocks of a reserved or quarantined sequence any more."""
+    def release(self, sequence: Sequence, verified: int = 0) -> None:
+        """It is proven that nobody writes into the blocks of a reserved or quarantined sequence any more. The first
+        `verified` of the leased ones hold their tokens' KV, so that another attempt need not fetch them again."""
         with self._work:
             assert sequence.over or sequence in self._reserved
+            hashes = sequence.extend_hashes(self._spec.kv.block_size)
+            for index in range(sequence.published, min(sequence.published + verified, len(hashes))):
+                self._pool.publish(sequence.blocks[index], hashes[index])
             if sequence in self._reserved:
                 self._reserved.remove(sequence)
                 self._pool.release(sequence.blocks[sequence.published :], Hold.LEASED)

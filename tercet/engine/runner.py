@@ -23,8 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def kv_layout(model: Transformer, blocks: int, block_size: int, dtype: str) -> KvLayout:
     config = model.config
-    itemsize = DTYPES[dtype].itemsize
-    return KvLayout(config.num_layers, blocks, block_size, config.num_kv_heads, config.head_dim, dtype, itemsize)
+    return KvLayout(config.num_layers, blocks, block_size, config.num_kv_heads, config.head_dim, dtype)
 
 
 class Runner:

@@ -1,39 +1,38 @@
-"""Frames on a stream socket, and the threads that keep one moving.
+"""Frames on a stream socket, and the posting of small ones without ever blocking.
 
-A channel has at most one reader and one writer thread. Sends never block the caller: they are posted to a bounded
-outbox; a peer that does not read until the outbox is full is treated as gone.
+A channel has at most one reader thread. `send` blocks until the kernel has every byte and is for one thread too; a
+`Mailbox` is for frames that any thread may post.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections import deque
+from collections.abc import Sequence
 
 from tercet.errors import PeerDown, ProtocolViolation
-from tercet.transfer.messages import HEADER, MAX_BODY, Message, decode_body, decode_header, encode
+from tercet.transfer.messages import HEADER, MAX_BODY, Data, Message, Probe, decode_body, decode_header, encode
 
 IOV_MAX = 1024  # buffers of one vectored call, Linux limit
-Item = TypeVar("Item")
-OUTBOX = 8192  # frames; a layer-wise push of one long prompt is some hundred
+IOV_RECEIVE = 128  # of one that takes in what has come: seldom more than a megabyte
+OUTBOX = 8192  # frames that a peer may leave unread; more, and it is treated as gone
 
 
 class Channel:
     """A connected stream socket that speaks frames. Errors are PeerDown (the stream ended) or ProtocolViolation."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self.sock = sock
 
     def send(self, message: Message, payload: Sequence[memoryview] = (), fds: Sequence[int] = ()) -> None:
         """Blocks until the kernel has taken every byte."""
         head = encode(message, sum(len(view) for view in payload))
         try:
             if fds:
-                sent = socket.send_fds(self._sock, [head], list(fds))
-                self._sock.sendall(head[sent:])
+                sent = socket.send_fds(self.sock, [head], list(fds))
+                self.sock.sendall(head[sent:])
             else:
                 self._send_all([memoryview(head), *payload])
         except OSError as error:
@@ -42,12 +41,27 @@ class Channel:
     def _send_all(self, views: list[memoryview]) -> None:
         first = 0
         while first < len(views):
-            sent = self._sock.sendmsg(views[first : first + IOV_MAX])
+            sent = self.sock.sendmsg(views[first : first + IOV_MAX])
             while first < len(views) and sent >= len(views[first]):
                 sent -= len(views[first])
                 first += 1
             if sent:
                 views[first] = views[first][sent:]
+
+    def try_send(self, head: bytes) -> int:
+        """Send what goes at once. -> bytes sent."""
+        try:
+            return self.sock.send(head, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise PeerDown(f"the transfer connection broke while sending: {error}") from error
+
+    def send_bytes(self, head: bytes) -> None:
+        try:
+            self.sock.sendall(head)
+        except OSError as error:
+            raise PeerDown(f"the transfer connection broke while sending: {error}") from error
 
     def receive(self, max_body: int = MAX_BODY) -> tuple[Message, int]:
         """-> (message, payload bytes that follow on the stream)."""
@@ -55,23 +69,36 @@ class Channel:
         return decode_body(kind, self._take(body)), payload
 
     def receive_with_fds(self) -> tuple[Message, list[int]]:
-        """The first frame of a connection over which the peer passes file descriptors."""
+        """The first frame of a connection over which the peer may pass file descriptors."""
         try:
-            header, fds, _, _ = socket.recv_fds(self._sock, HEADER.size, 4)
+            header, fds, _, _ = socket.recv_fds(self.sock, HEADER.size, 4)
         except OSError as error:
             raise PeerDown(f"the transfer connection broke: {error}") from error
-        header += self._take(HEADER.size - len(header))
-        kind, body, _ = decode_header(header)
-        return decode_body(kind, self._take(body)), fds
-
-    def receive_into(self, view: memoryview) -> None:
-        """Fill `view` from the stream."""
         try:
-            while view:
-                count = self._sock.recv_into(view)
+            header += self._take(HEADER.size - len(header))
+            kind, body, payload = decode_header(header)
+            if payload:
+                raise ProtocolViolation(f"a first frame with a payload of {payload} bytes")
+            return decode_body(kind, self._take(body)), fds
+        except BaseException:
+            for fd in fds:
+                socket.close(fd)
+            raise
+
+    def receive_into(self, views: Sequence[memoryview]) -> None:
+        """Fill the views from the stream, in order."""
+        rest, first = [view for view in views if len(view)], 0
+        try:
+            while first < len(rest):
+                batch = rest[first : first + IOV_RECEIVE]
+                count = self.sock.recvmsg_into(batch)[0] if len(batch) > 1 else self.sock.recv_into(batch[0])
                 if count == 0:
                     raise PeerDown("the peer closed the transfer connection")
-                view = view[count:]
+                while first < len(rest) and count >= len(rest[first]):
+                    count -= len(rest[first])
+                    first += 1
+                if count:
+                    rest[first] = rest[first][count:]
         except OSError as error:
             raise PeerDown(f"the transfer connection broke: {error}") from error
 
@@ -80,97 +107,83 @@ class Channel:
         scratch = memoryview(bytearray(min(num_bytes, 1 << 16)))
         while num_bytes:
             step = min(num_bytes, len(scratch))
-            self.receive_into(scratch[:step])
+            self.receive_into([scratch[:step]])
             num_bytes -= step
 
     def _take(self, num_bytes: int) -> bytes:
         data = bytearray(num_bytes)
-        self.receive_into(memoryview(data))
+        self.receive_into([memoryview(data)])
         return bytes(data)
 
     def settimeout(self, seconds: float | None) -> None:
-        self._sock.settimeout(seconds)
+        self.sock.settimeout(seconds)
 
     def shutdown(self) -> None:
-        """Wake both threads with an end of stream; safe from any thread, any number of times."""
+        """Wake whoever waits on it with an end of stream; safe from any thread, any number of times."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._sock.close()
+        self.sock.close()
 
 
-class Pump(Generic[Item]):
-    """The reader and writer threads of one channel.
+class Mailbox:
+    """Posts frames from any thread, in order. A frame goes out on the caller's thread if the kernel takes it at once,
+    which saves a thread switch for each control message; what it does not take waits for the writer thread."""
 
-    read():      called again and again on the reader thread until it raises PeerDown or ProtocolViolation.
-    write(item): called on the writer thread with each posted item, in order.
-    ended(error): called once, on the reader thread, when both directions are over.
-    """
-
-    def __init__(
-        self,
-        channel: Channel,
-        name: str,
-        read: Callable[[], None],
-        write: Callable[[Item], None],
-        ended: Callable[[PeerDown | ProtocolViolation], None],
-    ) -> None:
+    def __init__(self, channel: Channel, name: str) -> None:
         self._channel = channel
-        self._read = read
-        self._write = write
-        self._ended = ended
-        self._outbox: queue.Queue[Item | None] = queue.Queue(OUTBOX)
-        self._posting = threading.Lock()
-        self._over = False  # nothing more is taken into the outbox
-        self._reader = threading.Thread(target=self._read_loop, name=f"kv-read-{name}", daemon=True)
-        self._writer = threading.Thread(target=self._write_loop, name=f"kv-write-{name}", daemon=True)
+        self._backlog: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._over = False  # nothing more is taken
+        self._thread = threading.Thread(target=self._run, name=f"kv-write-{name}", daemon=True)
+        self._thread.start()
 
-    def start(self) -> None:
-        self._writer.start()
-        self._reader.start()
-
-    def post(self, item: Item) -> bool:
-        """Queue an item. False: it will never be written, since the channel is over (a full outbox ends it)."""
-        with self._posting:
+    def post(self, message: Message) -> bool:
+        """False: it will never be sent, since the channel is over (a full backlog ends it)."""
+        assert not isinstance(message, Data | Probe)
+        head = encode(message)
+        with self._changed:
             if self._over:
                 return False
-            try:
-                self._outbox.put_nowait(item)
-            except queue.Full:
-                self._channel.shutdown()
+            if len(self._backlog) >= OUTBOX:
+                self._end()
                 return False
+            try:
+                sent = 0 if self._backlog else self._channel.try_send(head)
+            except PeerDown:
+                self._end()
+                return False
+            if sent < len(head):
+                self._backlog.append(head[sent:])
+                self._changed.notify()
             return True
 
     def finish(self, timeout: float) -> None:
-        """Let the writer empty its outbox, then end the stream."""
-        with self._posting:
-            self._over = True
-        with contextlib.suppress(queue.Full):
-            self._outbox.put_nowait(None)
-        self._writer.join(timeout)
+        """Empty the backlog, then end the stream."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or not self._backlog, timeout)
+            self._end()
+        self._thread.join(timeout)
+
+    def _end(self) -> None:
+        self._over = True
         self._channel.shutdown()
-        if threading.current_thread() is not self._reader:
-            self._reader.join(timeout)
+        self._changed.notify_all()
 
-    def _read_loop(self) -> None:
-        try:
-            while True:
-                self._read()
-        except (PeerDown, ProtocolViolation) as error:
-            self._channel.shutdown()
-            with self._posting:
-                self._over = True
-            # The writer now fails at each item quickly, so the end marker finds room.
-            self._outbox.put(None)
-            self._writer.join()
-            self._ended(error)
-            self._channel.close()
-
-    def _write_loop(self) -> None:
-        """Every posted item is handed to `write`, also when the stream is over: it may hold a count open."""
-        while (item := self._outbox.get()) is not None:
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._over or self._backlog)
+                if self._over:
+                    return
+                head = self._backlog[0]
             try:
-                self._write(item)
-            except (PeerDown, ProtocolViolation):
-                self._channel.shutdown()
+                self._channel.send_bytes(head)
+            except PeerDown:
+                with self._changed:
+                    self._end()
+                return
+            with self._changed:
+                self._backlog.popleft()
+                self._changed.notify_all()

@@ -1,14 +1,14 @@
-"""The decode side of the KV mover: listens on every transport, lands bytes, and reports the facts of each ticket.
+"""The decode side of the KV mover: listens, lands bytes, verifies them, and reports the facts of each ticket.
 
-Threads: one acceptor a transport, one reader and one writer a connection, one clock. All state is `Inbound`, behind
-one lock. `on_event` is called under that lock, in order, on a mover thread; it must be quick and must not call back
-into the receiver.
+Threads: one acceptor a listener, one reader a link, one clock. All state is `Inbound`, behind one lock. `on_event` is
+called under that lock, in order, on a mover thread; it must be quick and must not call back into the receiver.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import socket
 import threading
@@ -17,42 +17,51 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
-from tercet.transfer.channel import Channel, Pump
-from tercet.transfer.digest import block_digest
+from tercet.transfer.channel import Channel, Mailbox
 from tercet.transfer.effects import Send
-from tercet.transfer.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced
-from tercet.transfer.messages import VERSION, Data, Goodbye, Hello, Message, Refuse, Ticket, Welcome
-from tercet.transfer.region import Region
-from tercet.transfer.transport import Endpoint, Transport, hello_fault, host_id
+from tercet.transfer.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced, Terms
+from tercet.transfer.lander import Lander
+from tercet.transfer.messages import Data, Goodbye, Hello, Probe, ProbeAck, Refuse, Ticket, Welcome
+from tercet.transfer.region import SCRATCH, Region
+from tercet.transfer.transport import HANDSHAKE_S, Ask, Endpoint, Inlet, MoverConfig, Transport, check_hello, pair_of
+from tercet.transfer.wires import host_id, listen_tcp, listen_unix, tune_tcp, vet_unix
 
 Event = Committed | Complete | Failed | Quiesced
-HANDSHAKE_S = 5.0
-MAX_HELLO = 4096
-MAX_CONNECTIONS = 256
+MAX_HELLO = 8192
+MAX_CONNECTIONS = 1024
 
 
-@dataclass(frozen=True)
-class MoverConfig:
-    """What both sides of a mover need to know of themselves."""
+@dataclass(eq=False)
+class _Link:
+    """A data link of a pair."""
 
-    worker_id: str
-    fingerprint: str
-    token: str
-    lease_s: float
-    heartbeat_s: float
-    integrity: bool
+    channel: Channel
+    inlet: Inlet
+    thread: threading.Thread
 
 
-class _Connection:
+class _Peer:
     """One prefill worker, connected."""
 
-    def __init__(self, transport: Transport, channel: Channel, pidfd: int | None) -> None:
+    def __init__(self, transport: Transport, channel: Channel, terms: Terms, worker_id: str) -> None:
+        self.id = secrets.token_hex(16)
         self.transport = transport
         self.channel = channel
-        self.pidfd = pidfd
+        self.terms = terms
+        self.mailbox = Mailbox(channel, worker_id)
+        self.links: list[_Link] = []
+        self.over = False
         self.said_goodbye = False
-        self.pump: Pump[Message]
+        self.quiet_fd = os.eventfd(0)  # readable when the writer has said on a new connection that this one is over
+
+    def shutdown(self) -> None:
+        self.channel.shutdown()
+        for link in list(self.links):
+            link.channel.shutdown()
 
 
 class KvReceiver:
@@ -67,28 +76,31 @@ class KvReceiver:
         self._config = config
         self._epoch = epoch
         self._region = region
-        self._transports = tuple(transports)
+        self._transports = {t.name: t for t in transports}
         self._on_event = on_event
-        layout = region.layout
-        self._inbound = Inbound(epoch, layout.layers, layout.block_bytes, config.lease_s, config.integrity)
+        self._inbound = Inbound(epoch, config.lease_s)
+        self._lander = Lander(region, config.integrity)
         self._lock = threading.Lock()
-        self._connections: set[_Connection] = set()
+        self._peers: dict[str, _Peer] = {}  # pair id -> peer, until nothing of it can land any more
         self._listeners: list[socket.socket] = []
+        self._num_connections = 0
         self._stopping = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
         self._refused: Counter[str] = Counter()  # error code -> connections turned away or cut off for it
 
     # ---- verbs, any thread
 
-    def start(self, host: str) -> Endpoint:
-        """Listen. -> the endpoint that prefill workers connect to."""
-        addresses = {}
-        for transport in self._transports:
-            listener, addresses[transport.name] = transport.listen(host)
-            self._listeners.append(listener)
-            self._spawn(self._accept_loop, transport, listener)
+    def start(self, *hosts: str) -> Endpoint:
+        """Listen on each host. -> the endpoint that prefill workers connect to."""
+        listener, unix = listen_unix()
+        self._listen(listener)
+        tcp = []
+        for host in hosts:
+            listener, address = listen_tcp(host)
+            self._listen(listener)
+            tcp.append(address)
         self._spawn(self._clock)
-        return Endpoint(self._epoch, host_id(), addresses)
+        return Endpoint(self._config.worker_id, self._epoch, host_id(), unix, tcp, list(self._transports))
 
     def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int]) -> None:
         with self._lock:
@@ -110,6 +122,11 @@ class KvReceiver:
         with self._lock:
             return Counter(self._inbound.dropped)
 
+    def corrupt(self) -> int:
+        """Units that landed with a wrong digest, and were asked for again."""
+        with self._lock:
+            return self._inbound.corrupt
+
     def refused(self) -> Counter[str]:
         """Error code -> connections turned away or cut off for it."""
         with self._lock:
@@ -124,12 +141,17 @@ class KvReceiver:
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
         with self._lock:
-            connections = list(self._connections)
-        for connection in connections:
-            connection.pump.finish(timeout=1.0)
+            peers = list(self._peers.values())
+        for peer in peers:
+            peer.mailbox.finish(timeout=1.0)
+            peer.shutdown()
         os.close(self._stop_write)  # the read end stays readable for whoever still waits for a death
 
-    # ---- threads
+    # ---- accepting
+
+    def _listen(self, listener: socket.socket) -> None:
+        self._listeners.append(listener)
+        self._spawn(self._accept_loop, listener)
 
     def _spawn(self, target: Callable[..., None], *args: object) -> None:
         threading.Thread(target=target, args=args, name=f"kv-{target.__name__.strip('_')}", daemon=True).start()
@@ -138,108 +160,184 @@ class KvReceiver:
         with self._lock:
             self._refused[code] += 1
 
-    def _accept_loop(self, transport: Transport, listener: socket.socket) -> None:
+    def _accept_loop(self, listener: socket.socket) -> None:
         while not self._stopping.is_set():
             try:
                 sock, _ = listener.accept()
             except OSError:  # the listener is closed, or for now there is no descriptor left
                 self._stopping.wait(0.1)
                 continue
-            if len(self._connections) >= MAX_CONNECTIONS:
+            with self._lock:
+                full = self._num_connections >= MAX_CONNECTIONS
+                self._num_connections += not full
+            if full:
                 self._count_refused("overloaded")
                 sock.close()
-                continue
-            self._spawn(self._serve, transport, sock)
+            else:
+                self._spawn(self._serve, sock)
 
-    def _serve(self, transport: Transport, sock: socket.socket) -> None:
-        """The handshake; then the connection's own threads take over."""
+    def _serve(self, sock: socket.socket) -> None:
+        """One connection: its handshake, its messages, its end."""
         channel = Channel(sock)
-        pidfd = None
         try:
-            pidfd = transport.vet(sock)
             channel.settimeout(HANDSHAKE_S)
-            self._welcome(transport, channel)
-            channel.settimeout(None)
+            hello, _ = channel.receive(MAX_HELLO)
+            if not isinstance(hello, Hello):
+                raise ProtocolViolation(f"expected HELLO, got {type(hello).__name__}")
+            check_hello(hello, self._config.token, self._config.fingerprint)
+            (self._serve_link if hello.pair else self._serve_control)(channel, hello)
         except (PeerDown, PeerMismatch, ProtocolViolation) as error:
             self._count_refused(error.code())
-            if pidfd is not None:
-                os.close(pidfd)
             if isinstance(error, PeerMismatch):
                 with contextlib.suppress(PeerDown):
                     channel.send(Refuse(error.code(), str(error)))
+        finally:
             channel.shutdown()
             channel.close()
-            return
-        connection = _Connection(transport, channel, pidfd)
-        connection.pump = Pump(
-            channel,
-            self._config.worker_id,
-            read=lambda: self._read(connection),
-            write=channel.send,
-            ended=lambda error: self._ended(connection, error),
-        )
-        with self._lock:
-            self._connections.add(connection)
-        connection.pump.start()
+            with self._lock:
+                self._num_connections -= 1
 
-    def _welcome(self, transport: Transport, channel: Channel) -> None:
-        hello, _ = channel.receive(MAX_HELLO)
-        if not isinstance(hello, Hello):
-            raise ProtocolViolation(f"expected HELLO, got {type(hello).__name__}")
-        config, layout = self._config, self._region.layout
-        fault = hello_fault(hello, VERSION, config.token, config.fingerprint, layout)
-        if fault is not None:
-            raise fault
-        transport.greet(channel, Welcome(config.worker_id, self._epoch, list(astuple(layout))), self._region)
+    def _transport_of(self, hello: Hello, channel: Channel) -> Transport:
+        transport = self._transports.get(hello.transport)
+        if transport is None:
+            raise PeerMismatch(f"no transport {hello.transport!r} here, only {', '.join(self._transports)}")
+        is_unix = channel.sock.family == socket.AF_UNIX
+        if is_unix != transport.one_host:
+            raise PeerMismatch(f"{transport.name} does not come over {'a Unix socket' if is_unix else 'TCP'}")
+        return transport
 
-    def _read(self, connection: _Connection) -> None:
-        message, payload = connection.channel.receive()
-        if isinstance(message, Data):
-            self._land(connection, message, payload)
-            return
-        connection.said_goodbye = connection.said_goodbye or isinstance(message, Goodbye)
-        with self._lock:
-            one_sided = connection.transport.one_sided
-            self._run(self._inbound.on_message(connection, one_sided, message, time.monotonic()))
+    def _welcome(self, peer_id: str, blob: bytes) -> Welcome:
+        layout: list[object] = list(astuple(self._region.layout))
+        return Welcome(self._config.worker_id, self._epoch, layout, peer_id, blob)
 
-    def _land(self, connection: _Connection, data: Data, payload: int) -> None:
+    # ---- the control link
+
+    def _serve_control(self, channel: Channel, hello: Hello) -> None:
+        transport = self._transport_of(hello, channel)
+        if transport.one_host:
+            os.close(vet_unix(channel.sock))
+        else:
+            tune_tcp(channel.sock)
+        pair = pair_of(hello.layout, self._region.layout, transport, self._config.convert)
+        peer = _Peer(transport, channel, Terms(pair, transport.one_sided, transport.fenceable), hello.worker_id)
         with self._lock:
-            blocks = self._inbound.begin_landing(connection, data)
-        if blocks is None:
-            connection.channel.discard(payload)
-            return
-        digests: list[int] | None = None
+            self._peers[peer.id] = peer
+            for gone in hello.quiet:
+                if gone in self._peers:
+                    os.eventfd_write(self._peers[gone].quiet_fd, 1)
         try:
-            connection.transport.land(connection.channel, payload, self._region, data.layer, blocks)
-            digests = [0] * len(blocks)
-            if self._config.integrity:
-                digests = [
-                    block_digest(self._region.block(data.layer, block), data.layer, data.index + i)
-                    for i, block in enumerate(blocks)
-                ]
+            channel.send(self._welcome(peer.id, b""))
+            channel.settimeout(None)
+            self._read_messages(peer)
+        except (PeerDown, ProtocolViolation) as error:
+            if isinstance(error, ProtocolViolation):
+                self._count_refused(error.code())
+        finally:
+            self._end(peer)
+
+    def _read_messages(self, peer: _Peer) -> None:
+        while True:
+            message, payload = peer.channel.receive()
+            if payload:
+                raise ProtocolViolation("a control link carries no payload")
+            peer.said_goodbye = peer.said_goodbye or isinstance(message, Goodbye)
+            with self._lock:
+                self._run(self._inbound.on_message(peer, peer.terms, message, time.monotonic()))
+
+    def _end(self, peer: _Peer) -> None:
+        """The pair is over: fail what it carried, then free it as soon as nothing can land any more."""
+        with self._lock:
+            peer.over = True  # no link joins it now
+        peer.shutdown()
+        peer.mailbox.finish(timeout=1.0)
+        for link in peer.links:
+            link.thread.join()
+        with self._lock:
+            self._run(self._inbound.peer_down(peer))
+        fenced = [link.inlet.fence() for link in peer.links]
+        if all(fenced) or peer.said_goodbye or self._await_end(peer):
+            with self._lock:
+                self._run(self._inbound.peer_dead(peer))
+        with self._lock:
+            del self._peers[peer.id]
+        for fd in [peer.quiet_fd, *(link.inlet.death_fd for link in peer.links)]:
+            if fd is not None:
+                os.close(fd)
+
+    def _await_end(self, peer: _Peer) -> bool:
+        """Block until the process of the peer is dead or has said that it writes no more (True), or until this
+        receiver stops (False)."""
+        poller = select.poll()
+        ends = [peer.quiet_fd, *(link.inlet.death_fd for link in peer.links if link.inlet.death_fd is not None)]
+        for fd in (*ends, self._stop_read):
+            poller.register(fd, select.POLLIN)
+        return any(fd in ends for fd, _ in poller.poll())
+
+    # ---- data links
+
+    def _serve_link(self, channel: Channel, hello: Hello) -> None:
+        transport = self._transport_of(hello, channel)
+        peer = self._peers.get(hello.pair)
+        if peer is None or peer.transport is not transport:
+            raise PeerMismatch("a data link of no pair that is known here")
+        if not transport.one_host:
+            tune_tcp(channel.sock)
+        inlet = transport.inlet(Ask(channel, self._region, self._config.lease_s, hello.blob))
+        link = _Link(channel, inlet, threading.current_thread())
+        with self._lock:
+            joined = not peer.over
+            if joined:
+                peer.links.append(link)
+        if not joined:
+            inlet.fence()
+            raise PeerDown("the pair is over already")
+        try:
+            channel.send(self._welcome(peer.id, inlet.blob), fds=inlet.fds)
+            inlet.connected()
+            channel.settimeout(None)
+            self._read_data(peer, link)
+        except ProtocolViolation as error:
+            self._count_refused(error.code())
+        except PeerDown:
+            pass  # `_end` says so to whom it concerns
+        finally:
+            peer.shutdown()
+
+    def _read_data(self, peer: _Peer, link: _Link) -> None:
+        while True:
+            message, payload = link.channel.receive()
+            if isinstance(message, Probe):
+                self._land_probe(link, message, payload)
+            elif isinstance(message, Data):
+                self._land(peer, link, message, payload)
+            else:
+                raise ProtocolViolation(f"{type(message).__name__} on a data link")
+
+    def _land_probe(self, link: _Link, probe: Probe, payload: int) -> None:
+        if probe.num_bytes > SCRATCH:
+            raise ProtocolViolation(f"a probe of {probe.num_bytes} bytes is over the limit of {SCRATCH}")
+        start = self._region.layout.total_bytes
+        link.inlet.land(link.channel, payload, [self._region.memory[start : start + probe.num_bytes]])
+        link.channel.send(ProbeAck(probe.num_bytes))
+
+    def _land(self, peer: _Peer, link: _Link, data: Data, payload: int) -> None:
+        with self._lock:
+            landing = self._inbound.begin_landing(peer, data)
+        if landing is None:
+            self._pass_over(peer, link, data, payload)
+            return
+        good: NDArray[np.bool_] | None = None
+        try:
+            good = self._lander.land(peer.terms, link.inlet, link.channel, data, payload, landing)
         finally:
             with self._lock:
-                self._run(self._inbound.end_landing(data, digests, time.monotonic()))
+                self._run(self._inbound.end_landing(data, good, time.monotonic()))
 
-    def _ended(self, connection: _Connection, error: PeerDown | ProtocolViolation) -> None:
-        if isinstance(error, ProtocolViolation):
-            self._count_refused(error.code())
-        with self._lock:
-            self._connections.discard(connection)
-            self._run(self._inbound.peer_down(connection, time.monotonic()))
-        if connection.pidfd is None:
-            return
-        if connection.said_goodbye or self._await_death(connection.pidfd):
-            with self._lock:
-                self._run(self._inbound.peer_dead(connection))
-        os.close(connection.pidfd)
+    def _pass_over(self, peer: _Peer, link: _Link, data: Data, payload: int) -> None:
+        """Let bytes go by that must not be placed: those on the channel here, those of a library by its inlet."""
+        link.inlet.pass_over(link.channel, payload, data.layers * data.count * peer.terms.pair.unit_bytes)
 
-    def _await_death(self, pidfd: int) -> bool:
-        """Block until the process behind `pidfd` is dead (True) or this receiver stops (False)."""
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        poller.register(self._stop_read, select.POLLIN)
-        return pidfd in [fd for fd, _ in poller.poll()]
+    # ---- time
 
     def _clock(self) -> None:
         while not self._stopping.wait(self._config.heartbeat_s):
@@ -251,10 +349,10 @@ class KvReceiver:
         """Carry effects out, in order; the lock is held."""
         for effect in effects:
             if isinstance(effect, Send):
-                assert isinstance(effect.peer, _Connection)
-                effect.peer.pump.post(effect.message)
+                assert isinstance(effect.peer, _Peer)
+                effect.peer.mailbox.post(effect.message)
             elif isinstance(effect, Cut):
-                assert isinstance(effect.peer, _Connection)
-                effect.peer.channel.shutdown()
+                assert isinstance(effect.peer, _Peer)
+                effect.peer.shutdown()
             else:
                 self._on_event(effect)

@@ -5,28 +5,27 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
 
-from tercet.transfer.layout import KvLayout, spans
+from tercet.transfer.layout import KvLayout
+
+SCRATCH = 1 << 20  # bytes behind the cache, in which links are measured; no KV ever lies there
 
 
 class Region:
-    """A memfd of `layout.total_bytes`, mapped here. It has no name in the file system, so nothing can leak by name.
+    """A memfd of the cache and a scratch, mapped here. It has no name in the file system, so nothing can leak by name.
 
     The size is sealed: a peer that maps it cannot shrink it under us. Pages are taken when first written.
     """
 
     def __init__(self, layout: KvLayout) -> None:
         self.layout = layout
+        self.num_bytes = layout.total_bytes + SCRATCH
         self.fd = os.memfd_create("tercet-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, layout.total_bytes)
+        os.ftruncate(self.fd, self.num_bytes)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        self._map = mmap.mmap(self.fd, layout.total_bytes)
-        self.view = memoryview(self._map)
-
-    def views(self, layer: int, blocks: Sequence[int]) -> list[memoryview]:
-        """The bytes of `blocks` of one layer, adjacent ones as one view."""
-        return [self.view[start : start + length] for start, length in spans(self.layout, layer, blocks)]
+        self._map = mmap.mmap(self.fd, self.num_bytes)
+        self.memory = memoryview(self._map)
+        self.view = self.memory[: layout.total_bytes]
 
     def block(self, layer: int, block: int) -> memoryview:
         start = self.layout.offset(layer, block)

@@ -1,7 +1,7 @@
 """The prefill side of the KV mover: connects to decode workers, writes layers as they are computed, commits.
 
-Threads: one reader and one writer a connection, one clock; a dial runs on the caller's thread of `connect`. All state
-is `Outbound`, behind one lock. `on_event` is called under that lock, in order, on a mover thread; it must be quick and
+Threads: one reader a pair, one writer a data link, one clock; a dial runs on the thread that calls `open`. All state is
+`Outbound`, behind one lock. `on_event` is called under that lock, in order, on a mover thread; it must be quick and
 must not call back into the sender.
 """
 
@@ -9,41 +9,33 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from functools import partial
 
-from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError, TransferError
-from tercet.transfer.channel import Channel, Pump
-from tercet.transfer.digest import block_digest
+from tercet.core import PairState
+from tercet.errors import PeerDown, ProtocolViolation, TercetError
+from tercet.transfer.channel import Channel, Mailbox
+from tercet.transfer.dialer import Dialer, Peer
 from tercet.transfer.effects import Send
-from tercet.transfer.messages import VERSION, Commit, Goodbye, Hello, Message, Ticket
+from tercet.transfer.loader import Loader
+from tercet.transfer.messages import Commit, Goodbye, Ticket
 from tercet.transfer.outbound import (
+    Cut,
     Effect,
     Failed,
     Granted,
     OpDone,
     Outbound,
+    Ready,
     Released,
-    Seal,
     Write,
 )
-from tercet.transfer.receiver import HANDSHAKE_S, MoverConfig
 from tercet.transfer.region import Region
-from tercet.transfer.transport import Endpoint, Target, Transport, host_id
+from tercet.transfer.transport import HANDSHAKE_S, MoverConfig, Outlet, Transport
 
 Event = Granted | Failed | Released | OpDone
-
-
-class _Connection:
-    """One decode worker, connected."""
-
-    def __init__(self, endpoint: str, transport: Transport, channel: Channel, target: Target) -> None:
-        self.endpoint = endpoint
-        self.transport = transport
-        self.channel = channel
-        self.target = target
-        self.pump: Pump[Message | Write | Seal]
+QUIET = 64  # pairs that are over and are told of on the next connection
 
 
 class KvSender:
@@ -55,28 +47,29 @@ class KvSender:
         on_event: Callable[[Event], None],
     ) -> None:
         self._config = config
-        self._region = region
-        self._transports = {t.name: t for t in transports}  # in order of preference
         self._on_event = on_event
-        self._outbound = Outbound(region.layout.block_bytes, config.lease_s)
+        self._outbound = Outbound(config.lease_s)
+        self._loader = Loader(region, config.integrity)
         self._lock = threading.Lock()
+        self._dialer = Dialer(config, region, transports, self._lock)
         self._dialing: dict[str, threading.Lock] = {}  # endpoint -> one handshake however many ask
-        self._connections: dict[str, _Connection] = {}  # endpoint -> live connection
-        self._host_id = host_id()
+        self._peers: dict[str, Peer] = {}  # endpoint -> live pair
+        self._quiet: deque[str] = deque(maxlen=QUIET)  # ids of pairs of which nothing will be written any more
         self._stopping = threading.Event()
         threading.Thread(target=self._clock, name="kv-clock", daemon=True).start()
 
     # ---- verbs, any thread
 
-    def open(self, ticket: Ticket, endpoint: str, num_blocks: int) -> str:
+    def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float) -> str:
         """Offer a request to the decode worker at `endpoint`; connects first if need be, which may block for some
-        seconds. -> the transport's name. Raises PeerDown or PeerMismatch."""
-        connection = self._connect(endpoint)
+        seconds. deadline: time.monotonic(); of what waits to be written, the earliest goes first.
+        -> the transport's name. Raises PeerDown or PeerMismatch."""
+        peer = self._connect(endpoint)
         with self._lock:
-            self._run(self._outbound.open(ticket, connection, num_blocks, time.monotonic()))
-            if self._connections.get(endpoint) is not connection:  # it broke between the two steps
-                self._run(self._outbound.peer_down(connection))
-        return connection.transport.name
+            self._run(self._outbound.open(ticket, peer, peer.pair, num_tokens, deadline, time.monotonic()))
+            if peer.over:  # it broke between the two steps
+                self._run(self._outbound.peer_down(peer))
+        return peer.transport.name
 
     def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> None:
         """Prompt blocks from index `first` on stand complete in source `blocks` of `layer`."""
@@ -99,118 +92,112 @@ class KvSender:
         with self._lock:
             return Counter(self._outbound.dropped)
 
+    def resent(self) -> int:
+        """Units that receivers asked for again."""
+        with self._lock:
+            return self._outbound.resent
+
+    def attested(self) -> list[PairState]:
+        """The live pairs, as measured when they connected."""
+        with self._lock:
+            return [peer.attested for peer in self._peers.values() if peer.attested is not None]
+
     def stop(self) -> None:
-        """Empty the outboxes, tell every peer that nothing will be written any more, and close."""
+        """Tell every peer that nothing will be written any more, and close."""
         self._stopping.set()
         with self._lock:
-            connections = list(self._connections.values())
-            for ticket in self._outbound.live():  # no write begins after this, so GOODBYE is true
+            peers = list(self._peers.values())
+            for ticket in self._outbound.live():
                 self._run(self._outbound.cancel(ticket, PeerDown("the prefill worker stops")))
-            for connection in connections:
-                connection.pump.post(Goodbye("the prefill worker stops"))
-        for connection in connections:
-            connection.pump.finish(timeout=5.0)
+        deadline = time.monotonic() + HANDSHAKE_S
+        for peer in peers:
+            with self._lock:  # GOODBYE is true once no write of the pair is under way
+                if peer.changed.wait_for(partial(self._wrote_all, peer), max(0.0, deadline - time.monotonic())):
+                    peer.mailbox.post(Goodbye("the prefill worker stops"))
+        for peer in peers:
+            peer.mailbox.finish(timeout=1.0)
+            peer.shutdown()
+
+    def _wrote_all(self, peer: Peer) -> bool:
+        return not self._outbound.writing(peer)
 
     # ---- connecting
 
-    def _connect(self, endpoint: str) -> _Connection:
+    def connect(self, endpoint: str) -> None:
+        """Connect to a decode worker before the first request needs it. Raises PeerDown or PeerMismatch."""
+        self._connect(endpoint)
+
+    def _connect(self, endpoint: str) -> Peer:
         with self._lock:
             dialing = self._dialing.setdefault(endpoint, threading.Lock())
         with dialing:
             with self._lock:
-                connection = self._connections.get(endpoint)
-            if connection is None:
-                connection = self._dial(endpoint)
-            return connection
+                peer = self._peers.get(endpoint)
+            return peer or self._begin(self._dialer.dial(endpoint, list(self._quiet)))
 
-    def _dial(self, encoded: str) -> _Connection:
-        endpoint = Endpoint.decode(encoded)
-        transport = self._choose(endpoint)
-        channel = Channel(transport.dial(endpoint.addresses[transport.name], HANDSHAKE_S))
-        try:
-            channel.settimeout(HANDSHAKE_S)
-            channel.send(self._hello())
-            target = transport.attach(channel)
-            self._region.layout.require_same_blocks(target.layout)
-            channel.settimeout(None)
-        except (TransferError, OSError):
-            channel.close()
-            raise
-        connection = _Connection(encoded, transport, channel, target)
-        connection.pump = Pump(
-            channel,
-            target.worker_id,
-            read=lambda: self._read(connection),
-            write=lambda item: self._write(connection, item),
-            ended=lambda error: self._ended(connection),
-        )
+    def _begin(self, peer: Peer) -> Peer:
+        peer.mailbox = Mailbox(peer.channel, peer.worker_id)
+        peer.threads = [
+            threading.Thread(target=self._write_loop, args=(peer, *link), name="kv-link", daemon=True)
+            for link in peer.links
+        ]
         with self._lock:
-            self._connections[encoded] = connection
-        connection.pump.start()
-        return connection
-
-    def _choose(self, endpoint: Endpoint) -> Transport:
-        for name, transport in self._transports.items():
-            if name in endpoint.addresses and (not transport.one_sided or endpoint.host_id == self._host_id):
-                return transport
-        ours, theirs = list(self._transports), list(endpoint.addresses)
-        raise PeerMismatch(f"no transport reaches the decode worker: {ours} here, {theirs} there")
-
-    def _hello(self) -> Hello:
-        config = self._config
-        layout: list[object] = list(astuple(self._region.layout))
-        return Hello(VERSION, config.token, config.worker_id, config.fingerprint, layout)
+            self._peers[peer.endpoint] = peer
+        for thread in peer.threads:
+            thread.start()
+        threading.Thread(target=self._read_loop, args=(peer,), name="kv-read", daemon=True).start()
+        return peer
 
     # ---- threads
 
-    def _read(self, connection: _Connection) -> None:
-        message, payload = connection.channel.receive()
-        if payload:
-            raise ProtocolViolation("a decode worker sends no payload")
-        with self._lock:
-            self._run(self._outbound.on_message(connection, message, time.monotonic()))
-
-    def _write(self, connection: _Connection, item: Message | Write | Seal) -> None:
-        if isinstance(item, Write):
-            self._write_blocks(connection, item)
-        elif isinstance(item, Seal):
-            with self._lock:
-                effects = self._outbound.seal(item, time.monotonic())
-            for effect in effects:
-                assert isinstance(effect, Send)
-                connection.channel.send(effect.message)
-        else:
-            connection.channel.send(item)
-
-    def _write_blocks(self, connection: _Connection, write: Write) -> None:
-        data, digests = write.data, None
-        with self._lock:
-            wanted = self._outbound.begin_write(data)
+    def _read_loop(self, peer: Peer) -> None:
         try:
-            if wanted:
-                digests = self._digests(write)
-                connection.transport.write(
-                    connection.channel, connection.target, self._region, data, write.blocks, write.destinations
-                )
-        except PeerDown:
-            digests = None
-            raise
-        finally:
-            with self._lock:
-                self._run(self._outbound.end_write(data, digests))
+            while True:
+                message, payload = peer.channel.receive()
+                if payload:
+                    raise ProtocolViolation("a decode worker sends no payload")
+                with self._lock:
+                    self._run(self._outbound.on_message(peer, message, time.monotonic()))
+        except (PeerDown, ProtocolViolation):
+            self._end(peer)
 
-    def _digests(self, write: Write) -> list[int]:
-        if not self._config.integrity:
-            return [0] * len(write.blocks)
-        layer, index = write.data.layer, write.data.index
-        return [block_digest(self._region.block(layer, b), layer, index + i) for i, b in enumerate(write.blocks)]
-
-    def _ended(self, connection: _Connection) -> None:
+    def _end(self, peer: Peer) -> None:
+        peer.shutdown()
         with self._lock:
-            if self._connections.get(connection.endpoint) is connection:
-                del self._connections[connection.endpoint]
-            self._run(self._outbound.peer_down(connection))
-        connection.target.memory = None  # the dead peer's cache would stay mapped until a garbage collection
+            peer.over = True
+            if self._peers.get(peer.endpoint) is peer:
+                del self._peers[peer.endpoint]
+            self._run(self._outbound.peer_down(peer))
+            peer.changed.notify_all()
+        peer.mailbox.finish(timeout=1.0)
+        for thread in peer.threads:
+            thread.join()
+        with self._lock:
+            self._quiet.append(peer.id)
+        peer.channel.close()
+
+    def _write_loop(self, peer: Peer, channel: Channel, outlet: Outlet) -> None:
+        """One data link: the most urgent write, again and again."""
+        while (write := self._next(peer)) is not None:
+            try:
+                outlet.write(channel, self._loader.parcel(peer.transport, peer.pair, write))
+            except (PeerDown, ProtocolViolation):
+                peer.shutdown()
+            finally:
+                with self._lock:
+                    self._run(self._outbound.end_write(write, time.monotonic()))
+                    peer.changed.notify_all()
+        outlet.close()
+        channel.close()
+
+    def _next(self, peer: Peer) -> Write | None:
+        """Wait for a write; None: the pair is over."""
+        with self._lock:
+            while (write := self._outbound.next_write(peer)) is None:
+                if peer.over:
+                    return None
+                peer.changed.wait()
+            return write
 
     def _clock(self) -> None:
         while not self._stopping.wait(self._config.heartbeat_s):
@@ -221,14 +208,13 @@ class KvSender:
     def _run(self, effects: Sequence[Effect]) -> None:
         """Carry effects out, in order; the lock is held."""
         for effect in effects:
+            if isinstance(effect, Send | Ready | Cut):
+                assert isinstance(effect.peer, Peer)
             if isinstance(effect, Send):
-                self._post(effect.peer, effect.message)
-            elif isinstance(effect, Write | Seal):
-                self._post(effect.peer, effect)
+                effect.peer.mailbox.post(effect.message)  # type: ignore[attr-defined]  # checked above
+            elif isinstance(effect, Ready):
+                effect.peer.changed.notify_all()  # type: ignore[attr-defined]  # checked above
+            elif isinstance(effect, Cut):
+                effect.peer.shutdown()  # type: ignore[attr-defined]  # checked above
             else:
                 self._on_event(effect)
-
-    def _post(self, peer: object, item: Message | Write | Seal) -> None:
-        assert isinstance(peer, _Connection)
-        if not peer.pump.post(item) and isinstance(item, Write):
-            self._run(self._outbound.end_write(item.data, None))

@@ -1,10 +1,13 @@
 """What a transport must do for the mover, and the endpoint by which a decode worker is reached.
 
-The receiver (decode side, one thread a connection) calls `listen`, then for each accepted socket `vet`, `greet`, and
-for each DATA `land`. The sender (prefill side, writer thread) calls `dial`, `attach`, then `write` for each piece.
-All raise PeerDown when the stream ends, ProtocolViolation on bytes that make no sense, PeerMismatch when the peer may
-not be spoken to. `one_sided` says who places the bytes: if the writer does, only the writer's word or its proven
-death can quiesce a ticket (transfer/inbound.py).
+Two workers are a *pair*: one control link for messages, and data links that carry DATA. A data link has two ends:
+
+    Inlet   decode side, used by that link's reader thread:   land, again and again; fence and close at its end
+    Outlet  prefill side, used by that link's writer thread:  write, again and again; close at its end
+
+Both are made while the link's HELLO and WELCOME pass, which carry a `blob` each for it. All methods raise PeerDown when
+the link breaks and ProtocolViolation on what makes no sense. `one_sided` says who places the bytes: if the writer does,
+only its word, its proven death or a fence can quiesce a ticket (transfer/inbound.py).
 """
 
 from __future__ import annotations
@@ -12,89 +15,140 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import json
-import os
-import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tercet.errors import PeerMismatch, ProtocolViolation
 from tercet.transfer.channel import Channel
-from tercet.transfer.layout import KvLayout
-from tercet.transfer.messages import Data, Hello, Refuse, Welcome
+from tercet.transfer.layout import KvLayout, Pair, Run
+from tercet.transfer.messages import VERSION, Data, Hello, Probe, Refuse, Welcome
+from tercet.transfer.pack import Memory
 from tercet.transfer.region import Region
+
+HANDSHAKE_S = 5.0
+
+
+@dataclass(frozen=True)
+class MoverConfig:
+    """What both sides of a mover need to know of themselves."""
+
+    worker_id: str
+    fingerprint: str
+    token: str
+    lease_s: float
+    heartbeat_s: float
+    integrity: bool
+    links: int = 1  # data links of a pair
+    convert: bool = False  # a lossy change of dtype is allowed
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """Where the mover of a decode worker listens; an opaque string to everybody else."""
 
+    worker_id: str
     epoch: int
     host_id: str  # equal where shared memory reaches
-    addresses: dict[str, str]  # transport name -> address
+    unix: str  # address of the Unix socket
+    tcp: list[str]  # one address a network interface
+    transports: list[str]  # that it speaks
 
     def encode(self) -> str:
-        return json.dumps([self.epoch, self.host_id, self.addresses])
+        return json.dumps(dataclasses.astuple(self))
 
     @classmethod
     def decode(cls, text: str) -> Endpoint:
         try:
-            epoch, host_id, addresses = json.loads(text)
-        except ValueError as error:
+            worker_id, epoch, host, unix, tcp, transports = json.loads(text)
+        except (ValueError, TypeError) as error:
             raise PeerMismatch(f"no transfer endpoint: {text!r:.80}") from error
-        return cls(epoch, host_id, addresses)
+        return cls(worker_id, epoch, host, unix, tcp, transports)
 
 
-def host_id() -> str:
-    """Equal in two processes exactly where an abstract Unix socket and a pidfd reach from one to the other."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{boot}:{os.stat('/proc/self/ns/net').st_ino}:{os.stat('/proc/self/ns/pid').st_ino}:{os.getuid()}"
+@dataclass(frozen=True)
+class Parcel:
+    """The bytes of one DATA or PROBE on their way out."""
+
+    message: Data | Probe
+    source: Memory  # the cache; or a packed buffer
+    runs: Sequence[Run]  # from `source` into the destination's memory, in the order in which a stream carries them
+    scatter: Callable[[Memory], None] | None = None  # packed: puts the buffer into a destination that is mapped here
+
+    @property
+    def views(self) -> list[memoryview]:
+        return [self.source[run.src : run.src + run.length] for run in self.runs]
 
 
-class Target:
-    """A peer's cache as the writer sees it: its layout and, if the transport maps it, its memory."""
+class Inlet(ABC):
+    """The decode worker's end of a data link."""
 
-    def __init__(self, welcome: Welcome, memory: memoryview | None = None) -> None:
-        self.layout = layout_of(welcome.layout)
-        self.worker_id = welcome.worker_id
-        self.epoch = welcome.epoch
-        self.memory = memory
+    blob: bytes = b""  # for the WELCOME
+    fds: Sequence[int] = ()  # likewise
+    death_fd: int | None = None  # readable when the writer's process is dead
+
+    def connected(self) -> None:  # noqa: B027  # most need nothing
+        """The WELCOME is on its way; finish what takes both ends."""
+
+    @abstractmethod
+    def land(self, channel: Channel, payload: int, views: Sequence[memoryview]) -> None:
+        """The bytes of a DATA stand in `views` when this returns; `payload` bytes of them follow on the channel."""
+
+    def pass_over(self, channel: Channel, payload: int, num_bytes: int) -> None:
+        """Let the bytes of a DATA go by that must not be placed; `num_bytes` in all, `payload` on the channel."""
+        channel.discard(payload)
+
+    @abstractmethod
+    def fence(self) -> bool:
+        """Close this end. True: nothing of the writer can land any more. Idempotent."""
+
+
+class Outlet(ABC):
+    """The prefill worker's end of a data link."""
+
+    @abstractmethod
+    def write(self, channel: Channel, parcel: Parcel) -> None:
+        """Move the parcel and say so with its message. When this returns, its source may be reused and nothing of it
+        will be written later."""
+
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """Let go of the peer's memory and of what the library holds."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a transport may know when it makes one end of a link."""
+
+    channel: Channel
+    region: Region
+    timeout_s: float  # after so long a silent peer is given up: the lease
+    blob: bytes = b""  # the other end's
+    fds: Sequence[int] = field(default=())
 
 
 class Transport(ABC):
-    name: str
-    one_sided: bool
+    name: ClassVar[str]
+    one_sided: ClassVar[bool] = False
+    fenceable: ClassVar[bool] = True
+    one_host: ClassVar[bool] = False  # reaches only within one host, over Unix sockets
+    pack_below: ClassVar[float] = 4096  # mean bytes of a run below which units are gathered, sent once and scattered
+    packs: ClassVar[bool] = True  # can send packed at all
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why it cannot be used here, and what to install; None if it can."""
+        return None
+
+    def greeting(self, region: Region) -> bytes:
+        """The blob of the HELLO."""
+        return b""
 
     @abstractmethod
-    def listen(self, host: str) -> tuple[socket.socket, str]:
-        """A listening socket and the address to give to peers."""
+    def inlet(self, ask: Ask) -> Inlet: ...
 
     @abstractmethod
-    def vet(self, sock: socket.socket) -> int | None:
-        """Check who connected. -> a pidfd by which its death is proven, if the transport needs one."""
-
-    @abstractmethod
-    def greet(self, channel: Channel, welcome: Welcome, region: Region) -> None:
-        """Send WELCOME and whatever the writer needs to reach `region`."""
-
-    @abstractmethod
-    def land(self, channel: Channel, payload_bytes: int, region: Region, layer: int, blocks: Sequence[int]) -> None:
-        """Place the payload of a DATA into `blocks`; nothing to do where the writer has placed it."""
-
-    @abstractmethod
-    def dial(self, address: str, timeout_s: float) -> socket.socket:
-        """Connect to a listening peer."""
-
-    @abstractmethod
-    def attach(self, channel: Channel) -> Target:
-        """Take the peer's WELCOME."""
-
-    @abstractmethod
-    def write(
-        self, channel: Channel, target: Target, source: Region, data: Data, blocks: Sequence[int], dst: Sequence[int]
-    ) -> None:
-        """Move source `blocks` of `data.layer` to blocks `dst` of the target, and say so with `data`."""
+    def outlet(self, ask: Ask) -> Outlet: ...
 
 
 def accept_welcome(message: object) -> Welcome:
@@ -107,24 +161,30 @@ def accept_welcome(message: object) -> Welcome:
     raise ProtocolViolation(f"expected WELCOME, got {type(message).__name__}")
 
 
-def hello_fault(hello: Hello, version: int, token: str, fingerprint: str, layout: KvLayout) -> PeerMismatch | None:
-    """Why a peer that says `hello` may not write to us; None if it may."""
-    if hello.version != version:
-        return PeerMismatch(f"transfer protocol {hello.version} at {hello.worker_id}, {version} here")
+def check_hello(hello: Hello, token: str, fingerprint: str) -> None:
+    """Raises PeerMismatch if a peer that says `hello` may not write to us."""
+    if hello.version != VERSION:
+        raise PeerMismatch(f"transfer protocol {hello.version} at {hello.worker_id}, {VERSION} here")
     if not hmac.compare_digest(hello.token.encode(), token.encode()):
-        return PeerMismatch("wrong cluster token")
+        raise PeerMismatch("wrong cluster token")
     if hello.fingerprint != fingerprint:
-        return PeerMismatch(f"{hello.worker_id} serves another model: {hello.fingerprint} there, {fingerprint} here")
-    try:
-        layout.require_same_blocks(layout_of(hello.layout))
-    except PeerMismatch as error:
-        return error
-    return None
+        raise PeerMismatch(f"{hello.worker_id} serves another model: {hello.fingerprint} there, {fingerprint} here")
+
+
+def pair_of(
+    src: Sequence[object] | KvLayout, dst: Sequence[object] | KvLayout, transport: Transport, convert: bool
+) -> Pair:
+    """What two layouts have to do with each other over a transport. Raises PeerMismatch."""
+    ours, theirs = (side if isinstance(side, KvLayout) else layout_of(side) for side in (src, dst))
+    pair = Pair(ours, theirs, convert)
+    if pair.converts and not transport.packs:
+        raise PeerMismatch(f"{transport.name} cannot change the dtype on the way; use tcp or shm")
+    return pair
 
 
 def layout_of(fields: Sequence[object]) -> KvLayout:
     """A peer's layout from its wire form; raises PeerMismatch unless every field is there with its type."""
-    types = [str if f.type == "str" else int for f in dataclasses.fields(KvLayout)]
+    types = [{"str": str, "int": int, "float": float}[str(f.type)] for f in dataclasses.fields(KvLayout)]
     if [type(value) for value in fields] != types:
         raise PeerMismatch(f"no KV layout: {fields!r:.200}")
     return KvLayout(*fields)  # type: ignore[arg-type]  # checked above

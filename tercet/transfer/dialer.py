@@ -1,0 +1,189 @@
+"""The prefill side's handshakes: connect to a decode worker, open and measure the data links, choose the transport."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import astuple
+
+from tercet.core import PairState
+from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
+from tercet.transfer.channel import Channel, Mailbox
+from tercet.transfer.layout import Pair, Run
+from tercet.transfer.messages import VERSION, Hello, Probe, ProbeAck
+from tercet.transfer.region import SCRATCH, Region
+from tercet.transfer.transport import (
+    HANDSHAKE_S,
+    Ask,
+    Endpoint,
+    MoverConfig,
+    Outlet,
+    Parcel,
+    Transport,
+    accept_welcome,
+    pair_of,
+)
+from tercet.transfer.wires import dial_tcp, dial_unix, host_id
+
+PROBES = 5  # small ones, for the latency; the best counts
+BULK_PROBES = 3  # of a whole scratch, for the bandwidth
+
+log = logging.getLogger(__name__)
+
+
+class Peer:
+    """One decode worker, connected."""
+
+    def __init__(self, endpoint: str, transport: Transport, channel: Channel, pair: Pair, lock: threading.Lock) -> None:
+        self.endpoint = endpoint
+        self.transport = transport
+        self.channel = channel
+        self.pair = pair
+        self.id = ""  # the decode worker's name for the pair
+        self.worker_id = ""
+        self.mailbox: Mailbox
+        self.links: list[tuple[Channel, Outlet]] = []
+        self.threads: list[threading.Thread] = []
+        self.attested: PairState | None = None
+        self.over = False
+        self.changed = threading.Condition(lock)  # there may be something to write
+
+    def shutdown(self) -> None:
+        self.channel.shutdown()
+        for channel, _ in self.links:
+            channel.shutdown()
+
+    def close(self) -> None:
+        """Give up a pair whose threads were never started."""
+        self.shutdown()
+        for channel, outlet in self.links:
+            outlet.close()
+            channel.close()
+        self.channel.close()
+
+
+class Dialer:
+    """Stateless but for what this worker is. Any thread."""
+
+    def __init__(
+        self, config: MoverConfig, region: Region, transports: Sequence[Transport], lock: threading.Lock
+    ) -> None:
+        self._config = config
+        self._region = region
+        self._transports = tuple(transports)
+        self._lock = lock  # the sender's, for its peers' conditions
+        self._host_id = host_id()
+
+    def dial(self, encoded: str, quiet: Sequence[str]) -> Peer:
+        """Connect by every transport that reaches, and keep the one that was measured to be the fastest; shared memory
+        is taken unmeasured, since every other way copies more. A transport that fails is named in the log."""
+        endpoint = Endpoint.decode(encoded)
+        made: list[Peer] = []
+        failures: list[TransferError] = []
+        for transport in self._candidates(endpoint):
+            try:
+                made.append(self._dial_over(encoded, endpoint, transport, quiet))
+            except TransferError as error:
+                failures.append(error)
+                log.warning("no %s to the decode worker at %s: %s", transport.name, endpoint.tcp, error)
+            if made and transport.one_host:
+                break
+        if not made:
+            raise failures[0]
+        best = max(made, key=lambda peer: peer.attested.bandwidth if peer.attested else 0.0)
+        for other in made:
+            if other is not best:
+                other.close()
+        return best
+
+    def _dial_over(self, encoded: str, endpoint: Endpoint, transport: Transport, quiet: Sequence[str]) -> Peer:
+        channel = Channel(self._socket(transport, endpoint, 0))
+        peer = Peer(encoded, transport, channel, Pair(self._region.layout, self._region.layout), self._lock)
+        try:
+            self._greet(peer, quiet)
+            for number in range(self._config.links):
+                self._join(peer, Channel(self._socket(transport, endpoint, number)))
+            peer.attested = self._attest(peer)
+            for each in (channel, *(link for link, _ in peer.links)):
+                each.settimeout(None)
+        except (TransferError, OSError) as error:
+            peer.close()
+            if isinstance(error, TransferError):
+                raise
+            raise PeerDown(f"the handshake with {endpoint.tcp} broke: {error}") from error
+        return peer
+
+    def _candidates(self, endpoint: Endpoint) -> list[Transport]:
+        """Those that both have and that reach. Raises PeerMismatch if none does."""
+        near = endpoint.host_id == self._host_id
+        found = [t for t in self._transports if t.name in endpoint.transports and (near or not t.one_host)]
+        if not found:
+            ours = [t.name for t in self._transports]
+            raise PeerMismatch(f"no transport reaches the decode worker: {ours} here, {endpoint.transports} there")
+        return found
+
+    def _socket(self, transport: Transport, endpoint: Endpoint, number: int) -> socket.socket:
+        if transport.one_host:
+            return dial_unix(endpoint.unix, HANDSHAKE_S)
+        return dial_tcp(endpoint.tcp[number % len(endpoint.tcp)], HANDSHAKE_S)
+
+    def _greet(self, peer: Peer, quiet: Sequence[str]) -> None:
+        """The control link's handshake."""
+        peer.channel.settimeout(HANDSHAKE_S)
+        peer.channel.send(self._hello(peer, quiet, b""))
+        welcome = accept_welcome(peer.channel.receive()[0])
+        peer.id, peer.worker_id = welcome.pair, welcome.worker_id
+        peer.pair = pair_of(self._region.layout, welcome.layout, peer.transport, self._config.convert)
+
+    def _join(self, peer: Peer, channel: Channel) -> None:
+        """A data link's handshake."""
+        channel.settimeout(HANDSHAKE_S)
+        try:
+            channel.send(self._hello(peer, (), peer.transport.greeting(self._region)))
+            message, fds = channel.receive_with_fds()
+        except TransferError:
+            channel.close()
+            raise
+        try:
+            welcome = accept_welcome(message)
+            ask = Ask(channel, self._region, self._config.lease_s, welcome.blob, fds)
+            peer.links.append((channel, peer.transport.outlet(ask)))
+        except TransferError:
+            channel.close()
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _hello(self, peer: Peer, quiet: Sequence[str], blob: bytes) -> Hello:
+        config, layout = self._config, list[object](astuple(self._region.layout))
+        return Hello(
+            VERSION,
+            config.token,
+            config.worker_id,
+            config.fingerprint,
+            layout,
+            peer.transport.name,
+            peer.id,
+            list(quiet),
+            blob,
+        )
+
+    def _attest(self, peer: Peer) -> PairState:
+        """Measure every link by bytes that go where KV goes, into the scratch behind the peer's cache."""
+        latency = min(self._probe(peer, *link, 64) for link in peer.links for _ in range(PROBES))
+        rates = [SCRATCH / min(self._probe(peer, *link, SCRATCH) for _ in range(BULK_PROBES)) for link in peer.links]
+        return PairState(peer.worker_id, peer.transport.name, sum(rates), latency)
+
+    def _probe(self, peer: Peer, channel: Channel, outlet: Outlet, num_bytes: int) -> float:
+        run = Run(self._region.layout.total_bytes, peer.pair.dst.total_bytes, num_bytes)
+        began = time.perf_counter()
+        outlet.write(channel, Parcel(Probe(num_bytes), self._region.memory, [run]))
+        answer, _ = channel.receive()
+        if answer != ProbeAck(num_bytes):
+            raise ProtocolViolation(f"expected PROBE_ACK, got {type(answer).__name__}")
+        return time.perf_counter() - began

@@ -1,0 +1,87 @@
+"""The sockets below every link: TCP anywhere, abstract Unix sockets within one host."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import uuid
+
+from tercet.errors import PeerDown, PeerMismatch
+
+USER_TIMEOUT_MS = 5_000  # unacknowledged data: the peer or the way to it is gone; the kernel's own limit is 15 minutes
+KEEPALIVE_S = (2, 1, 3)  # idle, interval, probes: the same for a silent connection
+BUFFER = 1 << 20  # bytes in the kernel, each way
+UCRED = struct.Struct("3i")  # pid, uid, gid
+
+
+def host_id() -> str:
+    """Equal in two processes exactly where an abstract Unix socket and a pidfd reach from one to the other."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{boot}:{os.stat('/proc/self/ns/net').st_ino}:{os.stat('/proc/self/ns/pid').st_ino}:{os.getuid()}"
+
+
+def listen_tcp(host: str) -> tuple[socket.socket, str]:
+    """host: an address, with or without `:port`; without, a free one."""
+    name, _, wanted = host.partition(":")
+    sock = socket.create_server((name, int(wanted or 0)), backlog=64)
+    bound, port = sock.getsockname()[:2]
+    return sock, f"{bound}:{port}"
+
+
+def dial_tcp(address: str, timeout_s: float) -> socket.socket:
+    host, port = address.rsplit(":", 1)
+    try:
+        sock = socket.create_connection((host, int(port)), timeout=timeout_s)
+    except OSError as error:
+        raise PeerDown(f"no transfer connection to {address}: {error}") from error
+    tune_tcp(sock)
+    return sock
+
+
+def tune_tcp(sock: socket.socket) -> None:
+    idle, interval, probes = KEEPALIVE_S
+    for level, option, value in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes),
+        (socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER),
+        (socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER),
+    ):
+        sock.setsockopt(level, option, value)
+
+
+def listen_unix() -> tuple[socket.socket, str]:
+    address = f"tercet-{uuid.uuid4().hex}"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind("\0" + address)  # abstract: no file to leave behind
+    sock.listen(64)
+    return sock, address
+
+
+def dial_unix(address: str, timeout_s: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect("\0" + address)
+    except OSError as error:
+        sock.close()
+        raise PeerDown(f"no transfer connection to unix:{address}: {error}") from error
+    return sock
+
+
+def vet_unix(sock: socket.socket) -> int:
+    """-> a pidfd of the process that connected, by which its death is proven. Only our own user may."""
+    pid, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    if uid != os.getuid():
+        raise PeerMismatch(f"a process of user {uid} may not map the KV cache of user {os.getuid()}")
+    if pid == 0:
+        raise PeerMismatch("the peer lives in another PID namespace, so its death could not be proven")
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError as error:
+        raise PeerDown(f"process {pid} is gone already") from error

@@ -1,0 +1,506 @@
+"""What every transport must do alike: bytes, facts, faults. Sender and receiver are threads of one process here;
+tests/chaos/test_transfer_faults.py kills, stops and cuts off real ones."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import re
+import socket
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tercet.errors import LeaseExpired, PeerDown, PeerMismatch, TercetError
+from tercet.transfer import inbound, messages, outbound
+from tercet.transfer.channel import Mailbox
+from tercet.transfer.layout import Units
+from tercet.transfer.messages import Data, Heartbeat, Hello, Ticket, Welcome, encode
+from tercet.transfer.pack import gather
+from tercet.transfer.receiver import KvReceiver
+from tercet.transfer.sender import KvSender
+from tercet.transfer.transport import Endpoint, Transport
+from tercet.transfer.wires import dial_tcp, dial_unix
+from tests.movers import CLASSES, EPOCH, LAYOUT, Pair, Receiving, commit_of, config, flipping, ticket_of
+
+NAMES = [
+    pytest.param(name, marks=pytest.mark.skipif(cls.missing() is not None, reason=str(cls.missing())))
+    for name, cls in CLASSES.items()
+]
+each_transport = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(params=NAMES)
+def pair(request):
+    made = Pair(request.param)
+    yield made
+    made.stop()
+
+
+def test_bytes_arrive_exactly_where_they_were_granted(pair):
+    ticket = ticket_of()
+    before = bytes(pair.region.view)
+    pair.grant(ticket, first=1, blocks=[5, 2], total=3)
+    pair.push_all(ticket, [3, 6, 7])
+    assert pair.next(inbound.Committed).commit.token_id == 42
+    assert pair.next(inbound.Complete).num_bytes == 2 * LAYOUT.layers * LAYOUT.block_bytes
+    assert pair.same(6, 5)
+    assert pair.same(7, 2)
+    for layer, block in itertools.product(LAYOUT.window, (0, 1, 3, 4, 6, 7)):  # nothing else changed
+        start = LAYOUT.offset(layer, block)
+        assert pair.region.block(layer, block) == before[start : start + LAYOUT.block_bytes]
+    assert pair.sent.get(timeout=5) == outbound.Released(ticket)
+    assert pair.sent.get(timeout=5) == outbound.OpDone(ticket)
+    assert pair.sender.live() == pair.mover.live() == []
+
+
+@each_transport
+@pytest.mark.parametrize("integrity", [True, False])
+@pytest.mark.parametrize("links", [1, 2])
+def test_with_and_without_digests_over_one_link_and_over_two(name, integrity, links):
+    """Two links land out of order; with two hosts they are two addresses, as of two network cards."""
+    hosts = "127.0.0.1 127.0.0.2" if links == 2 else "127.0.0.1"
+    made = Pair(name, integrity=integrity, links=links, host=hosts)
+    try:
+        for number in range(4):
+            made.move(ticket_of(number), [0, 3, 6, 7], [1, 5, 2, 4])
+            for _ in range(2):
+                made.sent.get(timeout=5)
+        assert all(itertools.starmap(made.same, zip([0, 3, 6, 7], [1, 5, 2, 4], strict=True)))
+    finally:
+        made.stop()
+
+
+def test_full_prefix_hit_moves_no_byte(pair):
+    ticket = ticket_of()
+    pair.grant(ticket, first=3, blocks=[], total=3)
+    pair.push_all(ticket, [3, 6, 7])
+    pair.next(inbound.Committed)
+    assert pair.next(inbound.Complete).num_bytes == 0
+    assert not any(pair.region.view)
+
+
+def test_offer_before_admission_is_granted_at_admission(pair):
+    pair.open(ticket_of(), 1)
+    time.sleep(0.05)
+    pair.mover.admit(ticket_of(), 0, [4])
+    assert pair.sent.get(timeout=5) == outbound.Granted(ticket_of(), 0)
+
+
+def test_stale_epoch_is_rejected(pair):
+    pair.open(Ticket("r", 0, EPOCH - 1), 1)
+    failed = pair.sent.get(timeout=5)
+    assert isinstance(failed, outbound.Failed)
+    assert "epoch 7, not 6" in str(failed.error)
+
+
+def test_cancel_at_the_receiver_is_proven_by_the_sender(pair):
+    ticket = ticket_of()
+    pair.grant(ticket, 0, [1, 2], 2)
+    pair.sender.push(ticket, 0, 0, [3, 4])
+    pair.mover.cancel(ticket, TercetError("gone"))
+    pair.next(inbound.Failed)
+    assert pair.next(inbound.Quiesced).ticket == ticket
+    assert isinstance(pair.sent.get(timeout=5), outbound.Failed)
+    assert pair.sent.get(timeout=5) == outbound.OpDone(ticket)
+    pair.region.view[:] = bytes(len(pair.region.view))
+    pair.push_all(ticket, [3, 4])
+    time.sleep(0.1)
+    assert not any(pair.region.view)
+
+
+def test_cancel_at_the_sender_fails_and_quiesces_the_receiver(pair):
+    pair.grant(ticket_of(), 0, [1], 1)
+    pair.sender.cancel(ticket_of(), TercetError("prefill failed"))
+    assert "prefill failed" in str(pair.next(inbound.Failed).error)
+    pair.next(inbound.Quiesced)
+
+
+def test_a_ticket_without_a_sender_fails_within_its_lease(pair):
+    pair.mover.admit(ticket_of(), 0, [1])
+    assert isinstance(pair.next(inbound.Failed).error, LeaseExpired)
+    pair.next(inbound.Quiesced)
+
+
+def test_heartbeats_keep_a_slow_ticket_alive(pair):
+    pair.grant(ticket_of(), 0, [1], 1)
+    time.sleep(2.0)  # twice the lease
+    pair.push_all(ticket_of(), [3])
+    pair.next(inbound.Committed)
+    pair.next(inbound.Complete)
+
+
+def test_goodbye_quiesces_everything(pair):
+    pair.grant(ticket_of(), 0, [1], 1)
+    pair.sender.stop()
+    pair.next(inbound.Failed)
+    pair.next(inbound.Quiesced)
+
+
+@each_transport
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_flipped_bit_is_found_and_only_its_block_fetched_again(name, links):
+    flips = [5]
+    made = Pair(flipping(name, flips), links=links)
+    try:
+        complete = made.move(ticket_of(), [3, 6, 7], [5, 2, 0])
+        assert all(itertools.starmap(made.same, [(3, 5), (6, 2), (7, 0)]))
+        assert complete.num_bytes == 3 * LAYOUT.layers * LAYOUT.block_bytes
+        assert (made.mover.corrupt(), made.sender.resent(), flips) == (1, 1, [])
+    finally:
+        made.stop()
+
+
+@each_transport
+def test_a_link_that_corrupts_everything_fails_by_name(name):
+    made = Pair(flipping(name, list(range(100))))
+    try:
+        made.grant(ticket_of(), 0, [5], 1)
+        made.push_all(ticket_of(), [3])
+        events = [made.events.get(timeout=10) for _ in range(3)]
+        failed = next(e for e in events if isinstance(e, inbound.Failed))
+        assert failed.error.code() == "digest_mismatch"
+        assert isinstance(events[-1], inbound.Quiesced)
+    finally:
+        made.stop()
+
+
+@each_transport
+@pytest.mark.parametrize(
+    "changes",
+    [{"block_size": 8, "blocks": 16}, {"block_size": 32, "blocks": 4}, {"order": "HND"}, {"tp_size": 2, "tp_rank": 1}],
+    ids=["smaller-blocks", "larger-blocks", "HND", "tensor-parallel"],
+)
+def test_layouts_may_differ(name, changes):
+    """40 tokens from 16-token blocks; what lies behind them in the destination's last block is zeroed."""
+    there = replace(LAYOUT, **changes)
+    made = Pair(name, destination=there)
+    made.region.view[:] = b"\xff" * len(made.region.view)
+    try:
+        blocks = list(range(-(-40 // there.block_size)))
+        made.mover.admit(ticket_of(), 0, blocks)
+        made.sender.open(ticket_of(), made.endpoint, 40, time.monotonic() + 60)
+        assert isinstance(made.sent.get(timeout=5), outbound.Granted)
+        made.push_all(ticket_of(), [6, 1, 3])
+        made.next(inbound.Committed)
+        made.next(inbound.Complete)
+        for layer in there.window:
+            sent = gather(LAYOUT, made.source.view, layer, Units([6, 1, 3], 0, 5), 8, there.heads)
+            stands = gather(there, made.region.view, layer, Units(blocks, 0, 5), 8, there.heads)
+            assert (sent == stands).all()
+            if there.block_size == 32:
+                assert not gather(there, made.region.view, layer, Units([1], 3, 1), 8, there.heads).any()
+    finally:
+        made.stop()
+
+
+@pytest.mark.parametrize("name", ["shm", "tcp", "torch"])
+def test_a_change_of_dtype_must_be_declared(name):
+    there = replace(LAYOUT, dtype="bfloat16")
+    made = Pair(name, destination=there)
+    with pytest.raises(PeerMismatch, match="dtype is float32 at the source, bfloat16 at the destination"):
+        made.open(ticket_of(), 1)
+    made.stop()
+    made = Pair(name, destination=there, convert=True)
+    try:
+        assert made.move(ticket_of(), [3], [2]).num_bytes == LAYOUT.layers * LAYOUT.block_bytes // 2
+    finally:
+        made.stop()
+
+
+def chaotic(rng: random.Random, share: float):
+    """A Mailbox.post that drops, doubles and delays."""
+    real, held = Mailbox.post, []
+
+    def post(self, message) -> bool:
+        draw = rng.random()
+        if draw < share and not isinstance(message, Heartbeat):
+            return True  # lost
+        if draw < 2 * share:
+            held.append((self, message))  # late
+            return True
+        for box, late in held[: rng.randint(0, 2)]:
+            held.remove((box, late))
+            real(box, late)
+        return real(self, message) and (draw > 3 * share or real(self, message))
+
+    return post
+
+
+@each_transport
+def test_lost_doubled_and_late_messages_leak_nothing(name, monkeypatch):
+    monkeypatch.setattr(Mailbox, "post", chaotic(random.Random(3), 0.08))
+    made = Pair(name)
+    try:
+        for number in range(12):
+            ticket, block = ticket_of(number), number % 8
+            made.mover.admit(ticket, 0, [block])
+            made.open(ticket, 1)
+            deadline = threading.Timer(3.0, give_up, (made, ticket))  # as the roles do at a request's deadline
+            deadline.start()
+            while not isinstance(event := made.sent.get(timeout=15), outbound.OpDone):
+                if isinstance(event, outbound.Granted):
+                    made.push_all(ticket, [block])
+            while not isinstance(event := made.events.get(timeout=15), inbound.Complete | inbound.Quiesced):
+                pass
+            deadline.cancel()
+            if isinstance(event, inbound.Complete):
+                assert made.same(block, block)
+    finally:
+        monkeypatch.undo()
+        made.stop()
+
+
+def give_up(made: Pair, ticket: Ticket) -> None:
+    made.sender.cancel(ticket, TercetError("deadline"))
+    made.mover.cancel(ticket, TercetError("deadline"))
+
+
+def test_a_hundred_restarts_on_one_address(monkeypatch):
+    made = Pair("tcp")
+    host = Endpoint.decode(made.endpoint).tcp[0]
+    try:
+        for epoch in range(EPOCH, EPOCH + 100):
+            ticket = Ticket("r", epoch, epoch)
+            made.sender.open(ticket, made.endpoint, 16, time.monotonic() + 60)
+            made.mover.admit(ticket, 0, [2])
+            assert isinstance(made.sent.get(timeout=5), outbound.Granted)
+            made.push_all(ticket, [3])
+            assert isinstance(made.sent.get(timeout=5), outbound.Released)
+            assert isinstance(made.sent.get(timeout=5), outbound.OpDone)
+            assert made.same(3, 2)
+            made.mover.stop()
+            made.mover = KvReceiver(config("decode-0"), epoch + 1, made.region, [CLASSES["tcp"]()], made.events.put)
+            made.endpoint = made.mover.start(host).encode()
+        assert Endpoint.decode(made.endpoint).tcp == [host]
+        assert threading.active_count() < 60
+    finally:
+        made.stop()
+
+
+@each_transport
+def test_fifty_first_contacts_are_one_handshake(name, monkeypatch):
+    made, hellos = Pair(name), []
+    real = KvReceiver._serve_control
+    monkeypatch.setattr(KvReceiver, "_serve_control", lambda self, *args: (hellos.append(1), real(self, *args))[1])
+    try:
+        threads = [threading.Thread(target=made.open, args=(ticket_of(n), 1)) for n in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len(hellos) == 1
+        assert len(made.sender.live()) == 50
+    finally:
+        made.stop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "named"),
+    [
+        ({"fingerprint": "other"}, LAYOUT, "another model"),
+        ({"token": "wrong"}, LAYOUT, "wrong cluster token"),
+        ({}, replace(LAYOUT, kv_heads=4), "kv_heads is 4 at the source, 2 at the destination"),
+        ({}, replace(LAYOUT, dtype="float16"), "dtype"),
+        ({}, replace(LAYOUT, layers=2, model_layers=2), "model_layers"),
+    ],
+)
+@each_transport
+def test_a_peer_that_does_not_match_is_refused_by_name(name, changes, layout, named):
+    made = Pair(name, config("prefill-0", **changes), layout)
+    try:
+        with pytest.raises(PeerMismatch, match=named):
+            made.open(ticket_of(), 1)
+        assert made.mover.refused()["peer_mismatch"] == 1
+        assert not any(made.region.view)
+    finally:
+        made.stop()
+
+
+def test_another_protocol_version_is_refused_by_name(pair, monkeypatch):
+    monkeypatch.setattr("tercet.transfer.dialer.VERSION", messages.VERSION + 1)
+    with pytest.raises(PeerMismatch, match=f"transfer protocol {messages.VERSION + 1} at prefill-0"):
+        pair.open(ticket_of(), 1)
+
+
+# ---- garbage
+
+
+@pytest.fixture(scope="module")
+def target():
+    made = Receiving("tcp")
+    yield made
+    made.stop()
+
+
+def greeted(made: Receiving, wire: str) -> socket.socket:
+    """A stranger who knows the token, behind its handshake."""
+    endpoint = Endpoint.decode(made.endpoint)
+    sock = dial_tcp(endpoint.tcp[0], 5.0) if wire == "tcp" else dial_unix(endpoint.unix, 5.0)
+    layout = [getattr(LAYOUT, name) for name in LAYOUT.__dataclass_fields__]
+    sock.sendall(encode(Hello(messages.VERSION, "t", "stranger", "m", layout, wire, "", [], b"")))
+    header = sock.recv(messages.HEADER.size, socket.MSG_WAITALL)
+    kind, body, _ = messages.decode_header(header)
+    assert isinstance(messages.decode_body(kind, sock.recv(body, socket.MSG_WAITALL)), Welcome)
+    return sock
+
+
+FRAMES = [
+    encode(messages.Offer(ticket_of(), 3)),
+    encode(Data(ticket_of(), 0, 1, 0, 1, 0, True, b"12345678"), 64) + bytes(64),
+    encode(commit_of(ticket_of())),
+    encode(Heartbeat([ticket_of()])),
+]
+
+
+@st.composite
+def bad_frames(draw) -> bytes:
+    frame = bytearray(draw(st.sampled_from(FRAMES)))
+    for _ in range(draw(st.integers(0, 4))):
+        frame[draw(st.integers(0, len(frame) - 1))] = draw(st.integers(0, 255))
+    return bytes(frame[: draw(st.integers(1, len(frame)))]) if draw(st.booleans()) else bytes(frame)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(junk=st.one_of(st.binary(min_size=1, max_size=200), bad_frames()), welcome=st.booleans())
+def test_whatever_comes_ends_that_connection_only(target, junk, welcome):
+    address = Endpoint.decode(target.endpoint).tcp[0]
+    with greeted(target, "tcp") if welcome else dial_tcp(address, 5.0) as sock:
+        sock.settimeout(10)
+        try:
+            sock.sendall(junk)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+        except OSError:  # it was cut off before we were done
+            pass
+    assert target.mover.live() == []
+
+
+def test_after_garbage_the_next_peer_is_served(target):
+    made = Pair("tcp")
+    try:
+        made.mover.stop()
+        made.mover, made.region, made.events, made.endpoint = (
+            target.mover,
+            target.region,
+            target.events,
+            target.endpoint,
+        )
+        made.move(ticket_of(99), [3], [1])
+    finally:
+        made.sender.stop()
+
+
+def test_nobody_listens():
+    made = Pair("tcp")
+    made.mover.stop()
+    with pytest.raises(PeerDown):
+        made.open(ticket_of(), 1)
+    made.sender.stop()
+
+
+@each_transport
+def test_an_idle_pair_uses_no_cpu(name):
+    made = Pair(name)
+    try:
+        made.move(ticket_of(), [3], [2])
+        before, began = time.process_time(), time.monotonic()
+        time.sleep(2.0)
+        share = (time.process_time() - before) / (time.monotonic() - began)
+        assert share < 0.25, f"{share:.0%} of a core: it polls"  # a poller burns all of it; the figure is in RESULTS.md
+    finally:
+        made.stop()
+
+
+@each_transport
+def test_the_pair_is_measured_when_it_connects(name):
+    made = Pair(name)
+    try:
+        made.sender.connect(made.endpoint)
+        (state,) = made.sender.attested()
+        assert (state.worker_id, state.transport, state.fault) == ("decode-0", name, "")
+        assert state.bandwidth > 1e6
+        assert 0 < state.latency_s < 1
+        assert not any(made.region.view)  # probes land in the scratch
+    finally:
+        made.stop()
+
+
+def test_auto_takes_what_was_measured_to_be_faster(monkeypatch, caplog):
+    made = Pair("tcp")
+    made.mover._transports = {"tcp": CLASSES["tcp"](), "torch": CLASSES["torch"]()}
+    endpoint = replace(Endpoint.decode(made.endpoint), transports=["tcp", "torch"]).encode()
+    made.sender._dialer._transports = tuple(made.mover._transports.values())
+    try:
+        made.sender.connect(endpoint)
+        (state,) = made.sender.attested()
+        monkeypatch.setattr(CLASSES["torch"], "outlet", lambda *_: (_ for _ in ()).throw(PeerDown("no group")))
+        again = replace(Endpoint.decode(endpoint), epoch=8).encode()
+        made.sender.connect(again)
+        assert made.sender.attested()[-1].transport == "tcp"
+        assert "no torch to the decode worker" in caplog.text
+        assert state.transport in ("tcp", "torch")
+    finally:
+        made.stop()
+
+
+def test_urgent_requests_are_written_first():
+    """With one link that is busy, what was pushed last but is due first goes out first."""
+    made = Pair("tcp")
+    order: list[str] = []
+    real = made.sender._loader.parcel
+    made.sender._loader.parcel = lambda *args: (order.append(args[2].ticket.request_id), real(*args))[1]
+    try:
+        tickets = [ticket_of(n) for n in range(3)]
+        for number, (ticket, due) in enumerate(zip(tickets, (30, 20, 10), strict=True)):
+            made.mover.admit(ticket, 0, [number])
+            made.sender.open(ticket, made.endpoint, 16, time.monotonic() + due)
+            assert isinstance(made.sent.get(timeout=5), outbound.Granted)
+        with made.sender._lock:  # nothing is written meanwhile
+            for ticket in tickets:
+                made.sender._run(made.sender._outbound.push(ticket, 0, 0, [1]))
+        until = time.monotonic() + 5
+        while len(order) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert order == ["r2", "r1", "r0"]
+    finally:
+        made.stop()
+
+
+def num_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@each_transport
+def test_no_file_descriptor_is_left(name):
+    made, counts = Pair(name), []
+    try:
+        for number in range(6):
+            made.move(ticket_of(number), [3], [2])
+            made.sender.stop()
+            until = time.monotonic() + 5
+            while made.mover._peers and time.monotonic() < until:
+                time.sleep(0.02)
+            counts.append(num_fds())
+            made.sender = KvSender(config("prefill-0"), made.source, [CLASSES[name]()], made.sent.put)
+            while not made.sent.empty():
+                made.sent.get()
+        assert counts[-1] <= counts[1] + 2, counts
+    finally:
+        made.stop()
+
+
+def test_every_transport_says_what_it_is():
+    for cls in CLASSES.values():
+        assert issubclass(cls, Transport)
+        told = sys.modules[cls.__module__].__doc__ or ""
+        assert re.search("cop(y|ies)", told, re.IGNORECASE), f"{cls.name} does not say where it copies"
+        assert re.search("cancel", told, re.IGNORECASE), f"{cls.name} does not say what its cancel can promise"
+        assert re.search("pump", told, re.IGNORECASE), f"{cls.name} does not say who must pump it"

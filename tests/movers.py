@@ -1,0 +1,210 @@
+"""A sender and a receiver of KV over real sockets, for the tests of the transports.
+
+As a program it is one writer in a process of its own, so that a test can kill or stop it:
+`python -m tests.movers TRANSPORT LEASE_S` reads commands, a JSON list a line, and prints events likewise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from tercet.errors import TercetError
+from tercet.transfer import inbound, outbound
+from tercet.transfer.layout import KvLayout
+from tercet.transfer.messages import Commit, Ticket
+from tercet.transfer.receiver import KvReceiver
+from tercet.transfer.region import Region
+from tercet.transfer.sender import KvSender
+from tercet.transfer.transport import MoverConfig, Outlet, Parcel, Transport
+from tercet.transfer.transports import ALL
+
+LAYOUT = KvLayout(layers=3, blocks=8, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
+EPOCH = 7
+CLASSES = {cls.name: cls for cls in ALL}
+
+
+def config(name: str, **changes: object) -> MoverConfig:
+    base = {"fingerprint": "m", "token": "t", "lease_s": 1.0, "heartbeat_s": 0.2, "integrity": True}
+    return MoverConfig(worker_id=name, **(base | changes))
+
+
+def ticket_of(number: int = 0) -> Ticket:
+    return Ticket(f"r{number}", 0, EPOCH)
+
+
+def commit_of(ticket: Ticket) -> Commit:
+    return Commit(ticket, 0, 42, None, [], [], 0, 0.0, 0.0, 0.0, "")
+
+
+def fill(region: Region, seed: int) -> None:
+    """Bytes that any process with the same layout can compute."""
+    random = np.random.default_rng(seed).integers(0, 256, region.layout.total_bytes, dtype=np.uint8)
+    region.view[:] = random.data
+
+
+class Receiving:
+    """A decode worker's mover, and a queue of its events."""
+
+    def __init__(self, transport: str, layout: KvLayout = LAYOUT, host: str = "127.0.0.1", **changes: object) -> None:
+        self.region = Region(layout)
+        self.events: queue.Queue[Any] = queue.Queue()
+        epoch = int(changes.pop("epoch", EPOCH))
+        self.mover = KvReceiver(
+            config("decode-0", **changes), epoch, self.region, [CLASSES[transport]()], self.events.put
+        )
+        self.endpoint = self.mover.start(*host.split()).encode()
+
+    def next(self, kind: type, seconds: float = 10.0) -> Any:
+        """The next event, which must be of this kind."""
+        event = self.events.get(timeout=seconds)
+        assert isinstance(event, kind), event
+        return event
+
+    def stop(self) -> None:
+        self.mover.stop()
+        self.region.close()
+
+
+class Pair(Receiving):
+    """Both ends in this process."""
+
+    def __init__(
+        self,
+        transport: str | Transport,
+        sender: MoverConfig | None = None,
+        layout: KvLayout = LAYOUT,
+        destination: KvLayout = LAYOUT,
+        host: str = "127.0.0.1",
+        **changes: object,
+    ) -> None:
+        way = CLASSES[transport]() if isinstance(transport, str) else transport
+        super().__init__(way.name, destination, host, **changes)
+        self.source = Region(layout)
+        fill(self.source, 1)
+        self.sent: queue.Queue[Any] = queue.Queue()
+        self.sender = KvSender(sender or config("prefill-0", **changes), self.source, [way], self.sent.put)
+
+    def open(self, ticket: Ticket, num_blocks: int) -> None:
+        tokens = num_blocks * self.source.layout.block_size
+        self.sender.open(ticket, self.endpoint, tokens, time.monotonic() + 60)
+
+    def grant(self, ticket: Ticket, first: int, blocks: list[int], total: int) -> None:
+        self.mover.admit(ticket, first, blocks)
+        self.open(ticket, total)
+        granted = self.sent.get(timeout=10)
+        assert isinstance(granted, outbound.Granted), granted
+
+    def push_all(self, ticket: Ticket, blocks: list[int]) -> None:
+        for layer in self.source.layout.window:
+            self.sender.push(ticket, layer, 0, blocks)
+        self.sender.commit(commit_of(ticket))
+
+    def move(self, ticket: Ticket, source: list[int], destination: list[int]) -> inbound.Complete:
+        self.grant(ticket, 0, destination, len(source))
+        self.push_all(ticket, source)
+        self.next(inbound.Committed)
+        return self.next(inbound.Complete)
+
+    def same(self, source: int, destination: int) -> bool:
+        return all(
+            self.source.block(layer, source) == self.region.block(layer, destination)
+            for layer in self.source.layout.window
+        )
+
+    def stop(self) -> None:
+        self.sender.stop()
+        super().stop()
+        self.source.close()
+
+
+class Flipping(Outlet):
+    """Flips a bit of the next writes on their way, after their digests were taken; the source is whole again behind."""
+
+    def __init__(self, real: Outlet, flips: list[int]) -> None:
+        self._real, self._flips = real, flips
+
+    def write(self, channel: Any, parcel: Parcel) -> None:
+        if not self._flips or not hasattr(parcel.message, "ticket"):
+            self._real.write(channel, parcel)
+            return
+        view = parcel.views[0]
+        place = self._flips.pop() % len(view)
+        view[place] ^= 16
+        self._real.write(channel, parcel)
+        view[place] ^= 16
+
+    def close(self) -> None:
+        self._real.close()
+
+
+def flipping(name: str, flips: list[int]) -> Transport:
+    """A transport whose next writes are corrupted, one for each number in `flips`."""
+    transport = CLASSES[name]()
+    real = transport.outlet
+    transport.outlet = lambda ask: Flipping(real(ask), flips)  # type: ignore[method-assign]
+    return transport
+
+
+class _Halting(Outlet):
+    """Says `half` before each write's second half and waits there for the word to go on."""
+
+    def __init__(self, real: Outlet, on: threading.Event) -> None:
+        self._real, self._on = real, on
+
+    def write(self, channel: Any, parcel: Parcel) -> None:
+        if hasattr(parcel.message, "ticket") and not self._on.is_set():
+            memory = getattr(self._real, "_memory", None)
+            for run in parcel.runs[: len(parcel.runs) // 2] if memory is not None else ():
+                memory[run.dst : run.dst + run.length] = parcel.source[run.src : run.src + run.length]
+            print(json.dumps(["half"]), flush=True)
+            self._on.wait()
+        self._real.write(channel, parcel)
+
+    def close(self) -> None:
+        self._real.close()
+
+
+def main() -> None:
+    """Commands: [verb of KvSender, ticket, arguments ...], ["halt"], ["go"]. Events: [kind, ticket]."""
+    transport, on = CLASSES[sys.argv[1]](), threading.Event()
+    on.set()
+    real = transport.outlet
+    transport.outlet = lambda ask: _Halting(real(ask), on)  # type: ignore[method-assign]
+    region = Region(LAYOUT)
+    fill(region, 1)
+
+    def tell(event: Any) -> None:
+        print(json.dumps([type(event).__name__, event.ticket]), flush=True)
+
+    sender = KvSender(config("prefill-0", lease_s=float(sys.argv[2])), region, [transport], tell)
+    print(json.dumps(["up", os.getpid()]), flush=True)
+    for line in sys.stdin:
+        verb, *rest = json.loads(line)
+        if verb in ("halt", "go"):
+            (on.clear if verb == "halt" else on.set)()
+            continue
+        ticket = Ticket(*rest[0])
+        try:
+            if verb == "open":
+                sender.open(ticket, rest[1], rest[2], time.monotonic() + 60)
+            elif verb == "push_all":
+                for layer in LAYOUT.window:
+                    sender.push(ticket, layer, 0, rest[1])
+                sender.commit(commit_of(ticket))
+        except TercetError as error:
+            print(json.dumps(["error", str(error)]), flush=True)
+    with contextlib.suppress(TercetError):
+        sender.stop()
+
+
+if __name__ == "__main__":
+    main()
