@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SPEC ?= configs/local.yaml
+# Transport libraries, without what their metadata would pull (docs/decisions/009).
+EXTRAS := ucxx-cu12==0.52.0 libucxx-cu12==0.52.0 'libucx-cu12<1.22' nixl==1.5.1 nixl-cu12==1.5.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint types imports proto proto-check pytest bench clean setup
+.PHONY: help demo serve test lint types imports proto proto-check pytest bench clean setup extras
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,6 +42,9 @@ pytest: setup
 
 bench: setup  ## Measure a running endpoint; ARGS="--help" shows how
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+extras: setup  ## Install the optional transport libraries: ucx, nixl
+	$(BIN)/python -m pip install -q --no-deps $(EXTRAS)
 
 clean:  ## Remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

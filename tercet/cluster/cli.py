@@ -104,6 +104,15 @@ def serve(
 
 
 @app.command()
+def doctor() -> None:
+    """Say what of a spec this machine can run: each transport, and what it lacks."""
+    from tercet.cluster.doctor import findings
+    from tercet.cluster.tables import doctor_table
+
+    Console().print(doctor_table(findings()))
+
+
+@app.command()
 def demo(spec: SpecPath, settings: Settings = None) -> None:
     """Start a cluster, ask it one question, show the answer and what each stage took, and stop it."""
     from tercet.cluster.demo import ask
@@ -137,7 +146,7 @@ def status(
 ) -> None:
     """Show a running cluster's members and their loads."""
     from tercet.cluster import run_file
-    from tercet.cluster.tables import status_table
+    from tercet.cluster.tables import pairs_table, status_table
 
     if address is None:
         here = run_file.find(name)
@@ -150,6 +159,8 @@ def status(
         typer.echo(json.dumps(found))
     else:
         Console().print(status_table(found))
+        if (pairs := pairs_table(found)).row_count:
+            Console().print(pairs)
 
 
 @app.command()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from tercet.placement.roles import Node, Placement, own_labels
 from tercet.spec import ClusterSpec
+
+if TYPE_CHECKING:
+    from tercet.cluster.doctor import Finding
 
 
 def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
@@ -31,6 +34,27 @@ def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
 
 def _place(node: Node) -> str:
     return " ".join([node.address, *(f"{k}={v}" for k, v in own_labels(node).items())])
+
+
+def doctor_table(findings: Sequence[Finding]) -> Table:
+    table = Table(title="what this machine can use")
+    for column in ("what", "", "why"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.name, "yes" if finding.good else "no", finding.told)
+    return table
+
+
+def pairs_table(status: Mapping[str, Any]) -> Table:
+    """The ways that KV takes, as measured when each pair of workers connected."""
+    table = Table(title="pairs")
+    for column in ("prefill", "decode", "transport", "MB/s", "round trip, µs"):
+        table.add_column(column, overflow="fold")
+    for worker_id, worker in sorted(status["workers"].items()):
+        for pair in (worker["load"] or {}).get("pairs", ()):
+            speed = [f"{pair['bandwidth'] / 1e6:,.0f}", f"{pair['latency_s'] * 1e6:,.0f}"]
+            table.add_row(worker_id, pair["worker_id"], pair["fault"] or pair["transport"], *speed)
+    return table
 
 
 def status_table(status: Mapping[str, Any]) -> Table:

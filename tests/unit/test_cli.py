@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tercet.cluster import run_file
+from tercet.cluster.cli import app
 from tercet.cluster.run_file import RunFile
-from tercet.errors import ClusterError
+from tercet.errors import ClusterError, SpecError
+from tercet.transfer.nixl import NixlTransport
+from tercet.transfer.transports import ALL, usable
+from tercet.transfer.ucx import UcxTransport
 
 ROOT = Path(__file__).parents[2]
 TERCET = Path(sys.executable).parent / "tercet"
@@ -84,3 +89,20 @@ def test_a_run_file_is_a_lock(tmp_path, monkeypatch):
     left_behind = tmp_path / next(tmp_path.iterdir()).name / "one.json"
     left_behind.write_text('{"name": "one", "pid": 1}')
     assert run_file.served() == []
+
+
+def test_doctor_names_every_transport_and_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(NixlTransport, "missing", classmethod(lambda cls: "the nixl library is not installed"))
+    shown = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    for cls in ALL:
+        assert f"transport {cls.name}" in shown.output
+    assert "the nixl library is not installed" in shown.output
+
+
+def test_a_transport_that_is_not_there_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(UcxTransport, "missing", classmethod(lambda cls: "no ucxx; pip install it"))
+    with pytest.raises(SpecError, match="ucx cannot be used here: no ucxx; pip install it"):
+        usable("ucx")
+    assert "ucx" not in [t.name for t in usable("auto")]
+    assert [t.name for t in usable("tcp")] == ["tcp"]

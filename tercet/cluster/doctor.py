@@ -1,0 +1,38 @@
+"""What `tercet doctor` looks at: whether this machine can run what a spec may ask for, a line each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tercet.transfer.transports import ALL
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    good: bool
+    told: str
+
+
+def findings() -> list[Finding]:
+    """Every transport, and what the kernel must allow for them."""
+    found = [_transport(cls.name, cls.missing()) for cls in ALL]
+    return [*found, _can("memfd", lambda: os.close(os.memfd_create("tercet-doctor"))), _can("pidfd", _open_pidfd)]
+
+
+def _transport(name: str, missing: str | None) -> Finding:
+    return Finding(f"transport {name}", missing is None, missing or "can be used")
+
+
+def _open_pidfd() -> None:
+    os.close(os.pidfd_open(os.getpid()))
+
+
+def _can(name: str, attempt: Callable[[], None]) -> Finding:
+    try:
+        attempt()
+    except OSError as error:
+        return Finding(name, False, f"{error.strerror}: shm cannot be used; set transfer.transport to tcp")
+    return Finding(name, True, "the kernel allows it")

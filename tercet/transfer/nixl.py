@@ -1,0 +1,218 @@
+"""NIXL: one-sided writes from the prefill cache into the decode cache, each with a notification (UCX below: RDMA, TCP,
+shared memory). One agent a data link on each side, named by a uuid, so a restarted peer is never taken for its former
+self. The message goes ahead on the channel, then the write; so the receiver pumps only while a write is under way.
+
+Copies: none on RDMA; over TCP and shared memory UCX copies into its buffers and out of them. Pumping: both ends must
+call into the library while a write is under way, with a sleep that grows (there is no descriptor to wait for); an idle
+link does nothing. UCX_TLS is the user's to set; unset, it is made `^cma,knem,xpmem`, see `_direct`.
+
+Cancel: releasing a request does not stop its write (measured), only the end of the destination's agent does, and
+only where that agent or its network card places the bytes. By CMA, KNEM or XPMEM the writer's process copies into ours,
+with or without our agent: there `fence` answers False, and only the writer's word ends a ticket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import select
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.errors import PeerDown, ProtocolViolation, TercetError
+from tercet.transfer.channel import Channel
+from tercet.transfer.pack import Memory
+from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
+
+INSTALL = "pip install --no-deps nixl nixl-cu12"
+SPIN_S = 200e-6  # a small write is over by then; a sleep would cost it more
+NAP_S = (20e-6, 500e-6)  # between two looks later on: the shortest and the longest
+DIRECT = {"cma", "knem", "xpmem"}  # UCX transports by which one process copies into the memory of another
+DIRECT_ALIASES = DIRECT | {"all", "shm", "sm"}
+DRAM = "DRAM"
+
+
+class NixlTransport(Transport):
+    name = "nixl"
+    one_sided = True
+    packs = False
+
+    @classmethod
+    def missing(cls) -> str | None:
+        try:
+            _library()
+        except (ImportError, OSError) as error:
+            return f"the nixl library: {error}; {INSTALL}"
+        return None
+
+    def inlet(self, ask: Ask) -> Inlet:
+        return _NixlInlet(ask)
+
+    def outlet(self, ask: Ask) -> Outlet:
+        return _NixlOutlet(ask)
+
+
+class _NixlInlet(Inlet):
+    def __init__(self, ask: Ask) -> None:
+        self._timeout_s = ask.timeout_s
+        self._agent = _Agent(ask)
+        self._number = 0  # of the last write that was waited for
+        self._landed: set[bytes] = set()  # notifications that came before they were waited for
+        self.blob = msgpack.packb([self._agent.metadata(), self._agent.base])
+
+    def land(self, channel: Channel, payload: int, views: Sequence[memoryview]) -> None:
+        if payload:
+            raise ProtocolViolation("DATA over nixl carries no bytes on the channel")
+        self._number += 1
+        _pump(channel, self._timeout_s, self._has_landed)
+        self._landed.remove(_name_of(self._number))
+
+    def pass_over(self, channel: Channel, payload: int, num_bytes: int) -> None:
+        self.land(channel, payload, ())  # the writer has placed it all the same, and only it can end its ticket
+
+    def fence(self) -> bool:
+        self._agent.close()
+        return not _direct(os.environ.get("UCX_TLS", "all"))
+
+    def _has_landed(self) -> bool:
+        self._landed.update(self._agent.notifications())
+        return _name_of(self._number) in self._landed
+
+
+class _NixlOutlet(Outlet):
+    def __init__(self, ask: Ask) -> None:
+        self._timeout_s = ask.timeout_s
+        try:
+            metadata, self._base = msgpack.unpackb(ask.blob)
+        except (ValueError, TypeError) as error:
+            raise ProtocolViolation(f"no nixl agent in the WELCOME: {error}") from error
+        self._agent = _Agent(ask)
+        self._number = 0  # of the last write
+        try:
+            self._agent.meet(metadata)
+        except TercetError:
+            self._agent.close()
+            raise
+
+    def write(self, channel: Channel, parcel: Parcel) -> None:
+        assert parcel.scatter is None, "nixl writes from the cache itself"
+        self._number += 1
+        try:
+            channel.send(parcel.message)
+            self._agent.write(channel, parcel, self._base, _name_of(self._number), self._timeout_s)
+        except TercetError:
+            self._agent.close()  # the source is about to be reused, so nothing may read it from here on
+            raise
+
+    def close(self) -> None:
+        self._agent.close()
+
+
+class _Agent:
+    """A NIXL agent that has the whole region registered. For one thread at a time."""
+
+    def __init__(self, ask: Ask) -> None:
+        with _translated("no nixl agent"):
+            api = _library()
+            config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+            self._agent = api.nixl_agent(f"tercet-{uuid.uuid4().hex}", config)
+            self.base = _address(ask.region.memory)
+            self._memory = self._agent.register_memory([(self.base, ask.region.num_bytes, 0, "")], DRAM)
+        self._peer = ""
+
+    def metadata(self) -> bytes:
+        with _translated("no nixl metadata"):
+            return bytes(self._agent.get_agent_metadata())
+
+    def meet(self, metadata: bytes) -> None:
+        with _translated("the decode worker's nixl agent cannot be reached"):
+            name = self._agent.add_remote_agent(metadata)
+            self._peer = name.decode() if isinstance(name, bytes) else name
+
+    def notifications(self) -> list[bytes]:
+        with _translated("nixl broke"):
+            return [note for notes in self._agent.get_new_notifs().values() for note in notes]
+
+    def write(self, channel: Channel, parcel: Parcel, base: int, note: bytes, timeout_s: float) -> None:
+        """Returns when all bytes have landed at `base` and `note` is on its way."""
+        with _translated("the nixl write failed"):
+            source, target = _descriptors(parcel, base)
+            sides = self._agent.get_xfer_descs(source, DRAM), self._agent.get_xfer_descs(target, DRAM)
+            handle = self._agent.initialize_xfer("WRITE", *sides, self._peer, note)
+            if not self._checked(self._agent.transfer(handle)):
+                _pump(channel, timeout_s, lambda: self._checked(self._agent.check_xfer_state(handle)))
+            self._agent.release_xfer_handle(handle)
+
+    def _checked(self, state: str) -> bool:
+        if state == "ERR":
+            raise PeerDown("the nixl write failed")
+        return state == "DONE"
+
+    def close(self) -> None:
+        """End the agent: nothing is read or placed by it any more. Idempotent."""
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            with contextlib.suppress(Exception):  # a peer that is gone; the end of the agent is what counts
+                agent.deregister_memory(self._memory)
+            self._memory = None
+
+
+def _library() -> Any:
+    """The API module. Raises ImportError or OSError."""
+    os.environ.setdefault("UCX_TLS", "^" + ",".join(sorted(DIRECT)))
+    return importlib.import_module("nixl_cu12._api")
+
+
+def _direct(tls: str) -> bool:
+    """Whether UCX_TLS lets a process copy into the memory of another, which no end of an agent stops."""
+    names = {name.strip() for name in tls.lstrip("^").split(",")}
+    return not names >= DIRECT if tls.startswith("^") else bool(names & DIRECT_ALIASES)
+
+
+def _pump(channel: Channel, timeout_s: float, done: Callable[[], bool]) -> None:
+    """Until `done`, which drives the library. Raises PeerDown when the channel ends or `timeout_s` has passed."""
+    poller = select.poll()
+    poller.register(channel.sock, select.POLLRDHUP)
+    began = time.monotonic()
+    while not done():
+        waited = time.monotonic() - began
+        if poller.poll(0):
+            raise PeerDown("the transfer connection ended during a nixl write")
+        if waited > timeout_s:
+            raise PeerDown(f"a nixl write did not end within {timeout_s} s")
+        if waited > SPIN_S:
+            time.sleep(min(max(waited / 100, NAP_S[0]), NAP_S[1]))
+
+
+def _descriptors(parcel: Parcel, base: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """-> [runs, (address, length, device)] of the source and of the destination."""
+    runs = np.array([(run.src, run.dst, run.length) for run in parcel.runs], dtype=np.uint64)
+    device = np.zeros(len(runs), dtype=np.uint64)
+    source, target = runs[:, 0] + np.uint64(_address(parcel.source)), runs[:, 1] + np.uint64(base)
+    return np.stack([source, runs[:, 2], device], axis=1), np.stack([target, runs[:, 2], device], axis=1)
+
+
+def _address(memory: Memory) -> int:
+    return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
+
+
+def _name_of(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Whatever the library raises becomes PeerDown: it tells neither a dead peer from a bad argument, nor documents."""
+    try:
+        yield
+    except TercetError:
+        raise
+    except Exception as error:
+        raise PeerDown(f"{what}: {error}") from error

@@ -1,0 +1,74 @@
+"""A two-rank gloo group that meets at a store on the receiver's host. Errors of torch become PeerDown."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's stubs lack it
+
+from tercet.errors import PeerDown
+from tercet.transfer.pack import Memory
+from tercet.transfer.transport import Ask
+
+RECEIVER, SENDER = 0, 1
+
+
+class Group:
+    """One end. For one thread."""
+
+    def __init__(self, ask: Ask, rank: int, store: TCPStore) -> None:
+        self._host = ask.channel.sock.getsockname()[0]
+        self._timeout = timedelta(seconds=ask.timeout_s)
+        self._rank = rank
+        self._store = store
+
+    @classmethod
+    def at_receiver(cls, ask: Ask) -> Group:
+        try:
+            store = TCPStore(ask.channel.sock.getsockname()[0], 0, 2, is_master=True, wait_for_workers=False)
+        except RuntimeError as error:
+            raise PeerDown(f"no store for a gloo group: {error}") from error
+        return cls(ask, RECEIVER, store)
+
+    @classmethod
+    def at_sender(cls, ask: Ask) -> Group:
+        host, _, port = ask.blob.decode().rpartition(":")
+        try:
+            store = TCPStore(host, int(port), 2, is_master=False, timeout=timedelta(seconds=ask.timeout_s))
+        except (RuntimeError, ValueError) as error:
+            raise PeerDown(f"the store for the gloo group at {host}:{port} does not answer: {error}") from error
+        return cls(ask, SENDER, store)
+
+    @property
+    def address(self) -> bytes:
+        """Of the store, for the other end."""
+        return f"{self._host}:{self._store.port}".encode()
+
+    def meet(self) -> None:
+        """Blocks until the other end does the same."""
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
+        options._timeout = self._timeout
+        try:
+            self._group = dist.ProcessGroupGloo(self._store, self._rank, 2, options)
+        except (RuntimeError, ValueError) as error:
+            raise PeerDown(f"no gloo group with the peer: {error}") from error
+
+    def send(self, view: memoryview) -> None:
+        self._wait(self._group.send([_tensor(view)], 1 - self._rank, 0))  # type: ignore[attr-defined]  # likewise
+
+    def receive(self, view: memoryview) -> None:
+        self._wait(self._group.recv([_tensor(view)], 1 - self._rank, 0))  # type: ignore[attr-defined]  # likewise
+
+    def _wait(self, work: dist.Work) -> None:
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            raise PeerDown(f"gloo: {error}") from error
+
+
+def _tensor(view: Memory) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(view, dtype=np.uint8))

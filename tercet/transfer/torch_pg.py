@@ -1,0 +1,85 @@
+"""`torch.distributed` point to point: a two-rank gloo group for each data link. (NCCL between GPUs and HCCL on Ascend
+are other backends of the same calls; they are not built, since no worker's KV lies on a GPU or NPU yet.)
+
+Copies: into the library's buffers and out of them, besides the packing. It has no one-sided write, so units always
+travel packed: the library fills a staging buffer of the receiver and never sees the cache. So a cancel is exact. The
+receiver's reader thread pumps, while it lands. gloo closes a pair for good at its first timeout or failure, so the link
+then ends and a new one gets a new group; it notices a dead peer when its socket closes, a stopped one after the lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tercet.errors import ProtocolViolation
+from tercet.transfer.channel import Channel
+from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
+
+if TYPE_CHECKING:
+    from tercet.transfer.torch_group import Group
+
+
+class TorchTransport(Transport):
+    name = "torch"
+    pack_below = float("inf")  # always packed
+
+    def __init__(self) -> None:
+        # Not with this module, since who does not use it starts seconds sooner; nor with the first link, which has
+        # only the lease to come up.
+        from tercet.transfer.torch_group import Group
+
+        self._group: type[Group] = Group
+
+    @classmethod
+    def missing(cls) -> str | None:
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_gloo_available()):
+            return "this build of torch has no torch.distributed with gloo"
+        return None
+
+    def inlet(self, ask: Ask) -> Inlet:
+        return _TorchInlet(self._group.at_receiver(ask))
+
+    def outlet(self, ask: Ask) -> Outlet:
+        return _TorchOutlet(self._group.at_sender(ask))
+
+
+class _TorchInlet(Inlet):
+    def __init__(self, group: Group) -> None:
+        self._group: Group | None = group
+        self.blob = group.address
+
+    def connected(self) -> None:
+        assert self._group is not None
+        self._group.meet()
+
+    def land(self, channel: Channel, payload: int, views: Sequence[memoryview]) -> None:
+        if payload:
+            raise ProtocolViolation("DATA over torch.distributed carries no bytes on the link itself")
+        assert self._group is not None
+        for view in views:
+            self._group.receive(view)
+
+    def pass_over(self, channel: Channel, payload: int, num_bytes: int) -> None:
+        self.land(channel, payload, [memoryview(bytearray(num_bytes))])
+
+    def fence(self) -> bool:
+        self._group = None
+        return True
+
+
+class _TorchOutlet(Outlet):
+    def __init__(self, group: Group) -> None:
+        group.meet()
+        self._group: Group | None = group
+
+    def write(self, channel: Channel, parcel: Parcel) -> None:
+        channel.send(parcel.message)
+        assert self._group is not None
+        for view in parcel.views:
+            self._group.send(view)
+
+    def close(self) -> None:
+        self._group = None
