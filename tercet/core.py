@@ -112,6 +112,17 @@ class Done:
 
 
 @dataclass(frozen=True)
+class PairState:
+    """What a prefill worker knows of its way to a decode worker."""
+
+    worker_id: str  # of the decode worker
+    transport: str = ""
+    bandwidth: float = 0.0  # bytes per second, measured when the pair connected
+    latency_s: float = 0.0  # there and back
+    fault: str = ""  # why there is no connection
+
+
+@dataclass(frozen=True)
 class Load:
     """What a worker says of itself with every report; the router's food."""
 
@@ -126,6 +137,8 @@ class Load:
     preemptions: int = 0  # sequences sent back to be recomputed, since the start
     transfer_dropped: int = 0  # messages that named no live ticket: late, doubled, or of an old epoch
     transfer_refused: int = 0  # connections turned away or cut off: mismatch, garbage
+    transfer_corrupt: int = 0  # units of KV that landed with a wrong digest and were fetched again
+    pairs: tuple[PairState, ...] = ()  # of a prefill worker
 
 
 @dataclass(frozen=True)

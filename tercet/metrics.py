@@ -27,6 +27,7 @@ _WORKER_COUNTERS = {  # field of Load -> help
     "preemptions": "Sequences sent back to be recomputed",
     "transfer_dropped": "Transfer messages that named no live ticket",
     "transfer_refused": "Transfer connections turned away or cut off",
+    "transfer_corrupt": "Units of KV that arrived with a wrong digest and were fetched again",
 }
 _STAGES = ("queue", "prefill", "transfer", "first_decode")
 
@@ -48,7 +49,16 @@ class WorkerGauges(Collector):
             usage.add_metric([worker], 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0)
             for state in ("free", "owned", "leased", "in_flight", "quarantined"):
                 blocks.add_metric([worker, state], getattr(load, f"blocks_{state}"))
-        yield from (running, waiting, usage, blocks, *self._counters())
+        yield from (running, waiting, usage, blocks, self._pairs(), *self._counters())
+
+    def _pairs(self) -> GaugeMetricFamily:
+        labels = ["worker", "peer", "transport"]
+        text = "Bytes per second of a pair, measured when it connected"
+        family = GaugeMetricFamily("tercet_kv_pair_bandwidth", text, labels=labels)
+        for worker, load in self._loads().items():
+            for pair in load.pairs:
+                family.add_metric([worker, pair.worker_id, pair.transport], pair.bandwidth)
+        return family
 
     def _counters(self) -> Iterator[CounterMetricFamily]:
         for name, text in _WORKER_COUNTERS.items():

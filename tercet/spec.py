@@ -69,10 +69,13 @@ class RoleSpec(Frozen):
 
 
 class TransferSpec(Frozen):
-    transport: Literal["auto", "shm", "tcp"] = "auto"  # auto: shm on one host, else tcp; never silently other
+    # auto: of those that both workers have, shm within a host, else the one that is measured to be the fastest
+    transport: Literal["auto", "shm", "tcp", "nixl", "ucx", "torch"] = "auto"
+    min_bandwidth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # bytes/s; below it a pair is not ready
     lease_s: Seconds = 10.0  # a ticket whose peer is silent for so long fails
     heartbeat_s: Seconds = 2.0
     quarantine_blocks: Positive = 128  # bound on blocks that wait for a proof; full: admission refuses
+    links: Annotated[int, Field(ge=1, le=16)] = 1  # data connections of a pair of workers
     integrity: bool = True  # digest of every block, checked before a token is decoded from it
 
 

@@ -74,9 +74,9 @@ class Decode(LegRole):
             case Failed(_, error):
                 self.engine.quarantine(active.sequence)
                 self.fail(active, error)
-            case Quiesced():
+            case Quiesced(_, verified):
                 del self._incoming[event.ticket]
-                self.engine.release(active.sequence)
+                self.engine.release(active.sequence, verified)
 
     def _first_token(self, incoming: _Incoming, commit: Commit) -> None:
         active = incoming.active

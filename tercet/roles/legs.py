@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tercet.engine.engine import Sampled
@@ -75,6 +76,9 @@ class LegRole(ABC):
         if active is not None:
             self.forget(active)
             self.give_up(active, TercetError("the request was aborted"))
+
+    def meet(self, endpoints: Iterable[str]) -> None:  # noqa: B027  # only a prefill worker goes to others
+        """Connect to these decode workers, before the first request needs them."""
 
     def disconnected(self, stream: ReportStream) -> None:
         for active in [a for a in self._legs.values() if a.stream is stream]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tercet.core import Done, FinishReason, TokenEvent
+from tercet.core import Done, FinishReason, PairState, TokenEvent
 from tercet.engine.engine import Engine, Sampled
 from tercet.engine.sequence import Sequence
 from tercet.errors import Overloaded, PeerDown, TercetError, TransferError
@@ -20,7 +21,9 @@ from tercet.roles.legs import ActiveLeg, LegRole
 from tercet.transfer.messages import Commit, Ticket
 from tercet.transfer.outbound import Failed, Granted, OpDone, Released
 from tercet.transfer.sender import Event, KvSender
+from tercet.transfer.transport import Endpoint
 
+MEET_AGAIN_S = 1.0
 DIALERS = 16  # a first contact may block for some seconds; known peers are answered at once
 
 
@@ -36,12 +39,36 @@ class Prefill(LegRole):
     engine: Engine
     sender: KvSender
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_legs: int, block_size: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_legs: int) -> None:
         super().__init__(loop)
         self._max_legs = max_legs
-        self._block_size = block_size
         self._outgoing: dict[Ticket, _Outgoing] = {}  # until OpDone
+        self._wanted: set[str] = set()  # endpoints of the live decode workers
+        self._faults: dict[str, PairState] = {}  # endpoint -> why it is not connected
         self._dialers = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-dial")
+
+    def meet(self, endpoints: Iterable[str]) -> None:
+        self._wanted = set(endpoints)
+        for endpoint in self._wanted:
+            self._loop.run_in_executor(self._dialers, self._meet, endpoint)
+
+    def _meet(self, endpoint: str) -> None:
+        """On a pool thread. What fails is told and tried again while the worker is wanted."""
+        try:
+            self.sender.connect(endpoint)
+            self._faults.pop(endpoint, None)
+        except TransferError as error:
+            self._faults[endpoint] = PairState(Endpoint.decode(endpoint).worker_id, fault=str(error))
+            self._loop.call_soon_threadsafe(self._loop.call_later, MEET_AGAIN_S, self._meet_again, endpoint)
+
+    def _meet_again(self, endpoint: str) -> None:
+        if endpoint in self._wanted:
+            self._loop.run_in_executor(self._dialers, self._meet, endpoint)
+        else:
+            self._faults.pop(endpoint, None)
+
+    def pairs(self) -> tuple[PairState, ...]:
+        return (*self.sender.attested(), *list(self._faults.values()))
 
     def begin(self, active: ActiveLeg) -> None:
         if len(self._outgoing) >= self._max_legs:
@@ -51,10 +78,10 @@ class Prefill(LegRole):
 
     def _open(self, outgoing: _Outgoing) -> None:
         """On a pool thread, since a first contact dials."""
-        active = outgoing.active
-        num_blocks = -(-len(active.sequence.token_ids) // self._block_size)
+        active, leg = outgoing.active, outgoing.active.leg
+        deadline = outgoing.arrived + leg.timeout_s
         try:
-            outgoing.transport = self.sender.open(active.ticket, active.leg.peer, num_blocks)
+            outgoing.transport = self.sender.open(active.ticket, leg.peer, len(leg.token_ids), deadline)
         except (TransferError, OSError) as error:
             self._loop.call_soon_threadsafe(self._not_opened, outgoing, error)
         else:
@@ -126,7 +153,6 @@ class Prefill(LegRole):
         return Commit(
             ticket=sequence.ticket,
             num_bytes=0,
-            digest=0,
             token_id=token.token_id,
             logprob=token.logprob,
             top_ids=[t for t, _ in token.top_logprobs],

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 
 from tercet.core import Done, GenerateRequest, Load, Role, TokenEvent, WorkerInfo
 from tercet.errors import DeadlineExceeded, NoWorkers, Overloaded, TercetError, TransferError, WorkerLost
+from tercet.roles.pairs import slow_pair
 from tercet.spec import ROLES_OF, ClusterSpec, SchedulerSpec
 from tercet.wire.codec import Leg
 from tercet.wire.worker_client import LegKey, Outcome, Rejection, WorkerLink
@@ -68,6 +69,7 @@ class _Busy(Exception):  # never leaves this file
 class Router:
     def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
         self._limits = spec.limits
+        self._min_bandwidth = spec.transfer.min_bandwidth
         self._capacity = {role: _capacity(role, spec.roles[role].scheduler) for role in ROLES_OF[spec.topology]}
         self._token = cluster_token
         self._roles = ROLES_OF[spec.topology]
@@ -89,6 +91,7 @@ class Router:
         for worker_id, info in wanted.items():
             if worker_id not in self._links:
                 self._links[worker_id] = WorkerLink(info, self._token, self._on_report, self._on_change)
+        self._introduce()
 
     async def close(self) -> None:
         await self.set_workers([])
@@ -101,7 +104,14 @@ class Router:
         return [role.value for role in self._roles if not self._up(role)]
 
     def is_ready(self) -> bool:
-        return bool(self._live_pairs() & self._proven)
+        return bool(self._live_pairs() & self._proven) and not self.slow_pair()
+
+    def slow_pair(self) -> str:
+        """Why the first pair that misses transfer.min_bandwidth does; empty if none does."""
+        if len(self._roles) == 1:
+            return ""
+        pairs = {link.info.worker_id: link.load.pairs for link in self._up(self._roles[0])}
+        return slow_pair(pairs, [link.info.worker_id for link in self._up(self._roles[-1])], self._min_bandwidth)
 
     # ---- the data path
 
@@ -111,8 +121,9 @@ class Router:
         failures = 0
         passed_over: set[WorkerLink] = set()  # have rejected or failed this request
         name = f"{request.request_id}.{secrets.token_hex(4)}"  # clients reuse ids; a ticket must be unique
+        keep: WorkerLink | None = None  # has KV of an earlier attempt
         for number in itertools.count():
-            plan = await self._plan(request.deadline, passed_over)
+            plan = await self._plan(request.deadline, passed_over, keep)
             current = self._begin((name, number), request, emitted, plan)
             try:
                 while isinstance(event := await self._next(current), TokenEvent):
@@ -122,8 +133,9 @@ class Router:
                 return
             except _Busy as rejected:
                 passed_over.add(rejected.link)
-            except (WorkerLost, TransferError):
-                passed_over |= current.ended
+            except (WorkerLost, TransferError) as error:
+                passed_over |= self._blamed(error, current, failures)
+                keep = plan.decode
                 if emitted and emitted[-1].finish is not None:  # only the word that it was the last was lost
                     yield self._done(Done(emitted[-1].finish), plan, failures + 1)
                     return
@@ -133,13 +145,20 @@ class Router:
             finally:
                 self._end(current)
 
-    async def _plan(self, deadline: float, passed_over: set[WorkerLink]) -> Plan:
-        """The least loaded worker of each role with room. Waits in line while none has; while a role has no live
-        worker at all, for a restart."""
+    def _blamed(self, error: TercetError, current: _Attempt, failures: int) -> set[WorkerLink]:
+        """Whom the next attempt passes over. A decode worker that reports a broken transfer keeps what had landed and
+        was verified, so it is asked again, once, with another prefill worker if there is one."""
+        if failures == 0 and isinstance(error, TransferError) and current.plan.prefill is not current.plan.decode:
+            return {current.plan.prefill}
+        return current.ended
+
+    async def _plan(self, deadline: float, passed_over: set[WorkerLink], keep: WorkerLink | None) -> Plan:
+        """The least loaded worker of each role with room, but `keep` before all others. Waits in line while none has;
+        while a role has no live worker at all, for a restart."""
         give_up = min(deadline, time.monotonic() + self._limits.worker_wait_s)
         try:
             async with asyncio.timeout(deadline - time.monotonic()), self._line:
-                while (plan := self._choose(passed_over)) is None:
+                while (plan := self._choose(passed_over, keep)) is None:
                     if (missing := self.missing_roles()) and time.monotonic() > give_up:
                         raise NoWorkers(f"no live worker of role {', '.join(missing)}")
                     await self._wait_for_room()
@@ -147,7 +166,7 @@ class Router:
         except TimeoutError as error:
             raise DeadlineExceeded("no worker had room until the request's deadline") from error
 
-    def _choose(self, passed_over: set[WorkerLink]) -> Plan | None:
+    def _choose(self, passed_over: set[WorkerLink], keep: WorkerLink | None) -> Plan | None:
         chosen = []
         for role in self._roles:
             free = [link for link in self._up(role) if link.outstanding_legs < self._capacity[role]]
@@ -156,7 +175,8 @@ class Router:
                 return None
             if not free:
                 return None
-            chosen.append(min((link for link in free if link not in passed_over), key=_pressure))
+            wanted = [link for link in free if link not in passed_over]
+            chosen.append(keep if keep in wanted else min(wanted, key=_pressure))
         return Plan(chosen[0], chosen[-1])
 
     def _begin(self, key: LegKey, request: GenerateRequest, emitted: list[TokenEvent], plan: Plan) -> _Attempt:
@@ -237,12 +257,20 @@ class Router:
 
     def _on_change(self, link: WorkerLink, up: bool) -> None:
         if up:
+            self._introduce()
             self._room.set()
             return
         lost = WorkerLost(f"{link.info.worker_id} (epoch {link.info.epoch}) was lost: {link.fault or 'stream closed'}")
         for current in self._attempts.values():
             if link in current.legs:
                 current.events.put_nowait((link, lost))
+
+    def _introduce(self) -> None:
+        """Have the prefill workers connect to the decode workers, so that no request waits for a handshake."""
+        if len(self._roles) > 1:
+            endpoints = [link.info.transfer_endpoint for link in self._up(self._roles[-1])]
+            for link in self._up(self._roles[0]):
+                link.meet(endpoints)
 
     async def _wait_for_room(self) -> None:
         self._room.clear()

@@ -21,21 +21,14 @@ from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
 from tercet.roles.prefill import Prefill
 from tercet.spec import ClusterSpec
-from tercet.transfer.receiver import KvReceiver, MoverConfig
+from tercet.transfer.receiver import KvReceiver
 from tercet.transfer.region import Region
 from tercet.transfer.sender import KvSender
-from tercet.transfer.shm import ShmTransport
-from tercet.transfer.tcp import TcpTransport
-from tercet.transfer.transport import Transport
+from tercet.transfer.transport import MoverConfig
+from tercet.transfer.transports import usable
 from tercet.wire.worker_server import WorkerServer
 
 STUCK_S = 60.0  # a step that runs longer than any step should: the worker is unhealthy
-
-
-def transports(name: str) -> list[Transport]:
-    """In order of preference. `auto` prefers shared memory where it reaches."""
-    known: list[Transport] = [ShmTransport(), TcpTransport()]
-    return [t for t in known if name in ("auto", t.name)]
 
 
 class Worker:
@@ -88,13 +81,19 @@ class Worker:
         """The role's handler and its side of the mover. -> the transfer endpoint, empty if it has none."""
         spec, transfer = self._spec.roles[self._role], self._spec.transfer
         config = MoverConfig(
-            self._worker_id, loaded.fingerprint, self._token, transfer.lease_s, transfer.heartbeat_s, transfer.integrity
+            self._worker_id,
+            loaded.fingerprint,
+            self._token,
+            transfer.lease_s,
+            transfer.heartbeat_s,
+            transfer.integrity,
+            transfer.links,
         )
-        ways = transports(transfer.transport)
+        ways = usable(transfer.transport)
         self.handler: Prefill | Decode | Aggregated
         if self._role is Role.PREFILL:
             limit = spec.scheduler.max_running + spec.scheduler.max_waiting
-            self.handler = Prefill(loop, limit, spec.kv.block_size)
+            self.handler = Prefill(loop, limit)
             self._sender = self.handler.sender = KvSender(config, region, ways, self.handler.on_event)
             return ""
         if self._role is Role.DECODE:
@@ -118,9 +117,11 @@ class Worker:
         load = self.engine.load()
         if self._receiver is not None:
             dropped, refused = self._receiver.dropped().total(), self._receiver.refused().total()
-            return replace(load, transfer_dropped=dropped, transfer_refused=refused)
-        if self._sender is not None:
-            return replace(load, transfer_dropped=self._sender.dropped().total())
+            corrupt = self._receiver.corrupt()
+            return replace(load, transfer_dropped=dropped, transfer_refused=refused, transfer_corrupt=corrupt)
+        if isinstance(self.handler, Prefill):
+            dropped = self.handler.sender.dropped().total()
+            return replace(load, transfer_dropped=dropped, pairs=self.handler.pairs())
         return load
 
     async def health(self) -> Load:

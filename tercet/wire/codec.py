@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from tercet.core import Done, FinishReason, Load, SamplingParams, StageTimes, TokenEvent
+from tercet.core import Done, FinishReason, Load, PairState, SamplingParams, StageTimes, TokenEvent
 from tercet.wire.gen import inference_pb2 as inf
 from tercet.wire.gen import worker_pb2 as pb
 
@@ -12,7 +12,8 @@ TOKEN_METADATA = "tercet-cluster-token"  # noqa: S105  # gRPC metadata key of th
 
 LEG_NAMES = {pb.LEG_AGGREGATED: "aggregated", pb.LEG_PREFILL: "prefill", pb.LEG_DECODE: "decode"}
 LEG_NUMBERS = {name: number for number, name in LEG_NAMES.items()}
-_LOAD_FIELDS = tuple(Load.__dataclass_fields__)
+_LOAD_FIELDS = tuple(name for name in Load.__dataclass_fields__ if name != "pairs")
+_PAIR_FIELDS = tuple(PairState.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,10 @@ def done_from_proto(message: pb.Finished) -> Done:
 
 
 def load_to_proto(load: Load) -> pb.Load:
-    return pb.Load(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+    pairs = [pb.Pair(**asdict(pair)) for pair in load.pairs]
+    return pb.Load(**{name: getattr(load, name) for name in _LOAD_FIELDS}, pairs=pairs)
 
 
 def load_from_proto(message: pb.Load) -> Load:
-    return Load(**{name: getattr(message, name) for name in _LOAD_FIELDS})
+    pairs = tuple(PairState(*(getattr(p, name) for name in _PAIR_FIELDS)) for p in message.pairs)
+    return Load(**{name: getattr(message, name) for name in _LOAD_FIELDS}, pairs=pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -69,6 +69,10 @@ class WorkerLink:
     def abort(self, leg: Leg) -> None:
         ticket = pb.TicketId(request_id=leg.request_id, attempt=leg.attempt, epoch=leg.epoch)
         self._outbox.put_nowait(pb.Command(abort=pb.Abort(ticket=ticket)))
+
+    def meet(self, endpoints: Sequence[str]) -> None:
+        """Have a prefill worker connect to decode workers."""
+        self._outbox.put_nowait(pb.Command(meet=pb.Meet(endpoints=endpoints)))
 
     async def close(self) -> None:
         self._task.cancel()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 import grpc
@@ -68,6 +68,9 @@ class LegHandler(Protocol):
     def abort(self, request_id: str, attempt: int, epoch: int) -> None:
         """Give a leg up; unknown ones are ignored."""
 
+    def meet(self, endpoints: Sequence[str]) -> None:
+        """Connect to these decode workers, before the first request needs them."""
+
     def disconnected(self, stream: ReportStream) -> None:
         """Give up every leg that came with this stream."""
 
@@ -103,6 +106,8 @@ class _Service(worker_pb2_grpc.WorkerServicer):
             elif command.HasField("abort"):
                 ticket = command.abort.ticket
                 self._handler.abort(ticket.request_id, ticket.attempt, ticket.epoch)
+            elif command.HasField("meet"):
+                self._handler.meet(command.meet.endpoints)
 
 
 class WorkerServer:

@@ -36,6 +36,9 @@ class FakeRouter:
         self.closed = False
         self.script: Callable[[GenerateRequest], bytes] = lambda _: self.text.encode()
 
+    def slow_pair(self) -> str:
+        return ""
+
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         self.workers = tuple(workers)
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from tercet.core import FinishReason
-from tercet.errors import DeadlineExceeded, WorkerLost
+from tercet.core import FinishReason, Role
+from tercet.errors import DeadlineExceeded, PeerDown, WorkerLost
+from tercet.spec import KvSpec
 from tests.helpers import cluster, request_of, spec_of
 
 rng = random.Random(1)
@@ -151,3 +152,61 @@ async def test_logprobs_are_the_same_from_prefill_and_decode():
         for event in events:
             assert len(event.top_logprobs) == 3
             assert event.top_logprobs[0] == (event.token_id, event.logprob)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "torch"])  # shm has no link that breaks while its writer lives
+async def test_a_transfer_that_dies_half_way_resumes_behind_the_last_whole_block(transport):
+    """The link breaks in the prompt's third chunk; what had landed before is not sent again."""
+    prompt = [rng.randrange(100, 40000) for _ in range(112)]
+    spec = spec_of("pd", transfer__transport=transport, scheduler__token_budget=32)
+    async with cluster(spec) as made:
+        loader = made.workers["prefill-0"]._sender._loader
+        real, broken = loader.parcel, []
+
+        def parcel(way, pair, write):
+            if write.index >= 4 and write.layer > 10 and not broken:
+                broken.append(write)
+                raise PeerDown("the link broke")
+            return real(way, pair, write)
+
+        loader.parcel = parcel
+        events, done = await made.generate(prompt, max_tokens=4, ignore_eos=True)
+        assert (len(broken), done.attempts) == (1, 2)
+        block = made.workers["decode-0"].engine._runner.kv_cache[0, 0].nbytes * 30
+        assert done.times.kv_bytes == 3 * block  # of 7: four had landed
+        again, _ = await made.generate(prompt, max_tokens=4, ignore_eos=True)
+        assert [e.token_id for e in events] == [e.token_id for e in again]
+
+
+async def test_prefill_and_decode_may_have_different_block_sizes():
+    expected = []
+    async with cluster(spec_of("aggregated", decoders=1)) as made:
+        expected = await tokens_of(made, PROMPTS, max_tokens=8, ignore_eos=True)
+    spec = spec_of("pd")
+    prefill = spec.roles[Role.PREFILL].model_copy(update={"kv": KvSpec(blocks=64, block_size=64)})
+    roles = spec.roles | {Role.PREFILL: prefill}
+    async with cluster(spec.model_copy(update={"roles": roles})) as made:
+        assert await tokens_of(made, PROMPTS, max_tokens=8, ignore_eos=True) == expected
+
+
+async def test_a_pair_below_the_floor_is_not_ready_and_is_named():
+    async with cluster(spec_of("pd", decoders=1, transfer__min_bandwidth=1e15)) as made:
+        await made.generate(PROMPTS[0])
+        assert not made.router.is_ready()
+        for _ in range(100):
+            if "bytes/s by shm" in made.router.slow_pair():
+                break
+            await asyncio.sleep(0.05)
+        assert made.router.slow_pair().startswith("prefill-0 to decode-0: ")
+        assert "transfer.min_bandwidth is 1,000,000,000,000,000 bytes/s" in made.router.slow_pair()
+
+
+async def test_pairs_are_measured_before_the_first_request():
+    async with cluster(spec_of("pd", transfer__min_bandwidth=1000.0)) as made:
+        for _ in range(100):
+            if not made.router.slow_pair():
+                break
+            await asyncio.sleep(0.05)
+        assert made.router.slow_pair() == ""
+        pairs = made.router.loads()["prefill-0"].pairs
+        assert {(p.worker_id, p.transport) for p in pairs} == {("decode-0", "shm"), ("decode-1", "shm")}

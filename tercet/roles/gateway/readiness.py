@@ -41,11 +41,11 @@ class Readiness:
             return f"no live worker of role {', '.join(missing)}"
         if self.ready:
             return ""
-        return self._failure or "no request has passed through a live pair yet"
+        return self._backend.slow_pair() or self._failure or "no request has passed through a live pair yet"
 
     async def run(self) -> None:
         while True:
-            if self._backend.missing_roles() or self._backend.is_ready():
+            if self._backend.missing_roles() or self._backend.slow_pair() or self._backend.is_ready():
                 await asyncio.sleep(POLL_S)
             elif not await self._probe():
                 await asyncio.sleep(RETRY_S)

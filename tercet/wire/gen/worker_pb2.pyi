@@ -20,12 +20,34 @@ LEG_PREFILL: Leg
 LEG_DECODE: Leg
 
 class Command(_message.Message):
-    __slots__ = ("start", "abort")
+    __slots__ = ("start", "abort", "meet")
     START_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    MEET_FIELD_NUMBER: _ClassVar[int]
     start: Start
     abort: Abort
-    def __init__(self, start: _Optional[_Union[Start, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    meet: Meet
+    def __init__(self, start: _Optional[_Union[Start, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., meet: _Optional[_Union[Meet, _Mapping]] = ...) -> None: ...
+
+class Meet(_message.Message):
+    __slots__ = ("endpoints",)
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    endpoints: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, endpoints: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Pair(_message.Message):
+    __slots__ = ("worker_id", "transport", "bandwidth", "latency_s", "fault")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    transport: str
+    bandwidth: float
+    latency_s: float
+    fault: str
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., bandwidth: _Optional[float] = ..., latency_s: _Optional[float] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class TicketId(_message.Message):
     __slots__ = ("request_id", "attempt", "epoch")
@@ -62,7 +84,7 @@ class Abort(_message.Message):
     def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_owned", "blocks_leased", "blocks_in_flight", "blocks_quarantined", "preemptions", "transfer_dropped", "transfer_refused")
+    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_owned", "blocks_leased", "blocks_in_flight", "blocks_quarantined", "preemptions", "transfer_dropped", "transfer_refused", "transfer_corrupt", "pairs")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +96,8 @@ class Load(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_DROPPED_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     blocks_total: int
@@ -85,7 +109,9 @@ class Load(_message.Message):
     preemptions: int
     transfer_dropped: int
     transfer_refused: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., preemptions: _Optional[int] = ..., transfer_dropped: _Optional[int] = ..., transfer_refused: _Optional[int] = ...) -> None: ...
+    transfer_corrupt: int
+    pairs: _containers.RepeatedCompositeFieldContainer[Pair]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., preemptions: _Optional[int] = ..., transfer_dropped: _Optional[int] = ..., transfer_refused: _Optional[int] = ..., transfer_corrupt: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "logprob", "top_logprobs", "finish_reason")
