@@ -8,25 +8,21 @@ XXH3 is no cryptographic hash: it finds corruption, not forgery; who may write a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from tercet.transfer.pack import Bytes
+from tercet.transfer.pack import Memory
 
 Digests = NDArray[np.uint64]
 
 
-def digests_of(packed: Bytes, layer: int, first_head: int, first_unit: int) -> Digests:
-    """Digests of a packed buffer (transfer/pack.py), shape [units, heads]."""
-    units, heads = packed.shape[:2]
-    flat, size = packed.reshape(-1).data, packed.nbytes // (units * heads)
-    digest = xxhash.xxh3_64_intdigest
-    found = [
-        digest(
-            flat[n * size : (n + 1) * size],
-            seed=(layer << 48) ^ ((first_head + n % heads) << 32) ^ (first_unit + n // heads),
-        )
-        for n in range(units * heads)
-    ]
-    return np.array(found, dtype=np.uint64).reshape(units, heads)
+def digests_of(pieces: Sequence[Memory], layers: range, units: range, heads: range) -> Digests:
+    """Digests of the bytes of each (layer, unit, head), as transfer/pack.py gives them: [layers, units, heads]."""
+    axes = [np.arange(axis.start, axis.stop, dtype=np.uint64) for axis in (layers, units, heads)]
+    layer, unit, head = np.ix_(*axes)
+    seeds = (layer << np.uint64(48)) ^ (head << np.uint64(32)) ^ unit
+    found = map(xxhash.xxh3_64_intdigest, pieces, seeds.ravel().tolist())
+    return np.fromiter(found, dtype=np.uint64, count=seeds.size).reshape(seeds.shape)

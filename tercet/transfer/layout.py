@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -49,33 +50,33 @@ class KvLayout:
         if not (0 <= self.tp_rank < self.tp_size and 0 <= self.first_layer <= self.model_layers - self.layers):
             raise PeerMismatch(f"no KV layout: {self}")
 
-    @property
+    @cached_property
     def heads(self) -> range:
         """The model's KV heads that are held here. With fewer heads than ranks, a head has several holders."""
         first = self.tp_rank * self.kv_heads // self.tp_size
         return range(first, max(first + 1, (self.tp_rank + 1) * self.kv_heads // self.tp_size))
 
-    @property
+    @cached_property
     def window(self) -> range:
         """The model's layers that are held here."""
         return range(self.first_layer, self.first_layer + self.layers)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one token of one head of one part."""
         return self.head_dim * ITEMSIZE[self.dtype]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int, int, int]:
         inner = (self.block_size, len(self.heads)) if self.order == "NHD" else (len(self.heads), self.block_size)
         return (self.layers, self.blocks, self.parts, *inner, self.head_dim)
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block of one layer."""
         return self.parts * self.block_size * len(self.heads) * self.row_bytes
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         return self.layers * self.blocks * self.block_bytes
 
@@ -128,18 +129,18 @@ class Pair:
         if not self.layers or not self.heads:
             raise PeerMismatch(f"the source holds no layer or head that the destination needs: {src} and {dst}")
 
-    @property
+    @cached_property
     def unit(self) -> int:
         """Tokens of a unit."""
         return math.gcd(self.src.block_size, self.dst.block_size)
 
-    @property
+    @cached_property
     def layers(self) -> range:
         """Layers that both hold."""
         src, dst = self.src.window, self.dst.window
         return range(max(src.start, dst.start), min(src.stop, dst.stop))
 
-    @property
+    @cached_property
     def heads(self) -> range:
         """Heads that go from this source to this destination: those that both hold, each from one of its holders."""
         src, dst = self.src.heads, self.dst.heads
@@ -155,12 +156,12 @@ class Pair:
         holders = [r for r in range(size) if r * heads // size == head]
         return holders[self.dst.tp_rank % len(holders)]
 
-    @property
+    @cached_property
     def unit_bytes(self) -> int:
         """Bytes of one unit of one layer, as the destination keeps them."""
         return self.dst.parts * self.unit * len(self.heads) * self.dst.row_bytes
 
-    @property
+    @cached_property
     def whole_blocks(self) -> bool:
         """Whether a unit is a block that looks the same on both sides, so that it moves as one run."""
         src, dst = self.src, self.dst
@@ -172,12 +173,12 @@ class Pair:
         )
         return same_form and self.heads == src.heads
 
-    @property
+    @cached_property
     def streamed(self) -> Pair:
         """The pair as the receiving end of a stream sees it: the source has one block for each of the units."""
         return replace(self, src=replace(self.src, block_size=self.unit, blocks=self.dst.blocks * self.dst.block_size))
 
-    @property
+    @cached_property
     def converts(self) -> bool:
         return (self.src.dtype, self.src.scale) != (self.dst.dtype, self.dst.scale)
 
@@ -187,8 +188,7 @@ def plan(pair: Pair, layers: range, src: Units, dst: Units) -> list[Run]:
     destination lies; what is adjacent on both sides is one run."""
     assert src.count == dst.count
     assert not pair.converts, "bytes of another dtype cannot be copied"
-    first = (_blocks if pair.whole_blocks else _steps)(pair, layers.start, src, dst)
-    runs = _merged(first)
+    runs = _blocks(pair, layers.start, src, dst) if pair.whole_blocks else _merged(_steps(pair, layers.start, src, dst))
     if len(layers) == 1:
         return runs
     strides = [side.blocks * side.block_bytes for side in (pair.src, pair.dst)]  # layers lie alike, one behind another
@@ -211,10 +211,15 @@ def _merged(steps: Iterable[Run]) -> list[Run]:
     return runs
 
 
-def _blocks(pair: Pair, layer: int, src: Units, dst: Units) -> Iterator[Run]:
+def _blocks(pair: Pair, layer: int, src: Units, dst: Units) -> list[Run]:
     size, from_, to = pair.src.block_bytes, pair.src.offset(layer, 0), pair.dst.offset(layer, 0)
-    sources, targets = src.blocks[src.skip : src.skip + src.count], dst.blocks[dst.skip : dst.skip + dst.count]
-    return (Run(from_ + a * size, to + b * size, size) for a, b in zip(sources, targets, strict=True))
+    sources = np.array(src.blocks[src.skip : src.skip + src.count], dtype=np.int64)
+    targets = np.array(dst.blocks[dst.skip : dst.skip + dst.count], dtype=np.int64)
+    breaks = (np.diff(sources) != 1) | (np.diff(targets) != 1)
+    first = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    lengths = np.diff(np.append(first, src.count)) * size
+    columns = (from_ + sources[first] * size, to + targets[first] * size, lengths)
+    return list(map(Run, *(column.tolist() for column in columns)))
 
 
 def _steps(pair: Pair, layer: int, src: Units, dst: Units) -> Iterator[Run]:

@@ -1,11 +1,14 @@
 """Units of KV between a cache and one contiguous buffer, by numpy; and the declared, lossy change of dtype.
 
-Packed shape: [units, heads, parts, unit tokens, row bytes], whatever the cache's order, block size or tensor-parallel
-degree. So a packed buffer is what a *contiguous send* moves (P/D-Serve, section 3.5: pages are gathered into one
-buffer, sent once and scattered at the receiver), and what a digest is taken of (digest.py).
+Packed shape: [layers, units, heads, parts, unit tokens, row bytes], whatever the cache's order, block size or
+tensor-parallel degree. So a packed buffer is what a *contiguous send* moves (P/D-Serve, section 3.5: pages are gathered
+into one buffer, sent once and scattered at the receiver), and what a digest is taken of (digest.py).
 """
 
 from __future__ import annotations
+
+import math
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,42 +18,87 @@ from tercet.transfer.layout import KvLayout, Pair, Units
 Bytes = NDArray[np.uint8]
 Memory = memoryview
 
-# A layer's cache with a unit axis -> [blocks, units of a block, heads, parts, unit tokens]. An element is a whole row:
+# A cache with a unit axis -> [layers, blocks, units of a block, heads, parts, unit tokens]. An element is a whole row:
 # numpy then copies it by one memcpy, ten times as fast as byte by byte.
-_AXES = {"NHD": (0, 2, 4, 1, 3), "HND": (0, 3, 2, 1, 4)}
+_AXES = {"NHD": (0, 1, 3, 5, 2, 4), "HND": (0, 1, 4, 3, 2, 5)}
 
 
-def packed_shape(pair: Pair, count: int) -> tuple[int, int, int, int, int]:
-    """Of `count` units of one layer, in the destination's dtype."""
-    return (count, len(pair.heads), pair.dst.parts, pair.unit, pair.dst.row_bytes)
+class Scratch:
+    """A buffer that grows and is used again: fresh memory would cost a page fault every 4 KiB. For one thread."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, dtype=np.uint8)
+
+    def take(self, shape: tuple[int, ...]) -> Bytes:
+        """An array whose content nobody needs, until the next `take`."""
+        num_bytes = math.prod(shape)
+        if self._buffer.size < num_bytes:
+            self._buffer = np.empty(num_bytes, dtype=np.uint8)
+        return self._buffer[:num_bytes].reshape(shape)
 
 
-def gather(
-    layout: KvLayout, memory: Memory, layer: int, units: Units, unit: int, heads: range, out: Bytes | None = None
-) -> Bytes:
-    """Copy `heads` of the units out of a cache, into `out` if it is given."""
-    cells = _cells(layout, memory, layer, unit, heads)
-    if out is None:
-        out = np.empty((units.count, *cells.shape[2:], layout.row_bytes), dtype=np.uint8)
-    rows = _rows(out, layout)
-    for number, place in enumerate(_places(layout, units, unit)):
-        rows[number] = cells[place]
-    return out
+class Cells:
+    """Some units, of some layers and heads, in one cache."""
+
+    def __init__(
+        self, layout: KvLayout, memory: Memory, layers: range, units: Units, unit: int, heads: range | None = None
+    ) -> None:
+        """unit: its tokens. heads: those of the model, all that the cache holds by default."""
+        held, heads = layout.heads, heads or layout.heads
+        per_block, start = layout.block_size // unit, layout.offset(layers.start, 0)
+        inner = (per_block, unit, len(held)) if layout.order == "NHD" else (len(held), per_block, unit)
+        shape = (len(layers), layout.blocks, layout.parts, *inner)
+        flat = np.frombuffer(memory, dtype=f"V{layout.row_bytes}", count=math.prod(shape), offset=start)
+        rows = flat.reshape(shape).transpose(_AXES[layout.order])
+        self._memory, self._start, self._layout, self._units, self._per_block = memory, start, layout, units, per_block
+        self._first_head = heads.start - held.start
+        self._rows: NDArray[np.void] = rows[:, :, :, self._first_head : heads.stop - held.start]
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        layers, _, _, *inner = self._rows.shape
+        return (layers, self._units.count, *inner, self._layout.row_bytes)
+
+    def gather(self, out: Bytes) -> Bytes:
+        """Copy the units into `out`, of the packed shape."""
+        rows = _rows(out)
+        for number, (block, sub) in enumerate(self._places):
+            rows[:, number] = self._rows[:, block, sub]
+        return out
+
+    def scatter(self, packed: Bytes) -> None:
+        """Fill the units from a packed buffer."""
+        rows = _rows(packed)
+        for number, (block, sub) in enumerate(self._places):
+            self._rows[:, block, sub] = rows[:, number]
+
+    def zero(self) -> None:
+        """Overwrite units that no token will be written to: nothing of a block's earlier owner may be read from it."""
+        for block, sub in self._places:
+            self._rows[:, block, sub] = np.zeros((), dtype=self._rows.dtype)
+
+    def pieces(self) -> list[Memory] | None:
+        """The bytes of each (layer, unit, head) where they lie, if they lie as in a packed buffer; else None."""
+        if not self._rows[0, 0, 0].flags.c_contiguous:
+            return None
+        layers, _, _, heads, *inner = self._rows.shape
+        blocks, subs = self._units.places(self._per_block)
+        per_layer, per_block, per_sub, per_head = self._rows.strides[:4]
+        layer, unit = np.ix_(np.arange(layers) * per_layer, blocks * per_block + subs * per_sub + self._start)
+        starts = (layer + unit)[..., None] + (np.arange(heads) + self._first_head) * per_head
+        size = math.prod(inner) * self._layout.row_bytes
+        return [self._memory[at : at + size] for at in starts.ravel().tolist()]
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        blocks, subs = self._units.places(self._per_block)
+        return list(zip(blocks.tolist(), subs.tolist(), strict=True))
 
 
-def scatter(layout: KvLayout, memory: Memory, layer: int, units: Units, unit: int, heads: range, packed: Bytes) -> None:
-    """Copy a packed buffer into a cache."""
-    cells = _cells(layout, memory, layer, unit, heads)
-    rows = _rows(packed, layout)
-    for number, place in enumerate(_places(layout, units, unit)):
-        cells[place] = rows[number]
-
-
-def zero(layout: KvLayout, memory: Memory, layer: int, units: Units, unit: int) -> None:
-    """Overwrite units that no token will be written to: nothing of an earlier owner of a block may be read from it."""
-    cells = _cells(layout, memory, layer, unit, layout.heads)
-    for place in _places(layout, units, unit):
-        cells[place] = np.zeros((), dtype=cells.dtype)
+def pieces_of(packed: Bytes) -> list[Memory]:
+    """The bytes of each (layer, unit, head) of a packed buffer."""
+    flat, size = packed.reshape(-1).data, math.prod(packed.shape[3:])
+    return [flat[at : at + size] for at in range(0, packed.nbytes, size)]
 
 
 def convert(pair: Pair, packed: Bytes) -> Bytes:
@@ -66,22 +114,6 @@ def convert(pair: Pair, packed: Bytes) -> Bytes:
     return values.to(dst).view(torch.uint8).numpy()
 
 
-def _cells(layout: KvLayout, memory: Memory, layer: int, unit: int, heads: range) -> NDArray[np.void]:
-    """One layer's share of `heads`, seen as [blocks, units of a block, heads, parts, unit tokens] of rows."""
-    per_block, held = layout.block_size // unit, len(layout.heads)
-    start = layout.offset(layer, 0)
-    rows = layout.blocks * layout.block_bytes // layout.row_bytes
-    flat = np.frombuffer(memory, dtype=f"V{layout.row_bytes}", count=rows, offset=start)
-    inner = (per_block, unit, held) if layout.order == "NHD" else (held, per_block, unit)
-    cells = flat.reshape(layout.blocks, layout.parts, *inner).transpose(_AXES[layout.order])
-    return cells[:, :, heads.start - layout.heads.start : heads.stop - layout.heads.start]
-
-
-def _rows(packed: Bytes, layout: KvLayout) -> NDArray[np.void]:
-    """A packed buffer seen as rows: [units, heads, parts, unit tokens]."""
-    return packed.view(f"V{layout.row_bytes}")[..., 0]
-
-
-def _places(layout: KvLayout, units: Units, unit: int) -> list[tuple[int, int]]:
-    blocks, subs = units.places(layout.block_size // unit)
-    return list(zip(blocks.tolist(), subs.tolist(), strict=True))
+def _rows(packed: Bytes) -> NDArray[np.void]:
+    """A packed buffer seen as rows: [layers, units, heads, parts, unit tokens]."""
+    return packed.view(f"V{packed.shape[-1]}")[..., 0]

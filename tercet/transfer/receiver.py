@@ -41,6 +41,7 @@ class _Link:
 
     channel: Channel
     inlet: Inlet
+    lander: Lander
     thread: threading.Thread
 
 
@@ -79,7 +80,6 @@ class KvReceiver:
         self._transports = {t.name: t for t in transports}
         self._on_event = on_event
         self._inbound = Inbound(epoch, config.lease_s)
-        self._lander = Lander(region, config.integrity)
         self._lock = threading.Lock()
         self._peers: dict[str, _Peer] = {}  # pair id -> peer, until nothing of it can land any more
         self._listeners: list[socket.socket] = []
@@ -283,7 +283,7 @@ class KvReceiver:
         if not transport.one_host:
             tune_tcp(channel.sock)
         inlet = transport.inlet(Ask(channel, self._region, self._config.lease_s, hello.blob))
-        link = _Link(channel, inlet, threading.current_thread())
+        link = _Link(channel, inlet, Lander(self._region, self._config.integrity), threading.current_thread())
         with self._lock:
             joined = not peer.over
             if joined:
@@ -328,7 +328,7 @@ class KvReceiver:
             return
         good: NDArray[np.bool_] | None = None
         try:
-            good = self._lander.land(peer.terms, link.inlet, link.channel, data, payload, landing)
+            good = link.lander.land(peer.terms, link.inlet, link.channel, data, payload, landing)
         finally:
             with self._lock:
                 self._run(self._inbound.end_landing(data, good, time.monotonic()))

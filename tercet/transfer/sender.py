@@ -49,7 +49,7 @@ class KvSender:
         self._config = config
         self._on_event = on_event
         self._outbound = Outbound(config.lease_s)
-        self._loader = Loader(region, config.integrity)
+        self._region = region
         self._lock = threading.Lock()
         self._dialer = Dialer(config, region, transports, self._lock)
         self._dialing: dict[str, threading.Lock] = {}  # endpoint -> one handshake however many ask
@@ -178,9 +178,10 @@ class KvSender:
 
     def _write_loop(self, peer: Peer, channel: Channel, outlet: Outlet) -> None:
         """One data link: the most urgent write, again and again."""
+        loader = Loader(self._region, self._config.integrity)
         while (write := self._next(peer)) is not None:
             try:
-                outlet.write(channel, self._loader.parcel(peer.transport, peer.pair, write))
+                outlet.write(channel, loader.parcel(peer.transport, peer.pair, write))
             except (PeerDown, ProtocolViolation):
                 peer.shutdown()
             finally:

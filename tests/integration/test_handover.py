@@ -11,6 +11,7 @@ import pytest
 from tercet.core import FinishReason, Role
 from tercet.errors import DeadlineExceeded, PeerDown, WorkerLost
 from tercet.spec import KvSpec
+from tercet.transfer.loader import Loader
 from tests.helpers import cluster, request_of, spec_of
 
 rng = random.Random(1)
@@ -155,21 +156,20 @@ async def test_logprobs_are_the_same_from_prefill_and_decode():
 
 
 @pytest.mark.parametrize("transport", ["tcp", "torch"])  # shm has no link that breaks while its writer lives
-async def test_a_transfer_that_dies_half_way_resumes_behind_the_last_whole_block(transport):
+async def test_a_transfer_that_dies_half_way_resumes_behind_the_last_whole_block(transport, monkeypatch):
     """The link breaks in the prompt's third chunk; what had landed before is not sent again."""
     prompt = [rng.randrange(100, 40000) for _ in range(112)]
     spec = spec_of("pd", transfer__transport=transport, scheduler__token_budget=32)
     async with cluster(spec) as made:
-        loader = made.workers["prefill-0"]._sender._loader
-        real, broken = loader.parcel, []
+        real, broken = Loader.parcel, []
 
-        def parcel(way, pair, write):
+        def parcel(self, way, pair, write):
             if write.index >= 4 and write.layer > 10 and not broken:
                 broken.append(write)
                 raise PeerDown("the link broke")
-            return real(way, pair, write)
+            return real(self, way, pair, write)
 
-        loader.parcel = parcel
+        monkeypatch.setattr(Loader, "parcel", parcel)
         events, done = await made.generate(prompt, max_tokens=4, ignore_eos=True)
         assert (len(broken), done.attempts) == (1, 2)
         block = made.workers["decode-0"].engine._runner.kv_cache[0, 0].nbytes * 30

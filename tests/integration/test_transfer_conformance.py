@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,8 +22,9 @@ from tercet.errors import LeaseExpired, PeerDown, PeerMismatch, TercetError
 from tercet.transfer import inbound, messages, outbound
 from tercet.transfer.channel import Mailbox
 from tercet.transfer.layout import Units
+from tercet.transfer.loader import Loader
 from tercet.transfer.messages import Data, Heartbeat, Hello, Ticket, Welcome, encode
-from tercet.transfer.pack import gather
+from tercet.transfer.pack import Cells, pieces_of
 from tercet.transfer.receiver import KvReceiver
 from tercet.transfer.sender import KvSender
 from tercet.transfer.transport import Endpoint, Transport
@@ -171,6 +173,12 @@ def test_a_link_that_corrupts_everything_fails_by_name(name):
         made.stop()
 
 
+def packed(layout, region, units, heads):
+    """The bytes of each (layer, unit of 8 tokens, head)."""
+    cells = Cells(layout, region.view, layout.window, units, 8, heads)
+    return pieces_of(cells.gather(np.empty(cells.packed_shape, dtype=np.uint8)))
+
+
 @each_transport
 @pytest.mark.parametrize(
     "changes",
@@ -190,12 +198,10 @@ def test_layouts_may_differ(name, changes):
         made.push_all(ticket_of(), [6, 1, 3])
         made.next(inbound.Committed)
         made.next(inbound.Complete)
-        for layer in there.window:
-            sent = gather(LAYOUT, made.source.view, layer, Units([6, 1, 3], 0, 5), 8, there.heads)
-            stands = gather(there, made.region.view, layer, Units(blocks, 0, 5), 8, there.heads)
-            assert (sent == stands).all()
-            if there.block_size == 32:
-                assert not gather(there, made.region.view, layer, Units([1], 3, 1), 8, there.heads).any()
+        sent = packed(LAYOUT, made.source, Units([6, 1, 3], 0, 5), there.heads)
+        assert sent == packed(there, made.region, Units(blocks, 0, 5), there.heads)
+        if there.block_size == 32:
+            assert not any(map(any, packed(there, made.region, Units([1], 3, 1), there.heads)))
     finally:
         made.stop()
 
@@ -451,12 +457,12 @@ def test_auto_takes_what_was_measured_to_be_faster(monkeypatch, caplog):
         made.stop()
 
 
-def test_urgent_requests_are_written_first():
+def test_urgent_requests_are_written_first(monkeypatch):
     """With one link that is busy, what was pushed last but is due first goes out first."""
     made = Pair("tcp")
     order: list[str] = []
-    real = made.sender._loader.parcel
-    made.sender._loader.parcel = lambda *args: (order.append(args[2].ticket.request_id), real(*args))[1]
+    real = Loader.parcel
+    monkeypatch.setattr(Loader, "parcel", lambda *args: (order.append(args[3].ticket.request_id), real(*args))[1])
     try:
         tickets = [ticket_of(n) for n in range(3)]
         for number, (ticket, due) in enumerate(zip(tickets, (30, 20, 10), strict=True)):

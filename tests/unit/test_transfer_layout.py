@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tercet.errors import PeerMismatch
 from tercet.transfer.digest import digests_of
 from tercet.transfer.layout import ITEMSIZE, KvLayout, Pair, Units, plan
-from tercet.transfer.pack import convert, gather, scatter, zero
+from tercet.transfer.pack import Cells, convert, pieces_of
 
 DEGREES = (1, 2, 3, 4, 8)
 SIZES = (8, 16, 32, 64, 128, 256)
@@ -42,6 +42,10 @@ def oracle(side: KvLayout, units: Units, unit: int, layer: int, part: int, head:
     return slice(row, row + side.row_bytes)
 
 
+def gathered(cells: Cells) -> np.ndarray:
+    return cells.gather(np.empty(cells.packed_shape, dtype=np.uint8))
+
+
 def check(src: KvLayout, dst: KvLayout, count: int, skip: int, seed: int = 0) -> None:
     """Both ways of moving give the oracle's bytes at the oracle's places, and touch nothing else."""
     pair, rng = Pair(src, dst), np.random.default_rng(seed)
@@ -50,14 +54,21 @@ def check(src: KvLayout, dst: KvLayout, count: int, skip: int, seed: int = 0) ->
     expected, by_runs, by_pack = before.copy(), before.copy(), before.copy()
     ours, theirs = (units_for(side, pair.unit, count, skip, rng) for side in (src, dst))
     for layer in pair.layers:
+        one = range(layer, layer + 1)
         for part, head, token in itertools.product(range(src.parts), pair.heads, range(count * pair.unit)):
             where = (pair.unit, layer, part, head, token)
             expected[oracle(dst, theirs, *where)] = source[oracle(src, ours, *where)]
-        for run in plan(pair, range(layer, layer + 1), ours, theirs):
+        for run in plan(pair, one, ours, theirs):
             by_runs[run.dst : run.dst + run.length] = source[run.src : run.src + run.length]
-        packed = gather(src, source, layer, ours, pair.unit, pair.heads)
-        assert packed.nbytes == count * pair.unit_bytes
-        scatter(dst, by_pack, layer, theirs, pair.unit, pair.heads, packed)
+    cells, there = (
+        Cells(side, memory.data, pair.layers, units, pair.unit, pair.heads)
+        for side, memory, units in ((src, source, ours), (dst, by_pack, theirs))
+    )
+    packed = gathered(cells)
+    assert packed.nbytes == len(pair.layers) * count * pair.unit_bytes
+    there.scatter(packed)
+    for place in (cells, there):
+        assert place.pieces() in (None, pieces_of(packed))
     assert np.array_equal(by_runs, expected)
     assert np.array_equal(by_pack, expected)
 
@@ -127,30 +138,54 @@ def test_neighbouring_blocks_move_as_one_run():
 
 
 def test_the_digest_knows_neither_degree_nor_order_nor_place():
-    whole, rng = layout(), np.random.default_rng(3)
+    whole, rng, layers = layout(layers=3), np.random.default_rng(3), range(1, 3)
     memory = rng.integers(0, 256, whole.total_bytes, dtype=np.uint8)
     units = Units([3, 1], 0, 2)
-    reference = digests_of(gather(whole, memory, 1, units, 16, range(4)), 1, 0, 7)
-    assert reference.shape == (2, 4)
+    every = pieces_of(gathered(Cells(whole, memory.data, layers, units, 16)))
+    reference = digests_of(every, layers, range(7, 9), range(4))
+    assert reference.shape == (2, 2, 4)
     for order, rank in itertools.product(("NHD", "HND"), range(2)):
-        part = layout(tp_size=2, tp_rank=rank, order=order, blocks=3)
+        part = layout(layers=3, tp_size=2, tp_rank=rank, order=order, blocks=3)
         pair, share = Pair(whole, part), np.zeros(part.total_bytes, dtype=np.uint8)
-        packed = gather(whole, memory, 1, units, 16, pair.heads)
-        scatter(part, share, 1, Units([0, 2], 0, 2), 16, pair.heads, packed)
-        there = gather(part, share, 1, Units([0, 2], 0, 2), 16, pair.heads)
-        assert np.array_equal(digests_of(there, 1, pair.heads.start, 7), reference[:, 2 * rank : 2 * rank + 2])
+        there = Cells(part, share.data, layers, Units([0, 2], 0, 2), 16, pair.heads)
+        there.scatter(gathered(Cells(whole, memory.data, layers, units, 16, pair.heads)))
+        found = digests_of(pieces_of(gathered(there)), layers, range(7, 9), pair.heads)
+        assert np.array_equal(found, reference[..., 2 * rank : 2 * rank + 2])
 
 
-@given(bit=st.integers(0, 2 * 4 * 16 * 2 * 4 * 16 - 1))
+@pytest.mark.parametrize(
+    ("changes", "in_place"),
+    [
+        ({}, False),
+        ({"kv_heads": 1}, True),
+        ({"tp_size": 4, "tp_rank": 2}, True),
+        ({"kv_heads": 1, "parts": 1, "block_size": 32}, True),
+        ({"order": "HND"}, False),
+        ({"order": "HND", "parts": 1}, True),
+    ],
+)
+def test_what_lies_as_packed_is_digested_where_it_lies(changes, in_place):
+    side = layout(layers=3, **changes)
+    memory = np.random.default_rng(0).integers(0, 256, side.total_bytes, dtype=np.uint8)
+    cells = Cells(side, memory.data, range(1, 3), Units([3, 1], 0, 2), 16)
+    assert (cells.pieces() is not None) == in_place
+    assert cells.pieces() in (None, pieces_of(gathered(cells)))
+
+
+BITS = np.zeros((2, 2, 4, 2, 4, 4), dtype=np.uint8)
+
+
+@given(bit=st.integers(0, 8 * BITS.size - 1))
 def test_any_flipped_bit_changes_exactly_one_digest(bit):
-    packed = np.zeros((2, 4, 2, 16, 8), dtype=np.uint8)
-    before = digests_of(packed, 0, 0, 0)
-    packed.reshape(-1)[bit // 8 % packed.size] ^= 1 << bit % 8
-    assert (digests_of(packed, 0, 0, 0) != before).sum() == 1
+    axes = (range(2), range(2), range(4))
+    packed = BITS.copy()
+    before = digests_of(pieces_of(packed), *axes)
+    packed.reshape(-1)[bit // 8] ^= 1 << bit % 8
+    assert (digests_of(pieces_of(packed), *axes) != before).sum() == 1
 
 
 def test_equal_bytes_at_another_place_have_another_digest():
-    same = digests_of(np.zeros((3, 2, 2, 16, 8), dtype=np.uint8), 0, 0, 0)
+    same = digests_of(pieces_of(BITS), range(2), range(2), range(4))
     assert len(np.unique(same)) == same.size
 
 
@@ -172,7 +207,7 @@ def test_conversion_is_declared_and_close(dtype, scale, error):
 def test_zero_clears_only_its_units():
     side = layout(block_size=32)
     memory = np.ones(side.total_bytes, dtype=np.uint8)
-    zero(side, memory, 1, Units([4], 1, 1), 16)
+    Cells(side, memory.data, range(1, 2), Units([4], 1, 1), 16).zero()
     cells = memory.reshape(2, 6, 2, 32, -1)
     assert cells[1, 4, :, 16:].sum() == 0
     assert cells.sum() == memory.size - cells[1, 4, :, 16:].size
