@@ -2,8 +2,8 @@
 
     python -m benchmarks.transfer_tail --rounds 7 --result tail.json
 
-Two network namespaces, a veth pair between them, `tc tbf` on the way from the prefill side (needs root). A request of 30
-layers is pushed layer by layer, one every `--compute` of a layer's transfer time, as a model would compute them. The
+Two network namespaces, a veth pair between them, `tc tbf` on the way from the prefill side (needs root). A request of
+30 layers is pushed layer by layer, one every `--compute` of a layer's transfer time, as a model would compute them. The
 tail is the time from the last push until `Released`. It is given in transfer times of a layer: the median time in which
 a plain socket takes one layer across the same link and gets a byte back. Beside it: the same request pushed at once.
 """

@@ -163,8 +163,8 @@ class _Halting(Outlet):
     def write(self, channel: Any, parcel: Parcel) -> None:
         if hasattr(parcel.message, "ticket") and not self._on.is_set():
             memory = getattr(self._real, "_memory", None)
-            for run in parcel.runs[: len(parcel.runs) // 2] if memory is not None else ():
-                memory[run.dst : run.dst + run.length] = parcel.source[run.src : run.src + run.length]
+            for src, dst, size in parcel.runs[: len(parcel.runs) // 2] if memory is not None else ():
+                memory[dst : dst + size] = parcel.source[src : src + size]
             print(json.dumps(["half"]), flush=True)
             self._on.wait()
         self._real.write(channel, parcel)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from tercet.errors import PeerDown, ProtocolViolation
 from tercet.transfer.messages import HEADER, MAX_BODY, Data, Message, Probe, decode_body, decode_header, encode
+from tercet.transfer.wires import BUFFER
 
 IOV_MAX = 1024  # buffers of one vectored call, Linux limit
-IOV_RECEIVE = 128  # of one that takes in what has come: seldom more than a megabyte
 OUTBOX = 8192  # frames that a peer may leave unread; more, and it is treated as gone
 
 
@@ -88,9 +88,10 @@ class Channel:
     def receive_into(self, views: Sequence[memoryview]) -> None:
         """Fill the views from the stream, in order."""
         rest, first = [view for view in views if len(view)], 0
+        most = min(IOV_MAX, len(rest) * BUFFER // max(1, sum(map(len, rest))) + 1)  # what one call can fill
         try:
             while first < len(rest):
-                batch = rest[first : first + IOV_RECEIVE]
+                batch = rest[first : first + most]
                 count = self.sock.recvmsg_into(batch)[0] if len(batch) > 1 else self.sock.recv_into(batch[0])
                 if count == 0:
                     raise PeerDown("the peer closed the transfer connection")

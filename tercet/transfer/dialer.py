@@ -13,7 +13,7 @@ from dataclasses import astuple
 from tercet.core import PairState
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
 from tercet.transfer.channel import Channel, Mailbox
-from tercet.transfer.layout import Pair, Run
+from tercet.transfer.layout import Pair
 from tercet.transfer.messages import VERSION, Hello, Probe, ProbeAck
 from tercet.transfer.region import SCRATCH, Region
 from tercet.transfer.transport import (
@@ -180,7 +180,7 @@ class Dialer:
         return PairState(peer.worker_id, peer.transport.name, sum(rates), latency)
 
     def _probe(self, peer: Peer, channel: Channel, outlet: Outlet, num_bytes: int) -> float:
-        run = Run(self._region.layout.total_bytes, peer.pair.dst.total_bytes, num_bytes)
+        run = (self._region.layout.total_bytes, peer.pair.dst.total_bytes, num_bytes)
         began = time.perf_counter()
         outlet.write(channel, Parcel(Probe(num_bytes), self._region.memory, [run]))
         answer, _ = channel.receive()

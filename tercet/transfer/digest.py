@@ -8,21 +8,34 @@ XXH3 is no cryptographic hash: it finds corruption, not forgery; who may write a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from tercet.transfer.pack import Memory
+from tercet.transfer.pack import Cells, Memory, Scratch, pieces_of
 
 Digests = NDArray[np.uint64]
+AT_ONCE = 256 << 10  # bytes that are gathered for their digests: they stay in a core's cache
 
 
-def digests_of(pieces: Sequence[Memory], layers: range, units: range, heads: range) -> Digests:
+def digests_of(pieces: Iterable[Memory], layers: range, units: range, heads: range) -> Digests:
     """Digests of the bytes of each (layer, unit, head), as transfer/pack.py gives them: [layers, units, heads]."""
     axes = [np.arange(axis.start, axis.stop, dtype=np.uint64) for axis in (layers, units, heads)]
     layer, unit, head = np.ix_(*axes)
     seeds = (layer << np.uint64(48)) ^ (head << np.uint64(32)) ^ unit
     found = map(xxhash.xxh3_64_intdigest, pieces, seeds.ravel().tolist())
     return np.fromiter(found, dtype=np.uint64, count=seeds.size).reshape(seeds.shape)
+
+
+def digests_in_place(cells: Cells, scratch: Scratch, layers: range, units: range, heads: range) -> Digests:
+    """Likewise, of units that lie in a cache."""
+    if cells.contiguous:
+        return digests_of(cells.pieces(), layers, units, heads)
+    step = max(1, AT_ONCE // cells.packed(scratch, 1).nbytes)
+    found = [
+        digests_of(pieces_of(cells.gather(scratch, first, step)), layers, units[first : first + step], heads)
+        for first in range(0, len(units), step)
+    ]
+    return np.concatenate(found, axis=1)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tercet.errors import ProtocolViolation
 from tercet.transfer.arrivals import Landing
 from tercet.transfer.channel import Channel
-from tercet.transfer.digest import digests_of
+from tercet.transfer.digest import digests_in_place, digests_of
 from tercet.transfer.inbound import Terms
 from tercet.transfer.layout import Pair, Units, plan
 from tercet.transfer.messages import Data
@@ -34,7 +34,7 @@ class Lander:
         pair, layers = terms.pair, range(data.layer, data.layer + data.layers)
         cells = Cells(pair.dst, self._memory, layers, landing.units, pair.unit, pair.heads)
         # What a one-sided writer has placed in our memory is looked at where it lies.
-        packed = self._scratch.take(cells.packed_shape) if data.packed and not terms.one_sided else None
+        packed = cells.packed(self._scratch) if data.packed and not terms.one_sided else None
         if packed is not None:
             inlet.land(channel, payload, [packed.reshape(-1).data])
         else:
@@ -51,7 +51,7 @@ class Lander:
         if pair.converts:
             raise ProtocolViolation("bytes of another dtype must come packed")
         source = Units(range(units.count), 0, units.count)
-        return [self._memory[run.dst : run.dst + run.length] for run in plan(pair.streamed, layers, source, units)]
+        return [self._memory[at : at + size] for _, at, size in plan(pair.streamed, layers, source, units)]
 
     def _verified(self, pair: Pair, data: Data, cells: Cells, packed: Bytes | None) -> NDArray[np.bool_]:
         layers, units = range(data.layer, data.layer + data.layers), range(data.index, data.index + data.count)
@@ -61,9 +61,9 @@ class Lander:
         expected = np.frombuffer(data.digests, dtype=np.uint8)
         if expected.size != 8 * np.prod(shape):
             raise ProtocolViolation(f"DATA carries {expected.size} bytes of digests, not {8 * np.prod(shape)}")
-        pieces = cells.pieces() if packed is None else pieces_of(packed)
-        if pieces is None:
-            pieces = pieces_of(cells.gather(self._scratch.take(cells.packed_shape)))
-        found = digests_of(pieces, layers, units, pair.heads)
+        if packed is not None:
+            found = digests_of(pieces_of(packed), layers, units, pair.heads)
+        else:
+            found = digests_in_place(cells, self._scratch, layers, units, pair.heads)
         matches: NDArray[np.bool_] = (found == expected.view("<u8").reshape(shape)).all(axis=-1)
         return matches

@@ -13,12 +13,12 @@ on both sides. Unit n of a prompt is its tokens n * unit ... (n + 1) * unit - 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tercet.errors import PeerMismatch
 
@@ -72,13 +72,22 @@ class KvLayout:
         return (self.layers, self.blocks, self.parts, *inner, self.head_dim)
 
     @cached_property
+    def token_bytes(self) -> int:
+        """From a row to that of the next token."""
+        return self.row_bytes * (len(self.heads) if self.order == "NHD" else 1)
+
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block of one layer."""
         return self.parts * self.block_size * len(self.heads) * self.row_bytes
 
     @cached_property
+    def layer_bytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+    @cached_property
     def total_bytes(self) -> int:
-        return self.layers * self.blocks * self.block_bytes
+        return self.layers * self.layer_bytes
 
     def offset(self, layer: int, block: int, part: int = 0, head: int = 0, token: int = 0) -> int:
         """Byte at which a row begins; `layer` and `head` count those of the model. A block begins at its first row."""
@@ -88,12 +97,7 @@ class KvLayout:
         return start + (part * self.block_size * heads + row) * self.row_bytes
 
 
-class Run(NamedTuple):
-    """`length` bytes from offset `src` of the source cache to offset `dst` of the destination cache."""
-
-    src: int
-    dst: int
-    length: int
+Run = tuple[int, int, int]  # offset in the source cache, offset in the destination cache, bytes
 
 
 @dataclass(frozen=True)
@@ -162,16 +166,24 @@ class Pair:
         return self.dst.parts * self.unit * len(self.heads) * self.dst.row_bytes
 
     @cached_property
-    def whole_blocks(self) -> bool:
-        """Whether a unit is a block that looks the same on both sides, so that it moves as one run."""
-        src, dst = self.src, self.dst
-        same_form = (src.block_size, src.order, src.heads, src.dtype) == (
-            dst.block_size,
-            dst.order,
-            dst.heads,
-            dst.dtype,
-        )
-        return same_form and self.heads == src.heads
+    def pattern(self) -> NDArray[np.int64]:
+        """[3, runs]: the runs of one unit, counted from where it begins in either cache, in the destination's order."""
+        a, b, layer = self.src, self.dst, self.layers.start
+        steps = [
+            (
+                a.offset(layer, 0, part, head - a.heads.start, token) - a.offset(layer, 0),
+                b.offset(layer, 0, part, head - b.heads.start, token) - b.offset(layer, 0),
+                a.row_bytes,
+            )
+            for part in range(b.parts)
+            for head, token in _rows(b.order, self.heads, range(self.unit))
+        ]
+        return _merged(np.array(steps, dtype=np.int64).T)
+
+    @cached_property
+    def run_bytes(self) -> float:
+        """How long the runs of a unit are in the mean; those of neighbouring units may be joined."""
+        return self.unit_bytes / int(self.pattern.shape[1])
 
     @cached_property
     def streamed(self) -> Pair:
@@ -184,76 +196,34 @@ class Pair:
 
 
 def plan(pair: Pair, layers: range, src: Units, dst: Units) -> list[Run]:
-    """Runs that move the units `src` of the layers to `dst`, in the order of layers, units, parts, then as the
-    destination lies; what is adjacent on both sides is one run."""
+    """Runs that move the units `src` of the layers to `dst`, in the order of layers, units, then as a unit lies in the
+    destination; what is adjacent on both sides is one run."""
     assert src.count == dst.count
     assert not pair.converts, "bytes of another dtype cannot be copied"
-    runs = _blocks(pair, layers.start, src, dst) if pair.whole_blocks else _merged(_steps(pair, layers.start, src, dst))
-    if len(layers) == 1:
+    sides = (pair.src, src), (pair.dst, dst)
+    begins = np.zeros((3, src.count), dtype=np.int64)
+    for row, (side, units) in enumerate(sides):
+        blocks, subs = units.places(side.block_size // pair.unit)
+        begins[row] = side.offset(layers.start, 0) + blocks * side.block_bytes + subs * (pair.unit * side.token_bytes)
+    runs = _merged((begins[:, :, None] + pair.pattern[:, None, :]).reshape(3, -1))
+    strides = np.array([pair.src.layer_bytes, pair.dst.layer_bytes, 0])  # layers lie alike, one behind another
+    every = runs[:, None, :] + (strides[:, None] * np.arange(len(layers)))[:, :, None]
+    return list(zip(*every.reshape(3, -1).tolist(), strict=True))
+
+
+def _merged(runs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[3, runs], those that are adjacent on both sides joined."""
+    if runs.shape[1] == 1:
         return runs
-    strides = [side.blocks * side.block_bytes for side in (pair.src, pair.dst)]  # layers lie alike, one behind another
-    return [
-        Run(run.src + n * strides[0], run.dst + n * strides[1], run.length) for n in range(len(layers)) for run in runs
-    ]
+    apart = (runs[:2, :-1] + runs[2, :-1] != runs[:2, 1:]).any(axis=0)
+    first = np.concatenate(([0], np.flatnonzero(apart) + 1))
+    merged = runs[:, first]
+    merged[2] = np.add.reduceat(runs[2], first)
+    return merged
 
 
-def _merged(steps: Iterable[Run]) -> list[Run]:
-    runs: list[Run] = []
-    src, dst, length = 0, 0, 0
-    for step in steps:
-        if length and src + length == step.src and dst + length == step.dst:
-            length += step.length
-            continue
-        if length:
-            runs.append(Run(src, dst, length))
-        src, dst, length = step
-    runs.append(Run(src, dst, length))
-    return runs
-
-
-def _blocks(pair: Pair, layer: int, src: Units, dst: Units) -> list[Run]:
-    size, from_, to = pair.src.block_bytes, pair.src.offset(layer, 0), pair.dst.offset(layer, 0)
-    sources = np.array(src.blocks[src.skip : src.skip + src.count], dtype=np.int64)
-    targets = np.array(dst.blocks[dst.skip : dst.skip + dst.count], dtype=np.int64)
-    breaks = (np.diff(sources) != 1) | (np.diff(targets) != 1)
-    first = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-    lengths = np.diff(np.append(first, src.count)) * size
-    columns = (from_ + sources[first] * size, to + targets[first] * size, lengths)
-    return list(map(Run, *(column.tolist() for column in columns)))
-
-
-def _steps(pair: Pair, layer: int, src: Units, dst: Units) -> Iterator[Run]:
-    """The longest stretches that are contiguous in both caches by their form alone."""
-    unit, heads, row = pair.unit, pair.heads, pair.src.row_bytes
-    a, b = pair.src, pair.dst
-    all_heads = heads == a.heads == b.heads
-    for (block_a, sub_a), (block_b, sub_b) in zip(_each(src, a, unit), _each(dst, b, unit), strict=True):
-        for part in range(b.parts):
-            for head, token, length in _stretches(a.order, b.order, heads, unit, all_heads):
-                yield Run(
-                    a.offset(layer, block_a, part, head - a.heads.start, sub_a * unit + token),
-                    b.offset(layer, block_b, part, head - b.heads.start, sub_b * unit + token),
-                    length * row,
-                )
-
-
-def _each(units: Units, layout: KvLayout, unit: int) -> Iterator[tuple[int, int]]:
-    blocks, subs = units.places(layout.block_size // unit)
-    return zip(blocks.tolist(), subs.tolist(), strict=True)
-
-
-def _stretches(
-    src_order: str, dst_order: str, heads: range, unit: int, all_heads: bool
-) -> Iterator[tuple[int, int, int]]:
-    """(head, token, rows) of one unit of one part, in the destination's order."""
-    if src_order == dst_order == "NHD":
-        if all_heads:
-            yield heads.start, 0, unit * len(heads)
-        else:
-            yield from ((heads.start, token, len(heads)) for token in range(unit))
-    elif src_order == dst_order:
-        yield from ((head, 0, unit) for head in heads)
-    elif dst_order == "NHD":
-        yield from ((head, token, 1) for token in range(unit) for head in heads)
-    else:
-        yield from ((head, token, 1) for head in heads for token in range(unit))
+def _rows(order: str, heads: range, tokens: range) -> Iterator[tuple[int, int]]:
+    """(head, token) of every row of a part of a unit, in the order of a cache."""
+    if order == "NHD":
+        return ((head, token) for token in tokens for head in heads)
+    return ((head, token) for head in heads for token in tokens)

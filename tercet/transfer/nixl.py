@@ -193,7 +193,7 @@ def _pump(channel: Channel, timeout_s: float, done: Callable[[], bool]) -> None:
 
 def _descriptors(parcel: Parcel, base: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """-> [runs, (address, length, device)] of the source and of the destination."""
-    runs = np.array([(run.src, run.dst, run.length) for run in parcel.runs], dtype=np.uint64)
+    runs = np.array(parcel.runs, dtype=np.uint64)
     device = np.zeros(len(runs), dtype=np.uint64)
     source, target = runs[:, 0] + np.uint64(_address(parcel.source)), runs[:, 1] + np.uint64(base)
     return np.stack([source, runs[:, 2], device], axis=1), np.stack([target, runs[:, 2], device], axis=1)

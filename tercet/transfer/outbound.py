@@ -39,7 +39,7 @@ from tercet.transfer.messages import (
     Ticket,
 )
 
-MAX_WRITE = 2 << 20  # bytes: a later, more urgent request waits for no more, and it stays in the caches on its way
+MAX_WRITE = 8 << 20  # bytes: a later, more urgent request waits for no more
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,10 @@ Effect = Send | Ready | Cut | Granted | Failed | Released | OpDone
 
 
 class _Pending(NamedTuple):
-    """What is to be written: granted units of one layer."""
+    """What is to be written: granted units, of one layer or of some that follow each other."""
 
     layer: int
+    layers: int
     unit: int  # granted, the first
     units: int
     resend: int = 0
@@ -127,6 +128,11 @@ class _Outbound:
         """Of the source, of the destination."""
         return self.pair.src.block_size // self.pair.unit, self.pair.dst.block_size // self.pair.unit
 
+    @property
+    def most_units(self) -> int:
+        """Of all layers of a write together."""
+        return max(1, MAX_WRITE // self.pair.unit_bytes)
+
 
 class Outbound:
     """All tickets of one prefill worker. Not thread-safe: the mover holds a lock around each call."""
@@ -152,14 +158,14 @@ class Outbound:
         out = self._tickets.get(ticket)
         if out is None or out.over or out.grant is None or layer not in out.pair.layers:
             return []
-        out.blocks.update(enumerate(blocks, first))
+        if first + len(blocks) - 1 not in out.blocks:  # else another layer of the same blocks
+            out.blocks.update(enumerate(blocks, first))
         per_block = out.units_per_block[0]
         start = max(first * per_block, out.grant.first_unit)
         count = min((first + len(blocks)) * per_block, out.num_units) - start
         if count <= 0:
             return []
-        out.pending.append(_Pending(layer, start - out.grant.first_unit, count))
-        return [Ready(out.peer)]
+        return self._add(out, _Pending(layer, 1, start - out.grant.first_unit, count))
 
     def commit(self, commit: Commit, now: float) -> list[Effect]:
         """All was pushed. Bytes and transfer time are filled in when the writes have ended."""
@@ -185,7 +191,7 @@ class Outbound:
             return None
         out = min(waiting, key=lambda out: out.deadline)
         out.writing += 1
-        return self._coalesced(out)
+        return self._write_of(out, self._cut(out))
 
     def end_write(self, write: Write, now: float) -> list[Effect]:
         """A write has ended; whether it went well is the connection's matter."""
@@ -272,25 +278,31 @@ class Outbound:
             return self._give_up(out, TransferError(f"unit {asked.index} was asked for again, but never written"))
         out.resent.add(asked.number)
         self.resent += 1
-        out.pending.appendleft(_Pending(asked.layer, asked.index, 1, asked.number))
+        out.pending.appendleft(_Pending(asked.layer, 1, asked.index, 1, asked.number))
         return [Ready(out.peer)]
 
-    def _coalesced(self, out: _Outbound) -> Write:
-        """The first pending write, with the following layers of the same units, cut to `MAX_WRITE`."""
-        first = out.pending.popleft()
-        most = max(1, MAX_WRITE // out.pair.unit_bytes)  # units
-        if first.units > most:
-            out.pending.appendleft(first._replace(unit=first.unit + most, units=first.units - most))
-            return self._write_of(out, first._replace(units=most), 1)
-        layers = 1
-        while out.pending and (layers + 1) * first.units <= most:
-            if out.pending[0] != first._replace(layer=first.layer + layers):
-                break
-            out.pending.popleft()
-            layers += 1
-        return self._write_of(out, first, layers)
+    def _add(self, out: _Outbound, what: _Pending) -> list[Effect]:
+        """Join a layer with those before it that wait to be written, if they fit one write."""
+        last = out.pending[-1] if out.pending else None
+        if last is None:
+            out.pending.append(what)
+            return [Ready(out.peer)]  # who waits for a write has to be woken only now
+        layers = last.layers + 1
+        if last == (what.layer - last.layers, last.layers, *what[2:]) and layers * what.units <= out.most_units:
+            out.pending[-1] = last._replace(layers=layers)
+        else:
+            out.pending.append(what)
+        return []
 
-    def _write_of(self, out: _Outbound, what: _Pending, layers: int) -> Write:
+    def _cut(self, out: _Outbound) -> _Pending:
+        """The first pending write; of one that is over the limit, as much as fits."""
+        first, most = out.pending.popleft(), out.most_units
+        if first.units <= most:
+            return first
+        out.pending.appendleft(first._replace(unit=first.unit + most, units=first.units - most))
+        return first._replace(units=most)
+
+    def _write_of(self, out: _Outbound, what: _Pending) -> Write:
         assert out.grant is not None
         from_, to = out.units_per_block
         end = what.unit + what.units
@@ -298,7 +310,7 @@ class Outbound:
         sources = [out.blocks[n] for n in range(start // from_, -(-(start + what.units) // from_))]
         src = Units(sources, start % from_, what.units)
         dst = Units(out.grant.blocks[what.unit // to : -(-end // to)], what.unit % to, what.units)
-        return Write(out.ticket, what.layer, layers, what.unit, src, dst, what.resend)
+        return Write(out.ticket, what.layer, what.layers, what.unit, src, dst, what.resend)
 
     def _commit_if_written(self, out: _Outbound, now: float) -> list[Effect]:
         if out.commit is None or out.pending or out.writing:

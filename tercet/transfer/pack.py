@@ -8,6 +8,7 @@ into one buffer, sent once and scattered at the receiver), and what a digest is 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -54,17 +55,20 @@ class Cells:
         self._first_head = heads.start - held.start
         self._rows: NDArray[np.void] = rows[:, :, :, self._first_head : heads.stop - held.start]
 
-    @property
-    def packed_shape(self) -> tuple[int, ...]:
-        layers, _, _, *inner = self._rows.shape
-        return (layers, self._units.count, *inner, self._layout.row_bytes)
-
-    def gather(self, out: Bytes) -> Bytes:
-        """Copy the units into `out`, of the packed shape."""
-        rows = _rows(out)
-        for number, (block, sub) in enumerate(self._places):
+    def gather(self, scratch: Scratch, first: int = 0, count: int | None = None) -> Bytes:
+        """A packed copy of the units, or of `count` of them from `first` on."""
+        places = self._places[first:][:count]
+        packed = self.packed(scratch, len(places))
+        rows = _rows(packed)
+        for number, (block, sub) in enumerate(places):
             rows[:, number] = self._rows[:, block, sub]
-        return out
+        return packed
+
+    def packed(self, scratch: Scratch, count: int | None = None) -> Bytes:
+        """Room for the packed units, or for `count` of them."""
+        layers, _, _, *inner = self._rows.shape
+        units = self._units.count if count is None else count
+        return scratch.take((layers, units, *inner, self._layout.row_bytes))
 
     def scatter(self, packed: Bytes) -> None:
         """Fill the units from a packed buffer."""
@@ -77,17 +81,21 @@ class Cells:
         for block, sub in self._places:
             self._rows[:, block, sub] = np.zeros((), dtype=self._rows.dtype)
 
-    def pieces(self) -> list[Memory] | None:
-        """The bytes of each (layer, unit, head) where they lie, if they lie as in a packed buffer; else None."""
-        if not self._rows[0, 0, 0].flags.c_contiguous:
-            return None
+    @cached_property
+    def contiguous(self) -> bool:
+        """Whether the bytes of a (layer, unit, head) lie in the cache as in a packed buffer."""
+        return bool(self._rows[0, 0, 0].flags.c_contiguous)
+
+    def pieces(self) -> Iterator[Memory]:
+        """The bytes of each (layer, unit, head) where they lie."""
+        assert self.contiguous
         layers, _, _, heads, *inner = self._rows.shape
         blocks, subs = self._units.places(self._per_block)
         per_layer, per_block, per_sub, per_head = self._rows.strides[:4]
         layer, unit = np.ix_(np.arange(layers) * per_layer, blocks * per_block + subs * per_sub + self._start)
         starts = (layer + unit)[..., None] + (np.arange(heads) + self._first_head) * per_head
         size = math.prod(inner) * self._layout.row_bytes
-        return [self._memory[at : at + size] for at in starts.ravel().tolist()]
+        return (self._memory[at : at + size] for at in starts.ravel().tolist())
 
     @cached_property
     def _places(self) -> list[tuple[int, int]]:
@@ -95,10 +103,10 @@ class Cells:
         return list(zip(blocks.tolist(), subs.tolist(), strict=True))
 
 
-def pieces_of(packed: Bytes) -> list[Memory]:
+def pieces_of(packed: Bytes) -> Iterator[Memory]:
     """The bytes of each (layer, unit, head) of a packed buffer."""
     flat, size = packed.reshape(-1).data, math.prod(packed.shape[3:])
-    return [flat[at : at + size] for at in range(0, packed.nbytes, size)]
+    return (flat[at : at + size] for at in range(0, packed.nbytes, size))
 
 
 def convert(pair: Pair, packed: Bytes) -> Bytes:

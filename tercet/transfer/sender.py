@@ -184,6 +184,9 @@ class KvSender:
                 outlet.write(channel, loader.parcel(peer.transport, peer.pair, write))
             except (PeerDown, ProtocolViolation):
                 peer.shutdown()
+            except BaseException:  # a fault of ours: it is raised, but nobody shall wait for what was not written
+                peer.shutdown()
+                raise
             finally:
                 with self._lock:
                     self._run(self._outbound.end_write(write, time.monotonic()))

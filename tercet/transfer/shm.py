@@ -12,6 +12,8 @@ import mmap
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from tercet.errors import ProtocolViolation
 from tercet.transfer.channel import Channel
 from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
@@ -60,13 +62,13 @@ class _ShmOutlet(Outlet):
             raise ProtocolViolation(f"the peer's KV cache cannot be mapped: {error}") from error
 
     def write(self, channel: Channel, parcel: Parcel) -> None:
-        memory, source = self._memory, parcel.source
-        assert memory is not None
+        assert self._memory is not None
         if parcel.scatter is not None:
-            parcel.scatter(memory)
-        else:
-            for run in parcel.runs:
-                memory[run.dst : run.dst + run.length] = source[run.src : run.src + run.length]
+            parcel.scatter(self._memory)
+        else:  # by numpy, which lets other threads of this process run meanwhile
+            source, target = (np.frombuffer(memory, dtype=np.uint8) for memory in (parcel.source, self._memory))
+            for src, dst, size in parcel.runs:
+                target[dst : dst + size] = source[src : src + size]
         channel.send(parcel.message)
 
     def close(self) -> None:

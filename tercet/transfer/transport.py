@@ -78,7 +78,7 @@ class Parcel:
 
     @property
     def views(self) -> list[memoryview]:
-        return [self.source[run.src : run.src + run.length] for run in self.runs]
+        return [self.source[at : at + size] for at, _, size in self.runs]
 
 
 class Inlet(ABC):

@@ -13,7 +13,6 @@ import threading
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +23,7 @@ from tercet.transfer.channel import Mailbox
 from tercet.transfer.layout import Units
 from tercet.transfer.loader import Loader
 from tercet.transfer.messages import Data, Heartbeat, Hello, Ticket, Welcome, encode
-from tercet.transfer.pack import Cells, pieces_of
+from tercet.transfer.pack import Cells, Scratch, pieces_of
 from tercet.transfer.receiver import KvReceiver
 from tercet.transfer.sender import KvSender
 from tercet.transfer.transport import Endpoint, Transport
@@ -176,7 +175,7 @@ def test_a_link_that_corrupts_everything_fails_by_name(name):
 def packed(layout, region, units, heads):
     """The bytes of each (layer, unit of 8 tokens, head)."""
     cells = Cells(layout, region.view, layout.window, units, 8, heads)
-    return pieces_of(cells.gather(np.empty(cells.packed_shape, dtype=np.uint8)))
+    return list(pieces_of(cells.gather(Scratch())))
 
 
 @each_transport

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.errors import PeerMismatch
-from tercet.transfer.digest import digests_of
+from tercet.transfer import digest
+from tercet.transfer.digest import digests_in_place, digests_of
 from tercet.transfer.layout import ITEMSIZE, KvLayout, Pair, Units, plan
-from tercet.transfer.pack import Cells, convert, pieces_of
+from tercet.transfer.pack import Cells, Scratch, convert, pieces_of
 
 DEGREES = (1, 2, 3, 4, 8)
 SIZES = (8, 16, 32, 64, 128, 256)
@@ -43,7 +44,7 @@ def oracle(side: KvLayout, units: Units, unit: int, layer: int, part: int, head:
 
 
 def gathered(cells: Cells) -> np.ndarray:
-    return cells.gather(np.empty(cells.packed_shape, dtype=np.uint8))
+    return cells.gather(Scratch())
 
 
 def check(src: KvLayout, dst: KvLayout, count: int, skip: int, seed: int = 0) -> None:
@@ -54,12 +55,11 @@ def check(src: KvLayout, dst: KvLayout, count: int, skip: int, seed: int = 0) ->
     expected, by_runs, by_pack = before.copy(), before.copy(), before.copy()
     ours, theirs = (units_for(side, pair.unit, count, skip, rng) for side in (src, dst))
     for layer in pair.layers:
-        one = range(layer, layer + 1)
         for part, head, token in itertools.product(range(src.parts), pair.heads, range(count * pair.unit)):
             where = (pair.unit, layer, part, head, token)
             expected[oracle(dst, theirs, *where)] = source[oracle(src, ours, *where)]
-        for run in plan(pair, one, ours, theirs):
-            by_runs[run.dst : run.dst + run.length] = source[run.src : run.src + run.length]
+    for at, to, size in plan(pair, pair.layers, ours, theirs):
+        by_runs[to : to + size] = source[at : at + size]
     cells, there = (
         Cells(side, memory.data, pair.layers, units, pair.unit, pair.heads)
         for side, memory, units in ((src, source, ours), (dst, by_pack, theirs))
@@ -68,7 +68,7 @@ def check(src: KvLayout, dst: KvLayout, count: int, skip: int, seed: int = 0) ->
     assert packed.nbytes == len(pair.layers) * count * pair.unit_bytes
     there.scatter(packed)
     for place in (cells, there):
-        assert place.pieces() in (None, pieces_of(packed))
+        assert not place.contiguous or list(place.pieces()) == list(pieces_of(packed))
     assert np.array_equal(by_runs, expected)
     assert np.array_equal(by_pack, expected)
 
@@ -132,9 +132,8 @@ def test_neighbouring_blocks_move_as_one_run():
     pair = Pair(layout(), layout(blocks=9))
     runs = plan(pair, range(1, 2), Units([2, 3, 4, 0], 0, 4), Units([5, 6, 8, 0], 0, 4))
     size = layout().block_bytes
-    assert [run.length // size for run in runs] == [2, 1, 1]
-    assert runs[0].src == (6 + 2) * size
-    assert runs[0].dst == (9 + 5) * size
+    assert runs[0] == ((6 + 2) * size, (9 + 5) * size, 2 * size)
+    assert [length // size for _, _, length in runs] == [2, 1, 1]
 
 
 def test_the_digest_knows_neither_degree_nor_order_nor_place():
@@ -164,12 +163,16 @@ def test_the_digest_knows_neither_degree_nor_order_nor_place():
         ({"order": "HND", "parts": 1}, True),
     ],
 )
-def test_what_lies_as_packed_is_digested_where_it_lies(changes, in_place):
+def test_what_lies_as_packed_is_digested_where_it_lies(changes, in_place, monkeypatch):
     side = layout(layers=3, **changes)
     memory = np.random.default_rng(0).integers(0, 256, side.total_bytes, dtype=np.uint8)
     cells = Cells(side, memory.data, range(1, 3), Units([3, 1], 0, 2), 16)
-    assert (cells.pieces() is not None) == in_place
-    assert cells.pieces() in (None, pieces_of(gathered(cells)))
+    assert cells.contiguous == in_place
+    pieces = list(pieces_of(gathered(cells)))
+    assert not in_place or list(cells.pieces()) == pieces
+    axes = (range(1, 3), range(5, 7), side.heads)
+    monkeypatch.setattr(digest, "AT_ONCE", 1)  # a unit at a time
+    assert np.array_equal(digests_in_place(cells, Scratch(), *axes), digests_of(pieces, *axes))
 
 
 BITS = np.zeros((2, 2, 4, 2, 4, 4), dtype=np.uint8)
