@@ -3,8 +3,9 @@ shared memory). One agent a data link on each side, named by a uuid, so a restar
 self. The message goes ahead on the channel, then the write; so the receiver pumps only while a write is under way.
 
 Copies: none on RDMA; over TCP and shared memory UCX copies into its buffers and out of them. Pumping: both ends must
-call into the library while a write is under way, with a sleep that grows (there is no descriptor to wait for); an idle
-link does nothing. UCX_TLS is the user's to set; unset, it is made `^cma,knem,xpmem`, see `_direct`.
+call into the library while a write is under way, at first without a pause, then with a sleep that grows (there is no
+descriptor to wait for); an idle link does nothing. UCX_TLS is the user's to set; unset, it is made `^cma,knem,xpmem`,
+see `_direct`.
 
 Cancel: releasing a request does not stop its write (measured), only the end of the destination's agent does, and
 only where that agent or its network card places the bytes. By CMA, KNEM or XPMEM the writer's process copies into ours,
@@ -32,7 +33,7 @@ from tercet.transfer.pack import Memory
 from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
 
 INSTALL = "pip install --no-deps nixl nixl-cu12"
-SPIN_S = 200e-6  # a small write is over by then; a sleep would cost it more
+SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, since only these calls drive the library
 NAP_S = (20e-6, 500e-6)  # between two looks later on: the shortest and the longest
 DIRECT = {"cma", "knem", "xpmem"}  # UCX transports by which one process copies into the memory of another
 DIRECT_ALIASES = DIRECT | {"all", "shm", "sm"}
@@ -187,8 +188,7 @@ def _pump(channel: Channel, timeout_s: float, done: Callable[[], bool]) -> None:
             raise PeerDown("the transfer connection ended during a nixl write")
         if waited > timeout_s:
             raise PeerDown(f"a nixl write did not end within {timeout_s} s")
-        if waited > SPIN_S:
-            time.sleep(min(max(waited / 100, NAP_S[0]), NAP_S[1]))
+        time.sleep(0.0 if waited < SPIN_S else min(max(waited / 100, NAP_S[0]), NAP_S[1]))  # 0: let others run
 
 
 def _descriptors(parcel: Parcel, base: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

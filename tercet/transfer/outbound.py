@@ -40,6 +40,7 @@ from tercet.transfer.messages import (
 )
 
 MAX_WRITE = 8 << 20  # bytes: a later, more urgent request waits for no more
+MAX_UNSEEN_WRITE = 64 << 20  # where the peer need not look at them meanwhile: it is woken less often
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class _Outbound:
     pair: Pair
     num_units: int
     deadline: float
+    max_write: int
     expires: float
     grant: Grant | None = None
     blocks: dict[int, int] = field(default_factory=dict)  # index in the prompt -> source block, of what was pushed
@@ -131,7 +133,7 @@ class _Outbound:
     @property
     def most_units(self) -> int:
         """Of all layers of a write together."""
-        return max(1, MAX_WRITE // self.pair.unit_bytes)
+        return max(1, self.max_write // self.pair.unit_bytes)
 
 
 class Outbound:
@@ -146,11 +148,19 @@ class Outbound:
     # ---- the prefill worker's verbs
 
     def open(
-        self, ticket: Ticket, peer: Peer, pair: Pair, num_tokens: int, deadline: float, now: float
+        self,
+        ticket: Ticket,
+        peer: Peer,
+        pair: Pair,
+        num_tokens: int,
+        deadline: float,
+        now: float,
+        max_write: int = MAX_WRITE,
     ) -> list[Effect]:
+        """max_write: bytes of one write, as far as a unit is not larger."""
         assert ticket not in self._tickets, f"{ticket} opened twice"
         num_units = -(-num_tokens // pair.unit)
-        self._tickets[ticket] = _Outbound(ticket, peer, pair, num_units, deadline, now + self._lease_s)
+        self._tickets[ticket] = _Outbound(ticket, peer, pair, num_units, deadline, max_write, now + self._lease_s)
         return [Send(peer, Offer(ticket, num_units))]
 
     def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> list[Effect]:

@@ -21,6 +21,8 @@ from tercet.transfer.effects import Send
 from tercet.transfer.loader import Loader
 from tercet.transfer.messages import Commit, Goodbye, Ticket
 from tercet.transfer.outbound import (
+    MAX_UNSEEN_WRITE,
+    MAX_WRITE,
     Cut,
     Effect,
     Failed,
@@ -65,8 +67,10 @@ class KvSender:
         seconds. deadline: time.monotonic(); of what waits to be written, the earliest goes first.
         -> the transport's name. Raises PeerDown or PeerMismatch."""
         peer = self._connect(endpoint)
+        unseen = peer.transport.one_sided and not self._config.integrity
+        most = MAX_UNSEEN_WRITE if unseen else MAX_WRITE
         with self._lock:
-            self._run(self._outbound.open(ticket, peer, peer.pair, num_tokens, deadline, time.monotonic()))
+            self._run(self._outbound.open(ticket, peer, peer.pair, num_tokens, deadline, time.monotonic(), most))
             if peer.over:  # it broke between the two steps
                 self._run(self._outbound.peer_down(peer))
         return peer.transport.name
