@@ -29,7 +29,13 @@ NAMES = [
     pytest.param(name, marks=pytest.mark.skipif(cls.missing() is not None, reason=str(cls.missing())))
     for name, cls in CLASSES.items()
 ]
-NETWORK = [param for param in NAMES if not CLASSES[param.values[0]].one_host]
+ALONE = "TERCET_TEST_ALONE"
+OWN = pytest.mark.skipif(ALONE not in os.environ, reason="test_nixl_between_hosts runs it in a process of its own")
+NETWORK = [
+    pytest.param(*param.values, marks=[*param.marks, OWN] if param.values[0] == "nixl" else param.marks)
+    for param in NAMES
+    if not CLASSES[param.values[0]].one_host
+]
 
 
 class Writer:
@@ -220,6 +226,8 @@ def two_hosts(monkeypatch) -> Iterator[tuple[str, ...]]:
         pytest.skip(f"this machine forbids network namespaces: {error}")
     # What UCX may take for shared memory between these two "hosts" is none.
     monkeypatch.setenv("UCX_TLS", "tcp")
+    # Nor is the loopback a way between them: UCX takes one kernel for one host.
+    monkeypatch.setenv("UCX_NET_DEVICES", "^lo")
     # IPC and PID namespaces too, or shared memory and CMA would cross the border.
     yield (here, "ip", "netns", "exec", name, "unshare", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child")
     subprocess.run(["ip", "link", "del", here], capture_output=True, check=False)
@@ -282,6 +290,15 @@ def test_a_slow_link_changes_no_byte(name, two_hosts):
             made.whole(number)
             for kind in ("Released", "OpDone"):
                 made.writer.next(kind)
+
+
+@pytest.mark.skipif(CLASSES["nixl"].missing() is not None, reason=str(CLASSES["nixl"].missing()))
+@pytest.mark.parametrize("test", [test_a_cut_link_ends_both_sides_within_the_lease, test_a_slow_link_changes_no_byte])
+def test_nixl_between_hosts(test):
+    """UCX reads a process's routes once, so an agent finds no way over a device that came after the first agent."""
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{test.__name__}[nixl]"]
+    done = subprocess.run(command, env=os.environ | {ALONE: "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_shared_memory_is_not_offered_across_hosts(two_hosts):
