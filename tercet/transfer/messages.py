@@ -15,7 +15,8 @@ and what is no frame of ours raises ProtocolViolation: the connection is closed,
     ABORT_ACK P>D  proof that P writes no more
     GOODBYE   P>D  proof that P writes no more for any ticket of this connection
 
-KV is counted in units (transfer/layout.py). DATA and PROBE travel on a pair's data links, all else on its control link.
+KV is counted in units (transfer/layout.py). DATA and PROBE travel on a pair's data links, and a COMMIT may follow the
+last DATA there; all else travels on its control link.
 """
 
 from __future__ import annotations

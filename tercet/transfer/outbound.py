@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import cached_property
 
 from tercet.errors import LeaseExpired, Overloaded, PeerDown, TercetError, TransferError, from_wire
 from tercet.transfer.effects import Peer, Send
@@ -95,13 +95,14 @@ class OpDone:
 Effect = Send | Ready | Cut | Granted | Failed | Released | OpDone
 
 
-class _Pending(NamedTuple):
+@dataclass
+class _Pending:
     """What is to be written: granted units, of one layer or of some that follow each other."""
 
     layer: int
-    layers: int
     unit: int  # granted, the first
     units: int
+    layers: int = 1
     resend: int = 0
 
 
@@ -125,12 +126,12 @@ class _Outbound:
     over: bool = False  # failed or released: no new write begins
     farewell: Abort | AbortAck | None = None  # proof for the receiver, due when the last write has ended
 
-    @property
+    @cached_property
     def units_per_block(self) -> tuple[int, int]:
         """Of the source, of the destination."""
         return self.pair.src.block_size // self.pair.unit, self.pair.dst.block_size // self.pair.unit
 
-    @property
+    @cached_property
     def most_units(self) -> int:
         """Of all layers of a write together."""
         return max(1, self.max_write // self.pair.unit_bytes)
@@ -175,7 +176,7 @@ class Outbound:
         count = min((first + len(blocks)) * per_block, out.num_units) - start
         if count <= 0:
             return []
-        return self._add(out, _Pending(layer, 1, start - out.grant.first_unit, count))
+        return self._add(out, layer, start - out.grant.first_unit, count)
 
     def commit(self, commit: Commit, now: float) -> list[Effect]:
         """All was pushed. Bytes and transfer time are filled in when the writes have ended."""
@@ -288,29 +289,30 @@ class Outbound:
             return self._give_up(out, TransferError(f"unit {asked.index} was asked for again, but never written"))
         out.resent.add(asked.number)
         self.resent += 1
-        out.pending.appendleft(_Pending(asked.layer, 1, asked.index, 1, asked.number))
+        out.pending.appendleft(_Pending(asked.layer, asked.index, 1, resend=asked.number))
         return [Ready(out.peer)]
 
-    def _add(self, out: _Outbound, what: _Pending) -> list[Effect]:
+    def _add(self, out: _Outbound, layer: int, unit: int, units: int) -> list[Effect]:
         """Join a layer with those before it that wait to be written, if they fit one write."""
         last = out.pending[-1] if out.pending else None
-        if last is None:
-            out.pending.append(what)
-            return [Ready(out.peer)]  # who waits for a write has to be woken only now
-        layers = last.layers + 1
-        if last == (what.layer - last.layers, last.layers, *what[2:]) and layers * what.units <= out.most_units:
-            out.pending[-1] = last._replace(layers=layers)
-        else:
-            out.pending.append(what)
-        return []
+        if (
+            last is not None
+            and (last.unit, last.units, last.layer + last.layers, last.resend) == (unit, units, layer, 0)
+            and (last.layers + 1) * units <= out.most_units
+        ):
+            last.layers += 1
+            return []
+        out.pending.append(_Pending(layer, unit, units))
+        return [] if last else [Ready(out.peer)]  # who waits for a write has to be woken only now
 
     def _cut(self, out: _Outbound) -> _Pending:
         """The first pending write; of one that is over the limit, as much as fits."""
-        first, most = out.pending.popleft(), out.most_units
+        first, most = out.pending[0], out.most_units
         if first.units <= most:
-            return first
-        out.pending.appendleft(first._replace(unit=first.unit + most, units=first.units - most))
-        return first._replace(units=most)
+            return out.pending.popleft()
+        part = replace(first, units=most)
+        first.unit, first.units = first.unit + most, first.units - most
+        return part
 
     def _write_of(self, out: _Outbound, what: _Pending) -> Write:
         assert out.grant is not None

@@ -45,15 +45,11 @@ class Cells:
         self, layout: KvLayout, memory: Memory, layers: range, units: Units, unit: int, heads: range | None = None
     ) -> None:
         """unit: its tokens. heads: those of the model, all that the cache holds by default."""
-        held, heads = layout.heads, heads or layout.heads
-        per_block, start = layout.block_size // unit, layout.offset(layers.start, 0)
-        inner = (per_block, unit, len(held)) if layout.order == "NHD" else (len(held), per_block, unit)
-        shape = (len(layers), layout.blocks, layout.parts, *inner)
-        flat = np.frombuffer(memory, dtype=f"V{layout.row_bytes}", count=math.prod(shape), offset=start)
-        rows = flat.reshape(shape).transpose(_AXES[layout.order])
-        self._memory, self._start, self._layout, self._units, self._per_block = memory, start, layout, units, per_block
-        self._first_head = heads.start - held.start
-        self._rows: NDArray[np.void] = rows[:, :, :, self._first_head : heads.stop - held.start]
+        self._layout, self._memory, self._layers, self._units, self._unit = layout, memory, layers, units, unit
+        self._heads = heads or layout.heads
+        self._first_head = self._heads.start - layout.heads.start
+        self._per_block = layout.block_size // unit
+        self._start = layout.offset(layers.start, 0)
 
     def gather(self, scratch: Scratch, first: int = 0, count: int | None = None) -> Bytes:
         """A packed copy of the units, or of `count` of them from `first` on."""
@@ -80,6 +76,16 @@ class Cells:
         """Overwrite units that no token will be written to: nothing of a block's earlier owner may be read from it."""
         for block, sub in self._places:
             self._rows[:, block, sub] = np.zeros((), dtype=self._rows.dtype)
+
+    @cached_property
+    def _rows(self) -> NDArray[np.void]:
+        """All units of the layers and heads: [layers, blocks, units of a block, heads, parts, unit tokens]."""
+        layout, held = self._layout, len(self._layout.heads)
+        inner = (self._per_block, self._unit, held) if layout.order == "NHD" else (held, self._per_block, self._unit)
+        shape = (len(self._layers), layout.blocks, layout.parts, *inner)
+        flat = np.frombuffer(self._memory, dtype=f"V{layout.row_bytes}", count=math.prod(shape), offset=self._start)
+        rows = flat.reshape(shape).transpose(_AXES[layout.order])
+        return rows[:, :, :, self._first_head : self._first_head + len(self._heads)]
 
     @cached_property
     def contiguous(self) -> bool:

@@ -25,7 +25,7 @@ from tercet.transfer.channel import Channel, Mailbox
 from tercet.transfer.effects import Send
 from tercet.transfer.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced, Terms
 from tercet.transfer.lander import Lander
-from tercet.transfer.messages import Data, Goodbye, Hello, Probe, ProbeAck, Refuse, Ticket, Welcome
+from tercet.transfer.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Refuse, Ticket, Welcome
 from tercet.transfer.region import SCRATCH, Region
 from tercet.transfer.transport import HANDSHAKE_S, Ask, Endpoint, Inlet, MoverConfig, Transport, check_hello, pair_of
 from tercet.transfer.wires import host_id, listen_tcp, listen_unix, tune_tcp, vet_unix
@@ -241,8 +241,11 @@ class KvReceiver:
             if payload:
                 raise ProtocolViolation("a control link carries no payload")
             peer.said_goodbye = peer.said_goodbye or isinstance(message, Goodbye)
-            with self._lock:
-                self._run(self._inbound.on_message(peer, peer.terms, message, time.monotonic()))
+            self._take(peer, message)
+
+    def _take(self, peer: _Peer, message: Message) -> None:
+        with self._lock:
+            self._run(self._inbound.on_message(peer, peer.terms, message, time.monotonic()))
 
     def _end(self, peer: _Peer) -> None:
         """The pair is over: fail what it carried, then free it as soon as nothing can land any more."""
@@ -310,6 +313,8 @@ class KvReceiver:
                 self._land_probe(link, message, payload)
             elif isinstance(message, Data):
                 self._land(peer, link, message, payload)
+            elif isinstance(message, Commit):
+                self._take(peer, message)
             else:
                 raise ProtocolViolation(f"{type(message).__name__} on a data link")
 

@@ -7,6 +7,7 @@ must not call back into the sender.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter, deque
@@ -192,11 +193,21 @@ class KvSender:
                 peer.shutdown()
                 raise
             finally:
-                with self._lock:
-                    self._run(self._outbound.end_write(write, time.monotonic()))
-                    peer.changed.notify_all()
+                commit = self._end_write(peer, write)
+            if commit is not None:
+                with contextlib.suppress(PeerDown):  # the pair's reader sees it too
+                    channel.send(commit)
         outlet.close()
         channel.close()
+
+    def _end_write(self, peer: Peer, write: Write) -> Commit | None:
+        """-> the COMMIT that is due behind this write. It follows on the write's link, whose reader is awake."""
+        with self._lock:
+            effects = self._outbound.end_write(write, time.monotonic())
+            due = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Commit)]
+            self._run([e for e in effects if not (isinstance(e, Send) and e.message in due)])
+            peer.changed.notify_all()
+        return due[0] if due else None
 
     def _next(self, peer: Peer) -> Write | None:
         """Wait for a write; None: the pair is over."""
