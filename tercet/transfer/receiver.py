@@ -1,12 +1,11 @@
 """The decode side of the KV mover: listens, lands bytes, verifies them, and reports the facts of each ticket.
 
-Threads: one acceptor a listener, one reader a link, one clock. All state is `Inbound`, behind one lock. `on_event` is
+Threads: one reader a link, one clock, and those of its acceptor. All state is `Inbound`, behind one lock. `on_event` is
 called under that lock, in order, on a mover thread; it must be quick and must not call back into the receiver.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import select
@@ -21,18 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
+from tercet.transfer.acceptor import Acceptor
 from tercet.transfer.channel import Channel, Mailbox
 from tercet.transfer.effects import Send
 from tercet.transfer.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced, Terms
 from tercet.transfer.lander import Lander
-from tercet.transfer.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Refuse, Ticket, Welcome
+from tercet.transfer.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Ticket, Welcome
 from tercet.transfer.region import SCRATCH, Region
-from tercet.transfer.transport import HANDSHAKE_S, Ask, Endpoint, Inlet, MoverConfig, Transport, check_hello, pair_of
-from tercet.transfer.wires import host_id, listen_tcp, listen_unix, tune_tcp, vet_unix
+from tercet.transfer.transport import Ask, Endpoint, Inlet, MoverConfig, Transport, pair_of
+from tercet.transfer.wires import host_id, tune_tcp, vet_unix
 
 Event = Committed | Complete | Failed | Quiesced
-MAX_HELLO = 8192
-MAX_CONNECTIONS = 1024
 
 
 @dataclass(eq=False)
@@ -82,24 +80,16 @@ class KvReceiver:
         self._inbound = Inbound(epoch, config.lease_s)
         self._lock = threading.Lock()
         self._peers: dict[str, _Peer] = {}  # pair id -> peer, until nothing of it can land any more
-        self._listeners: list[socket.socket] = []
-        self._num_connections = 0
+        self._acceptor = Acceptor(config, self._serve)
         self._stopping = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
-        self._refused: Counter[str] = Counter()  # error code -> connections turned away or cut off for it
 
     # ---- verbs, any thread
 
     def start(self, *hosts: str) -> Endpoint:
         """Listen on each host. -> the endpoint that prefill workers connect to."""
-        listener, unix = listen_unix()
-        self._listen(listener)
-        tcp = []
-        for host in hosts:
-            listener, address = listen_tcp(host)
-            self._listen(listener)
-            tcp.append(address)
-        self._spawn(self._clock)
+        unix, tcp = self._acceptor.listen(*hosts)
+        threading.Thread(target=self._clock, name="kv-clock", daemon=True).start()
         return Endpoint(self._config.worker_id, self._epoch, host_id(), unix, tcp, list(self._transports))
 
     def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int]) -> None:
@@ -129,17 +119,13 @@ class KvReceiver:
 
     def refused(self) -> Counter[str]:
         """Error code -> connections turned away or cut off for it."""
-        with self._lock:
-            return Counter(self._refused)
+        return self._acceptor.refused()
 
     def stop(self) -> None:
         """Close every connection. Tickets that are still open fail; their proof may never come, the process ends."""
         self._stopping.set()
         os.write(self._stop_write, b"x")
-        for listener in self._listeners:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        self._acceptor.stop()
         with self._lock:
             peers = list(self._peers.values())
         for peer in peers:
@@ -147,55 +133,10 @@ class KvReceiver:
             peer.shutdown()
         os.close(self._stop_write)  # the read end stays readable for whoever still waits for a death
 
-    # ---- accepting
+    # ---- handshakes
 
-    def _listen(self, listener: socket.socket) -> None:
-        self._listeners.append(listener)
-        self._spawn(self._accept_loop, listener)
-
-    def _spawn(self, target: Callable[..., None], *args: object) -> None:
-        threading.Thread(target=target, args=args, name=f"kv-{target.__name__.strip('_')}", daemon=True).start()
-
-    def _count_refused(self, code: str) -> None:
-        with self._lock:
-            self._refused[code] += 1
-
-    def _accept_loop(self, listener: socket.socket) -> None:
-        while not self._stopping.is_set():
-            try:
-                sock, _ = listener.accept()
-            except OSError:  # the listener is closed, or for now there is no descriptor left
-                self._stopping.wait(0.1)
-                continue
-            with self._lock:
-                full = self._num_connections >= MAX_CONNECTIONS
-                self._num_connections += not full
-            if full:
-                self._count_refused("overloaded")
-                sock.close()
-            else:
-                self._spawn(self._serve, sock)
-
-    def _serve(self, sock: socket.socket) -> None:
-        """One connection: its handshake, its messages, its end."""
-        channel = Channel(sock)
-        try:
-            channel.settimeout(HANDSHAKE_S)
-            hello, _ = channel.receive(MAX_HELLO)
-            if not isinstance(hello, Hello):
-                raise ProtocolViolation(f"expected HELLO, got {type(hello).__name__}")
-            check_hello(hello, self._config.token, self._config.fingerprint)
-            (self._serve_link if hello.pair else self._serve_control)(channel, hello)
-        except (PeerDown, PeerMismatch, ProtocolViolation) as error:
-            self._count_refused(error.code())
-            if isinstance(error, PeerMismatch):
-                with contextlib.suppress(PeerDown):
-                    channel.send(Refuse(error.code(), str(error)))
-        finally:
-            channel.shutdown()
-            channel.close()
-            with self._lock:
-                self._num_connections -= 1
+    def _serve(self, channel: Channel, hello: Hello) -> None:
+        (self._serve_link if hello.pair else self._serve_control)(channel, hello)
 
     def _transport_of(self, hello: Hello, channel: Channel) -> Transport:
         transport = self._transports.get(hello.transport)
@@ -231,7 +172,7 @@ class KvReceiver:
             self._read_messages(peer)
         except (PeerDown, ProtocolViolation) as error:
             if isinstance(error, ProtocolViolation):
-                self._count_refused(error.code())
+                self._acceptor.count_refused(error.code())
         finally:
             self._end(peer)
 
@@ -300,7 +241,7 @@ class KvReceiver:
             channel.settimeout(None)
             self._read_data(peer, link)
         except ProtocolViolation as error:
-            self._count_refused(error.code())
+            self._acceptor.count_refused(error.code())
         except PeerDown:
             pass  # `_end` says so to whom it concerns
         finally:
