@@ -162,7 +162,7 @@ def measure(transport: str, enter: list[str], rounds: int, compute: float) -> di
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     rate: Annotated[int, typer.Option(min=1, help="of the link, Mbit/s")] = 1000,
-    compute: Annotated[float, typer.Option(help="a layer's computation, in transfer times of a layer")] = 1.2,
+    compute: Annotated[float, typer.Option(help="a layer's computation, in transfer times of a layer")] = 1.5,
     only: Annotated[list[str] | None, typer.Option(help="a transport; may be given often. Default: all")] = None,
     result: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
 ) -> None:
