@@ -131,6 +131,11 @@ def rotated(names: list[str], number: int) -> list[str]:
     return names[number % len(names) :] + names[: number % len(names)] if names else []
 
 
+def rounded(seconds: float) -> float:
+    """To the tenth of a microsecond: most of the file would be digits that mean nothing."""
+    return round(seconds, 7)
+
+
 def versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -169,7 +174,10 @@ def main(
         print(f"not run: {name}: {why}")
     if result is not None:
         about |= {"versions": versions(), "rounds": rounds, "shrink": shrink, "not_run": bench.not_run}
-        result.write_text(json.dumps(about | {"seconds": bench.raw, "medians": medians, "idle_percent": bench.idle}))
+        raw = {
+            name: {key: list(map(rounded, found)) for key, found in each.items()} for name, each in bench.raw.items()
+        }
+        result.write_text(json.dumps(about | {"seconds": raw, "medians": medians, "idle_percent": bench.idle}))
 
 
 if __name__ == "__main__":
