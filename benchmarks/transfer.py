@@ -3,10 +3,10 @@
     python -m benchmarks.transfer --rounds 5 --result transfer.json
 
 Every round runs each shape on every side, in turn, with blocks drawn anew, never adjacent, so that noise and warm
-caches hit all alike; twice each, and the second counts. Ours is the time from the first push until `Released`; its round trip is OFFER to GRANT, and its
-handover OFFER to `Complete`: 16 tokens of SmolLM2, all layers, ready to be decoded. A figure is the median of the
-rounds; a ratio is that of two such medians. After the rounds every side moves once more into zeroed memory, and all its
-bytes are compared.
+caches hit all alike; twice each, and the second counts. Ours is the time from the first push until `Released`; its
+round trip is OFFER to GRANT, and its handover OFFER to `Complete`: 16 tokens of SmolLM2, all layers, ready to be
+decoded. A figure is the median of the rounds; a ratio is that of two such medians. After the rounds every side moves
+once more into zeroed memory, and all its bytes are compared.
 """
 
 from __future__ import annotations
