@@ -75,7 +75,7 @@ class TransferSpec(Frozen):
     lease_s: Seconds = 10.0  # a ticket whose peer is silent for so long fails
     heartbeat_s: Seconds = 2.0
     quarantine_blocks: Positive = 128  # bound on blocks that wait for a proof; full: admission refuses
-    links: Annotated[int, Field(ge=1, le=16)] = 1  # data connections of a pair of workers
+    links: Annotated[int, Field(ge=1, le=16)] | None = None  # data connections of a pair; None: as the transport likes
     integrity: bool = True  # digest of every block, checked before a token is decoded from it
 
 

@@ -133,11 +133,15 @@ class Flipping(Outlet):
         self._real, self._flips = real, flips
 
     def write(self, channel: Any, parcel: Parcel) -> None:
-        if not self._flips or not hasattr(parcel.message, "ticket"):
+        flip = None
+        if hasattr(parcel.message, "ticket"):
+            with contextlib.suppress(IndexError):  # one call, since links share the list
+                flip = self._flips.pop()
+        if flip is None:
             self._real.write(channel, parcel)
             return
         view = parcel.views[0]
-        place = self._flips.pop() % len(view)
+        place = flip % len(view)
         view[place] ^= 16
         self._real.write(channel, parcel)
         view[place] ^= 16

@@ -8,7 +8,9 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
+from functools import partial
 
 from tercet.core import PairState
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
@@ -30,7 +32,7 @@ from tercet.transfer.transport import (
 from tercet.transfer.wires import dial_tcp, dial_unix, host_id
 
 PROBES = 5  # small ones, for the latency; the best counts
-BULK_PROBES = 3  # of a whole scratch, for the bandwidth
+BULK_PROBES = 3  # of a whole scratch on each link, for the bandwidth
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class Dialer:
         peer = Peer(encoded, transport, channel, Pair(self._region.layout, self._region.layout), self._lock)
         try:
             self._greet(peer, quiet)
-            for number in range(self._config.links):
+            for number in range(self._config.links or transport.links):
                 self._join(peer, Channel(self._socket(transport, endpoint, number)))
             peer.attested = self._attest(peer)
             for each in (channel, *(link for link, _ in peer.links)):
@@ -174,10 +176,20 @@ class Dialer:
         )
 
     def _attest(self, peer: Peer) -> PairState:
-        """Measure every link by bytes that go where KV goes, into the scratch behind the peer's cache."""
+        """Measure the links, all at once since they may share a wire, by bytes that go where KV goes: into the scratch
+        behind the peer's cache."""
         latency = min(self._probe(peer, *link, 64) for link in peer.links for _ in range(PROBES))
-        rates = [SCRATCH / min(self._probe(peer, *link, SCRATCH) for _ in range(BULK_PROBES)) for link in peer.links]
-        return PairState(peer.worker_id, peer.transport.name, sum(rates), latency)
+        with ThreadPoolExecutor(len(peer.links)) as pool:
+            for _ in range(2):  # the first touches the pages
+                began = time.perf_counter()
+                list(pool.map(partial(self._fill, peer), peer.links))
+                seconds = time.perf_counter() - began
+        num_bytes = len(peer.links) * BULK_PROBES * SCRATCH
+        return PairState(peer.worker_id, peer.transport.name, num_bytes / seconds, latency)
+
+    def _fill(self, peer: Peer, link: tuple[Channel, Outlet]) -> None:
+        for _ in range(BULK_PROBES):
+            self._probe(peer, *link, SCRATCH)
 
     def _probe(self, peer: Peer, channel: Channel, outlet: Outlet, num_bytes: int) -> float:
         run = (self._region.layout.total_bytes, peer.pair.dst.total_bytes, num_bytes)

@@ -17,6 +17,7 @@ from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
 
 class TcpTransport(Transport):
     name = "tcp"
+    links = 2  # one thread prepares what it sends or lands while the other one's bytes are on their way
 
     def inlet(self, ask: Ask) -> Inlet:
         return _TcpInlet()

@@ -40,7 +40,7 @@ class MoverConfig:
     lease_s: float
     heartbeat_s: float
     integrity: bool
-    links: int = 1  # data links of a pair
+    links: int | None = None  # data links of a pair; None: as many as the transport has by default
     convert: bool = False  # a lossy change of dtype is allowed
 
 
@@ -134,6 +134,7 @@ class Transport(ABC):
     one_host: ClassVar[bool] = False  # reaches only within one host, over Unix sockets
     pack_below: ClassVar[float] = 4096  # mean bytes of a run below which units are gathered, sent once and scattered
     packs: ClassVar[bool] = True  # can send packed at all
+    links: ClassVar[int] = 1  # of a pair, by default
 
     @classmethod
     def missing(cls) -> str | None:
