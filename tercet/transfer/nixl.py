@@ -34,6 +34,7 @@ from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
 
 INSTALL = "pip install --no-deps nixl nixl-cu12"
 SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, since only these calls drive the library
+LOOKS = 32  # at the library, for each at the clock and the channel
 NAP_S = (20e-6, 500e-6)  # between two looks later on: the shortest and the longest
 DIRECT = {"cma", "knem", "xpmem"}  # UCX transports by which one process copies into the memory of another
 DIRECT_ALIASES = DIRECT | {"all", "shm", "sm"}
@@ -72,7 +73,8 @@ class _NixlInlet(Inlet):
         if payload:
             raise ProtocolViolation("DATA over nixl carries no bytes on the channel")
         self._number += 1
-        _pump(channel, self._timeout_s, self._has_landed)
+        with _translated("nixl broke"):
+            _pump(channel, self._timeout_s, self._has_landed)
         self._landed.remove(_name_of(self._number))
 
     def pass_over(self, channel: Channel, payload: int, num_bytes: int) -> None:
@@ -138,8 +140,7 @@ class _Agent:
             self._peer = name.decode() if isinstance(name, bytes) else name
 
     def notifications(self) -> list[bytes]:
-        with _translated("nixl broke"):
-            return [note for notes in self._agent.get_new_notifs().values() for note in notes]
+        return [note for notes in self._agent.get_new_notifs().values() for note in notes]
 
     def write(self, channel: Channel, parcel: Parcel, base: int, note: bytes, timeout_s: float) -> None:
         """Returns when all bytes have landed at `base` and `note` is on its way."""
@@ -182,13 +183,18 @@ def _pump(channel: Channel, timeout_s: float, done: Callable[[], bool]) -> None:
     poller = select.poll()
     poller.register(channel.sock, select.POLLRDHUP)
     began = time.monotonic()
-    while not done():
+    while True:
+        for _ in range(LOOKS):
+            if done():
+                return
+            time.sleep(0)  # let others run
         waited = time.monotonic() - began
         if poller.poll(0):
             raise PeerDown("the transfer connection ended during a nixl write")
         if waited > timeout_s:
             raise PeerDown(f"a nixl write did not end within {timeout_s} s")
-        time.sleep(0.0 if waited < SPIN_S else min(max(waited / 100, NAP_S[0]), NAP_S[1]))  # 0: let others run
+        if waited > SPIN_S:
+            time.sleep(min(max(waited / 100, NAP_S[0]), NAP_S[1]))
 
 
 def _descriptors(parcel: Parcel, base: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
