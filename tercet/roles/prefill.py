@@ -24,7 +24,7 @@ from tercet.transfer.sender import Event, KvSender
 from tercet.transfer.transport import Endpoint
 
 MEET_AGAIN_S = 1.0
-DIALERS = 16  # a first contact may block for some seconds; known peers are answered at once
+DIALERS = 16  # a first contact may block for some seconds
 
 
 @dataclass(eq=False)
@@ -45,27 +45,34 @@ class Prefill(LegRole):
         self._outgoing: dict[Ticket, _Outgoing] = {}  # until OpDone
         self._wanted: set[str] = set()  # endpoints of the live decode workers
         self._faults: dict[str, PairState] = {}  # endpoint -> why it is not connected
+        self._met: set[str] = set()  # endpoints that are looked after
         self._dialers = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-dial")
+        self._meeters = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-meet")  # of its own: no request waits for it
 
     def meet(self, endpoints: Iterable[str]) -> None:
         self._wanted = set(endpoints)
-        for endpoint in self._wanted:
-            self._loop.run_in_executor(self._dialers, self._meet, endpoint)
+        for endpoint in self._wanted - self._met:
+            self._met.add(endpoint)
+            self._look_after(endpoint)
+
+    def _look_after(self, endpoint: str) -> None:
+        """Keep a wanted worker connected: look again and again, dial if need be."""
+        if endpoint not in self._wanted:
+            self._met.discard(endpoint)
+            self._faults.pop(endpoint, None)
+        elif self.sender.connected(endpoint):
+            self._loop.call_later(MEET_AGAIN_S, self._look_after, endpoint)
+        else:
+            self._loop.run_in_executor(self._meeters, self._meet, endpoint)
 
     def _meet(self, endpoint: str) -> None:
-        """On a pool thread. What fails is told and tried again while the worker is wanted."""
+        """On a pool thread."""
         try:
             self.sender.connect(endpoint)
             self._faults.pop(endpoint, None)
-        except TransferError as error:
+        except (TransferError, OSError) as error:
             self._faults[endpoint] = PairState(Endpoint.decode(endpoint).worker_id, fault=str(error))
-            self._loop.call_soon_threadsafe(self._loop.call_later, MEET_AGAIN_S, self._meet_again, endpoint)
-
-    def _meet_again(self, endpoint: str) -> None:
-        if endpoint in self._wanted:
-            self._loop.run_in_executor(self._dialers, self._meet, endpoint)
-        else:
-            self._faults.pop(endpoint, None)
+        self._loop.call_soon_threadsafe(self._loop.call_later, MEET_AGAIN_S, self._look_after, endpoint)
 
     def pairs(self) -> tuple[PairState, ...]:
         return (*self.sender.attested(), *list(self._faults.values()))
@@ -74,10 +81,16 @@ class Prefill(LegRole):
         if len(self._outgoing) >= self._max_legs:
             raise Overloaded(f"{len(self._outgoing)} prompts are waiting or being computed already")
         outgoing = self._outgoing[active.ticket] = _Outgoing(active, time.monotonic())
-        self._loop.run_in_executor(self._dialers, self._open, outgoing)
+        if self.sender.connected(active.leg.peer):
+            self._open(outgoing)
+        else:
+            self._loop.run_in_executor(self._dialers, self._open, outgoing)
 
     def _open(self, outgoing: _Outgoing) -> None:
-        """On a pool thread, since a first contact dials."""
+        """On a pool thread if it has to dial."""
+        if outgoing.given_up is not None:
+            self._loop.call_soon_threadsafe(self._not_opened, outgoing, outgoing.given_up)
+            return
         active, leg = outgoing.active, outgoing.active.leg
         deadline = outgoing.arrived + leg.timeout_s
         try:
@@ -91,9 +104,9 @@ class Prefill(LegRole):
         if outgoing.given_up is not None:
             self.sender.cancel(outgoing.active.ticket, outgoing.given_up)
 
-    def _not_opened(self, outgoing: _Outgoing, error: TransferError | OSError) -> None:
+    def _not_opened(self, outgoing: _Outgoing, error: TercetError | OSError) -> None:
         del self._outgoing[outgoing.active.ticket]
-        known = error if isinstance(error, TransferError) else PeerDown(f"the decode worker was not reached: {error}")
+        known = error if isinstance(error, TercetError) else PeerDown(f"the decode worker was not reached: {error}")
         self.fail(outgoing.active, known)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:

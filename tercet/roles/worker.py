@@ -140,6 +140,8 @@ class Worker:
         self.engine.stop()
         await self._server.stop()
         loop = asyncio.get_running_loop()
+        if isinstance(self.handler, Prefill):
+            self.handler.meet(())  # or it would connect again
         if self._sender is not None:
             await loop.run_in_executor(None, self._sender.stop)
         if self._receiver is not None:

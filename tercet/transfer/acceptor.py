@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 
-from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation
+from tercet.errors import Overloaded, PeerDown, PeerMismatch, ProtocolViolation
 from tercet.transfer.channel import Channel
 from tercet.transfer.messages import Hello, Refuse
 from tercet.transfer.transport import HANDSHAKE_S, MoverConfig, check_hello
@@ -16,6 +17,7 @@ from tercet.transfer.wires import listen_tcp, listen_unix
 
 MAX_HELLO = 8192
 MAX_CONNECTIONS = 1024
+MAX_STRANGERS = 64  # that have not yet said a good HELLO; one more, and the oldest must go
 
 
 class Acceptor:
@@ -26,7 +28,8 @@ class Acceptor:
         self._serve = serve
         self._lock = threading.Lock()
         self._listeners: list[socket.socket] = []
-        self._num_connections = 0
+        self._num_connections = 0  # without the strangers
+        self._strangers: dict[Channel, None] = {}  # in the order in which they came
         self._stopping = threading.Event()
         self._refused: Counter[str] = Counter()
 
@@ -63,24 +66,26 @@ class Acceptor:
             except OSError:  # the listener is closed, or for now there is no descriptor left
                 self._stopping.wait(0.1)
                 continue
-            with self._lock:
-                full = self._num_connections >= MAX_CONNECTIONS
-                self._num_connections += not full
-            if full:
+            channel = Channel(sock)
+            try:
+                threading.Thread(target=self._admit, args=(channel,), name="kv-serve", daemon=True).start()
+            except RuntimeError:  # for now there is no thread left
                 self.count_refused("overloaded")
-                sock.close()
-            else:
-                threading.Thread(target=self._greet, args=(Channel(sock),), name="kv-serve", daemon=True).start()
+                channel.close()
 
-    def _greet(self, channel: Channel) -> None:
+    def _admit(self, channel: Channel) -> None:
         """One connection, from its HELLO to its end."""
+        admitted = False
         try:
-            channel.settimeout(HANDSHAKE_S)
-            hello, _ = channel.receive(MAX_HELLO)
-            if not isinstance(hello, Hello):
-                raise ProtocolViolation(f"expected HELLO, got {type(hello).__name__}")
-            check_hello(hello, self._config.token, self._config.fingerprint)
+            hello = self._greet(channel)
+            with self._lock:
+                admitted = self._num_connections < MAX_CONNECTIONS
+                self._num_connections += admitted
+            if not admitted:
+                raise Overloaded(f"{MAX_CONNECTIONS} transfer connections stand already")
             self._serve(channel, hello)
+        except Overloaded as error:
+            self.count_refused(error.code())
         except (PeerDown, PeerMismatch, ProtocolViolation) as error:
             self.count_refused(error.code())
             if isinstance(error, PeerMismatch):
@@ -90,4 +95,24 @@ class Acceptor:
             channel.shutdown()
             channel.close()
             with self._lock:
-                self._num_connections -= 1
+                self._num_connections -= admitted
+
+    def _greet(self, channel: Channel) -> Hello:
+        """Its HELLO, if that is a good one and comes in time."""
+        with self._lock:
+            self._strangers[channel] = None
+            oldest = next(iter(self._strangers)) if len(self._strangers) > MAX_STRANGERS else None
+        if oldest is not None:
+            oldest.shutdown()
+        try:
+            channel.deadline = time.monotonic() + HANDSHAKE_S
+            hello, _ = channel.receive(MAX_HELLO)
+            channel.deadline = None
+            channel.settimeout(HANDSHAKE_S)
+        finally:
+            with self._lock:
+                del self._strangers[channel]
+        if not isinstance(hello, Hello):
+            raise ProtocolViolation(f"expected HELLO, got {type(hello).__name__}")
+        check_hello(hello, self._config.token, self._config.fingerprint)
+        return hello

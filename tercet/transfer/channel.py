@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.deadline: float | None = None  # time.monotonic(): what is received until then
 
     def send(self, message: Message, payload: Sequence[memoryview] = (), fds: Sequence[int] = ()) -> None:
         """Blocks until the kernel has taken every byte."""
@@ -91,6 +93,8 @@ class Channel:
         most = min(IOV_MAX, len(rest) * BUFFER // max(1, sum(map(len, rest))) + 1)  # what one call can fill
         try:
             while first < len(rest):
+                if self.deadline is not None:  # a peer that sends byte by byte would outlive every timeout
+                    self.sock.settimeout(max(self.deadline - time.monotonic(), 1e-3))
                 batch = rest[first : first + most]
                 count = self.sock.recvmsg_into(batch)[0] if len(batch) > 1 else self.sock.recv_into(batch[0])
                 if count == 0:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -16,7 +18,7 @@ from tercet.core import PairState
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
 from tercet.transfer.channel import Channel, Mailbox
 from tercet.transfer.layout import Pair
-from tercet.transfer.messages import VERSION, Hello, Probe, ProbeAck
+from tercet.transfer.messages import VERSION, Goodbye, Hello, Probe, ProbeAck
 from tercet.transfer.region import SCRATCH, Region
 from tercet.transfer.transport import (
     HANDSHAKE_S,
@@ -31,6 +33,8 @@ from tercet.transfer.transport import (
 )
 from tercet.transfer.wires import dial_tcp, dial_unix, host_id
 
+QUIET = 4096  # pairs that are over and that a worker has yet to be told of
+MAX_QUIET = 64  # of them in one HELLO
 PROBES = 5  # small ones, for the latency; the best counts
 BULK_PROBES = 3  # of a whole scratch on each link, for the bandwidth
 
@@ -61,15 +65,18 @@ class Peer:
 
     def close(self) -> None:
         """Give up a pair whose threads were never started."""
-        self.shutdown()
-        for channel, outlet in self.links:
+        for _, outlet in self.links:
             outlet.close()
+        with contextlib.suppress(PeerDown):  # else the next HELLO says so
+            self.channel.send(Goodbye("this pair is not used"))
+        self.shutdown()
+        for channel, _ in self.links:
             channel.close()
         self.channel.close()
 
 
 class Dialer:
-    """Stateless but for what this worker is. Any thread."""
+    """Any thread."""
 
     def __init__(
         self, config: MoverConfig, region: Region, transports: Sequence[Transport], lock: threading.Lock
@@ -79,8 +86,14 @@ class Dialer:
         self._transports = tuple(transports)
         self._lock = lock  # the sender's, for its peers' conditions
         self._host_id = host_id()
+        self._quiet: deque[tuple[str, str]] = deque(maxlen=QUIET)  # (endpoint, id) of pairs that are over
 
-    def dial(self, encoded: str, quiet: Sequence[str]) -> Peer:
+    def quiet(self, peer: Peer) -> None:
+        """Nothing of the pair will be written any more; the next HELLO to its worker says so."""
+        if peer.id:
+            self._quiet.append((peer.endpoint, peer.id))
+
+    def dial(self, encoded: str) -> Peer:
         """Connect by every transport that reaches, and keep the one that was measured to be the fastest; shared memory
         is taken unmeasured, since every other way copies more. A transport that fails is named in the log."""
         endpoint = Endpoint.decode(encoded)
@@ -88,7 +101,7 @@ class Dialer:
         failures: list[TransferError] = []
         for transport in self._candidates(endpoint):
             try:
-                made.append(self._dial_over(encoded, endpoint, transport, quiet))
+                made.append(self._dial_over(encoded, endpoint, transport))
             except TransferError as error:
                 failures.append(error)
                 log.warning("no %s to the decode worker at %s: %s", transport.name, endpoint.tcp, error)
@@ -99,21 +112,25 @@ class Dialer:
         best = max(made, key=lambda peer: peer.attested.bandwidth if peer.attested else 0.0)
         for other in made:
             if other is not best:
-                other.close()
+                self._drop(other)
         return best
 
-    def _dial_over(self, encoded: str, endpoint: Endpoint, transport: Transport, quiet: Sequence[str]) -> Peer:
+    def _drop(self, peer: Peer) -> None:
+        peer.close()
+        self.quiet(peer)
+
+    def _dial_over(self, encoded: str, endpoint: Endpoint, transport: Transport) -> Peer:
         channel = Channel(self._socket(transport, endpoint, 0))
         peer = Peer(encoded, transport, channel, Pair(self._region.layout, self._region.layout), self._lock)
         try:
-            self._greet(peer, quiet)
+            self._greet(peer)
             for number in range(self._config.links or transport.links):
                 self._join(peer, Channel(self._socket(transport, endpoint, number)))
             peer.attested = self._attest(peer)
             for each in (channel, *(link for link, _ in peer.links)):
                 each.settimeout(None)
         except (TransferError, OSError) as error:
-            peer.close()
+            self._drop(peer)
             if isinstance(error, TransferError):
                 raise
             raise PeerDown(f"the handshake with {endpoint.tcp} broke: {error}") from error
@@ -129,15 +146,22 @@ class Dialer:
         return found
 
     def _socket(self, transport: Transport, endpoint: Endpoint, number: int) -> socket.socket:
-        if transport.one_host:
-            return dial_unix(endpoint.unix, HANDSHAKE_S)
-        return dial_tcp(endpoint.tcp[number % len(endpoint.tcp)], HANDSHAKE_S)
+        try:
+            if transport.one_host:
+                return dial_unix(endpoint.unix, HANDSHAKE_S)
+            return dial_tcp(endpoint.tcp[number % len(endpoint.tcp)], HANDSHAKE_S)
+        except OSError as error:  # of this process: no descriptor is left
+            raise PeerDown(f"no transfer connection to {endpoint.worker_id}: {error}") from error
 
-    def _greet(self, peer: Peer, quiet: Sequence[str]) -> None:
+    def _greet(self, peer: Peer) -> None:
         """The control link's handshake."""
         peer.channel.settimeout(HANDSHAKE_S)
-        peer.channel.send(self._hello(peer, quiet, b""))
+        over = [each for each in list(self._quiet) if each[0] == peer.endpoint][-MAX_QUIET:]
+        peer.channel.send(self._hello(peer, [pair for _, pair in over], b""))
         welcome = accept_welcome(peer.channel.receive()[0])
+        for each in over:  # it knows them now
+            with contextlib.suppress(ValueError):  # so it was told on another connection
+                self._quiet.remove(each)
         peer.id, peer.worker_id = welcome.pair, welcome.worker_id
         peer.pair = pair_of(self._region.layout, welcome.layout, peer.transport, self._config.convert)
 

@@ -257,11 +257,11 @@ class Inbound:
         per_block = pair.dst.block_size // pair.unit
         first_unit = inbound.first_block * per_block
         missing = max(0, offer.num_units - first_unit)
-        inbound.arrivals = Arrivals(pair, blocks, missing)
         if -(-missing // per_block) != len(blocks):
             inbound.writer_done = True  # it was granted nothing
             error = TransferError(f"the offer of {offer.num_units} units does not fit {len(blocks)} blocks")
             return self._fail(inbound, error)
+        inbound.arrivals = Arrivals(pair, blocks, missing)
         return [Send(offer.peer, Grant(inbound.ticket, first_unit, list(blocks)))]
 
     def _on_commit(self, ticket: Ticket, peer: Peer, commit: Commit, now: float) -> list[Effect]:
@@ -269,6 +269,8 @@ class Inbound:
         if inbound is None or inbound.peer != peer or inbound.failed or inbound.commit is not None:
             self.dropped["Commit"] += 1
             return []
+        if len(commit.top_ids) != len(commit.top_logprobs):
+            return self._fail(inbound, TransferError("a COMMIT whose top tokens and log-probabilities do not match"))
         inbound.commit, inbound.committed_at = commit, now
         inbound.writer_done = (
             inbound.resends == 0

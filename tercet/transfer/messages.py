@@ -1,6 +1,6 @@
 """Every message between a prefill and a decode worker's movers, and its frame on a stream.
 
-    frame = magic "TCT2" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
+    frame = magic "TCT3" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
 
 The body is the message's fields in order. Only DATA and PROBE have a payload. Bodies are bounded, types are checked,
 and what is no frame of ours raises ProtocolViolation: the connection is closed, nothing else happens.
@@ -31,8 +31,8 @@ import msgpack
 
 from tercet.errors import ProtocolViolation
 
-VERSION = 2
-MAGIC = b"TCT2"
+VERSION = 3
+MAGIC = b"TCT3"
 HEADER = struct.Struct("<4sB3xIQ")
 MAX_BODY = 1 << 20
 MAX_PAYLOAD = 1 << 32

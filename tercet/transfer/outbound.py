@@ -283,7 +283,8 @@ class Outbound:
 
     def _on_resend(self, out: _Outbound, asked: Resend) -> list[Effect]:
         """Write one unit again; its source stands until the RELEASE."""
-        assert out.grant is not None
+        if out.grant is None:
+            return self._give_up(out, TransferError("a unit was asked for again before any was granted"))
         block = (out.grant.first_unit + asked.index) // out.units_per_block[0]
         if block not in out.blocks or asked.layer not in out.pair.layers:
             return self._give_up(out, TransferError(f"unit {asked.index} was asked for again, but never written"))

@@ -51,11 +51,11 @@ class _Peer:
         self.transport = transport
         self.channel = channel
         self.terms = terms
+        self.quiet_fd = os.eventfd(0)  # readable when the writer has said on a new connection that this one is over
         self.mailbox = Mailbox(channel, worker_id)
         self.links: list[_Link] = []
         self.over = False
         self.said_goodbye = False
-        self.quiet_fd = os.eventfd(0)  # readable when the writer has said on a new connection that this one is over
 
     def shutdown(self) -> None:
         self.channel.shutdown()
@@ -234,6 +234,8 @@ class KvReceiver:
                 peer.links.append(link)
         if not joined:
             inlet.fence()
+            if inlet.death_fd is not None:
+                os.close(inlet.death_fd)
             raise PeerDown("the pair is over already")
         try:
             channel.send(self._welcome(peer.id, inlet.blob), fds=inlet.fds)
@@ -281,7 +283,10 @@ class KvReceiver:
 
     def _pass_over(self, peer: _Peer, link: _Link, data: Data, payload: int) -> None:
         """Let bytes go by that must not be placed: those on the channel here, those of a library by its inlet."""
-        link.inlet.pass_over(link.channel, payload, data.layers * data.count * peer.terms.pair.unit_bytes)
+        num_bytes = data.layers * data.count * peer.terms.pair.unit_bytes
+        if num_bytes > self._region.layout.total_bytes:
+            raise ProtocolViolation(f"DATA of {num_bytes} bytes is more than a whole cache")
+        link.inlet.pass_over(link.channel, payload, num_bytes)
 
     # ---- time
 

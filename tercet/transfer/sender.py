@@ -7,11 +7,11 @@ must not call back into the sender.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 
 from tercet.core import PairState
@@ -38,7 +38,6 @@ from tercet.transfer.region import Region
 from tercet.transfer.transport import HANDSHAKE_S, MoverConfig, Outlet, Transport
 
 Event = Granted | Failed | Released | OpDone
-QUIET = 64  # pairs that are over and are told of on the next connection
 
 
 class KvSender:
@@ -55,9 +54,8 @@ class KvSender:
         self._region = region
         self._lock = threading.Lock()
         self._dialer = Dialer(config, region, transports, self._lock)
-        self._dialing: dict[str, threading.Lock] = {}  # endpoint -> one handshake however many ask
-        self._peers: dict[str, Peer] = {}  # endpoint -> live pair
-        self._quiet: deque[str] = deque(maxlen=QUIET)  # ids of pairs of which nothing will be written any more
+        self._dialing: dict[str, Future[Peer]] = {}  # endpoint -> one handshake, and one failure, however many ask
+        self._peers: dict[str, Peer] = {}  # endpoint -> pair, until nothing of it will be written any more
         self._stopping = threading.Event()
         threading.Thread(target=self._clock, name="kv-clock", daemon=True).start()
 
@@ -132,13 +130,35 @@ class KvSender:
         """Connect to a decode worker before the first request needs it. Raises PeerDown or PeerMismatch."""
         self._connect(endpoint)
 
+    def connected(self, endpoint: str) -> bool:
+        """Whether `open` will not have to dial."""
+        with self._lock:
+            return endpoint in self._peers
+
     def _connect(self, endpoint: str) -> Peer:
         with self._lock:
-            dialing = self._dialing.setdefault(endpoint, threading.Lock())
-        with dialing:
+            if self._stopping.is_set():
+                raise PeerDown("the prefill worker stops")
+            peer, dialing = self._peers.get(endpoint), self._dialing.get(endpoint)
+            if peer is None and dialing is None:
+                ours = self._dialing[endpoint] = Future()
+        if peer is not None:
+            if peer.over:
+                raise PeerDown(f"the pair with {peer.worker_id} has just broken")
+            return peer
+        if dialing is not None:
+            return dialing.result()
+        try:
+            peer = self._begin(self._dialer.dial(endpoint))
+        except BaseException as error:
+            ours.set_exception(error)
+            raise
+        else:
+            ours.set_result(peer)
+            return peer
+        finally:
             with self._lock:
-                peer = self._peers.get(endpoint)
-            return peer or self._begin(self._dialer.dial(endpoint, list(self._quiet)))
+                del self._dialing[endpoint]
 
     def _begin(self, peer: Peer) -> Peer:
         peer.mailbox = Mailbox(peer.channel, peer.worker_id)
@@ -164,41 +184,48 @@ class KvSender:
                 with self._lock:
                     self._run(self._outbound.on_message(peer, message, time.monotonic()))
         except (PeerDown, ProtocolViolation):
+            pass
+        finally:
             self._end(peer)
 
     def _end(self, peer: Peer) -> None:
+        """No other pair with this worker begins before its HELLO can say that nothing of this one will be written."""
         peer.shutdown()
         with self._lock:
             peer.over = True
-            if self._peers.get(peer.endpoint) is peer:
-                del self._peers[peer.endpoint]
             self._run(self._outbound.peer_down(peer))
             peer.changed.notify_all()
         peer.mailbox.finish(timeout=1.0)
         for thread in peer.threads:
             thread.join()
         with self._lock:
-            self._quiet.append(peer.id)
+            self._dialer.quiet(peer)
+            del self._peers[peer.endpoint]
         peer.channel.close()
 
     def _write_loop(self, peer: Peer, channel: Channel, outlet: Outlet) -> None:
         """One data link: the most urgent write, again and again."""
         loader = Loader(self._region, self._config.integrity)
+        try:
+            self._write_all(peer, channel, outlet, loader)
+        finally:  # a fault of ours is raised, but nobody shall wait for what will not be written
+            peer.shutdown()
+            outlet.close()
+            channel.close()
+
+    def _write_all(self, peer: Peer, channel: Channel, outlet: Outlet, loader: Loader) -> None:
         while (write := self._next(peer)) is not None:
             try:
                 outlet.write(channel, loader.parcel(peer.transport, peer.pair, write))
             except (PeerDown, ProtocolViolation):
                 peer.shutdown()
-            except BaseException:  # a fault of ours: it is raised, but nobody shall wait for what was not written
-                peer.shutdown()
-                raise
             finally:
                 commit = self._end_write(peer, write)
             if commit is not None:
-                with contextlib.suppress(PeerDown):  # the pair's reader sees it too
+                try:
                     channel.send(commit)
-        outlet.close()
-        channel.close()
+                except PeerDown:
+                    peer.shutdown()
 
     def _end_write(self, peer: Peer, write: Write) -> Commit | None:
         """-> the COMMIT that is due behind this write. It follows on the write's link, whose reader is awake."""

@@ -178,6 +178,11 @@ def pair_of(
     """What two layouts have to do with each other over a transport. Raises PeerMismatch."""
     ours, theirs = (side if isinstance(side, KvLayout) else layout_of(side) for side in (src, dst))
     pair = Pair(ours, theirs, convert)
+    if pair.layers != pair.dst.window or pair.heads != pair.dst.heads:
+        raise PeerMismatch(
+            f"the source holds layers {pair.layers} and heads {pair.heads} of the destination's {pair.dst.window} and "
+            f"{pair.dst.heads}; a request's KV comes from one worker"
+        )
     if pair.converts and not transport.packs:
         raise PeerMismatch(f"{transport.name} cannot change the dtype on the way; use tcp or shm")
     return pair
