@@ -101,9 +101,10 @@ class Acceptor:
         """Its HELLO, if that is a good one and comes in time."""
         with self._lock:
             self._strangers[channel] = None
-            oldest = next(iter(self._strangers)) if len(self._strangers) > MAX_STRANGERS else None
-        if oldest is not None:
-            oldest.shutdown()
+            if len(self._strangers) > MAX_STRANGERS:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                oldest.shutdown()
         try:
             channel.deadline = time.monotonic() + HANDSHAKE_S
             hello, _ = channel.receive(MAX_HELLO)
@@ -111,7 +112,7 @@ class Acceptor:
             channel.settimeout(HANDSHAKE_S)
         finally:
             with self._lock:
-                del self._strangers[channel]
+                self._strangers.pop(channel, None)
         if not isinstance(hello, Hello):
             raise ProtocolViolation(f"expected HELLO, got {type(hello).__name__}")
         check_hello(hello, self._config.token, self._config.fingerprint)

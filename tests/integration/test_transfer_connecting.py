@@ -1,0 +1,176 @@
+"""Connections that fail, come again, or come from strangers: nothing is left of them, and nobody waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import threading
+import time
+
+import pytest
+
+from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
+from tercet.transfer import acceptor, inbound
+from tercet.transfer.channel import Channel
+from tercet.transfer.layout import KvLayout
+from tercet.transfer.messages import Commit, encode
+from tercet.transfer.transport import Endpoint, pair_of
+from tercet.transfer.transports import ALL
+from tests.movers import CLASSES, LAYOUT, Pair, commit_of, ticket_of
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def pair(request):
+    made = Pair(request.param)
+    yield made
+    made.stop()
+
+
+def eventually(true, seconds: float = 5.0) -> bool:
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.01)
+    return bool(true())
+
+
+def test_blocks_of_a_broken_pair_are_freed_though_others_connect_at_once(pair):
+    """The HELLO of the next pair says that nothing of this one will be written; it must not come too early."""
+    over = threading.Event()
+
+    def keep_connecting() -> None:
+        while not over.is_set():
+            try:
+                pair.sender.connect(pair.endpoint)
+            except TercetError:
+                time.sleep(0.002)
+
+    threads = [threading.Thread(target=keep_connecting) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(8):
+            assert eventually(lambda: pair.mover._peers)
+            pair.mover.admit(ticket_of(number), 0, [1])
+            while True:
+                try:
+                    pair.open(ticket_of(number), 1)
+                    break
+                except PeerDown:
+                    time.sleep(0.01)
+            for peer in list(pair.mover._peers.values()):
+                peer.shutdown()
+            assert eventually(lambda: not pair.mover.live()), "still in quarantine"
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_dials_that_fail_leave_nothing_behind(pair, monkeypatch):
+    cls = CLASSES[pair.sender._dialer._transports[0].name]
+    with monkeypatch.context() as broken:
+        broken.setattr(cls, "outlet", lambda *_: (_ for _ in ()).throw(ProtocolViolation("no memory")))
+        before = threading.active_count()
+        for _ in range(10):
+            with pytest.raises(ProtocolViolation):
+                pair.sender.connect(pair.endpoint)
+        assert eventually(lambda: not pair.mover._peers and threading.active_count() <= before)
+    pair.sender.connect(pair.endpoint)
+    assert len(pair.mover._peers) == 1
+
+
+def test_all_who_wait_share_one_failed_handshake(pair, monkeypatch):
+    """A silent decode worker costs those who wait for it one handshake's time, not one each."""
+    dials = itertools.count()
+    real = pair.sender._dialer.dial
+
+    def slow(endpoint: str):
+        next(dials)
+        time.sleep(0.3)
+        return real(endpoint)
+
+    monkeypatch.setattr(pair.sender._dialer, "dial", slow)
+    nobody = Endpoint("decode-9", 1, "elsewhere", "", ["127.0.0.1:1"], [cls.name for cls in ALL]).encode()
+    errors: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            pair.sender.connect(nobody)
+        except TercetError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=connect) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(errors), next(dials)) == (20, 1)
+
+
+def test_a_commit_that_cannot_be_sent_ends_the_pair(pair, monkeypatch):
+    real = Channel.send
+
+    def send(self, message, *rest, **more):
+        if isinstance(message, Commit):
+            raise PeerDown("this link broke")
+        real(self, message, *rest, **more)
+
+    monkeypatch.setattr(Channel, "send", send)
+    pair.grant(ticket_of(), 0, [5], 1)
+    pair.push_all(ticket_of(), [3])
+    pair.next(inbound.Failed, 3)
+    assert eventually(lambda: not pair.sender.connected(pair.endpoint))
+    pair.sender.connect(pair.endpoint)  # shm: its HELLO is the proof
+    pair.next(inbound.Quiesced, 3)
+
+
+def address(pair) -> tuple[str, int]:
+    host, port = Endpoint.decode(pair.endpoint).tcp[0].rsplit(":", 1)
+    return host, int(port)
+
+
+def test_strangers_do_not_keep_a_peer_out(pair):
+    strangers = [socket.create_connection(address(pair)) for _ in range(acceptor.MAX_STRANGERS + 20)]
+    try:
+        pair.sender.connect(pair.endpoint)
+        assert len(pair.mover._acceptor._strangers) <= acceptor.MAX_STRANGERS
+    finally:
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_a_stranger_that_speaks_byte_by_byte_has_one_deadline(pair, monkeypatch):
+    monkeypatch.setattr(acceptor, "HANDSHAKE_S", 0.5)
+    began = time.monotonic()
+    with socket.create_connection(address(pair)) as stranger:
+        stranger.settimeout(0.1)
+        for byte in encode(commit_of(ticket_of())):
+            stranger.send(bytes([byte]))
+            with contextlib.suppress(TimeoutError):
+                assert stranger.recv(1) == b""
+                break
+    assert time.monotonic() - began < 3
+
+
+def test_the_door_stays_open_when_no_thread_can_be_started(pair, monkeypatch):
+    with monkeypatch.context() as poor:
+
+        def start(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        poor.setattr(threading.Thread, "start", start)
+        with socket.create_connection(address(pair)) as turned_away:
+            assert turned_away.recv(1) == b""
+    pair.sender.connect(pair.endpoint)
+    assert pair.mover.refused()["overloaded"] == 1
+
+
+@pytest.mark.parametrize(
+    "source", [{"tp_size": 2}, {"layers": 2, "model_layers": 3}, {"layers": 2, "model_layers": 3, "first_layer": 1}]
+)
+def test_a_source_that_holds_only_a_part_is_refused(source):
+    """What it does not hold would keep the bytes of the block's earlier owner, and nobody would know."""
+    base = {"layers": 3, "blocks": 8, "block_size": 16, "kv_heads": 2, "head_dim": 8, "dtype": "float32"}
+    with pytest.raises(PeerMismatch, match="a request's KV comes from one worker"):
+        pair_of(KvLayout(**(base | source)), LAYOUT, CLASSES["tcp"](), convert=False)
