@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.transfer import inbound, outbound
+from tercet.transfer.effects import Send
 from tercet.transfer.fake import LAYERS, FakeLink
-from tercet.transfer.messages import Ticket
+from tercet.transfer.layout import KvLayout, Pair
+from tercet.transfer.messages import Commit, Offer, Resend, Ticket
 
 TICKETS = [Ticket(f"r{n}", 0, 1) for n in range(3)]
 SOURCE = {t: [10 * n, 10 * n + 1] for n, t in enumerate(TICKETS)}
@@ -141,3 +143,31 @@ def strike(link: FakeLink, name: str, number: int) -> None:
             getattr(link, name)(number)
         case _:
             getattr(link, name)(TICKETS[number % 3])
+
+
+PAIR = Pair(*[KvLayout(1, 8, 16, kv_heads=1, head_dim=8, dtype="float32")] * 2)
+TERMS = inbound.Terms(PAIR, one_sided=True, fenceable=False)
+
+
+def test_an_offer_that_fits_no_memory_fails_by_name():
+    """The peer says how many units there are; nothing is allocated for more than were leased."""
+    machine = inbound.Inbound(epoch=1, lease_s=1.0)
+    machine.admit(TICKETS[0], 0, [3], now=0.0)
+    effects = machine.on_message("peer", TERMS, Offer(TICKETS[0], 1 << 60), 0.0)
+    assert [type(e) for e in effects] == [inbound.Failed, Send, inbound.Quiesced]
+
+
+def test_a_resend_before_the_grant_fails_by_name():
+    machine = outbound.Outbound(lease_s=1.0)
+    machine.open(TICKETS[0], "peer", PAIR, 16, deadline=9.0, now=0.0)
+    effects = machine.on_message("peer", Resend(TICKETS[0], 1, 0, 0), 0.0)
+    assert "before any was granted" in str(effects[0].error)
+    assert machine.live() == []
+
+
+def test_a_commit_whose_top_tokens_do_not_match_fails_by_name():
+    machine = inbound.Inbound(epoch=1, lease_s=1.0)
+    machine.admit(TICKETS[0], 0, [3], now=0.0)
+    machine.on_message("peer", TERMS, Offer(TICKETS[0], 1), 0.0)
+    commit = Commit(TICKETS[0], 0, 1, None, [5, 6], [-0.5], 0, 0.0, 0.0, 0.0, "")
+    assert isinstance(machine.on_message("peer", TERMS, commit, 0.0)[0], inbound.Failed)
