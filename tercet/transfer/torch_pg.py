@@ -5,6 +5,7 @@ Copies: into the library's buffers and out of them, besides the packing. It has 
 travel packed: the library fills a staging buffer of the receiver and never sees the cache. So a cancel is exact. The
 receiver's reader thread pumps, while it lands. gloo closes a pair for good at its first timeout or failure, so the link
 then ends and a new one gets a new group; it notices a dead peer when its socket closes, a stopped one after the lease.
+The store at which a group meets, and the group itself, know no cluster token: for networks that are trusted.
 """
 
 from __future__ import annotations
