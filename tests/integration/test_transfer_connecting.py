@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import socket
 import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from tercet.engine.sequence import Sequence
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
-from tercet.transfer import acceptor, inbound
+from tercet.roles import prefill as roles
+from tercet.roles.prefill import Prefill
+from tercet.transfer import acceptor, dialer, inbound
 from tercet.transfer.channel import Channel
 from tercet.transfer.layout import KvLayout
 from tercet.transfer.messages import Commit, encode
@@ -71,13 +77,12 @@ def test_dials_that_fail_leave_nothing_behind(pair, monkeypatch):
     cls = CLASSES[pair.sender._dialer._transports[0].name]
     with monkeypatch.context() as broken:
         broken.setattr(cls, "outlet", lambda *_: (_ for _ in ()).throw(ProtocolViolation("no memory")))
-        before = threading.active_count()
         for _ in range(10):
             with pytest.raises(ProtocolViolation):
                 pair.sender.connect(pair.endpoint)
-        assert eventually(lambda: not pair.mover._peers and threading.active_count() <= before)
-    pair.sender.connect(pair.endpoint)
-    assert len(pair.mover._peers) == 1
+    pair.sender.connect(pair.endpoint)  # its HELLO ends what a GOODBYE that came too late has left
+    assert eventually(lambda: len(pair.mover._peers) == 1)
+    assert eventually(lambda: pair.mover._acceptor._num_connections == 1 + cls.links)
 
 
 def test_all_who_wait_share_one_failed_handshake(pair, monkeypatch):
@@ -174,3 +179,67 @@ def test_a_source_that_holds_only_a_part_is_refused(source):
     base = {"layers": 3, "blocks": 8, "block_size": 16, "kv_heads": 2, "head_dim": 8, "dtype": "float32"}
     with pytest.raises(PeerMismatch, match="a request's KV comes from one worker"):
         pair_of(KvLayout(**(base | source)), LAYOUT, CLASSES["tcp"](), convert=False)
+
+
+class Leg:
+    """What Prefill needs of a leg and of its stream."""
+
+    timeout_s, token_ids = 60.0, (1,) * 16
+
+    def __init__(self, number: int, peer: str) -> None:
+        self.peer, self.leg, self.stream, self.timer = peer, self, self, self
+        self.ticket = ticket_of(number)
+        self.sequence = Sequence(self.ticket, [1] * 16, 16, None)
+
+    def cancel(self) -> None: ...
+
+    def failed(self, *_: object) -> None: ...
+
+    def finished(self, *_: object) -> None: ...
+
+
+async def test_a_silent_decode_worker_holds_nobody_else_up(monkeypatch):
+    """It accepts and never answers. What goes to a worker that is connected does not wait for its handshakes."""
+    monkeypatch.setattr(dialer, "HANDSHAKE_S", 2.0)
+    made, granted = Pair("tcp"), asyncio.Event()
+    prefill = Prefill(asyncio.get_running_loop(), 1000)
+    prefill.sender = made.sender
+    prefill.sender._on_event = prefill.on_event
+    prefill.engine = SimpleNamespace(abort=id, op_done=id, add=lambda _: granted.set())
+    await asyncio.to_thread(made.sender.connect, made.endpoint)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        whole = Endpoint.decode(made.endpoint)
+        dead = replace(whole, worker_id="decode-9", tcp=[f"127.0.0.1:{silent.getsockname()[1]}"]).encode()
+        prefill.meet([dead, made.endpoint])
+        for leg in [Leg(n, dead) for n in range(40)]:
+            prefill.begin(leg)
+            prefill.give_up(leg, TercetError("given up"))
+        made.mover.admit(ticket_of(100), 0, [1])
+        prefill.begin(Leg(100, made.endpoint))
+        await asyncio.wait_for(granted.wait(), 1.0)
+        async with asyncio.timeout(10):
+            while len(prefill._outgoing) > 1:  # those that were given up are dropped with the first handshake
+                await asyncio.sleep(0.05)
+    prefill.meet(())
+    await asyncio.to_thread(made.stop)
+
+
+async def test_however_often_it_is_introduced_a_dead_worker_is_dialled_once_at_a_time(monkeypatch):
+    monkeypatch.setattr(roles, "MEET_AGAIN_S", 0.1)
+    dials = itertools.count()
+
+    def connect(_: str) -> None:
+        next(dials)
+        raise PeerDown("nobody there")
+
+    prefill = Prefill(asyncio.get_running_loop(), 10)
+    prefill.sender = SimpleNamespace(connect=connect, connected=lambda _: False, attested=list)
+    nobody = Endpoint("decode-9", 1, "elsewhere", "", ["127.0.0.1:1"], ["tcp"]).encode()
+    for _ in range(10):
+        prefill.meet([nobody])
+    await asyncio.sleep(1.0)
+    assert [state.fault for state in prefill.pairs()] == ["nobody there"]
+    prefill.meet(())
+    await asyncio.sleep(0.3)
+    assert 3 <= next(dials) <= 11
+    assert prefill.pairs() == ()
