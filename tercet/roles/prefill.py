@@ -82,19 +82,19 @@ class Prefill(LegRole):
             raise Overloaded(f"{len(self._outgoing)} prompts are waiting or being computed already")
         outgoing = self._outgoing[active.ticket] = _Outgoing(active, time.monotonic())
         if self.sender.connected(active.leg.peer):
-            self._open(outgoing)
+            self._open(outgoing, dial=False)
         else:
-            self._loop.run_in_executor(self._dialers, self._open, outgoing)
+            self._loop.run_in_executor(self._dialers, self._open, outgoing, True)
 
-    def _open(self, outgoing: _Outgoing) -> None:
-        """On a pool thread if it has to dial."""
+    def _open(self, outgoing: _Outgoing, dial: bool) -> None:
+        """On a pool thread if it may dial, which blocks."""
         if outgoing.given_up is not None:
             self._loop.call_soon_threadsafe(self._not_opened, outgoing, outgoing.given_up)
             return
         active, leg = outgoing.active, outgoing.active.leg
         deadline = outgoing.arrived + leg.timeout_s
         try:
-            outgoing.transport = self.sender.open(active.ticket, leg.peer, len(leg.token_ids), deadline)
+            outgoing.transport = self.sender.open(active.ticket, leg.peer, len(leg.token_ids), deadline, dial)
         except (TransferError, OSError) as error:
             self._loop.call_soon_threadsafe(self._not_opened, outgoing, error)
         else:

@@ -61,11 +61,11 @@ class KvSender:
 
     # ---- verbs, any thread
 
-    def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float) -> str:
+    def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float, dial: bool = True) -> str:
         """Offer a request to the decode worker at `endpoint`; connects first if need be, which may block for some
-        seconds. deadline: time.monotonic(); of what waits to be written, the earliest goes first.
-        -> the transport's name. Raises PeerDown or PeerMismatch."""
-        peer = self._connect(endpoint)
+        seconds, or raises PeerDown unless `dial`. deadline: time.monotonic(); of what waits to be written, the earliest
+        goes first. -> the transport's name. Raises PeerDown or PeerMismatch."""
+        peer = self._connect(endpoint, dial)
         unseen = peer.transport.one_sided and not self._config.integrity
         most = MAX_UNSEEN_WRITE if unseen else MAX_WRITE
         with self._lock:
@@ -135,11 +135,13 @@ class KvSender:
         with self._lock:
             return endpoint in self._peers
 
-    def _connect(self, endpoint: str) -> Peer:
+    def _connect(self, endpoint: str, dial: bool = True) -> Peer:
         with self._lock:
             if self._stopping.is_set():
                 raise PeerDown("the prefill worker stops")
             peer, dialing = self._peers.get(endpoint), self._dialing.get(endpoint)
+            if peer is None and not dial:
+                raise PeerDown("the pair with the decode worker has just broken")
             if peer is None and dialing is None:
                 ours = self._dialing[endpoint] = Future()
         if peer is not None:
