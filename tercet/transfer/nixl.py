@@ -20,7 +20,7 @@ import os
 import select
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgpack
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
 from tercet.transfer.channel import Channel
 from tercet.transfer.pack import Memory
-from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
+from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport, library_errors
 
 INSTALL = "pip install --no-deps nixl nixl-cu12"
 SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, since only these calls drive the library
@@ -73,7 +73,7 @@ class _NixlInlet(Inlet):
         if payload:
             raise ProtocolViolation("DATA over nixl carries no bytes on the channel")
         self._number += 1
-        with _translated("nixl broke"):
+        with library_errors("nixl broke"):
             _pump(channel, self._timeout_s, self._has_landed)
         self._landed.remove(_name_of(self._number))
 
@@ -122,7 +122,7 @@ class _Agent:
     """A NIXL agent that has the whole region registered. For one thread at a time."""
 
     def __init__(self, ask: Ask) -> None:
-        with _translated("no nixl agent"):
+        with library_errors("no nixl agent"):
             api = _library()
             config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             self._agent = api.nixl_agent(f"tercet-{uuid.uuid4().hex}", config)
@@ -131,11 +131,11 @@ class _Agent:
         self._peer = ""
 
     def metadata(self) -> bytes:
-        with _translated("no nixl metadata"):
+        with library_errors("no nixl metadata"):
             return bytes(self._agent.get_agent_metadata())
 
     def meet(self, metadata: bytes) -> None:
-        with _translated("the decode worker's nixl agent cannot be reached"):
+        with library_errors("the decode worker's nixl agent cannot be reached"):
             name = self._agent.add_remote_agent(metadata)
             self._peer = name.decode() if isinstance(name, bytes) else name
 
@@ -144,7 +144,7 @@ class _Agent:
 
     def write(self, channel: Channel, parcel: Parcel, base: int, note: bytes, timeout_s: float) -> None:
         """Returns when all bytes have landed at `base` and `note` is on its way."""
-        with _translated("the nixl write failed"):
+        with library_errors("the nixl write failed"):
             source, target = _descriptors(parcel, base)
             sides = self._agent.get_xfer_descs(source, DRAM), self._agent.get_xfer_descs(target, DRAM)
             handle = self._agent.initialize_xfer("WRITE", *sides, self._peer, note)
@@ -211,14 +211,3 @@ def _address(memory: Memory) -> int:
 
 def _name_of(number: int) -> bytes:
     return number.to_bytes(8, "big")
-
-
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Whatever the library raises becomes PeerDown: it tells neither a dead peer from a bad argument, nor documents."""
-    try:
-        yield
-    except TercetError:
-        raise
-    except Exception as error:
-        raise PeerDown(f"{what}: {error}") from error

@@ -12,15 +12,16 @@ only its word, its proven death or a fence can quiesce a ticket (transfer/inboun
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hmac
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tercet.errors import PeerMismatch, ProtocolViolation
+from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
 from tercet.transfer.channel import Channel
 from tercet.transfer.layout import KvLayout, Pair, Run
 from tercet.transfer.messages import VERSION, Data, Hello, Probe, Refuse, Welcome
@@ -194,3 +195,14 @@ def layout_of(fields: Sequence[object]) -> KvLayout:
     if [type(value) for value in fields] != types:
         raise PeerMismatch(f"no KV layout: {fields!r:.200}")
     return KvLayout(*fields)  # type: ignore[arg-type]  # checked above
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """What a transfer library raises becomes PeerDown, which ends the pair: its own errors tell no more than that."""
+    try:
+        yield
+    except TercetError:
+        raise
+    except Exception as error:
+        raise PeerDown(f"{what}: {error}") from error

@@ -19,7 +19,7 @@ import os
 import secrets
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgpack
@@ -27,7 +27,7 @@ import msgpack
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
 from tercet.transfer.channel import Channel
 from tercet.transfer.messages import ProbeAck
-from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
+from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport, library_errors
 
 INSTALL = "pip install --no-deps ucxx-cu12 libucxx-cu12 'libucx-cu12<1.22'"
 CONFIG = {
@@ -144,7 +144,7 @@ class _Worker:
         self._timeout_s = timeout_s
         self._endpoint: Any = None
         self._request: Any = None
-        with _translated("no ucx worker"):
+        with library_errors("no ucx worker"):
             self._api = _library()
             features = (self._api.Feature.TAG, self._api.Feature.WAKEUP)
             self._worker: Any = self._api.UCXWorker(self._api.UCXContext(CONFIG, feature_flags=features))
@@ -152,24 +152,24 @@ class _Worker:
             self._fd = self._worker.epoll_file_descriptor
 
     def address(self) -> bytes:
-        with _translated("no ucx address"):
+        with library_errors("no ucx address"):
             return bytes(self._api.UCXAddress.create_from_worker(self._worker).tobytes())
 
     def meet(self, address: bytes) -> None:
-        with _translated("the decode worker's ucx worker cannot be reached"):
+        with library_errors("the decode worker's ucx worker cannot be reached"):
             peer = self._api.UCXAddress.create_from_buffer(address)
             self._endpoint = self._api.UCXEndpoint.create_from_worker_address(self._worker, peer, True)
 
     def send(self, channel: Channel, view: memoryview, tag: int) -> None:
         """Returns when the peer has answered on the channel."""
-        with _translated("the ucx send failed"):
+        with library_errors("the ucx send failed"):
             self._request = self._endpoint.tag_send(_array(view), self._api.UCXXTag(tag))
             self._pump(channel, GONE, self._is_over)
             self._pump(channel, GONE | select.POLLIN, lambda: False)
 
     def receive(self, channel: Channel, view: memoryview, tag: int) -> None:
         """Returns when the view is filled."""
-        with _translated("the ucx receive failed"):
+        with library_errors("the ucx receive failed"):
             self._request = self._worker.tag_recv(_array(view), self._api.UCXXTag(tag))
             self._pump(channel, GONE, self._is_over)
 
@@ -221,14 +221,3 @@ def _array(view: memoryview) -> Any:
 
 def _tag(secret: int, number: int) -> int:
     return (secret << 32) | (number & 0xFFFFFFFF)
-
-
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Whatever the library raises becomes PeerDown, which ends the pair: its own errors tell no more than that."""
-    try:
-        yield
-    except TercetError:
-        raise
-    except Exception as error:
-        raise PeerDown(f"{what}: {error}") from error
