@@ -200,7 +200,7 @@ class Leg:
 
 async def test_a_silent_decode_worker_holds_nobody_else_up(monkeypatch):
     """It accepts and never answers. What goes to a worker that is connected does not wait for its handshakes."""
-    monkeypatch.setattr(dialer, "HANDSHAKE_S", 2.0)
+    monkeypatch.setattr(dialer, "HANDSHAKE_S", 4.0)
     made, granted = Pair("tcp"), asyncio.Event()
     prefill = Prefill(asyncio.get_running_loop(), 1000)
     prefill.sender = made.sender
@@ -216,8 +216,8 @@ async def test_a_silent_decode_worker_holds_nobody_else_up(monkeypatch):
             prefill.give_up(leg, TercetError("given up"))
         made.mover.admit(ticket_of(100), 0, [1])
         prefill.begin(Leg(100, made.endpoint))
-        await asyncio.wait_for(granted.wait(), 1.0)
-        async with asyncio.timeout(10):
+        await asyncio.wait_for(granted.wait(), 3.0)
+        async with asyncio.timeout(20):
             while len(prefill._outgoing) > 1:  # those that were given up are dropped with the first handshake
                 await asyncio.sleep(0.05)
     prefill.meet(())
@@ -241,5 +241,5 @@ async def test_however_often_it_is_introduced_a_dead_worker_is_dialled_once_at_a
     assert [state.fault for state in prefill.pairs()] == ["nobody there"]
     prefill.meet(())
     await asyncio.sleep(0.3)
-    assert 3 <= next(dials) <= 11
+    assert 2 <= next(dials) <= 11
     assert prefill.pairs() == ()
