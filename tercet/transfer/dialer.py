@@ -157,7 +157,7 @@ class Dialer:
         """The control link's handshake."""
         peer.channel.settimeout(HANDSHAKE_S)
         over = [each for each in list(self._quiet) if each[0] == peer.endpoint][-MAX_QUIET:]
-        peer.channel.send(self._hello(peer, [pair for _, pair in over], b""))
+        peer.channel.send(self._hello(peer, [pair for _, pair in over]))
         welcome = accept_welcome(peer.channel.receive()[0])
         for each in over:  # it knows them now
             with contextlib.suppress(ValueError):  # so it was told on another connection
@@ -169,7 +169,7 @@ class Dialer:
         """A data link's handshake."""
         channel.settimeout(HANDSHAKE_S)
         try:
-            channel.send(self._hello(peer, (), peer.transport.greeting(self._region)))
+            channel.send(self._hello(peer, ()))
             message, fds = channel.receive_with_fds()
         except TransferError:
             channel.close()
@@ -185,7 +185,7 @@ class Dialer:
             for fd in fds:
                 os.close(fd)
 
-    def _hello(self, peer: Peer, quiet: Sequence[str], blob: bytes) -> Hello:
+    def _hello(self, peer: Peer, quiet: Sequence[str]) -> Hello:
         config, layout = self._config, list[object](astuple(self._region.layout))
         return Hello(
             VERSION,
@@ -196,7 +196,6 @@ class Dialer:
             peer.transport.name,
             peer.id,
             list(quiet),
-            blob,
         )
 
     def _attest(self, peer: Peer) -> PairState:

@@ -56,7 +56,6 @@ class Hello:
     transport: str  # that the pair will use
     pair: str  # "": a new pair, this is its control link; else a data link of that pair
     quiet: list[str]  # earlier pairs of this process that are over: nothing of them will write any more
-    blob: bytes  # what the transport needs to know
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Welcome:
     epoch: int
     layout: list[object]
     pair: str
-    blob: bytes
+    blob: bytes  # what the transport needs to know
 
 
 @dataclass(frozen=True)

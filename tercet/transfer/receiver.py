@@ -226,7 +226,7 @@ class KvReceiver:
             raise PeerMismatch("a data link of no pair that is known here")
         if not transport.one_host:
             tune_tcp(channel.sock)
-        inlet = transport.inlet(Ask(channel, self._region, self._config.lease_s, hello.blob))
+        inlet = transport.inlet(Ask(channel, self._region, self._config.lease_s))
         link = _Link(channel, inlet, Lander(self._region, self._config.integrity), threading.current_thread())
         with self._lock:
             joined = not peer.over

@@ -5,9 +5,9 @@ Two workers are a *pair*: one control link for messages, and data links that car
     Inlet   decode side, used by that link's reader thread:   land, again and again; fence and close at its end
     Outlet  prefill side, used by that link's writer thread:  write, again and again; close at its end
 
-Both are made while the link's HELLO and WELCOME pass, which carry a `blob` each for it. All methods raise PeerDown when
-the link breaks and ProtocolViolation on what makes no sense. `one_sided` says who places the bytes: if the writer does,
-only its word, its proven death or a fence can quiesce a ticket (transfer/inbound.py).
+Both are made while the link's HELLO and WELCOME pass; the WELCOME carries a `blob` for it. All methods raise PeerDown
+when the link breaks and ProtocolViolation on what makes no sense. `one_sided` says who places the bytes: if the writer
+does, only its word, its proven death or a fence can quiesce a ticket (transfer/inbound.py).
 """
 
 from __future__ import annotations
@@ -141,10 +141,6 @@ class Transport(ABC):
     def missing(cls) -> str | None:
         """Why it cannot be used here, and what to install; None if it can."""
         return None
-
-    def greeting(self, region: Region) -> bytes:
-        """The blob of the HELLO."""
-        return b""
 
     @abstractmethod
     def inlet(self, ask: Ask) -> Inlet: ...

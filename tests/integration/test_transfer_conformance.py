@@ -350,7 +350,7 @@ def greeted(made: Receiving, wire: str) -> socket.socket:
     endpoint = Endpoint.decode(made.endpoint)
     sock = dial_tcp(endpoint.tcp[0], 5.0) if wire == "tcp" else dial_unix(endpoint.unix, 5.0)
     layout = [getattr(LAYOUT, name) for name in LAYOUT.__dataclass_fields__]
-    sock.sendall(encode(Hello(messages.VERSION, "t", "stranger", "m", layout, wire, "", [], b"")))
+    sock.sendall(encode(Hello(messages.VERSION, "t", "stranger", "m", layout, wire, "", [])))
     header = sock.recv(messages.HEADER.size, socket.MSG_WAITALL)
     kind, body, _ = messages.decode_header(header)
     assert isinstance(messages.decode_body(kind, sock.recv(body, socket.MSG_WAITALL)), Welcome)
