@@ -26,6 +26,7 @@ class DecodeGroup:
 
     rows: Tensor | slice  # [B] int64, in the flat batch
     pages: Tensor  # [2 * B * padded blocks] int64, every K page before every V page
+    padding: Tensor  # [...] int64, gathered tokens that are nobody's: rows of the pages seen as [pages * S, Hkv * D]
     context: int  # the longest L of the group
     masks: dict[Window, Tensor | None]  # window -> [B, 1, 1, L], True where attended; None: all are
 
@@ -62,11 +63,14 @@ def _plan_group(
     blocks = tables[rows][:, : -(-longest // block_size)].flatten() * 2
     ends = contexts[rows].view(-1, 1, 1, 1)
     at = torch.arange(longest)
+    gathered = torch.arange(blocks.numel() * block_size).view(len(ends), -1)
+    padding = gathered[:, :longest][at >= ends.view(-1, 1)]
     masks: dict[Window, Tensor | None] = {}
     for window in windows:
         mask = at < ends if window is None else (at < ends) & (at >= ends - window)
         masks[window] = None if bool(mask.all()) else mask
-    return DecodeGroup(rows, torch.cat((blocks, blocks + 1)), longest, masks)
+    both = torch.cat((padding, padding + gathered.numel()))
+    return DecodeGroup(rows, torch.cat((blocks, blocks + 1)), both, longest, masks)
 
 
 def plan_chunk(start: int, length: int, context: int, table: Tensor, windows: Sequence[Window]) -> ChunkPlan:
@@ -95,10 +99,16 @@ def write_kv(cache: Tensor, rows: Tensor, key_value: Tensor) -> None:
     cache.view(-1, heads, dim).index_copy_(0, rows, key_value.reshape(-1, heads, dim))
 
 
-def _gather(cache: Tensor, pages: Tensor, batch: int, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """-> K and V [batch, Hkv, L, D] in `dtype`, strided."""
+def _gather(
+    cache: Tensor, pages: Tensor, padding: Tensor | None, batch: int, context: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """-> K and V [batch, Hkv, L, D] in `dtype`, strided; zeros where the padding is. A mask alone would not do: what
+    an earlier owner left there may be infinite or NaN, and times zero that is NaN."""
     _, _, size, heads, dim = cache.shape
-    flat = cache.view(-1, size * heads * dim).index_select(0, pages).to(dtype)
+    flat = cache.view(-1, size * heads * dim).index_select(0, pages)
+    if padding is not None and padding.numel():
+        flat.view(-1, heads * dim).index_fill_(0, padding, 0)
+    flat = flat.to(dtype)
     both = flat.view(2, batch, -1, heads, dim)[:, :, :context].transpose(2, 3)
     return both[0], both[1]
 
@@ -106,7 +116,7 @@ def _gather(cache: Tensor, pages: Tensor, batch: int, context: int, dtype: torch
 def decode_attention(query: Tensor, cache: Tensor, group: DecodeGroup, window: Window) -> Tensor:
     """query [B, H, D] -> [B, H, D]. The G query heads of a key-value head are rows of one product: K is not copied."""
     batch, heads, dim = query.shape
-    key, value = _gather(cache, group.pages, batch, group.context, query.dtype)
+    key, value = _gather(cache, group.pages, group.padding, batch, group.context, query.dtype)
     grouped = query.view(batch, key.shape[1], -1, dim)
     out = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=group.masks[window])
     return out.reshape(batch, heads, dim)
@@ -115,7 +125,7 @@ def decode_attention(query: Tensor, cache: Tensor, group: DecodeGroup, window: W
 def chunk_attention(query: Tensor, key_value: Tensor, cache: Tensor, plan: ChunkPlan, window: Window) -> Tensor:
     """The chunk's query [T, H, D] and key_value [T, 2 Hkv, D] as it was written to the cache -> [T, H, D]."""
     if plan.pages.numel():
-        keys, values = _gather(cache, plan.pages, 1, plan.context, query.dtype)
+        keys, values = _gather(cache, plan.pages, None, 1, plan.context, query.dtype)
     else:
         keys, values = key_value.to(query.dtype).transpose(0, 1).unsqueeze(0).chunk(2, 1)
     mask = plan.masks[window]
