@@ -9,8 +9,11 @@ import enum
 import math
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tercet.errors import InvalidRequest
+
+GREEDY_BELOW = 1e-5  # temperature; as in vLLM, since dividing by less leaves no number worth a draw
 
 
 class Role(enum.StrEnum):
@@ -30,7 +33,7 @@ class SamplingParams:
     """How the next token is drawn. Ranges follow vLLM's SamplingParams; `validate` names what is out of range."""
 
     max_tokens: int = 16
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # below GREEDY_BELOW it is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0
     min_p: float = 0.0
@@ -42,13 +45,21 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely tokens'
 
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @cached_property
+    def stop_set(self) -> frozenset[int]:
+        return frozenset(self.stop_token_ids)
+
     def validate(self) -> None:
         """Raises InvalidRequest naming the first field that is out of range."""
         for name, value, low, high in (
             ("temperature", self.temperature, 0.0, 100.0),
             ("top_p", self.top_p, 0.0, 1.0),
             ("min_p", self.min_p, 0.0, 1.0),
-            ("repetition_penalty", self.repetition_penalty, 0.0, 100.0),
+            ("repetition_penalty", self.repetition_penalty, 0.01, 100.0),
             ("presence_penalty", self.presence_penalty, -2.0, 2.0),
             ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
         ):
@@ -56,8 +67,6 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, got {value}")
         if self.top_p == 0.0:
             raise InvalidRequest("top_p must be above 0, got 0; for greedy decoding set temperature to 0")
-        if self.repetition_penalty == 0.0:
-            raise InvalidRequest("repetition_penalty must be above 0, got 0")
         if self.top_k < 0:
             raise InvalidRequest(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if self.max_tokens < 1:
@@ -74,6 +83,7 @@ class GenerateRequest:
     token_ids: tuple[int, ...]
     params: SamplingParams
     deadline: float  # time.monotonic() of this host, seconds
+    client: str = ""  # who asks; requests of one client wait for each other before they wait for others'
 
 
 @dataclass(frozen=True)

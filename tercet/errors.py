@@ -17,8 +17,10 @@
     ├── DeadlineExceeded            504   DEADLINE_EXCEEDED
     ├── Cancelled                   499   CANCELLED            the client went away or asked for it
     ├── WorkerLost                  502   UNAVAILABLE          a worker died and no retry was left
+    ├── EngineFault                 500   INTERNAL             this request's own step failed; the worker lives
     ├── TransferError               502   UNAVAILABLE          a KV handover failed
     │   ├── PeerDown                502   UNAVAILABLE
+    │   │   └── PeerUnreachable     502   UNAVAILABLE          no connection to it could be made
     │   ├── PeerMismatch            502   FAILED_PRECONDITION  other model, layout, version or cluster
     │   ├── ProtocolViolation       502   DATA_LOSS            bytes that are no frame of ours
     │   ├── LeaseExpired            502   DEADLINE_EXCEEDED
@@ -118,12 +120,20 @@ class WorkerLost(TercetError):
     grpc_status = "UNAVAILABLE"
 
 
+class EngineFault(TercetError):
+    pass
+
+
 class TransferError(TercetError):
     http_status = 502
     grpc_status = "UNAVAILABLE"
 
 
 class PeerDown(TransferError):
+    pass
+
+
+class PeerUnreachable(PeerDown):
     pass
 
 

@@ -16,7 +16,9 @@ from tercet.spec import ClusterSpec
 TOKEN = "secret"
 
 
-def spec_of(topology: str = "pd", decoders: int = 2, prefills: int = 1, **changes: object) -> ClusterSpec:
+def spec_of(
+    topology: str = "pd", decoders: int = 2, prefills: int = 1, source: str | None = None, **changes: object
+) -> ClusterSpec:
     """A small float32 cluster; `changes` are dotted keys: transfer__transport="tcp", kv__blocks=64, ..."""
     kv = {k.removeprefix("kv__"): v for k, v in changes.items() if k.startswith("kv__")}
     scheduler = {k.removeprefix("scheduler__"): v for k, v in changes.items() if k.startswith("scheduler__")}
@@ -29,7 +31,8 @@ def spec_of(topology: str = "pd", decoders: int = 2, prefills: int = 1, **change
     limits = {k.removeprefix("limits__"): v for k, v in changes.items() if k.startswith("limits__")}
     return ClusterSpec(
         topology=topology,
-        model={"dtype": "float32", "max_context": min(2048, 16 * role["kv"]["blocks"])},
+        model={"dtype": "float32", "max_context": min(2048, 16 * role["kv"]["blocks"])}
+        | ({"source": source} if source else {}),
         roles=roles,
         transfer=transfer,
         limits=limits,

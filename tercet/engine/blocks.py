@@ -16,7 +16,7 @@ import enum
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tercet.errors import Overloaded
 
@@ -41,8 +41,10 @@ def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockPool:
     """Not thread-safe: the engine holds its lock around each call."""
 
-    def __init__(self, total: int, *, prefix_cache: bool) -> None:
+    def __init__(self, total: int, *, prefix_cache: bool, on_free: Callable[[], None] = lambda: None) -> None:
+        """on_free: called whenever blocks have become free, for whoever waits for some."""
         self.total = total
+        self._on_free = on_free
         self._prefix_cache = prefix_cache
         self._holds = [[0] * total for _ in Hold]  # hold kind -> block -> how many hold it so
         self._counts = dict.fromkeys(_STATES, 0) | {None: total}  # state -> blocks in it; None is free
@@ -83,6 +85,11 @@ class BlockPool:
             self._hash_of[block] = digest
             self._block_of[digest] = block
 
+    def unpublish(self, blocks: Iterable[int]) -> None:
+        """Offer these to no later prompt: what stands in them is wrong."""
+        for block in blocks:
+            self._forget(block)
+
     def move(self, blocks: Iterable[int], source: Hold, target: Hold) -> None:
         for block in blocks:
             assert self._holds[source][block] > 0, f"block {block} is not {source.name}"
@@ -91,6 +98,7 @@ class BlockPool:
 
     def release(self, blocks: Iterable[int], hold: Hold) -> None:
         """Give blocks back; one that nobody holds any more is free. Later blocks of a chain go first."""
+        before = len(self._free)
         for block in reversed(list(blocks)):
             assert self._holds[hold][block] > 0, f"block {block} is not {hold.name}"
             self._change(block, hold, -1)
@@ -98,6 +106,8 @@ class BlockPool:
                 self._free[block] = None
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)  # what is worth nothing is taken first
+        if len(self._free) > before:
+            self._on_free()
 
     def counts(self) -> dict[Hold | None, int]:
         """How many blocks are in each state; None is free. Audits the balance on the way, as it is cheap."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from tercet.core import FinishReason, Load, TokenEvent
 from tercet.engine.blocks import BlockPool, Hold
+from tercet.engine.isolation import Isolated, Outcome
 from tercet.engine.runner import Runner
 from tercet.engine.scheduler import Scheduler, Step
-from tercet.engine.sequence import Sequence
-from tercet.errors import Overloaded
+from tercet.engine.sequence import Phase, Sequence
+from tercet.errors import EngineFault, InvalidRequest, Overloaded
 from tercet.spec import RoleSpec
 
 
@@ -30,6 +31,17 @@ class Sampled:
     stop_token_id: int | None = None
 
 
+@dataclass(frozen=True)
+class Faulted:
+    """A sequence's own step failed, and ended it."""
+
+    sequence: Sequence
+    error: EngineFault
+
+
+StepReport = list[Sampled | Faulted]
+
+
 class Engine:
     def __init__(
         self,
@@ -38,20 +50,21 @@ class Engine:
         max_context: int,
         eos_token_ids: tuple[int, ...],
         quarantine_blocks: int,
-        on_sampled: Callable[[list[Sampled]], None],
+        on_sampled: Callable[[StepReport], None],
     ) -> None:
         self._runner = runner
+        self._isolated = Isolated(runner)
         self._spec = spec
         self._max_context = max_context
         self._eos = eos_token_ids
         self._quarantine_blocks = quarantine_blocks
         self._on_sampled = on_sampled
-        self._pool = BlockPool(spec.kv.blocks, prefix_cache=spec.kv.prefix_cache)
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._pool = BlockPool(spec.kv.blocks, prefix_cache=spec.kv.prefix_cache, on_free=self._work.notify)
         scheduler = spec.scheduler
         self._scheduler = Scheduler(self._pool, spec.kv.block_size, scheduler.token_budget, scheduler.max_running)
         self._reserved: set[Sequence] = set()  # their KV is on its way
-        self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
         self._stopping = False
         self.step_started: float | None = None  # time.monotonic() of the step that is running; health looks at it
         self.failure: BaseException | None = None  # what ended the loop, if it died
@@ -79,15 +92,19 @@ class Engine:
             hits = len(sequence.blocks)
             missing = -(-len(sequence.token_ids) // size) - hits
             try:
-                # Leave each running sequence room for its next block, or it would be preempted at once.
-                if missing + len(self._scheduler.running) > self._pool.available:
-                    raise Overloaded(f"{missing} KV blocks are needed, {self._pool.available} are free")
+                # Who runs needs a next block, or is preempted at once; and who was preempted came first.
+                if missing + self._scheduler.claims > self._pool.available:
+                    raise Overloaded(
+                        f"{missing} KV blocks are needed, {self._pool.available} are free, "
+                        f"{self._scheduler.claims} of them for requests that are here already"
+                    )
                 leased = self._pool.allocate(missing, Hold.LEASED)
             except Overloaded:
                 self._pool.release(sequence.blocks, Hold.OWNED)
                 raise
             sequence.blocks += leased
             sequence.published = hits
+            sequence.phase = Phase.RESERVED
             self._reserved.add(sequence)
             return hits, leased
 
@@ -101,6 +118,7 @@ class Engine:
             self._publish(sequence)
             sequence.token_ids.append(first_token)
             if self._finish_of(sequence) is None:
+                sequence.phase = Phase.DECODING
                 self._scheduler.running.append(sequence)
                 self._work.notify()
             else:
@@ -113,7 +131,7 @@ class Engine:
                 self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.QUARANTINED)
                 self._pool.release(sequence.blocks[: sequence.published], Hold.OWNED)
                 self._reserved.remove(sequence)
-                sequence.over = True
+                sequence.phase = Phase.OVER
 
     def release(self, sequence: Sequence, verified: int = 0) -> None:
         """It is proven that nobody writes into the blocks of a reserved or quarantined sequence any more. The first
@@ -129,8 +147,7 @@ class Engine:
                 self._pool.release(sequence.blocks[: sequence.published], Hold.OWNED)
             else:
                 self._pool.release(sequence.blocks[sequence.published :], Hold.QUARANTINED)
-            sequence.blocks, sequence.over = [], True
-            self._work.notify()
+            sequence.blocks, sequence.phase = [], Phase.OVER
 
     def abort(self, sequence: Sequence) -> None:
         """Stop computing a sequence that was added or joined; its blocks are free once no pass and no transfer
@@ -138,7 +155,6 @@ class Engine:
         with self._work:
             if not sequence.over and sequence not in self._reserved:
                 self._retire(sequence)
-                self._work.notify()
 
     def op_done(self, sequence: Sequence) -> None:
         """The transfer out of a handed-over sequence's blocks has ended."""
@@ -147,7 +163,18 @@ class Engine:
             if sequence.over and not sequence.in_step:
                 self._pool.release(sequence.blocks, Hold.IN_FLIGHT)
                 sequence.blocks = []
-                self._work.notify()
+
+    def check_ids(self, token_ids: Iterable[int]) -> None:
+        """Raises InvalidRequest for an id that the embedding has no row for, wherever it comes from."""
+        size = self._runner.vocab_size
+        wrong = next((token for token in token_ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise InvalidRequest(f"token id {wrong} is outside the model's vocabulary (0 to {size - 1})")
+
+    @property
+    def computed(self) -> int:
+        """How much has been computed so far, in layers of steps; it grows while the engine works. Any thread."""
+        return self._runner.layers_done
 
     def load(self) -> Load:
         with self._lock:
@@ -180,8 +207,7 @@ class Engine:
         try:
             while (step := self._next_step()) is not None:
                 self.step_started = time.monotonic()
-                tokens = self._runner.run(step)
-                sampled = self._commit(step, tokens)
+                sampled = self._commit(step, self._isolated.run(step))
                 self.step_started = None
                 self._on_sampled(sampled)
         except BaseException as error:
@@ -193,40 +219,52 @@ class Engine:
             while not self._stopping:
                 step = self._scheduler.schedule()
                 if step:
-                    for sequence in (*step.decodes, *(c.sequence for c in step.chunks)):
+                    for sequence in step.sequences:
                         sequence.in_step = True
                         sequence.first_scheduled = sequence.first_scheduled or time.monotonic()
                     return step
                 self._work.wait()
             return None
 
-    def _commit(self, step: Step, tokens: list[tuple[Sequence, TokenEvent]]) -> list[Sampled]:
-        """Advance what was computed; append the tokens; retire what is over."""
+    def _commit(self, step: Step, outcomes: dict[Sequence, Outcome]) -> StepReport:
+        """Advance what was computed, append the tokens, retire what is over; a sequence at fault ends here."""
         with self._lock:
-            for sequence, length in [(s, 1) for s in step.decodes] + [(c.sequence, c.length) for c in step.chunks]:
-                sequence.computed += length
-                sequence.in_step = False
-                if sequence.over:
-                    self._give_back(sequence)
-                else:
-                    self._publish(sequence)
-            return [self._append(s, token) for s, token in tokens if not s.over]
+            for sequence in step.decodes:
+                sequence.computed += 1
+            for chunk in step.chunks:
+                chunk.sequence.computed += chunk.length
+                chunk.sequence.pushed_blocks = max(chunk.sequence.pushed_blocks, chunk.push.stop)
+            for sequence in step.sequences:
+                self._leave_step(sequence, outcomes.get(sequence))
+            return [self._report(s, outcome) for s, outcome in outcomes.items() if not s.over]
 
-    def _append(self, sequence: Sequence, token: TokenEvent) -> Sampled:
+    def _leave_step(self, sequence: Sequence, outcome: Outcome | None) -> None:
+        sequence.in_step = False
+        if isinstance(outcome, EngineFault):
+            self._pool.unpublish(sequence.blocks)
+        if sequence.over:
+            self._give_back(sequence)
+        elif not isinstance(outcome, EngineFault):
+            self._publish(sequence)
+
+    def _report(self, sequence: Sequence, outcome: Outcome) -> Sampled | Faulted:
+        if isinstance(outcome, EngineFault):
+            self._retire(sequence)
+            return Faulted(sequence, outcome)
         if sequence.handoff is not None:
             self._retire(sequence)
-            return Sampled(sequence, token)
-        sequence.token_ids.append(token.token_id)
+            return Sampled(sequence, outcome)
+        sequence.token_ids.append(outcome.token_id)
+        sequence.phase = Phase.DECODING
         over = self._finish_of(sequence)
         if over is None:
-            return Sampled(sequence, token)
+            return Sampled(sequence, outcome)
         self._retire(sequence)
-        return Sampled(sequence, replace(token, finish=over[0]), over[1])
+        return Sampled(sequence, replace(outcome, finish=over[0]), over[1])
 
     def finish_after(self, sequence: Sequence, token_id: int) -> tuple[FinishReason, int | None] | None:
         """Why `sequence` would be over with `token_id` as its next token, with the id that stops it, if it does."""
-        grown = replace(sequence, token_ids=[*sequence.token_ids, token_id])
-        return grown.finish_reason(self._eos, self._max_context)
+        return sequence.finish_reason_of(token_id, sequence.num_output + 1, self._eos, self._max_context)
 
     def _finish_of(self, sequence: Sequence) -> tuple[FinishReason, int | None] | None:
         return sequence.finish_reason(self._eos, self._max_context)
@@ -250,8 +288,9 @@ class Engine:
         sequence.published = max(sequence.published, full)
 
     def _retire(self, sequence: Sequence) -> None:
-        sequence.over = True
+        sequence.phase = Phase.OVER
         self._scheduler.remove(sequence)
+        self._work.notify()  # it leaves a place in the batch
         if not sequence.in_step:
             self._give_back(sequence)
 

@@ -6,6 +6,8 @@ so what the model writes is what a transfer reads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from tercet.core import TokenEvent
 from tercet.engine.sampler import sample
 from tercet.engine.scheduler import Chunk, Step
 from tercet.engine.sequence import Sequence
+from tercet.errors import EngineFault
 from tercet.models.batch import PrefillChunk, StepBatch
 from tercet.models.transformer import Transformer
 from tercet.transfer.layout import KvLayout
@@ -30,42 +33,38 @@ class Runner:
     def __init__(self, model: Transformer, region: Region) -> None:
         self._model = model
         self._block_size = region.layout.block_size
+        self.layers_done = 0  # of all steps together; grows while a step runs
         flat = torch.frombuffer(region.view, dtype=DTYPES[region.layout.dtype])
         self.kv_cache = flat.view(region.layout.shape)
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: the token ids that the model knows."""
+        return self._model.config.vocab_size
+
     @torch.inference_mode()
-    def run(self, step: Step) -> list[tuple[Sequence, TokenEvent]]:
-        """Compute the step's KV and sample a token for each sequence whose last token it computed."""
+    def run(self, step: Step) -> dict[Sequence, TokenEvent | EngineFault]:
+        """Compute the step's KV and sample a token for each sequence whose last token it computed. Changes no
+        sequence, so that the same step may run again."""
         batch, sampled = self._batch(step)
-        pushes = [push for chunk in step.chunks if (push := self._push_of(chunk)) is not None]
-
-        def on_layer(layer: int) -> None:
-            for sequence, first, blocks in pushes:
-                assert sequence.handoff is not None
-                sequence.handoff.push(sequence.ticket, layer, first, blocks)
-
-        logits = self._model.forward(batch, self.kv_cache, on_layer if pushes else None)
-        return list(zip(sampled, sample(logits, sampled), strict=True)) if sampled else []
+        logits = self._model.forward(batch, self.kv_cache, self._on_layer(step.chunks))
+        return dict(zip(sampled, sample(logits, sampled), strict=True)) if sampled else {}
 
     def _batch(self, step: Step) -> tuple[StepBatch, list[Sequence]]:
-        spans = [(s, s.computed, 1) for s in step.decodes] + [
-            (c.sequence, c.sequence.computed, c.length) for c in step.chunks
-        ]
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        sampled: list[Sequence] = []
-        logit_rows: list[int] = []
-        chunks: list[PrefillChunk] = []
-        for number, (sequence, start, length) in enumerate(spans):
-            if number >= len(step.decodes):
-                context = start + length
-                table = torch.tensor(sequence.blocks[: -(-context // self._block_size)])
-                chunks.append(PrefillChunk(len(tokens), length, context, table))
+        """-> the batch and, for each of its logit rows, the sequence that it is for."""
+        tokens = [s.token_ids[-1] for s in step.decodes]
+        positions = [len(s.token_ids) - 1 for s in step.decodes]
+        slots = [slot for s in step.decodes for slot in self._slots(s, len(s.token_ids) - 1, 1)]
+        logit_rows, sampled = list(range(len(tokens))), list(step.decodes)
+        chunks = []
+        for chunk in step.chunks:
+            sequence, start, length = chunk.sequence, chunk.sequence.computed, chunk.length
+            blocks = sequence.blocks[: -(-(start + length) // self._block_size)]
+            chunks.append(PrefillChunk(len(tokens), length, start + length, torch.tensor(blocks)))
             tokens += sequence.token_ids[start : start + length]
             positions += range(start, start + length)
             slots += self._slots(sequence, start, length)
-            if start + length == len(sequence.token_ids):
+            if chunk.last:
                 logit_rows.append(len(tokens) - 1)
                 sampled.append(sequence)
         tables, lengths = self._decode_tables(step.decodes)
@@ -92,18 +91,20 @@ class Runner:
         rows = [s.blocks[:width] + [0] * (width - len(s.blocks)) for s in decodes]
         return torch.tensor(rows, dtype=torch.int64).view(len(decodes), width), torch.tensor(lengths, dtype=torch.int64)
 
-    def _push_of(self, chunk: Chunk) -> tuple[Sequence, int, list[int]] | None:
-        """Blocks that this chunk completes, and with the prompt's last chunk its partial block too."""
-        sequence = chunk.sequence
-        if sequence.handoff is None:
-            return None
-        end = sequence.computed + chunk.length
-        last = end == len(sequence.token_ids)
-        complete = -(-end // self._block_size) if last else end // self._block_size
-        first, sequence.pushed_blocks = sequence.pushed_blocks, complete
-        if last:
-            self._zero_tail(sequence.blocks[complete - 1], end)
-        return (sequence, first, sequence.blocks[first:complete]) if complete > first else None
+    def _on_layer(self, chunks: tuple[Chunk, ...]) -> Callable[[int], None]:
+        """What counts a layer once it is computed, and hands over the blocks that are complete in it."""
+        pushes = [(c.sequence, c.push.start, c.sequence.blocks[c.push.start : c.push.stop]) for c in chunks if c.push]
+        for chunk in chunks:
+            if chunk.push and chunk.last:
+                self._zero_tail(chunk.sequence.blocks[chunk.push.stop - 1], len(chunk.sequence.token_ids))
+
+        def on_layer(layer: int) -> None:
+            self.layers_done += 1
+            for sequence, first, blocks in pushes:
+                assert sequence.handoff is not None
+                sequence.handoff.push(sequence.ticket, layer, first, blocks)
+
+        return on_layer
 
     def _zero_tail(self, block: int, tokens: int) -> None:
         """Nothing of an earlier owner of the block crosses to another worker."""

@@ -1,34 +1,52 @@
 """Draw the next token of each sequence from its logits.
 
-The random number of a draw is a function of (seed, output position) alone, so the sampler state that travels with a
-request is its seed and its tokens: whichever worker draws, and however often a request is retried, it is the same.
+A draw is a race: each token t has the time E(t) / p(t), where E(t) is exponential and a function of (seed, output
+position, t) alone, and the first one is drawn; that gives token t with probability p(t) (the Gumbel-max trick). So the
+sampler state that travels with a request is its seed and its tokens: whichever worker draws, and however often a
+request is retried, it is the same. And since each token has a random number of its own, a logit that differs by
+rounding changes the draw only where two tokens all but tie, not whenever the sum before it moved (decision 005).
 
 Shapes: logits [R, vocab] float32, one row a sequence.
-Order, as in vLLM: penalties, temperature, top-k, top-p, min-p. Logprobs are those of the raw logits.
+Order, as in vLLM V1: penalties, temperature, min-p, top-k, top-p. Logprobs are those of the raw logits.
 """
 
 from __future__ import annotations
 
-import random
+import functools
+import hashlib
 from collections.abc import Sequence as Rows
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tercet.core import SamplingParams, TokenEvent
 from tercet.engine.sequence import Sequence
+from tercet.errors import EngineFault
 
 
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[TokenEvent]:
-    """One token a row."""
-    greedy = logits.argmax(dim=-1).tolist()
-    events = []
-    for row, sequence in enumerate(sequences):
-        params = sequence.params
-        plain = params.temperature == 0 and not _penalised(params)
-        token = greedy[row] if plain else _draw(logits[row], sequence)
-        events.append(TokenEvent(token) if params.logprobs is None else _with_logprobs(logits[row], token, params))
-    return events
+def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[TokenEvent | EngineFault]:
+    """One token a row, or why there is none."""
+    usable = logits.amax(dim=-1).isfinite().tolist()  # NaN, if a row has one
+    likeliest = _argmax(logits)
+    fault = EngineFault("the model's logits are not finite numbers: no token can be drawn")
+    return [
+        _sample_row(logits[row], int(likeliest[row]), sequence) if usable[row] else fault
+        for row, sequence in enumerate(sequences)
+    ]
+
+
+def _argmax(x: Tensor) -> npt.NDArray[np.int64]:
+    """Over the last dimension, the first of equals. By numpy, since torch's takes 25 times as long on a CPU."""
+    return np.asarray(x.numpy().argmax(axis=-1))
+
+
+def _sample_row(row: Tensor, likeliest: int, sequence: Sequence) -> TokenEvent:
+    params = sequence.params
+    plain = params.greedy and not _penalised(params)
+    token = likeliest if plain else _draw(row, sequence)
+    return TokenEvent(token) if params.logprobs is None else _with_logprobs(row, token, params.logprobs)
 
 
 def _penalised(params: SamplingParams) -> bool:
@@ -37,23 +55,17 @@ def _penalised(params: SamplingParams) -> bool:
 
 def _draw(row: Tensor, sequence: Sequence) -> int:
     params = sequence.params
-    if _penalised(params):
-        row = penalise(row, sequence.token_ids, sequence.num_prompt, params)
-    if params.temperature == 0:
-        return int(row.argmax())
-    probabilities = truncated(row.double() / params.temperature, params)
-    cumulative = probabilities.cumsum(0)
-    point = uniform(params.seed or 0, sequence.num_output) * cumulative[-1]
-    return min(int(torch.searchsorted(cumulative, point, right=True)), len(row) - 1)
-
-
-def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) of output `position` of a request."""
-    return random.Random(f"{seed}/{position}").random()  # noqa: S311  # sampling, not secrets
+    scores = penalise(row, sequence.token_ids, sequence.num_prompt, params)
+    if not params.greedy:
+        scores = truncated((scores - scores.amax()) / params.temperature, params)
+        scores = scores - exponentials(params.seed or 0, sequence.num_output, len(row)).log_()
+    return int(_argmax(scores))
 
 
 def penalise(row: Tensor, token_ids: Rows[int], num_prompt: int, params: SamplingParams) -> Tensor:
     """Repetition penalty over all tokens (CTRL, arXiv:1909.05858, section 4.1); presence and frequency over output."""
+    if not _penalised(params):
+        return row
     row = row.clone()
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(token_ids)), device=row.device)
@@ -67,22 +79,53 @@ def penalise(row: Tensor, token_ids: Rows[int], num_prompt: int, params: Samplin
 
 
 def truncated(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities after top-k, top-p and min-p; zeros elsewhere, not renormalised. [vocab] -> [vocab]"""
+    """Scores with minus infinity for what min-p, top-k and top-p leave out, in that order. [vocab] -> [vocab]"""
+    if params.min_p > 0:
+        scores = scores.masked_fill(scores < scores.max() + torch.tensor(params.min_p).log(), -torch.inf)
     if 0 < params.top_k < len(scores):
         kth = scores.topk(params.top_k).values[-1]
         scores = scores.masked_fill(scores < kth, -torch.inf)
-    probabilities = scores.softmax(dim=-1)
     if params.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
+        ordered, order = scores.softmax(dim=-1).sort(descending=True, stable=True)
         before = ordered.cumsum(0) - ordered
-        probabilities = probabilities.scatter(0, order, ordered.masked_fill(before >= params.top_p, 0.0))
-    if params.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0.0)
-    return probabilities
+        scores = scores.masked_fill((before >= params.top_p).scatter(0, order, before >= params.top_p), -torch.inf)
+    return scores
 
 
-def _with_logprobs(row: Tensor, token: int, params: SamplingParams) -> TokenEvent:
+def exponentials(seed: int, position: int, count: int) -> Tensor:
+    """[count] float32: the exponential variates of output `position`, one a token id, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    before, between = (int.from_bytes(word, signed=True) for word in (digest[:4], digest[4:]))
+    bits = _mixed(_mixed(_weyl(count) ^ before).add_(between))
+    # 31 bits, and never 0 or 1. Small ones decide a race, and those keep all their digits.
+    uniform = (bits & 0x7FFFFFFF).float().add_(0.5).mul_((1 - 2.0**-22) * 2.0**-31)
+    return uniform.neg_().log1p_().neg_()
+
+
+@functools.lru_cache(maxsize=4)
+def _weyl(count: int) -> Tensor:
+    """Multiples of the golden ratio's 32 bits; integers wrap."""
+    return torch.arange(1, count + 1, dtype=torch.int32) * _signed(0x9E3779B9)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32 bits whose every input bit reaches every output bit (`lowbias32` of C. Wellons' search)."""
+    x = (x ^ _shifted(x, 16)).mul_(_signed(0x7FEB352D))
+    x = x.bitwise_xor_(_shifted(x, 15)).mul_(_signed(0x846CA68B))
+    return x.bitwise_xor_(_shifted(x, 16))
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left; torch's shift of a signed integer brings ones."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _with_logprobs(row: Tensor, token: int, count: int) -> TokenEvent:
     logprobs = row.log_softmax(dim=-1)
-    top = logprobs.topk(params.logprobs or 0)
+    top = logprobs.topk(count)
     pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     return TokenEvent(token, float(logprobs[token]), pairs)

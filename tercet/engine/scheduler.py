@@ -5,16 +5,19 @@ recomputed."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tercet.engine.blocks import BlockPool, Hold
-from tercet.engine.sequence import Sequence
+from tercet.engine.sequence import Phase, Sequence
 
 
 @dataclass(frozen=True)
 class Chunk:
     sequence: Sequence
     length: int  # tokens from sequence.computed on
+    last: bool  # behind it no token is left to be computed, so the next one is sampled
+    push: range = range(0)  # indices of the blocks that stand complete with it and are handed over
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,15 @@ class Step:
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return (*self.decodes, *(chunk.sequence for chunk in self.chunks))
+
+    def parts(self) -> Iterator[tuple[Sequence, Step]]:
+        """Each sequence's share as a step of its own."""
+        yield from ((sequence, Step(decodes=(sequence,))) for sequence in self.decodes)
+        yield from ((chunk.sequence, Step(chunks=(chunk,))) for chunk in self.chunks)
 
 
 @dataclass
@@ -51,12 +63,17 @@ class Scheduler:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    @property
+    def claims(self) -> int:
+        """Blocks that come before a newcomer's: each running sequence's next one, and all of those that wait."""
+        return len(self.running) + sum(self._blocks_of(len(s.token_ids)) for s in self.waiting)
+
     def _choose(self) -> Step:
         # The latest arrival is preempted first, so one that was chosen before a later one stays chosen.
-        decodes = [s for s in list(self.running) if s in self.running and s.pending == 1 and self._fit(s, 1)]
-        budget = self.token_budget - len(decodes)
+        decodes = [s for s in list(self.running) if s.phase is Phase.DECODING and self._fit(s, 1)]
+        budget = max(1, self.token_budget - len(decodes))  # decodes alone must not starve the prompts
         chunks: list[Chunk] = []
-        for sequence in [s for s in self.running if s.pending > 1]:
+        for sequence in [s for s in self.running if s.phase is Phase.PREFILLING]:
             budget -= self._chunk(sequence, budget, chunks)
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self.waiting[0]
@@ -84,6 +101,7 @@ class Scheduler:
             sequence.cached_tokens = sequence.computed
         self.waiting.popleft()
         self.running.append(sequence)
+        sequence.phase = Phase.PREFILLING
         return True
 
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
@@ -93,8 +111,17 @@ class Scheduler:
         if length <= 0:
             return 0
         sequence.blocks += self.pool.allocate(self._missing(sequence, length), Hold.OWNED)
-        chunks.append(Chunk(sequence, length))
+        last = length == sequence.pending
+        chunks.append(Chunk(sequence, length, last, self._push_of(sequence, length, last)))
         return length
+
+    def _push_of(self, sequence: Sequence, length: int, last: bool) -> range:
+        """Blocks that a chunk completes, and with the last chunk the partial block too."""
+        if sequence.handoff is None:
+            return range(0)
+        end = sequence.computed + length
+        complete = self._blocks_of(end) if last else end // self.block_size
+        return range(sequence.pushed_blocks, max(sequence.pushed_blocks, complete))
 
     def _fit(self, sequence: Sequence, length: int) -> bool:
         """Give the sequence blocks for `length` more tokens, preempting later arrivals if it must."""
@@ -112,6 +139,7 @@ class Scheduler:
         self.running.remove(victim)
         self.pool.release(victim.blocks, Hold.OWNED)
         victim.blocks, victim.computed, victim.published = [], 0, 0
+        victim.phase = Phase.WAITING
         self.waiting.appendleft(victim)
         self.preemptions += 1
         return True

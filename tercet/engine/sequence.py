@@ -1,14 +1,17 @@
 """One request inside an engine: its tokens, its blocks, and how far its KV is computed.
 
-reserved (decode worker waits for KV) ──join──┐
-                                              v
-waiting ──scheduled──> running ──last token──> done
-   ^                      │
-   └──────preempted───────┘
+RESERVED (decode worker waits for KV) ──join──────────┐
+                                                      v
+WAITING ──scheduled──> PREFILLING ──last chunk──> DECODING ──last token──> OVER
+   ^                       │                          │
+   └───────preempted───────┴──────────────────────────┘
+
+A sequence with a handoff is OVER with its last chunk: it is decoded elsewhere. Any phase ends in OVER by an abort.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,11 +20,19 @@ from tercet.engine.blocks import chain_hash
 from tercet.transfer.messages import Ticket
 
 
+class Phase(enum.Enum):
+    WAITING = enum.auto()
+    PREFILLING = enum.auto()  # runs; its tokens are computed in chunks
+    DECODING = enum.auto()  # runs; only its newest token is still to be computed
+    RESERVED = enum.auto()  # its KV is on its way from another worker
+    OVER = enum.auto()  # finished, failed or aborted; the engine computes it no further
+
+
 class Handoff(Protocol):
     """Where a prefill-only sequence's KV goes. Called on the engine thread, layer by layer, while it computes."""
 
     def push(self, ticket: Ticket, layer: int, first: int, blocks: list[int]) -> None:
-        """Prompt blocks from index `first` on stand complete in `blocks` of `layer`."""
+        """Prompt blocks from index `first` on stand complete in `blocks` of `layer`. Pushing them again is harmless."""
 
 
 @dataclass(eq=False)
@@ -32,6 +43,7 @@ class Sequence:
     params: SamplingParams
     handoff: Handoff | None = None  # set: compute the prompt, hand its KV over, sample one token, be done
 
+    phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose KV stands in `blocks`
     cached_tokens: int = 0  # of the prompt, served by the prefix cache
@@ -39,10 +51,13 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)  # chained, of the full blocks
     published: int = 0  # blocks offered to the prefix cache
     in_step: bool = False  # a forward pass is reading and writing its blocks right now
-    over: bool = False  # finished or aborted; the engine computes it no further
     sending: bool = False  # a transfer reads its blocks: they stay until OpDone
     arrived: float = 0.0  # time.monotonic()
     first_scheduled: float | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.phase is Phase.OVER
 
     @property
     def num_output(self) -> int:
@@ -50,7 +65,7 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV is still to be computed; one means: decoding."""
+        """Tokens whose KV is still to be computed."""
         return len(self.token_ids) - self.computed
 
     def extend_hashes(self, block_size: int) -> list[bytes]:
@@ -63,9 +78,14 @@ class Sequence:
 
     def finish_reason(self, eos_token_ids: tuple[int, ...], max_context: int) -> tuple[FinishReason, int | None] | None:
         """Why the sequence is over after its newest token, with the token that stopped it; None: it goes on."""
-        last = self.token_ids[-1]
-        if last in self.params.stop_token_ids or (last in eos_token_ids and not self.params.ignore_eos):
-            return FinishReason.STOP, last
-        if self.num_output >= self.params.max_tokens or len(self.token_ids) >= max_context:
+        return self.finish_reason_of(self.token_ids[-1], self.num_output, eos_token_ids, max_context)
+
+    def finish_reason_of(
+        self, token: int, num_output: int, eos_token_ids: tuple[int, ...], max_context: int
+    ) -> tuple[FinishReason, int | None] | None:
+        """Why the sequence is over with `token` as its output number `num_output`, which may not be appended yet."""
+        if token in self.params.stop_set or (token in eos_token_ids and not self.params.ignore_eos):
+            return FinishReason.STOP, token
+        if num_output >= self.params.max_tokens or self.num_prompt + num_output >= max_context:
             return FinishReason.LENGTH, None
         return None

@@ -6,14 +6,12 @@ import asyncio
 import time
 
 from tercet.core import Done, StageTimes
-from tercet.engine.engine import Engine, Sampled
+from tercet.engine.engine import Faulted, StepReport
 from tercet.errors import TercetError
 from tercet.roles.legs import ActiveLeg, LegRole
 
 
 class Aggregated(LegRole):
-    engine: Engine
-
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self._first_token_at: dict[ActiveLeg, float] = {}
@@ -26,13 +24,17 @@ class Aggregated(LegRole):
         self._times_of(active, time.monotonic())
         self.engine.abort(active.sequence)
 
-    def on_sampled(self, sampled: list[Sampled]) -> None:
-        self._loop.call_soon_threadsafe(self._report, sampled, time.monotonic())
+    def on_sampled(self, report: StepReport) -> None:
+        self._loop.call_soon_threadsafe(self._report, report, time.monotonic())
 
-    def _report(self, sampled: list[Sampled], now: float) -> None:
-        for item in sampled:
+    def _report(self, report: StepReport, now: float) -> None:
+        for item in report:
             active = self._legs.get(item.sequence.ticket)
             if active is None:
+                continue
+            if isinstance(item, Faulted):
+                self._times_of(active, now)
+                self.fail(active, item.error)
                 continue
             active.stream.token(active.leg, item.token)
             if active not in self._first_token_at:

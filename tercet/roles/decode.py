@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass, field, replace
 
 from tercet.core import Done, StageTimes, TokenEvent
-from tercet.engine.engine import Engine, Sampled
-from tercet.errors import Overloaded, TercetError
+from tercet.engine.engine import Faulted, Sampled, StepReport
+from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.legs import ActiveLeg, LegRole
 from tercet.transfer.inbound import Committed, Complete, Failed, Quiesced
 from tercet.transfer.messages import Commit, Ticket
@@ -24,13 +24,13 @@ from tercet.transfer.receiver import Event, KvReceiver
 class _Incoming:
     active: ActiveLeg
     commit: Commit | None = None
+    error: TercetError | None = None  # why the handover failed
     first: Sampled | None = None  # the token that came with the commit
     times: StageTimes = field(default_factory=StageTimes)
     joined_at: float | None = None
 
 
 class Decode(LegRole):
-    engine: Engine
     receiver: KvReceiver
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -72,14 +72,22 @@ class Decode(LegRole):
             case Complete():
                 self._join(incoming, event)
             case Failed(_, error):
+                incoming.error = error
                 self.engine.quarantine(active.sequence)
                 self.fail(active, error)
             case Quiesced(_, verified):
                 del self._incoming[event.ticket]
-                self.engine.release(active.sequence, verified)
+                # What came from a worker whose own step failed is whole, but it may be wrong.
+                trusted = not isinstance(incoming.error, EngineFault)
+                self.engine.release(active.sequence, verified if trusted else 0)
 
     def _first_token(self, incoming: _Incoming, commit: Commit) -> None:
         active = incoming.active
+        try:
+            self.engine.check_ids((commit.token_id, *commit.top_ids))
+        except InvalidRequest as error:
+            self.receiver.cancel(active.ticket, ProtocolViolation(f"the first token of {active.ticket}: {error}"))
+            return
         incoming.commit = commit
         over = self.engine.finish_after(active.sequence, commit.token_id)
         finish, stop_token_id = over or (None, None)
@@ -109,15 +117,19 @@ class Decode(LegRole):
 
     # ---- the engine
 
-    def on_sampled(self, sampled: list[Sampled]) -> None:
-        self._loop.call_soon_threadsafe(self._report, sampled, time.monotonic())
+    def on_sampled(self, report: StepReport) -> None:
+        self._loop.call_soon_threadsafe(self._report, report, time.monotonic())
 
-    def _report(self, sampled: list[Sampled], now: float) -> None:
-        for item in sampled:
+    def _report(self, report: StepReport, now: float) -> None:
+        for item in report:
             incoming = self._incoming.get(item.sequence.ticket)
             if incoming is None or incoming.joined_at is None:
                 continue
             active = incoming.active
+            if isinstance(item, Faulted):
+                del self._incoming[active.ticket]
+                self.fail(active, item.error)
+                continue
             if not incoming.times.first_decode_s:
                 incoming.times = replace(incoming.times, first_decode_s=now - incoming.joined_at)
             active.stream.token(active.leg, item.token)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tercet.engine.engine import Sampled
+from tercet.engine.engine import Engine, StepReport
 from tercet.engine.sequence import Sequence
 from tercet.errors import DeadlineExceeded, Overloaded, TercetError
 from tercet.transfer.messages import Ticket
@@ -30,6 +30,8 @@ class ActiveLeg:
 class LegRole(ABC):
     """A `wire.worker_server.LegHandler`. A subclass says how a leg begins and how it is given up."""
 
+    engine: Engine
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._legs: dict[Ticket, ActiveLeg] = {}
@@ -49,8 +51,8 @@ class LegRole(ABC):
         return False
 
     @abstractmethod
-    def on_sampled(self, sampled: list[Sampled]) -> None:
-        """What an engine step brought. Called on the engine's thread."""
+    def on_sampled(self, report: StepReport) -> None:
+        """What an engine step brought: tokens, or the faults that ended sequences. Called on the engine's thread."""
 
     def start(self, leg: Leg, stream: ReportStream) -> None:
         ticket = Ticket(leg.request_id, leg.attempt, leg.epoch)
@@ -64,6 +66,7 @@ class LegRole(ABC):
         timer = self._loop.call_later(leg.timeout_s, self._expire, ticket)
         active = self._legs[ticket] = ActiveLeg(leg, stream, sequence, timer)
         try:
+            self.engine.check_ids(leg.token_ids)
             self.begin(active)
         except Overloaded as error:
             self.forget(active)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tercet.core import Done, FinishReason, PairState, TokenEvent
-from tercet.engine.engine import Engine, Sampled
+from tercet.engine.engine import Faulted, StepReport
 from tercet.engine.sequence import Sequence
 from tercet.errors import Overloaded, PeerDown, TercetError, TransferError
 from tercet.roles.legs import ActiveLeg, LegRole
@@ -36,7 +36,6 @@ class _Outgoing:
 
 
 class Prefill(LegRole):
-    engine: Engine
     sender: KvSender
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_legs: int) -> None:
@@ -155,10 +154,13 @@ class Prefill(LegRole):
 
     # ---- the engine
 
-    def on_sampled(self, sampled: list[Sampled]) -> None:
+    def on_sampled(self, report: StepReport) -> None:
         """On the engine's thread: the first token goes with the COMMIT, behind the last layer."""
-        for item in sampled:
-            self.sender.commit(self._commit_of(item.sequence, item.token))
+        for item in report:
+            if isinstance(item, Faulted):
+                self.sender.cancel(item.sequence.ticket, item.error)
+            else:
+                self.sender.commit(self._commit_of(item.sequence, item.token))
 
     def _commit_of(self, sequence: Sequence, token: TokenEvent) -> Commit:
         outgoing = self._outgoing.get(sequence.ticket)

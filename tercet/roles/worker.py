@@ -94,7 +94,9 @@ class Worker:
         if self._role is Role.PREFILL:
             limit = spec.scheduler.max_running + spec.scheduler.max_waiting
             self.handler = Prefill(loop, limit)
-            self._sender = self.handler.sender = KvSender(config, region, ways, self.handler.on_event)
+            self._sender = self.handler.sender = KvSender(
+                config, region, ways, self.handler.on_event, lambda: self.engine.computed
+            )
             return ""
         if self._role is Role.DECODE:
             self.handler = Decode(loop)

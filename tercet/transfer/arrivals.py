@@ -39,6 +39,11 @@ class Arrivals:
         return bool(self._landing.any())
 
     @property
+    def num_landed(self) -> int:
+        """Of `num_cells`, those that stand verified."""
+        return int(self._landed.sum())
+
+    @property
     def num_cells(self) -> int:
         """Units of all layers together."""
         return self._landed.size

@@ -110,7 +110,10 @@ class _Inbound:
     ticket: Ticket
     first_block: int
     blocks: tuple[int, ...]  # destination blocks, empty on a full prefix hit
-    expires: float
+    expires: float  # unless the writer is heard of before
+    advanced: float  # when it last did
+    mark: int = 0  # grows as it advances, for the writer to see
+    peer_mark: int = 0
     offer: _Offer | None = None  # set by OFFER; GRANT has been sent
     arrivals: Arrivals | None = None  # with it
     resends: int = 0
@@ -119,9 +122,26 @@ class _Inbound:
     failed: bool = False
     writer_done: bool = False  # proof by word or end
 
+    def advance(self, now: float) -> None:
+        self.advanced = now
+        self.mark += 1
+
     @property
     def peer(self) -> Peer | None:
         return self.offer.peer if self.offer else None
+
+    @property
+    def granted_bytes(self) -> int:
+        return self.arrivals.num_cells * self._unit_bytes if self.arrivals else 0
+
+    @property
+    def landed_bytes(self) -> int:
+        return self.arrivals.num_landed * self._unit_bytes if self.arrivals else 0
+
+    @property
+    def _unit_bytes(self) -> int:
+        assert self.offer is not None
+        return self.offer.terms.pair.unit_bytes
 
     @property
     def landing(self) -> bool:
@@ -144,10 +164,10 @@ class Inbound:
     def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int], now: float) -> list[Effect]:
         """Open a ticket: `blocks` are leased to it until Complete or Quiesced names it."""
         assert ticket not in self._tickets, f"{ticket} admitted twice"
-        inbound = _Inbound(ticket, first_block, tuple(blocks), expires=now + self._lease_s)
+        inbound = _Inbound(ticket, first_block, tuple(blocks), expires=now + self._lease_s, advanced=now)
         self._tickets[ticket] = inbound
         offer = self._offers.pop(ticket, None)
-        return self._grant(inbound, offer) if offer else []
+        return self._grant(inbound, offer, now) if offer else []
 
     def refuse(self, ticket: Ticket, reason: str) -> list[Effect]:
         """Answer the ticket's OFFER, if it came, with REJECT."""
@@ -167,15 +187,15 @@ class Inbound:
     def on_message(self, peer: Peer, terms: Terms, message: Message, now: float) -> list[Effect]:
         match message:
             case Offer(ticket, num_units):
-                return self._on_offer(ticket, _Offer(peer, terms, num_units, now + self._lease_s))
+                return self._on_offer(ticket, _Offer(peer, terms, num_units, now + self._lease_s), now)
             case Commit(ticket):
                 return self._on_commit(ticket, peer, message, now)
             case Abort(ticket, code, reason):
                 return self._on_abort(ticket, peer, from_wire(code, reason))
             case AbortAck(ticket):
                 return self._on_writer_done(ticket, peer)
-            case Heartbeat(tickets):
-                return self._on_heartbeat(peer, tickets, now)
+            case Heartbeat():
+                return self._on_heartbeat(peer, message, now)
             case Goodbye():
                 return [e for t in self._of(peer) for e in self._on_writer_done(t.ticket, peer)]
         self.dropped[type(message).__name__] += 1
@@ -198,6 +218,7 @@ class Inbound:
         inbound.arrivals.end(data, good)
         if inbound.failed:
             return self._settle(inbound)
+        inbound.advance(now)
         if good is not None and not good.all():
             return self._fetch_again(inbound, inbound.arrivals, data, good)
         return self._complete_if_all_landed(inbound, now)
@@ -215,44 +236,53 @@ class Inbound:
         return [e for t in self._of(peer) for e in self._on_writer_done(t.ticket, peer)]
 
     def tick(self, now: float) -> list[Effect]:
-        """Fail what has heard nothing from its writer for a lease; forget stale offers."""
+        """Fail what has heard nothing from its writer, or has not advanced, for a lease; forget stale offers."""
         self._offers = {t: offer for t, offer in self._offers.items() if offer.expires >= now}
         effects: list[Effect] = []
-        for inbound in [t for t in self._tickets.values() if t.expires < now]:
-            error = LeaseExpired(
-                f"no word of {inbound.ticket.request_id} from its prefill worker for {self._lease_s} s"
-            )
-            if not inbound.failed:
-                effects += self._fail(inbound, error)
-            if inbound.ticket in self._tickets and inbound.offer and (inbound.landing or inbound.offer.terms.fenceable):
-                effects.append(Cut(inbound.offer.peer))
+        for inbound in list(self._tickets.values()):
+            if not inbound.failed and min(inbound.expires, inbound.advanced + self._lease_s) < now:
+                effects += self._fail(inbound, self._expired(inbound, now))
+            if inbound.ticket in self._tickets and inbound.expires < now and inbound.offer:
+                can_end_it = inbound.landing or inbound.offer.terms.fenceable
+                effects += [Cut(inbound.offer.peer)] if can_end_it else []
         return effects
 
+    def _expired(self, inbound: _Inbound, now: float) -> LeaseExpired:
+        name = inbound.ticket.request_id
+        if inbound.expires < now:
+            return LeaseExpired(f"no word of {name} from its prefill worker for {self._lease_s} s")
+        landed = f"{inbound.landed_bytes} of {inbound.granted_bytes} KV bytes have landed"
+        return LeaseExpired(f"the handover of {name} has not advanced for {self._lease_s} s: {landed}")
+
     def heartbeats(self) -> list[Effect]:
-        """One HEARTBEAT a peer, naming the live tickets that it serves."""
-        by_peer: dict[Peer, list[Ticket]] = {}
+        """One HEARTBEAT a peer, naming the live tickets that it serves and how far they are."""
+        by_peer: dict[Peer, list[_Inbound]] = {}
         for inbound in self._tickets.values():
             if inbound.peer is not None and not inbound.failed:
-                by_peer.setdefault(inbound.peer, []).append(inbound.ticket)
-        return [Send(peer, Heartbeat(tickets)) for peer, tickets in by_peer.items()]
+                by_peer.setdefault(inbound.peer, []).append(inbound)
+        return [
+            Send(peer, Heartbeat([t.ticket for t in tickets], [t.mark for t in tickets]))
+            for peer, tickets in by_peer.items()
+        ]
 
     # ---- transitions
 
     def _of(self, peer: Peer) -> list[_Inbound]:
         return [t for t in self._tickets.values() if t.peer == peer]
 
-    def _on_offer(self, ticket: Ticket, offer: _Offer) -> list[Effect]:
+    def _on_offer(self, ticket: Ticket, offer: _Offer, now: float) -> list[Effect]:
         inbound = self._tickets.get(ticket)
         if inbound is not None:
-            return self._grant(inbound, offer) if inbound.offer is None and not inbound.failed else []
+            return self._grant(inbound, offer, now) if inbound.offer is None and not inbound.failed else []
         if ticket.epoch != self.epoch:
             self.dropped["Offer"] += 1
             return [Send(offer.peer, Reject(ticket, f"this worker is at epoch {self.epoch}, not {ticket.epoch}"))]
         self._offers[ticket] = offer
         return []
 
-    def _grant(self, inbound: _Inbound, offer: _Offer) -> list[Effect]:
+    def _grant(self, inbound: _Inbound, offer: _Offer, now: float) -> list[Effect]:
         inbound.offer = offer
+        inbound.advance(now)
         pair, blocks = offer.terms.pair, inbound.blocks
         per_block = pair.dst.block_size // pair.unit
         first_unit = inbound.first_block * per_block
@@ -271,6 +301,11 @@ class Inbound:
             return []
         if len(commit.top_ids) != len(commit.top_logprobs):
             return self._fail(inbound, TransferError("a COMMIT whose top tokens and log-probabilities do not match"))
+        if commit.num_bytes != inbound.granted_bytes:
+            inbound.writer_done = inbound.resends == 0
+            counted = f"{commit.num_bytes} KV bytes were written, {inbound.granted_bytes} were granted"
+            return self._fail(inbound, TransferError(f"the handover of {ticket.request_id} is not whole: {counted}"))
+        inbound.advance(now)
         inbound.commit, inbound.committed_at = commit, now
         inbound.writer_done = (
             inbound.resends == 0
@@ -298,12 +333,9 @@ class Inbound:
         if commit is None or inbound.arrivals is None or not inbound.arrivals.all_landed:
             return []
         assert inbound.offer is not None
-        expected = inbound.arrivals.num_cells * inbound.offer.terms.pair.unit_bytes
-        if commit.num_bytes != expected:
-            return self._fail(inbound, TransferError(f"{expected} KV bytes landed, {commit.num_bytes} were committed"))
         del self._tickets[inbound.ticket]
         return [
-            Complete(inbound.ticket, expected, now - inbound.committed_at),
+            Complete(inbound.ticket, inbound.granted_bytes, now - inbound.committed_at),
             Send(inbound.offer.peer, Release(inbound.ticket)),
         ]
 
@@ -324,11 +356,14 @@ class Inbound:
         inbound.writer_done = True
         return self._fail(inbound, PeerDown(f"the prefill worker gave {ticket.request_id} up"))
 
-    def _on_heartbeat(self, peer: Peer, tickets: Sequence[Ticket], now: float) -> list[Effect]:
-        for ticket in tickets:
+    def _on_heartbeat(self, peer: Peer, heartbeat: Heartbeat, now: float) -> list[Effect]:
+        for ticket, mark in zip(heartbeat.tickets, heartbeat.marks, strict=True):
             inbound = self._tickets.get(ticket)
-            if inbound is not None and inbound.peer == peer:
+            if inbound is not None and inbound.peer == peer and not inbound.failed:
                 inbound.expires = now + self._lease_s
+                if mark > inbound.peer_mark:
+                    inbound.peer_mark = mark
+                    inbound.advance(now)
             elif ticket in self._offers:
                 self._offers[ticket].expires = now + self._lease_s
             else:

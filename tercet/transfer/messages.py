@@ -1,6 +1,6 @@
 """Every message between a prefill and a decode worker's movers, and its frame on a stream.
 
-    frame = magic "TCT3" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
+    frame = magic "TCT4" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
 
 The body is the message's fields in order. Only DATA and PROBE have a payload. Bodies are bounded, types are checked,
 and what is no frame of ours raises ProtocolViolation: the connection is closed, nothing else happens.
@@ -10,7 +10,7 @@ and what is no frame of ours raises ProtocolViolation: the connection is closed,
     OFFER     P>D  I have this request                 GRANT     D>P  write these blocks
     DATA      P>D  these bytes (have landed); digests  COMMIT    P>D  that was all; first token
     RESEND    D>P  these have landed corrupt           RELEASE   D>P  all landed and verified
-    REJECT    D>P  I will not take it                  HEARTBEAT both the tickets that I hold
+    REJECT    D>P  I will not take it                  HEARTBEAT both the tickets that I hold, and how far each is
     ABORT     both this ticket is over; from P it is proof that P writes no more
     ABORT_ACK P>D  proof that P writes no more
     GOODBYE   P>D  proof that P writes no more for any ticket of this connection
@@ -31,8 +31,8 @@ import msgpack
 
 from tercet.errors import ProtocolViolation
 
-VERSION = 3
-MAGIC = b"TCT3"
+VERSION = 4
+MAGIC = b"TCT4"
 HEADER = struct.Struct("<4sB3xIQ")
 MAX_BODY = 1 << 20
 MAX_PAYLOAD = 1 << 32
@@ -156,7 +156,14 @@ class AbortAck:
 
 @dataclass(frozen=True)
 class Heartbeat:
+    """That a ticket is named says that its peer lives; that its mark has grown, that the ticket advances there."""
+
     tickets: list[Ticket]
+    marks: list[int]  # one a ticket
+
+    def __post_init__(self) -> None:
+        if len(self.tickets) != len(self.marks):
+            raise ProtocolViolation(f"Heartbeat names {len(self.tickets)} tickets and {len(self.marks)} marks")
 
 
 @dataclass(frozen=True)

@@ -114,17 +114,38 @@ class _Outbound:
     num_units: int
     deadline: float
     max_write: int
-    expires: float
+    expires: float  # unless the peer is heard of before
+    advanced: float  # when it last did
+    mark: int = 0  # grows as it advances, for the peer to see
+    peer_mark: int = 0
+    worked: int = 0  # what the worker as a whole had done when this ticket last advanced while it waited
     grant: Grant | None = None
     blocks: dict[int, int] = field(default_factory=dict)  # index in the prompt -> source block, of what was pushed
     pending: deque[_Pending] = field(default_factory=deque)
     writing: int = 0  # writes handed out and not yet ended
+    pushed: dict[int, int] = field(default_factory=dict)  # layer -> granted units that were pushed
     written_bytes: int = 0
     resent: set[int] = field(default_factory=set)  # numbers of the RESENDs that were obeyed
     commit: Commit | None = None
-    committed_at: float = 0.0
+    committed_at: float | None = None
     over: bool = False  # failed or released: no new write begins
     farewell: Abort | AbortAck | None = None  # proof for the receiver, due when the last write has ended
+
+    def advance(self, now: float) -> None:
+        self.advanced = now
+        self.mark += 1
+
+    @property
+    def waits(self) -> bool:
+        """For the engine to compute it, or for a link that is busy with others: neither is this ticket's own matter."""
+        to_come = self.committed_at is None or bool(self.pending)
+        return self.grant is not None and not self.writing and to_come
+
+    @property
+    def granted_bytes(self) -> int:
+        """Of all layers together."""
+        assert self.grant is not None
+        return max(0, self.num_units - self.grant.first_unit) * len(self.pair.layers) * self.pair.unit_bytes
 
     @cached_property
     def units_per_block(self) -> tuple[int, int]:
@@ -144,6 +165,7 @@ class Outbound:
         self.dropped: Counter[str] = Counter()
         self.resent = 0  # units that a receiver asked for again
         self._lease_s = lease_s
+        self._worked = 0  # writes and tickets that have ended
         self._tickets: dict[Ticket, _Outbound] = {}
 
     # ---- the prefill worker's verbs
@@ -161,22 +183,24 @@ class Outbound:
         """max_write: bytes of one write, as far as a unit is not larger."""
         assert ticket not in self._tickets, f"{ticket} opened twice"
         num_units = -(-num_tokens // pair.unit)
-        self._tickets[ticket] = _Outbound(ticket, peer, pair, num_units, deadline, max_write, now + self._lease_s)
+        self._tickets[ticket] = _Outbound(ticket, peer, pair, num_units, deadline, max_write, now + self._lease_s, now)
         return [Send(peer, Offer(ticket, num_units))]
 
-    def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> list[Effect]:
-        """Prompt blocks `first ...` of `layer` stand in source `blocks`; write those that were granted."""
+    def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int], now: float) -> list[Effect]:
+        """Prompt blocks `first ...` of `layer` stand in source `blocks`; write those that were granted, each once."""
         out = self._tickets.get(ticket)
         if out is None or out.over or out.grant is None or layer not in out.pair.layers:
             return []
         if first + len(blocks) - 1 not in out.blocks:  # else another layer of the same blocks
             out.blocks.update(enumerate(blocks, first))
-        per_block = out.units_per_block[0]
-        start = max(first * per_block, out.grant.first_unit)
-        count = min((first + len(blocks)) * per_block, out.num_units) - start
-        if count <= 0:
+        out.advance(now)
+        per_block, granted = out.units_per_block[0], out.grant.first_unit
+        start = max(first * per_block - granted, out.pushed.get(layer, 0))
+        end = min((first + len(blocks)) * per_block, out.num_units) - granted
+        if end <= start:
             return []
-        return self._add(out, layer, start - out.grant.first_unit, count)
+        out.pushed[layer] = end
+        return self._add(out, layer, start, end - start)
 
     def commit(self, commit: Commit, now: float) -> list[Effect]:
         """All was pushed. Bytes and transfer time are filled in when the writes have ended."""
@@ -184,6 +208,7 @@ class Outbound:
         if out is None or out.over:
             return []
         out.commit, out.committed_at = commit, now
+        out.advance(now)
         return self._commit_if_written(out, now)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> list[Effect]:
@@ -208,8 +233,10 @@ class Outbound:
         """A write has ended; whether it went well is the connection's matter."""
         out = self._tickets[write.ticket]
         out.writing -= 1
+        self._worked += 1
         if out.over:
             return self._settle(out)
+        out.advance(now)
         if write.resend == 0:
             out.written_bytes += write.layers * write.src.count * out.pair.unit_bytes
         return self._commit_if_written(out, now)
@@ -226,7 +253,7 @@ class Outbound:
 
     def on_message(self, peer: Peer, message: Message, now: float) -> list[Effect]:
         if isinstance(message, Heartbeat):
-            return self._on_heartbeat(peer, message.tickets, now)
+            return self._on_heartbeat(peer, message, now)
         known = isinstance(message, Grant | Release | Reject | Abort | Resend)
         out = self._tickets.get(message.ticket) if known else None  # type: ignore[union-attr]  # checked above
         if out is None or out.peer != peer:
@@ -235,8 +262,10 @@ class Outbound:
             return [Send(peer, AbortAck(message.ticket))] if isinstance(message, Abort) else []
         match message:
             case Grant() if out.grant is None and not out.over:
+                out.advance(now)
                 return self._on_grant(out, message)
             case Resend(_, number) if number not in out.resent and not out.over:
+                out.advance(now)
                 return self._on_resend(out, message)
             case Release() if not out.over:
                 out.over = True
@@ -254,23 +283,45 @@ class Outbound:
             effects += self._fail(out, PeerDown(f"the decode worker of {out.ticket.request_id} is gone"), None)
         return effects
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float, computed: int = 0) -> list[Effect]:
+        """Fail what has heard nothing from its reader, or has not advanced, for a lease.
+
+        computed: how much the engine has done so far. A ticket that waits advances with it and with every write and
+        ticket that ends, whoever they were for.
+        """
         effects: list[Effect] = []
-        for out in [t for t in self._tickets.values() if t.expires < now]:
-            error = LeaseExpired(f"no word of {out.ticket.request_id} from its decode worker for {self._lease_s} s")
-            if not out.over:
+        # First those that do not wait: their end is what the others may be waiting for.
+        for out in sorted(self._tickets.values(), key=lambda out: out.waits):
+            if out.waits and out.worked != computed + self._worked:
+                out.worked = computed + self._worked
+                out.advance(now)
+            if out.over:
+                effects += [Cut(out.peer)] if out.writing and out.expires < now else []
+            elif min(out.expires, out.advanced + self._lease_s) < now:
+                error = self._expired(out, now)
                 out.expires = now + self._lease_s  # for the write that may be under way
                 effects += self._give_up(out, error)
-            elif out.writing:
-                effects.append(Cut(out.peer))
         return effects
 
+    def _expired(self, out: _Outbound, now: float) -> LeaseExpired:
+        name = out.ticket.request_id
+        if out.expires < now:
+            return LeaseExpired(f"no word of {name} from its decode worker for {self._lease_s} s")
+        if out.grant is None:
+            return LeaseExpired(f"the decode worker of {name} has granted nothing for {self._lease_s} s")
+        written = f"{out.written_bytes} of {out.granted_bytes} KV bytes are written"
+        return LeaseExpired(f"the handover of {name} has not advanced for {self._lease_s} s: {written}")
+
     def heartbeats(self) -> list[Effect]:
-        by_peer: dict[Peer, list[Ticket]] = {}
+        """One HEARTBEAT a peer, naming its live tickets and how far they are."""
+        by_peer: dict[Peer, list[_Outbound]] = {}
         for out in self._tickets.values():
             if not out.over:
-                by_peer.setdefault(out.peer, []).append(out.ticket)
-        return [Send(peer, Heartbeat(tickets)) for peer, tickets in by_peer.items()]
+                by_peer.setdefault(out.peer, []).append(out)
+        return [
+            Send(peer, Heartbeat([out.ticket for out in outs], [out.mark for out in outs]))
+            for peer, outs in by_peer.items()
+        ]
 
     # ---- transitions
 
@@ -328,17 +379,24 @@ class Outbound:
     def _commit_if_written(self, out: _Outbound, now: float) -> list[Effect]:
         if out.commit is None or out.pending or out.writing:
             return []
+        assert out.committed_at is not None
+        if out.written_bytes != out.granted_bytes:
+            counted = f"{out.written_bytes} KV bytes were written, {out.granted_bytes} were granted"
+            return self._give_up(out, TransferError(f"the handover of {out.ticket.request_id} is not whole: {counted}"))
         commit = replace(out.commit, num_bytes=out.written_bytes, transfer_s=now - out.committed_at)
         out.commit = None
         return [Send(out.peer, commit)]
 
-    def _on_heartbeat(self, peer: Peer, tickets: Sequence[Ticket], now: float) -> list[Effect]:
-        for ticket in tickets:
+    def _on_heartbeat(self, peer: Peer, heartbeat: Heartbeat, now: float) -> list[Effect]:
+        for ticket, mark in zip(heartbeat.tickets, heartbeat.marks, strict=True):
             out = self._tickets.get(ticket)
-            if out is not None and out.peer == peer:
-                out.expires = now + self._lease_s
-            else:
+            if out is None or out.peer != peer or out.over:
                 self.dropped["Heartbeat"] += 1
+                continue
+            out.expires = now + self._lease_s
+            if mark > out.peer_mark:
+                out.peer_mark = mark
+                out.advance(now)
         return []
 
     def _fail(self, out: _Outbound, error: TercetError, farewell: Abort | AbortAck | None) -> list[Effect]:
@@ -356,6 +414,7 @@ class Outbound:
         out.pending.clear()
         if out.writing or self._tickets.pop(out.ticket, None) is None:
             return []
+        self._worked += 1
         effects: list[Effect] = []
         if out.farewell is not None:
             effects.append(Send(out.peer, out.farewell))

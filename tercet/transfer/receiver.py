@@ -293,8 +293,8 @@ class KvReceiver:
     def _clock(self) -> None:
         while not self._stopping.wait(self._config.heartbeat_s):
             with self._lock:
-                self._run(self._inbound.heartbeats())
                 self._run(self._inbound.tick(time.monotonic()))
+                self._run(self._inbound.heartbeats())
 
     def _run(self, effects: Sequence[Effect]) -> None:
         """Carry effects out, in order; the lock is held."""

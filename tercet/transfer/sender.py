@@ -47,8 +47,11 @@ class KvSender:
         region: Region,
         transports: Sequence[Transport],
         on_event: Callable[[Event], None],
+        computed: Callable[[], int] = lambda: 0,
     ) -> None:
+        """computed: how much the engine that fills the source has done so far; it grows while the engine works."""
         self._config = config
+        self._computed = computed
         self._on_event = on_event
         self._outbound = Outbound(config.lease_s)
         self._region = region
@@ -77,7 +80,7 @@ class KvSender:
     def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> None:
         """Prompt blocks from index `first` on stand complete in source `blocks` of `layer`."""
         with self._lock:
-            self._run(self._outbound.push(ticket, layer, first, blocks))
+            self._run(self._outbound.push(ticket, layer, first, blocks, time.monotonic()))
 
     def commit(self, commit: Commit) -> None:
         with self._lock:
@@ -250,8 +253,8 @@ class KvSender:
     def _clock(self) -> None:
         while not self._stopping.wait(self._config.heartbeat_s):
             with self._lock:
+                self._run(self._outbound.tick(time.monotonic(), self._computed()))
                 self._run(self._outbound.heartbeats())
-                self._run(self._outbound.tick(time.monotonic()))
 
     def _run(self, effects: Sequence[Effect]) -> None:
         """Carry effects out, in order; the lock is held."""

@@ -1,0 +1,34 @@
+"""A random Llama so small that thousands of requests take seconds; its directory is made once a test run."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 199
+CONTEXT = 2048
+
+
+@functools.cache
+def tiny_model() -> str:
+    """-> a Hugging Face directory with config and weights, no tokenizer."""
+    directory = Path(tempfile.mkdtemp(prefix="tercet-tiny-"))
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.3,  # so that tokens vary and no two of them tie
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return str(directory)
