@@ -362,8 +362,7 @@ class Inbound:
             if inbound is not None and inbound.peer == peer and not inbound.failed:
                 inbound.expires = now + self._lease_s
                 if mark > inbound.peer_mark:
-                    inbound.peer_mark = mark
-                    inbound.advance(now)
+                    inbound.peer_mark, inbound.advanced = mark, now  # not a mark of ours: two echoes would live for ever
             elif ticket in self._offers:
                 self._offers[ticket].expires = now + self._lease_s
             else:

@@ -395,8 +395,7 @@ class Outbound:
                 continue
             out.expires = now + self._lease_s
             if mark > out.peer_mark:
-                out.peer_mark = mark
-                out.advance(now)
+                out.peer_mark, out.advanced = mark, now  # not a mark of ours: two echoes would live for ever
         return []
 
     def _fail(self, out: _Outbound, error: TercetError, farewell: Abort | AbortAck | None) -> list[Effect]:

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tercet.errors import LeaseExpired, TransferError
 from tercet.transfer import inbound, outbound
 from tercet.transfer.effects import Send
 from tercet.transfer.fake import LAYERS, FakeLink
 from tercet.transfer.layout import KvLayout, Pair
-from tercet.transfer.messages import Commit, Offer, Resend, Ticket
+from tercet.transfer.messages import Commit, Grant, Heartbeat, Offer, Resend, Ticket
 
 TICKETS = [Ticket(f"r{n}", 0, 1) for n in range(3)]
 SOURCE = {t: [10 * n, 10 * n + 1] for n, t in enumerate(TICKETS)}
@@ -169,5 +170,131 @@ def test_a_commit_whose_top_tokens_do_not_match_fails_by_name():
     machine = inbound.Inbound(epoch=1, lease_s=1.0)
     machine.admit(TICKETS[0], 0, [3], now=0.0)
     machine.on_message("peer", TERMS, Offer(TICKETS[0], 1), 0.0)
-    commit = Commit(TICKETS[0], 0, 1, None, [5, 6], [-0.5], 0, 0.0, 0.0, 0.0, "")
+    commit = commit_of(PAIR.unit_bytes, top_ids=[5, 6], top_logprobs=[-0.5])
     assert isinstance(machine.on_message("peer", TERMS, commit, 0.0)[0], inbound.Failed)
+
+
+def commit_of(num_bytes=0, top_ids=(), top_logprobs=()):
+    return Commit(TICKETS[0], num_bytes, 1, None, list(top_ids), list(top_logprobs), 0, 0.0, 0.0, 0.0, "")
+
+
+def granted_outbound(lease_s=10.0):
+    """Two units of one layer are granted, at the time 0."""
+    machine = outbound.Outbound(lease_s)
+    machine.open(TICKETS[0], "peer", PAIR, 32, deadline=99.0, now=0.0)
+    machine.on_message("peer", Grant(TICKETS[0], 0, [5, 6]), 0.0)
+    return machine
+
+
+def granted_inbound(lease_s=10.0):
+    machine = inbound.Inbound(epoch=1, lease_s=lease_s)
+    machine.admit(TICKETS[0], 0, [5, 6], now=0.0)
+    machine.on_message("peer", TERMS, Offer(TICKETS[0], 2), 0.0)
+    return machine
+
+
+def failure(effects):
+    return next(e.error for e in effects if isinstance(e, inbound.Failed | outbound.Failed))
+
+
+@pytest.mark.parametrize("pushed", [[], [(0, [3])], [(1, [4])]])
+def test_a_prefill_worker_commits_no_handover_that_is_not_whole(pushed):
+    machine = granted_outbound()
+    for first, blocks in pushed:
+        machine.push(TICKETS[0], 0, first, blocks, 0.0)
+        machine.end_write(machine.next_write("peer"), 0.0)
+    error = failure(machine.commit(commit_of(), 0.0))
+    assert isinstance(error, TransferError)
+    assert f"{len(pushed) * PAIR.unit_bytes} KV bytes were written, {2 * PAIR.unit_bytes} were granted" in str(error)
+
+
+@pytest.mark.parametrize("bytes_", [0, PAIR.unit_bytes, 3 * PAIR.unit_bytes])
+def test_a_decode_worker_fails_a_commit_that_is_not_whole_at_once(bytes_):
+    error = failure(granted_inbound().on_message("peer", TERMS, commit_of(bytes_), 0.0))
+    assert f"{bytes_} KV bytes were written, {2 * PAIR.unit_bytes} were granted" in str(error)
+
+
+def test_what_was_pushed_already_is_not_written_again():
+    machine = granted_outbound()
+    for blocks in ([3], [3], [3, 4]):
+        machine.push(TICKETS[0], 0, 0, blocks, 0.0)
+    writes = [machine.next_write("peer"), machine.next_write("peer")]
+    assert [(w.index, list(w.src.blocks)) for w in writes] == [(0, [3]), (1, [4])]
+    assert machine.next_write("peer") is None
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+@pytest.mark.parametrize("mark", [1, 0])  # what the peer's heartbeats say, again and again
+def test_a_ticket_that_does_not_advance_fails_though_its_peer_lives(side, mark):
+    machine = granted_outbound() if side == "prefill" else granted_inbound()
+    terms = () if side == "prefill" else (TERMS,)
+    effects = []
+    for now in range(1, 40):
+        machine.on_message("peer", *terms, Heartbeat([TICKETS[0]], [mark]), float(now))
+        effects = machine.tick(float(now))
+        if effects:
+            break
+    assert 10 < now <= 12
+    error = failure(effects)
+    assert isinstance(error, LeaseExpired)
+    assert f"0 of {2 * PAIR.unit_bytes} KV bytes" in str(error)
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_ticket_that_advances_at_its_peer_lives_on(side):
+    machine = granted_outbound() if side == "prefill" else granted_inbound()
+    terms = () if side == "prefill" else (TERMS,)
+    for now in range(1, 40):
+        machine.on_message("peer", *terms, Heartbeat([TICKETS[0]], [now]), float(now))
+        assert machine.tick(float(now)) == []
+
+
+def test_a_ticket_that_waits_for_the_engine_advances_with_it():
+    machine = granted_outbound()
+    for now in range(1, 40):
+        machine.on_message("peer", Heartbeat([TICKETS[0]], [0]), float(now))
+        assert machine.tick(float(now), computed=now) == []
+    marks = [e.message.marks for e in machine.heartbeats()]
+    assert marks[0][0] > 30  # so the decode worker knows
+
+
+def test_a_ticket_that_waits_for_a_busy_link_advances_with_it():
+    """Another request's layers go first, for longer than a lease."""
+    machine = granted_outbound()
+    other = Ticket("urgent", 0, 1)
+    machine.open(other, "peer", PAIR, 16 * 99, deadline=1.0, now=0.0)
+    machine.on_message("peer", Grant(other, 0, list(range(10, 109))), 0.0)
+    machine.push(TICKETS[0], 0, 0, [3, 4], 0.0)
+    for now in range(1, 40):
+        machine.push(other, 0, now - 1, [7], float(now))
+        machine.on_message("peer", Heartbeat([TICKETS[0], other], [0, now]), float(now))
+        write = machine.next_write("peer")
+        assert write.ticket == other
+        assert machine.tick(float(now)) == []
+        machine.end_write(write, float(now))
+
+
+def test_a_write_that_does_not_end_fails_its_ticket_and_is_then_cut_off():
+    machine = granted_outbound()
+    machine.push(TICKETS[0], 0, 0, [3, 4], 0.0)
+    write = machine.next_write("peer")
+    seen = []
+    for now in range(1, 40):
+        machine.on_message("peer", Heartbeat([TICKETS[0]], [0]), float(now))
+        seen += [(now, type(e)) for e in machine.tick(float(now), computed=now)]
+    kinds = [kind for _, kind in seen]
+    assert kinds[0] is outbound.Failed
+    assert outbound.Cut in kinds
+    assert outbound.OpDone not in kinds  # its source is still being read
+    assert [type(e) for e in machine.end_write(write, 40.0)] == [Send, outbound.OpDone]
+
+
+def test_a_unit_that_is_lost_fails_its_ticket_a_lease_after_the_commit():
+    machine = granted_inbound()
+    machine.on_message("peer", TERMS, commit_of(2 * PAIR.unit_bytes), 1.0)
+    for now in (5.0, 10.0):
+        machine.on_message("peer", TERMS, Heartbeat([TICKETS[0]], [1]), now)
+    assert machine.tick(10.5) == []
+    machine.on_message("peer", TERMS, Heartbeat([TICKETS[0]], [1]), 14.0)
+    machine.on_message("peer", TERMS, Heartbeat([TICKETS[0]], [1]), 15.5)
+    assert "has not advanced" in str(failure(machine.tick(15.5)))

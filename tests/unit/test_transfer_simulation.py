@@ -23,7 +23,10 @@ SEEDS = 3000
 STEPS = 120
 BLOCKS = 3  # of a prompt
 KINDS = [(False, True), (True, False), (True, True)]  # one_sided, fenceable: tcp, shm, nixl
-FAULTS = ("cancel_inbound", "cancel_outbound", "drop", "duplicate", "flip", "pass_time", "break", "stop", "death")
+FAULTS = (
+    *("cancel_inbound", "cancel_outbound", "drop", "duplicate", "flip", "pass_time", "break", "stop", "death"),
+    *("lose_push", "stall"),
+)
 
 
 class Simulation:
@@ -42,6 +45,7 @@ class Simulation:
         self.to_open: dict[Ticket, int] = {}  # ticket -> blocks that the destination has already
         self.pushed: Counter[Ticket] = Counter()
         self.writer_stopped = False
+        self.stalled: set[Ticket] = set()  # their engine has lost them, while everybody lives
 
     def run(self) -> None:
         for _ in range(STEPS):
@@ -55,7 +59,7 @@ class Simulation:
     def moves(self) -> list[Move]:
         moves = [m for m in self.link.choices() if not (self.writer_stopped and self._is_writers(m))]
         granted = {e.ticket for e in self.link.events if isinstance(e, outbound.Granted)}
-        computing = [t for t in self.link.reading if t in granted and self.pushed[t] <= LAYERS]
+        computing = [t for t in self.link.reading if t in granted - self.stalled and self.pushed[t] <= LAYERS]
         moves += [lambda t=t: self.advance(t) for t in computing]
         moves += [lambda t=t: self.open(t) for t in self.to_open]
         free = sorted(set(range(2 * BLOCKS)) - set(self.link.leased))
@@ -101,21 +105,28 @@ class Simulation:
                 self.writer_stopped = not self.writer_stopped
             case "break":
                 link.break_connection()
+            case "lose_push" if self.tickets:
+                self.pushed[self.rng.choice(self.tickets)] += 1
+            case "stall" if self.tickets:
+                self.stalled.add(self.rng.choice(self.tickets))
             case "death":
                 link.prefill_dies()
                 link.decode_dies()
 
     def finish(self) -> None:
-        """No more faults: everything is delivered, leases run out, and at last the writer's end is proven."""
+        """No more faults: everybody lives and says so. Whatever does not advance ends all the same; at last the
+        writer's end is proven."""
         self.writer_stopped = False
         while not self.faults and (moves := self.moves()):
             moves[0]()
-        for _ in range(4):
+        for _ in range(9):
             while choices := self.link.choices():
                 choices[0]()
-            self.link.pass_time(11.0, heartbeats=False)
+            self.link.pass_time(4.0, heartbeats=True)
         while choices := self.link.choices():
             choices[0]()
+        ended = {e.ticket for e in self.link.events if isinstance(e, inbound.Complete | inbound.Failed)}
+        assert ended == set(self.tickets), "a ticket hangs"
         assert self.link.reading == {}, "leaked source blocks"
         self.link.prefill_dies()
         self.link.decode_dies()
@@ -294,6 +305,18 @@ def counts_duplicates_as_landed(real: Callable) -> Callable:
     return end
 
 
+def takes_life_for_progress(_: Callable) -> Callable:
+    """Heartbeats keep a ticket alive that nothing moves any more. Put into both sides, since each rescues the other."""
+
+    def on_heartbeat(self, peer, heartbeat, now):
+        for ticket in heartbeat.tickets:
+            if held := self._tickets.get(ticket):
+                held.expires = held.advanced = now + self._lease_s
+        return []
+
+    return on_heartbeat
+
+
 MUTANTS = [
     (Inbound, "_settle", frees_on_failure),
     (Inbound, "tick", frees_on_timeout),
@@ -315,3 +338,9 @@ MUTANTS = [
 def test_each_mutant_is_caught(cls, name, mutant, monkeypatch):
     monkeypatch.setattr(cls, name, mutant(getattr(cls, name)))
     assert failing_seed(SEEDS) is not None, f"no seed below {SEEDS} catches it"
+
+
+def test_a_heartbeat_that_counts_as_progress_is_caught(monkeypatch):
+    for cls in (Inbound, Outbound):
+        monkeypatch.setattr(cls, "_on_heartbeat", takes_life_for_progress(cls._on_heartbeat))
+    assert failing_seed(SEEDS) is not None
