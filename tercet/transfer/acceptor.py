@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable
 
 from tercet.errors import Overloaded, PeerDown, PeerMismatch, ProtocolViolation
+from tercet.transfer import proof
 from tercet.transfer.channel import Channel
-from tercet.transfer.messages import Hello, Refuse
+from tercet.transfer.messages import VERSION, Challenge, Hello, Refuse
 from tercet.transfer.transport import HANDSHAKE_S, MoverConfig, check_hello
 from tercet.transfer.wires import listen_tcp, listen_unix
 
@@ -106,7 +107,10 @@ class Acceptor:
                 del self._strangers[oldest]
                 oldest.shutdown()
         try:
+            challenge = Challenge(VERSION, proof.nonce())
             channel.deadline = time.monotonic() + HANDSHAKE_S
+            channel.settimeout(HANDSHAKE_S)
+            channel.send(challenge)
             hello, _ = channel.receive(MAX_HELLO)
             channel.deadline = None
             channel.settimeout(HANDSHAKE_S)
@@ -115,5 +119,5 @@ class Acceptor:
                 self._strangers.pop(channel, None)
         if not isinstance(hello, Hello):
             raise ProtocolViolation(f"expected HELLO, got {type(hello).__name__}")
-        check_hello(hello, self._config.token, self._config.fingerprint)
+        check_hello(hello, self._config.token, challenge.nonce, self._config.fingerprint)
         return hello

@@ -16,6 +16,7 @@ from functools import partial
 
 from tercet.core import PairState
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
+from tercet.transfer import proof
 from tercet.transfer.channel import Channel, Mailbox
 from tercet.transfer.layout import Pair
 from tercet.transfer.messages import VERSION, Goodbye, Hello, Probe, ProbeAck
@@ -28,6 +29,7 @@ from tercet.transfer.transport import (
     Outlet,
     Parcel,
     Transport,
+    accept_challenge,
     accept_welcome,
     pair_of,
 )
@@ -157,8 +159,8 @@ class Dialer:
         """The control link's handshake."""
         peer.channel.settimeout(HANDSHAKE_S)
         over = [each for each in list(self._quiet) if each[0] == peer.endpoint][-MAX_QUIET:]
-        peer.channel.send(self._hello(peer, [pair for _, pair in over]))
-        welcome = accept_welcome(peer.channel.receive()[0])
+        hello = self._hello(peer, peer.channel, [pair for _, pair in over])
+        welcome = accept_welcome(peer.channel.receive()[0], self._config.token, hello.nonce)
         for each in over:  # it knows them now
             with contextlib.suppress(ValueError):  # so it was told on another connection
                 self._quiet.remove(each)
@@ -169,13 +171,13 @@ class Dialer:
         """A data link's handshake."""
         channel.settimeout(HANDSHAKE_S)
         try:
-            channel.send(self._hello(peer, ()))
+            hello = self._hello(peer, channel, ())
             message, fds = channel.receive_with_fds()
         except TransferError:
             channel.close()
             raise
         try:
-            welcome = accept_welcome(message)
+            welcome = accept_welcome(message, self._config.token, hello.nonce)
             ask = Ask(channel, self._region, self._config.lease_s, welcome.blob, fds)
             peer.links.append((channel, peer.transport.outlet(ask)))
         except TransferError:
@@ -185,18 +187,15 @@ class Dialer:
             for fd in fds:
                 os.close(fd)
 
-    def _hello(self, peer: Peer, quiet: Sequence[str]) -> Hello:
+    def _hello(self, peer: Peer, channel: Channel, quiet: Sequence[str]) -> Hello:
+        """Say who we are, in answer to the CHALLENGE."""
         config, layout = self._config, list[object](astuple(self._region.layout))
-        return Hello(
-            VERSION,
-            config.token,
-            config.worker_id,
-            config.fingerprint,
-            layout,
-            peer.transport.name,
-            peer.id,
-            list(quiet),
-        )
+        challenge = accept_challenge(channel.receive()[0])
+        name, ours = peer.transport.name, proof.nonce()
+        bare = Hello(VERSION, config.worker_id, config.fingerprint, layout, name, peer.id, list(quiet), ours)
+        hello = proof.signed(bare, config.token, challenge)
+        channel.send(hello)
+        return hello
 
     def _attest(self, peer: Peer) -> PairState:
         """Measure the links, all at once since they may share a wire, by bytes that go where KV goes: into the scratch

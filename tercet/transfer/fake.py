@@ -68,7 +68,7 @@ class FakeLink:
         self._sender(self.outbound.open(ticket, DECODE, self.terms.pair, len(blocks), deadline, self.now))
 
     def push(self, ticket: Ticket, layer: int) -> None:
-        self._sender(self.outbound.push(ticket, layer, 0, self.reading[ticket], self.now))
+        self._sender(self.outbound.push(ticket, layer, 0, self.reading[ticket]))
 
     def commit(self, ticket: Ticket) -> None:
         commit = Commit(ticket, 0, 1, None, [], [], 0, 0.0, 0.0, 0.0, "fake")

@@ -120,6 +120,7 @@ class _Inbound:
     commit: Commit | None = None
     committed_at: float = 0.0
     failed: bool = False
+    abort: Abort | None = None  # what the writer was told then
     writer_done: bool = False  # proof by word or end
 
     def advance(self, now: float) -> None:
@@ -255,15 +256,18 @@ class Inbound:
         return LeaseExpired(f"the handover of {name} has not advanced for {self._lease_s} s: {landed}")
 
     def heartbeats(self) -> list[Effect]:
-        """One HEARTBEAT a peer, naming the live tickets that it serves and how far they are."""
+        """One HEARTBEAT a peer, naming the live tickets that it serves and how far they are; and once more the ABORT of
+        each ticket that waits for the writer's word."""
         by_peer: dict[Peer, list[_Inbound]] = {}
+        effects: list[Effect] = []
         for inbound in self._tickets.values():
-            if inbound.peer is not None and not inbound.failed:
+            if inbound.peer is not None and inbound.abort is not None:
+                effects.append(Send(inbound.peer, inbound.abort))
+            elif inbound.peer is not None:
                 by_peer.setdefault(inbound.peer, []).append(inbound)
-        return [
-            Send(peer, Heartbeat([t.ticket for t in tickets], [t.mark for t in tickets]))
-            for peer, tickets in by_peer.items()
-        ]
+        for peer, tickets in by_peer.items():
+            effects.append(Send(peer, Heartbeat([t.ticket for t in tickets], [t.mark for t in tickets])))
+        return effects
 
     # ---- transitions
 
@@ -362,7 +366,7 @@ class Inbound:
             if inbound is not None and inbound.peer == peer and not inbound.failed:
                 inbound.expires = now + self._lease_s
                 if mark > inbound.peer_mark:
-                    inbound.peer_mark, inbound.advanced = mark, now  # not a mark of ours: two echoes would live for ever
+                    inbound.peer_mark, inbound.advanced = mark, now  # and no mark of ours: two echoes would never end
             elif ticket in self._offers:
                 self._offers[ticket].expires = now + self._lease_s
             else:
@@ -375,7 +379,8 @@ class Inbound:
         inbound.failed = True
         effects: list[Effect] = [Failed(inbound.ticket, error)]
         if inbound.peer is not None:
-            effects.append(Send(inbound.peer, Abort(inbound.ticket, error.code(), str(error))))
+            inbound.abort = Abort(inbound.ticket, error.code(), str(error))
+            effects.append(Send(inbound.peer, inbound.abort))
         return effects + self._settle(inbound)
 
     def _settle(self, inbound: _Inbound) -> list[Effect]:

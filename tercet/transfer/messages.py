@@ -5,6 +5,7 @@
 The body is the message's fields in order. Only DATA and PROBE have a payload. Bodies are bounded, types are checked,
 and what is no frame of ours raises ProtocolViolation: the connection is closed, nothing else happens.
 
+    CHALLENGE D>P  the first word on every connection
     HELLO     P>D  who I am, what I speak              WELCOME   D>P  where I lie, or REFUSE with a reason
     PROBE     P>D  bytes to measure a link by          PROBE_ACK D>P  they have landed
     OFFER     P>D  I have this request                 GRANT     D>P  write these blocks
@@ -47,15 +48,22 @@ class Ticket(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Challenge:
+    version: int
+    nonce: bytes  # that the HELLO's proof answers (transfer/proof.py)
+
+
+@dataclass(frozen=True)
 class Hello:
     version: int
-    token: str  # the cluster's secret
     worker_id: str
     fingerprint: str  # model
     layout: list[object]  # KvLayout, as its fields
     transport: str  # that the pair will use
     pair: str  # "": a new pair, this is its control link; else a data link of that pair
     quiet: list[str]  # earlier pairs of this process that are over: nothing of them will write any more
+    nonce: bytes  # that the WELCOME's proof answers
+    proof: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Welcome:
     layout: list[object]
     pair: str
     blob: bytes  # what the transport needs to know
+    proof: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,8 @@ class Goodbye:
 
 
 Message = (
-    Hello
+    Challenge
+    | Hello
     | Welcome
     | Refuse
     | Probe

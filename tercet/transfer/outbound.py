@@ -186,14 +186,13 @@ class Outbound:
         self._tickets[ticket] = _Outbound(ticket, peer, pair, num_units, deadline, max_write, now + self._lease_s, now)
         return [Send(peer, Offer(ticket, num_units))]
 
-    def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int], now: float) -> list[Effect]:
+    def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> list[Effect]:
         """Prompt blocks `first ...` of `layer` stand in source `blocks`; write those that were granted, each once."""
         out = self._tickets.get(ticket)
         if out is None or out.over or out.grant is None or layer not in out.pair.layers:
             return []
         if first + len(blocks) - 1 not in out.blocks:  # else another layer of the same blocks
             out.blocks.update(enumerate(blocks, first))
-        out.advance(now)
         per_block, granted = out.units_per_block[0], out.grant.first_unit
         start = max(first * per_block - granted, out.pushed.get(layer, 0))
         end = min((first + len(blocks)) * per_block, out.num_units) - granted
@@ -395,7 +394,7 @@ class Outbound:
                 continue
             out.expires = now + self._lease_s
             if mark > out.peer_mark:
-                out.peer_mark, out.advanced = mark, now  # not a mark of ours: two echoes would live for ever
+                out.peer_mark, out.advanced = mark, now  # and no mark of ours: two echoes would never end
         return []
 
     def _fail(self, out: _Outbound, error: TercetError, farewell: Abort | AbortAck | None) -> list[Effect]:

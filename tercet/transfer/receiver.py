@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
+from tercet.transfer import proof
 from tercet.transfer.acceptor import Acceptor
 from tercet.transfer.channel import Channel, Mailbox
 from tercet.transfer.effects import Send
@@ -147,9 +148,10 @@ class KvReceiver:
             raise PeerMismatch(f"{transport.name} does not come over {'a Unix socket' if is_unix else 'TCP'}")
         return transport
 
-    def _welcome(self, peer_id: str, blob: bytes) -> Welcome:
+    def _welcome(self, peer_id: str, blob: bytes, hello: Hello) -> Welcome:
         layout: list[object] = list(astuple(self._region.layout))
-        return Welcome(self._config.worker_id, self._epoch, layout, peer_id, blob)
+        welcome = Welcome(self._config.worker_id, self._epoch, layout, peer_id, blob)
+        return proof.signed(welcome, self._config.token, hello.nonce)
 
     # ---- the control link
 
@@ -167,7 +169,7 @@ class KvReceiver:
                 if gone in self._peers:
                     os.eventfd_write(self._peers[gone].quiet_fd, 1)
         try:
-            channel.send(self._welcome(peer.id, b""))
+            channel.send(self._welcome(peer.id, b"", hello))
             channel.settimeout(None)
             self._read_messages(peer)
         except (PeerDown, ProtocolViolation) as error:
@@ -238,7 +240,7 @@ class KvReceiver:
                 os.close(inlet.death_fd)
             raise PeerDown("the pair is over already")
         try:
-            channel.send(self._welcome(peer.id, inlet.blob), fds=inlet.fds)
+            channel.send(self._welcome(peer.id, inlet.blob, hello), fds=inlet.fds)
             inlet.connected()
             channel.settimeout(None)
             self._read_data(peer, link)

@@ -7,6 +7,7 @@ must not call back into the sender.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -47,11 +48,12 @@ class KvSender:
         region: Region,
         transports: Sequence[Transport],
         on_event: Callable[[Event], None],
-        computed: Callable[[], int] = lambda: 0,
+        computed: Callable[[], int] | None = None,
     ) -> None:
-        """computed: how much the engine that fills the source has done so far; it grows while the engine works."""
+        """computed: how much the engine that fills the source has done so far; it grows while the engine works. None:
+        nobody knows, so an engine is taken to work."""
         self._config = config
-        self._computed = computed
+        self._computed = computed or itertools.count(1).__next__
         self._on_event = on_event
         self._outbound = Outbound(config.lease_s)
         self._region = region
@@ -80,7 +82,7 @@ class KvSender:
     def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> None:
         """Prompt blocks from index `first` on stand complete in source `blocks` of `layer`."""
         with self._lock:
-            self._run(self._outbound.push(ticket, layer, first, blocks, time.monotonic()))
+            self._run(self._outbound.push(ticket, layer, first, blocks))
 
     def commit(self, commit: Commit) -> None:
         with self._lock:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hmac
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +21,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
+from tercet.transfer import proof
 from tercet.transfer.channel import Channel
 from tercet.transfer.layout import KvLayout, Pair, Run
-from tercet.transfer.messages import VERSION, Data, Hello, Probe, Refuse, Welcome
+from tercet.transfer.messages import VERSION, Challenge, Data, Hello, Probe, Refuse, Welcome
 from tercet.transfer.pack import Memory
 from tercet.transfer.region import Region
 
@@ -149,22 +149,32 @@ class Transport(ABC):
     def outlet(self, ask: Ask) -> Outlet: ...
 
 
-def accept_welcome(message: object) -> Welcome:
+def accept_challenge(message: object) -> bytes:
+    """-> the nonce to answer. Raises PeerMismatch, ProtocolViolation."""
+    match message:
+        case Challenge(version, nonce) if version == VERSION:
+            return nonce
+        case Challenge(version):
+            raise PeerMismatch(f"transfer protocol {version} at the decode worker, {VERSION} here")
+    raise ProtocolViolation(f"expected CHALLENGE, got {type(message).__name__}")
+
+
+def accept_welcome(message: object, secret: str, nonce: bytes) -> Welcome:
     """The answer to our HELLO, or the error that it stands for."""
     match message:
         case Welcome():
+            proof.check(message, secret, nonce)
             return message
         case Refuse(code, reason):
             raise PeerMismatch(f"the decode worker refused the connection: {code}: {reason}")
     raise ProtocolViolation(f"expected WELCOME, got {type(message).__name__}")
 
 
-def check_hello(hello: Hello, token: str, fingerprint: str) -> None:
-    """Raises PeerMismatch if a peer that says `hello` may not write to us."""
+def check_hello(hello: Hello, secret: str, nonce: bytes, fingerprint: str) -> None:
+    """Raises PeerMismatch if a peer that answers our `nonce` by `hello` may not write to us."""
     if hello.version != VERSION:
         raise PeerMismatch(f"transfer protocol {hello.version} at {hello.worker_id}, {VERSION} here")
-    if not hmac.compare_digest(hello.token.encode(), token.encode()):
-        raise PeerMismatch("wrong cluster token")
+    proof.check(hello, secret, nonce)
     if hello.fingerprint != fingerprint:
         raise PeerMismatch(f"{hello.worker_id} serves another model: {hello.fingerprint} there, {fingerprint} here")
 

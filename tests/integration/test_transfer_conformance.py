@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tercet.errors import LeaseExpired, PeerDown, PeerMismatch, TercetError
-from tercet.transfer import inbound, messages, outbound
+from tercet.transfer import inbound, messages, outbound, proof
 from tercet.transfer.channel import Mailbox
 from tercet.transfer.layout import Units
 from tercet.transfer.loader import Loader
@@ -129,12 +130,22 @@ def test_a_ticket_without_a_sender_fails_within_its_lease(pair):
     pair.next(inbound.Quiesced)
 
 
-def test_heartbeats_keep_a_slow_ticket_alive(pair):
+def test_a_slow_engine_keeps_a_ticket_alive(pair):
     pair.grant(ticket_of(), 0, [1], 1)
     time.sleep(2.0)  # twice the lease
     pair.push_all(ticket_of(), [3])
     pair.next(inbound.Committed)
     pair.next(inbound.Complete)
+
+
+def test_heartbeats_alone_keep_no_ticket_alive(pair):
+    """Both ends live and say so; but the engine, which would have to push, does nothing."""
+    pair.sender._computed = lambda: 7
+    pair.grant(ticket_of(), 0, [1], 1)
+    assert "has not advanced" in str(pair.next(inbound.Failed).error)
+    pair.next(inbound.Quiesced)
+    assert isinstance(pair.sent.get(timeout=5), outbound.Failed)
+    assert isinstance(pair.sent.get(timeout=5), outbound.OpDone)
 
 
 def test_goodbye_quiesces_everything(pair):
@@ -311,7 +322,7 @@ def test_fifty_first_contacts_are_one_handshake(name, monkeypatch):
     ("changes", "layout", "named"),
     [
         ({"fingerprint": "other"}, LAYOUT, "another model"),
-        ({"token": "wrong"}, LAYOUT, "wrong cluster token"),
+        ({"token": "wrong"}, LAYOUT, "prefill-0 does not know this cluster's token"),
         ({}, replace(LAYOUT, kv_heads=4), "kv_heads is 4 at the source, 2 at the destination"),
         ({}, replace(LAYOUT, dtype="float16"), "dtype"),
         ({}, replace(LAYOUT, layers=2, model_layers=2), "model_layers"),
@@ -350,18 +361,25 @@ def greeted(made: Receiving, wire: str) -> socket.socket:
     endpoint = Endpoint.decode(made.endpoint)
     sock = dial_tcp(endpoint.tcp[0], 5.0) if wire == "tcp" else dial_unix(endpoint.unix, 5.0)
     layout = [getattr(LAYOUT, name) for name in LAYOUT.__dataclass_fields__]
-    sock.sendall(encode(Hello(messages.VERSION, "t", "stranger", "m", layout, wire, "", [])))
-    header = sock.recv(messages.HEADER.size, socket.MSG_WAITALL)
-    kind, body, _ = messages.decode_header(header)
-    assert isinstance(messages.decode_body(kind, sock.recv(body, socket.MSG_WAITALL)), Welcome)
+    challenge = taken(sock, messages.Challenge)
+    hello = Hello(messages.VERSION, "stranger", "m", layout, wire, "", [], proof.nonce())
+    sock.sendall(encode(proof.signed(hello, "t", challenge.nonce)))
+    proof.check(taken(sock, Welcome), "t", hello.nonce)
     return sock
+
+
+def taken(sock: socket.socket, kind: type) -> Any:
+    number, body, _ = messages.decode_header(sock.recv(messages.HEADER.size, socket.MSG_WAITALL))
+    message = messages.decode_body(number, sock.recv(body, socket.MSG_WAITALL))
+    assert isinstance(message, kind), message
+    return message
 
 
 FRAMES = [
     encode(messages.Offer(ticket_of(), 3)),
     encode(Data(ticket_of(), 0, 1, 0, 1, 0, True, b"12345678"), 64) + bytes(64),
     encode(commit_of(ticket_of())),
-    encode(Heartbeat([ticket_of()])),
+    encode(Heartbeat([ticket_of()], [1])),
 ]
 
 

@@ -153,8 +153,8 @@ def test_a_stranger_that_speaks_byte_by_byte_has_one_deadline(pair, monkeypatch)
         for byte in encode(commit_of(ticket_of())):
             stranger.send(bytes([byte]))
             with contextlib.suppress(TimeoutError):
-                assert stranger.recv(1) == b""
-                break
+                if stranger.recv(4096) == b"":
+                    break
     assert time.monotonic() - began < 3
 
 

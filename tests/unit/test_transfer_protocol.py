@@ -201,7 +201,7 @@ def failure(effects):
 def test_a_prefill_worker_commits_no_handover_that_is_not_whole(pushed):
     machine = granted_outbound()
     for first, blocks in pushed:
-        machine.push(TICKETS[0], 0, first, blocks, 0.0)
+        machine.push(TICKETS[0], 0, first, blocks)
         machine.end_write(machine.next_write("peer"), 0.0)
     error = failure(machine.commit(commit_of(), 0.0))
     assert isinstance(error, TransferError)
@@ -217,7 +217,7 @@ def test_a_decode_worker_fails_a_commit_that_is_not_whole_at_once(bytes_):
 def test_what_was_pushed_already_is_not_written_again():
     machine = granted_outbound()
     for blocks in ([3], [3], [3, 4]):
-        machine.push(TICKETS[0], 0, 0, blocks, 0.0)
+        machine.push(TICKETS[0], 0, 0, blocks)
     writes = [machine.next_write("peer"), machine.next_write("peer")]
     assert [(w.index, list(w.src.blocks)) for w in writes] == [(0, [3]), (1, [4])]
     assert machine.next_write("peer") is None
@@ -264,9 +264,9 @@ def test_a_ticket_that_waits_for_a_busy_link_advances_with_it():
     other = Ticket("urgent", 0, 1)
     machine.open(other, "peer", PAIR, 16 * 99, deadline=1.0, now=0.0)
     machine.on_message("peer", Grant(other, 0, list(range(10, 109))), 0.0)
-    machine.push(TICKETS[0], 0, 0, [3, 4], 0.0)
+    machine.push(TICKETS[0], 0, 0, [3, 4])
     for now in range(1, 40):
-        machine.push(other, 0, now - 1, [7], float(now))
+        machine.push(other, 0, now - 1, [7])
         machine.on_message("peer", Heartbeat([TICKETS[0], other], [0, now]), float(now))
         write = machine.next_write("peer")
         assert write.ticket == other
@@ -276,7 +276,7 @@ def test_a_ticket_that_waits_for_a_busy_link_advances_with_it():
 
 def test_a_write_that_does_not_end_fails_its_ticket_and_is_then_cut_off():
     machine = granted_outbound()
-    machine.push(TICKETS[0], 0, 0, [3, 4], 0.0)
+    machine.push(TICKETS[0], 0, 0, [3, 4])
     write = machine.next_write("peer")
     seen = []
     for now in range(1, 40):
