@@ -19,6 +19,7 @@ class Aggregated(LegRole):
 
     def begin(self, active: ActiveLeg) -> None:
         self.engine.add(active.sequence)
+        active.stream.admitted(active.leg)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         self._times_of(active, time.monotonic())

@@ -45,6 +45,7 @@ class Decode(LegRole):
             raise
         self._incoming[active.ticket] = _Incoming(active)
         self.receiver.admit(active.ticket, hits, leased)
+        active.stream.admitted(active.leg)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         incoming = self._incoming.get(active.ticket)

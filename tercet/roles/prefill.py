@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tercet.core import Done, FinishReason, PairState, TokenEvent
 from tercet.engine.engine import Faulted, StepReport
 from tercet.engine.sequence import Sequence
-from tercet.errors import Overloaded, PeerDown, TercetError, TransferError
+from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
 from tercet.roles.legs import ActiveLeg, LegRole
 from tercet.transfer.messages import Commit, Ticket
 from tercet.transfer.outbound import Failed, Granted, OpDone, Released
@@ -105,8 +105,9 @@ class Prefill(LegRole):
 
     def _not_opened(self, outgoing: _Outgoing, error: TercetError | OSError) -> None:
         del self._outgoing[outgoing.active.ticket]
-        known = error if isinstance(error, TercetError) else PeerDown(f"the decode worker was not reached: {error}")
-        self.fail(outgoing.active, known)
+        if isinstance(error, TransferError | OSError):
+            error = PeerUnreachable(f"the decode worker was not reached: {error}")
+        self.fail(outgoing.active, error)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         outgoing = self._outgoing.get(active.ticket)

@@ -1,12 +1,13 @@
-"""Pick the workers of each request as one plan, run the plan, and run another when a worker fails. Event loop only.
+"""Run the plan of each request, and run another when a worker fails. Event loop only.
 
     line ─> plan ─legs started─> tokens ... Done
       ^              │
-      │              ├─ rejected: the other leg is cancelled, the busy worker is passed over
+      │              ├─ rejected: the other leg is cancelled, the busy worker is passed over; the request goes back to
+      │              │  its place in the line, and nobody behind it is planned before it has been admitted
       └──────────────┴─ failed or lost: likewise, and the new attempt goes on behind the last token that came
 
-Requests wait in one line, first come first planned, while no worker has room: the router counts what it has put on
-each, so that a worker's REJECT is the exception (its blocks ran out).
+Requests wait in one line (roles/line.py) while no worker has room: the router counts what it has put on each, so that a
+worker's REJECT is the exception (its blocks ran out). Which workers a request gets: roles/plans.py.
 
 A new attempt sends prompt + emitted tokens as its prompt; the sampler depends only on seed and position
 (engine/sampler.py), so no token is lost or repeated.
@@ -17,81 +18,70 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tercet.core import Done, GenerateRequest, Load, Role, TokenEvent, WorkerInfo
-from tercet.errors import DeadlineExceeded, NoWorkers, Overloaded, TercetError, TransferError, WorkerLost
+from tercet.errors import DeadlineExceeded, NoWorkers, TercetError, TransferError, WorkerLost
+from tercet.roles.attempt import Attempt, Busy, Failed
+from tercet.roles.line import Line, Place
 from tercet.roles.pairs import slow_pair
-from tercet.spec import ROLES_OF, ClusterSpec, SchedulerSpec
+from tercet.roles.plans import History, Incarnation, Plan, capacity, choose
+from tercet.spec import ROLES_OF, ClusterSpec
 from tercet.wire.codec import Leg
-from tercet.wire.worker_client import LegKey, Outcome, Rejection, WorkerLink
+from tercet.wire.worker_client import Admitted, LegKey, Outcome, WorkerLink
 
-ROOM_S = 0.2  # at the latest after so long a waiting request looks again whether a worker has room
-Incarnation = tuple[str, int]  # worker id, epoch
+ROOM_S = 0.2  # at the latest after so long the first in line looks again whether a worker has room
+MAX_DEATHS = 2  # a request that was on board of so many workers when they died is not tried on a third
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The workers of one attempt; the same one twice where one does both."""
-
-    prefill: WorkerLink
-    decode: WorkerLink
-
-    @property
-    def links(self) -> tuple[WorkerLink, ...]:
-        """The decoding one first, since it admits first."""
-        return (self.decode,) if self.prefill is self.decode else (self.decode, self.prefill)
-
-    @property
-    def incarnations(self) -> tuple[Incarnation, Incarnation]:
-        return _incarnation(self.prefill), _incarnation(self.decode)
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Attempt:
-    key: LegKey
-    plan: Plan
-    legs: dict[WorkerLink, Leg]
-    timer: asyncio.TimerHandle | None = None
+class _Running:
+    """An attempt while it runs."""
+
+    attempt: Attempt
+    place: Place
     events: asyncio.Queue[tuple[WorkerLink | None, Outcome]] = field(default_factory=asyncio.Queue)
-    ended: set[WorkerLink] = field(default_factory=set)  # legs that need no abort any more
-    committed: bool = False  # a token came, so the prefill worker has done its part
+    timer: asyncio.TimerHandle | None = None
 
-
-class _Busy(Exception):  # never leaves this file
-    def __init__(self, link: WorkerLink) -> None:
-        self.link = link
+    @property
+    def plan(self) -> Plan:
+        return self.attempt.plan
 
 
 class Router:
     def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
         self._limits = spec.limits
         self._min_bandwidth = spec.transfer.min_bandwidth
-        self._capacity = {role: _capacity(role, spec.roles[role].scheduler) for role in ROLES_OF[spec.topology]}
+        self._capacity = {role: capacity(role, spec.roles[role].scheduler) for role in ROLES_OF[spec.topology]}
         self._token = cluster_token
         self._roles = ROLES_OF[spec.topology]
         self._links: dict[str, WorkerLink] = {}  # worker id -> link to its live incarnation
-        self._attempts: dict[LegKey, _Attempt] = {}
+        self._attempts: dict[LegKey, _Running] = {}
         self._proven: set[tuple[Incarnation, Incarnation]] = set()  # pairs through which a request has passed
-        self._line = asyncio.Lock()  # its holder is the next request to be planned
-        self._room = asyncio.Event()  # pulsed when a worker came up or a request left one
+        self._line = Line()
+        self._turns: dict[int, asyncio.Event] = {}  # number of a place -> set when it is the first
+        self._room = asyncio.Event()  # pulsed when a worker came up or a leg left one
 
     # ---- the control path
 
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         """Make `workers` the live set: connect to new incarnations, drop those that are gone."""
         wanted = {w.worker_id: w for w in workers}
-        for worker_id, link in list(self._links.items()):
-            if wanted.get(worker_id) != link.info:
-                del self._links[worker_id]
-                await link.close()
+        gone = [link for link in self._links.values() if wanted.get(link.info.worker_id) != link.info]
+        for link in gone:
+            del self._links[link.info.worker_id]
         for worker_id, info in wanted.items():
             if worker_id not in self._links:
                 self._links[worker_id] = WorkerLink(info, self._token, self._on_report, self._on_change)
         self._introduce()
+        for link in gone:  # at last, since others may set the workers meanwhile
+            await link.close()
 
     async def close(self) -> None:
         await self.set_workers([])
@@ -118,142 +108,157 @@ class Router:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent | Done, None]:
         """Tokens as they come, then Done. Raises TercetError. Closing the generator aborts the request at once."""
         emitted: list[TokenEvent] = []
-        failures = 0
-        passed_over: set[WorkerLink] = set()  # have rejected or failed this request
+        history = History()
+        place = self._line.place(request.client, len(request.token_ids))
         name = f"{request.request_id}.{secrets.token_hex(4)}"  # clients reuse ids; a ticket must be unique
-        keep: WorkerLink | None = None  # has KV of an earlier attempt
-        for number in itertools.count():
-            plan = await self._plan(request.deadline, passed_over, keep)
-            current = self._begin((name, number), request, emitted, plan)
-            try:
-                while isinstance(event := await self._next(current), TokenEvent):
-                    emitted.append(event)
-                    yield event
-                yield self._done(event, plan, failures + 1)
-                return
-            except _Busy as rejected:
-                passed_over.add(rejected.link)
-            except (WorkerLost, TransferError) as error:
-                passed_over |= self._blamed(error, current, failures)
-                keep = plan.decode
-                if emitted and emitted[-1].finish is not None:  # only the word that it was the last was lost
-                    yield self._done(Done(emitted[-1].finish), plan, failures + 1)
-                    return
-                failures += 1
-                if failures > self._limits.retries:
-                    raise
-            finally:
-                self._end(current)
-
-    def _blamed(self, error: TercetError, current: _Attempt, failures: int) -> set[WorkerLink]:
-        """Whom the next attempt passes over. A decode worker that reports a broken transfer keeps what had landed and
-        was verified, so it is asked again, once, with another prefill worker if there is one."""
-        if failures == 0 and isinstance(error, TransferError) and current.plan.prefill is not current.plan.decode:
-            return {current.plan.prefill}
-        return current.ended
-
-    async def _plan(self, deadline: float, passed_over: set[WorkerLink], keep: WorkerLink | None) -> Plan:
-        """The least loaded worker of each role with room, but `keep` before all others. Waits in line while none has;
-        while a role has no live worker at all, for a restart."""
-        give_up = min(deadline, time.monotonic() + self._limits.worker_wait_s)
+        failures = 0
         try:
-            async with asyncio.timeout(deadline - time.monotonic()), self._line:
-                while (plan := self._choose(passed_over, keep)) is None:
+            for number in itertools.count():
+                plan = await self._plan(request, place, history)
+                running = self._begin((name, number), request, emitted, plan, place)
+                try:
+                    while isinstance(event := await self._next(running), TokenEvent):
+                        emitted.append(event)
+                        yield event
+                    self._proven.add(plan.incarnations)
+                    yield _done(event, plan, failures + 1)
+                    return
+                except Busy as busy:
+                    history.busy.add(busy.link)
+                    place.holds = True
+                except Failed as failed:
+                    failures += 1
+                    if emitted and emitted[-1].finish is not None:  # only the word that it was the last was lost
+                        yield _done(Done(emitted[-1].finish), plan, failures)
+                        return
+                    history.failed(plan, failed.reporter, failed.error)
+                    self._give_up_or_go_on(request, history, failures, failed.error)
+                finally:
+                    self._end(running, len(emitted))
+        finally:
+            self._leave(place, planned=False)
+
+    def _give_up_or_go_on(self, request: GenerateRequest, history: History, failures: int, error: TercetError) -> None:
+        """Raises the error if there is to be no other attempt."""
+        if not isinstance(error, WorkerLost | TransferError):
+            raise error
+        if len(history.deaths) >= MAX_DEATHS:
+            log.error("request %s was on board when these died: %s", request.request_id, ", ".join(history.deaths))
+            raise WorkerLost(f"{error}; the request was on board of {len(history.deaths)} workers that died") from error
+        if failures > self._limits.retries:
+            raise error
+
+    # ---- the line
+
+    async def _plan(self, request: GenerateRequest, place: Place, history: History) -> Plan:
+        """Workers with room, when it is this request's turn. Waits while none has; while a role has no live worker at
+        all, for a restart."""
+        give_up = min(request.deadline, time.monotonic() + self._limits.worker_wait_s)
+        planned = False
+        try:
+            async with asyncio.timeout(request.deadline - time.monotonic()):
+                await self._turn(place)
+                while (plan := self._choose(history)) is None:
                     if (missing := self.missing_roles()) and time.monotonic() > give_up:
                         raise NoWorkers(f"no live worker of role {', '.join(missing)}")
                     await self._wait_for_room()
+                planned = True
                 return plan
         except TimeoutError as error:
             raise DeadlineExceeded("no worker had room until the request's deadline") from error
+        finally:
+            if not (planned and place.holds):
+                self._leave(place, planned=planned)
 
-    def _choose(self, passed_over: set[WorkerLink], keep: WorkerLink | None) -> Plan | None:
-        chosen = []
-        for role in self._roles:
-            free = [link for link in self._up(role) if link.outstanding_legs < self._capacity[role]]
-            if free and passed_over.issuperset(free):
-                passed_over.difference_update(free)  # a new round, after a pause
-                return None
-            if not free:
-                return None
-            wanted = [link for link in free if link not in passed_over]
-            chosen.append(keep if keep in wanted else min(wanted, key=_pressure))
-        return Plan(chosen[0], chosen[-1])
+    async def _turn(self, place: Place) -> None:
+        """Return when the request is the first in line."""
+        if not place.stands:
+            self._line.join(place)
+        turn = self._turns[place.number] = asyncio.Event()
+        self._call_first()
+        try:
+            await turn.wait()
+        finally:
+            del self._turns[place.number]
 
-    def _begin(self, key: LegKey, request: GenerateRequest, emitted: list[TokenEvent], plan: Plan) -> _Attempt:
+    def _leave(self, place: Place, *, planned: bool) -> None:
+        if place.stands:
+            self._line.leave(place, planned=planned)
+            self._call_first()
+
+    def _call_first(self) -> None:
+        first = self._line.head()
+        if first is not None and first.number in self._turns:
+            self._turns[first.number].set()
+
+    def _choose(self, history: History) -> Plan | None:
+        firsts = self._with_room(self._roles[0])
+        return choose(firsts, firsts if len(self._roles) == 1 else self._with_room(self._roles[-1]), history)
+
+    def _with_room(self, role: Role) -> list[WorkerLink]:
+        return [link for link in self._up(role) if link.outstanding_legs < self._capacity[role]]
+
+    async def _wait_for_room(self) -> None:
+        self._room.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._room.wait(), ROOM_S)
+
+    # ---- attempts
+
+    def _begin(
+        self, key: LegKey, request: GenerateRequest, emitted: list[TokenEvent], plan: Plan, place: Place
+    ) -> _Running:
         """Start every leg of the plan."""
-        decoder = plan.decode.info
-        tokens = (*request.token_ids, *(e.token_id for e in emitted))
-        timeout_s = request.deadline - time.monotonic()
-        base = Leg(*key, decoder.epoch, "", tokens, len(request.token_ids), request.params, timeout_s)
-        legs = {link: replace(base, kind=link.info.role.value) for link in plan.links}
-        if plan.prefill is not plan.decode:
-            legs[plan.prefill] = replace(legs[plan.prefill], peer=decoder.transfer_endpoint)
-        current = _Attempt(key, plan, legs)
-        self._attempts[current.key] = current
+        attempt = Attempt.of(key, request, emitted, plan, time.monotonic())
+        running = self._attempts[key] = _Running(attempt, place)
         out_of_time = (None, DeadlineExceeded(f"request {request.request_id} ran out of time"))
-        current.timer = asyncio.get_running_loop().call_later(timeout_s, current.events.put_nowait, out_of_time)
-        for link, leg in legs.items():
-            link.outstanding_tokens += len(tokens)
+        timeout_s = request.deadline - time.monotonic()
+        running.timer = asyncio.get_running_loop().call_later(timeout_s, running.events.put_nowait, out_of_time)
+        for link, leg in attempt.legs.items():
+            link.outstanding_tokens += len(leg.token_ids)
             link.outstanding_legs += 1
             link.start(leg)
-        return current
+        return running
 
-    async def _next(self, current: _Attempt) -> TokenEvent | Done:
-        """The decoding leg's next event. Raises _Busy, or the TercetError that ended the attempt."""
+    async def _next(self, running: _Running) -> TokenEvent | Done:
+        """The next event for the client. Raises Busy or Failed if the attempt is over."""
         while True:
-            link, outcome = await current.events.get()
-            if isinstance(outcome, TokenEvent):
-                current.committed = True
-                return outcome
-            assert link is not None or isinstance(outcome, TercetError)
-            if link is not None:
-                current.ended.add(link)
-            if link is current.plan.decode or link is None:
-                return self._settled(outcome, current)
-            self._prefill_ended(outcome, current)
+            event = running.attempt.next(*await running.events.get())
+            if event is not None:
+                return event
 
-    def _settled(self, outcome: Outcome, current: _Attempt) -> Done:
-        if isinstance(outcome, Done):
-            self._proven.add(current.plan.incarnations)
-            return outcome
-        if isinstance(outcome, Rejection):
-            raise _Busy(current.plan.decode)
-        if isinstance(outcome, Overloaded):  # the prefill worker had no room after all
-            raise _Busy(current.plan.prefill)
-        assert isinstance(outcome, TercetError)
-        raise outcome
-
-    def _prefill_ended(self, outcome: Outcome, current: _Attempt) -> None:
-        """Once the first token is here, only the decode worker can say whether the KV has landed."""
-        if isinstance(outcome, Rejection):
-            raise _Busy(current.plan.prefill)
-        if isinstance(outcome, Overloaded):  # the decode worker turned its offer down
-            raise _Busy(current.plan.decode)
-        if isinstance(outcome, TercetError) and not current.committed:
-            raise outcome
-
-    def _end(self, current: _Attempt) -> None:
-        """Take the attempt off the books; abort the legs that have not ended."""
-        if current.timer is not None:
-            current.timer.cancel()
-        del self._attempts[current.key]
-        self._room.set()
-        for link, leg in current.legs.items():
+    def _leg_ended(self, running: _Running, link: WorkerLink) -> Leg | None:
+        """Take a leg off the books, if it stands there: its worker has room for another one."""
+        leg = running.attempt.legs.pop(link, None)
+        if leg is not None:
             link.outstanding_tokens -= len(leg.token_ids)
             link.outstanding_legs -= 1
-            if link.up and link not in current.ended:
-                link.abort(leg)
+            self._room.set()
+        return leg
 
-    def _done(self, done: Done, plan: Plan, attempts: int) -> Done:
-        workers = tuple((link.info.role.value, link.info.worker_id) for link in reversed(plan.links))
-        return replace(done, workers=workers, attempts=attempts)
+    def _end(self, running: _Running, emitted: int) -> None:
+        """Take the attempt off the books; abort the legs that have not ended."""
+        if running.timer is not None:
+            running.timer.cancel()
+        del self._attempts[running.attempt.key]
+        for link in list(running.attempt.legs):
+            leg = self._leg_ended(running, link)
+            if leg is not None and link.up:
+                link.abort(leg)
+        self._line.charge(running.place.client, emitted)
 
     # ---- what the links say
 
     def _on_report(self, link: WorkerLink, key: LegKey, outcome: Outcome) -> None:
-        current = self._attempts.get(key)
-        if current is not None:  # else a late word of an attempt that is over
-            current.events.put_nowait((link, outcome))
+        running = self._attempts.get(key)
+        if running is None:  # a late word of an attempt that is over
+            return
+        if isinstance(outcome, Admitted):
+            running.place.holds = False  # those behind it may be planned now
+            self._leave(running.place, planned=True)
+        elif not isinstance(outcome, TokenEvent):
+            self._leg_ended(running, link)  # now, however long the client takes to hear of it
+        running.events.put_nowait((link, outcome))
 
     def _on_change(self, link: WorkerLink, up: bool) -> None:
         if up:
@@ -261,9 +266,9 @@ class Router:
             self._room.set()
             return
         lost = WorkerLost(f"{link.info.worker_id} (epoch {link.info.epoch}) was lost: {link.fault or 'stream closed'}")
-        for current in self._attempts.values():
-            if link in current.legs:
-                current.events.put_nowait((link, lost))
+        for running in self._attempts.values():
+            if self._leg_ended(running, link) is not None:
+                running.events.put_nowait((link, lost))
 
     def _introduce(self) -> None:
         """Have the prefill workers connect to the decode workers, so that no request waits for a handshake."""
@@ -271,11 +276,6 @@ class Router:
             endpoints = [link.info.transfer_endpoint for link in self._up(self._roles[-1])]
             for link in self._up(self._roles[0]):
                 link.meet(endpoints)
-
-    async def _wait_for_room(self) -> None:
-        self._room.clear()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._room.wait(), ROOM_S)
 
     def _up(self, role: Role) -> list[WorkerLink]:
         return [link for link in self._links.values() if link.up and link.info.role is role]
@@ -286,15 +286,6 @@ class Router:
         return {Plan(p, d).incarnations for p, d in pairs}
 
 
-def _capacity(role: Role, scheduler: SchedulerSpec) -> int:
-    """Legs that a worker takes at once (engine.reserve, engine.add)."""
-    return scheduler.max_running + (0 if role is Role.DECODE else scheduler.max_waiting)
-
-
-def _incarnation(link: WorkerLink) -> Incarnation:
-    return link.info.worker_id, link.info.epoch
-
-
-def _pressure(link: WorkerLink) -> tuple[int, int, str]:
-    """What the router itself has put on a worker is fresher than what the worker reports."""
-    return link.outstanding_tokens, link.load.running + link.load.waiting, link.info.worker_id
+def _done(done: Done, plan: Plan, attempts: int) -> Done:
+    workers = tuple((link.info.role.value, link.info.worker_id) for link in reversed(plan.links))
+    return replace(done, workers=workers, attempts=attempts)

@@ -26,13 +26,18 @@ OPTIONS = [
 
 
 @dataclass(frozen=True)
+class Admitted:
+    """The worker that decodes has taken the leg in: it holds blocks or a place in the queue."""
+
+
+@dataclass(frozen=True)
 class Rejection:
     """The worker did not take the leg."""
 
     reason: str
 
 
-Outcome = TokenEvent | Done | Rejection | TercetError
+Outcome = Admitted | TokenEvent | Done | Rejection | TercetError
 LegKey = tuple[str, int]  # request id, attempt
 
 
@@ -138,6 +143,8 @@ def _outcome(report: pb.Report) -> Outcome:
         return token_from_proto(report.token)
     if kind == "finished":
         return done_from_proto(report.finished)
+    if kind == "admitted":
+        return Admitted()
     if kind == "rejected":
         return Rejection(report.rejected.reason)
     return from_wire(report.failed.code, report.failed.message)

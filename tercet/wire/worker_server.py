@@ -32,6 +32,9 @@ class ReportStream:
         self._reports: list[pb.Report] = []
         self._posted = asyncio.Event()
 
+    def admitted(self, leg: Leg) -> None:
+        self._post(pb.Report(ticket=_ticket(leg), admitted=pb.Admitted()))
+
     def token(self, leg: Leg, event: TokenEvent) -> None:
         self._post(pb.Report(ticket=_ticket(leg), token=token_to_proto(event)))
 

@@ -125,6 +125,10 @@ class Token(_message.Message):
     finish_reason: str
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ...) -> None: ...
 
+class Admitted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Rejected(_message.Message):
     __slots__ = ("reason",)
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -162,18 +166,20 @@ class Finished(_message.Message):
     def __init__(self, finish_reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("ticket", "token", "finished", "rejected", "failed")
+    __slots__ = ("ticket", "token", "finished", "rejected", "failed", "admitted")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
     ticket: TicketId
     token: Token
     finished: Finished
     rejected: Rejected
     failed: Failed
-    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    admitted: Admitted
+    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ...) -> None: ...
 
 class Reports(_message.Message):
     __slots__ = ("reports", "load")
