@@ -15,7 +15,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-QUANTUM = 512  # tokens that a client's turn is worth: about what one engine step computes
+QUANTUM = 64  # tokens that a turn is worth: a short prompt, so that who has just come waits for few others
 
 
 @dataclass(order=True)

@@ -38,6 +38,7 @@ class History:
 
     busy: set[WorkerLink] = field(default_factory=set)  # had no room when they were asked in this round
     strikes: Counter[WorkerLink] = field(default_factory=Counter)  # failures that each had a part in
+    failures: Counter[tuple[WorkerLink, WorkerLink]] = field(default_factory=Counter)  # of each pair
     keep: WorkerLink | None = None  # holds KV of an earlier attempt, and is asked again, once
     kept: bool = False
     last: tuple[WorkerLink, WorkerLink] | None = None  # the pair whose handover has just failed
@@ -47,6 +48,7 @@ class History:
         """Blame who is at fault, which need not be who said so."""
         keep, self.keep = self.keep, None
         self.last = plan.prefill, plan.decode
+        self.failures[self.last] += 1
         if isinstance(error, WorkerLost) and reporter is not None:
             self.strikes[reporter] += 2
             self.deaths.append(f"{reporter.info.worker_id} (epoch {reporter.info.epoch})")
@@ -64,8 +66,8 @@ class History:
 
 
 def choose(prefills: Sequence[WorkerLink], decodes: Sequence[WorkerLink], history: History) -> Plan | None:
-    """The pair with the fewest strikes and no known fault between them, then the least loaded; the worker that keeps KV
-    before all others. None: those that have room have just said that they have none, or there is no other pair than the
+    """The pair that has failed the least, with the fewest strikes and no known fault between them, then the least loaded;
+    the worker that keeps KV before all others. None: those that have room have just said that they have none, or there is no other pair than the
     one that has just failed; so a new round begins after a pause.
 
     prefills, decodes: those that live and have room; the same ones where one worker does both.
@@ -86,7 +88,9 @@ def _order(history: History) -> Callable[[tuple[WorkerLink, WorkerLink]], tuple[
     def order(pair: tuple[WorkerLink, WorkerLink]) -> tuple[object, ...]:
         prefill, decode = pair
         strikes = sum(history.strikes[link] for link in set(pair))
-        return decode is not history.keep, strikes, _fault(prefill, decode), pressure(prefill), pressure(decode)
+        failures = history.failures[pair]
+        faulty = _fault(prefill, decode)
+        return decode is not history.keep, failures, strikes, faulty, pressure(prefill), pressure(decode)
 
     return order
 
