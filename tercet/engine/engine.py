@@ -206,25 +206,32 @@ class Engine:
         """Until `stop`. A fault ends the loop and stands in `failure`: the worker is then unhealthy and replaced."""
         try:
             while (step := self._next_step()) is not None:
-                self.step_started = time.monotonic()
-                sampled = self._commit(step, self._isolated.run(step))
-                self.step_started = None
-                self._on_sampled(sampled)
+                self._run(step)
         except BaseException as error:
             self.failure = error
             raise
 
     def _next_step(self) -> Step | None:
+        """Waits for one; None: the engine stops."""
         with self._work:
             while not self._stopping:
-                step = self._scheduler.schedule()
-                if step:
-                    for sequence in step.sequences:
-                        sequence.in_step = True
-                        sequence.first_scheduled = sequence.first_scheduled or time.monotonic()
+                if step := self._begin_step():
                     return step
                 self._work.wait()
             return None
+
+    def _begin_step(self) -> Step:
+        step = self._scheduler.schedule()
+        for sequence in step.sequences:
+            sequence.in_step = True
+            sequence.first_scheduled = sequence.first_scheduled or time.monotonic()
+        return step
+
+    def _run(self, step: Step) -> None:
+        self.step_started = time.monotonic()
+        report = self._commit(step, self._isolated.run(step))
+        self.step_started = None
+        self._on_sampled(report)
 
     def _commit(self, step: Step, outcomes: dict[Sequence, Outcome]) -> StepReport:
         """Advance what was computed, append the tokens, retire what is over; a sequence at fault ends here."""

@@ -25,6 +25,8 @@ from tercet.core import SamplingParams, TokenEvent
 from tercet.engine.sequence import Sequence
 from tercet.errors import EngineFault
 
+Bits = npt.NDArray[np.uint32]
+
 
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[TokenEvent | EngineFault]:
     """One token a row, or why there is none."""
@@ -95,33 +97,29 @@ def truncated(scores: Tensor, params: SamplingParams) -> Tensor:
 def exponentials(seed: int, position: int, count: int) -> Tensor:
     """[count] float32: the exponential variates of output `position`, one a token id, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
-    before, between = (int.from_bytes(word, signed=True) for word in (digest[:4], digest[4:]))
-    bits = _mixed(_mixed(_weyl(count) ^ before).add_(between))
+    bits = _weyl(count) ^ np.uint32(int.from_bytes(digest[:4]))
+    _mix(bits)
+    bits += np.uint32(int.from_bytes(digest[4:]))
+    _mix(bits)
+    bits &= np.uint32(0x7FFFFFFF)
     # 31 bits, and never 0 or 1. Small ones decide a race, and those keep all their digits.
-    uniform = (bits & 0x7FFFFFFF).float().add_(0.5).mul_((1 - 2.0**-22) * 2.0**-31)
+    uniform = torch.from_numpy(bits.view(np.int32)).float().add_(0.5).mul_((1 - 2.0**-22) * 2.0**-31)
     return uniform.neg_().log1p_().neg_()
 
 
 @functools.lru_cache(maxsize=4)
-def _weyl(count: int) -> Tensor:
+def _weyl(count: int) -> Bits:
     """Multiples of the golden ratio's 32 bits; integers wrap."""
-    return torch.arange(1, count + 1, dtype=torch.int32) * _signed(0x9E3779B9)
+    return np.arange(1, count + 1, dtype=np.uint32) * np.uint32(0x9E3779B9)
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32 bits whose every input bit reaches every output bit (`lowbias32` of C. Wellons' search)."""
-    x = (x ^ _shifted(x, 16)).mul_(_signed(0x7FEB352D))
-    x = x.bitwise_xor_(_shifted(x, 15)).mul_(_signed(0x846CA68B))
-    return x.bitwise_xor_(_shifted(x, 16))
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left; torch's shift of a signed integer brings ones."""
-    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
+def _mix(x: Bits) -> None:
+    """A bijection of 32 bits, in place; every input bit reaches every output bit (`lowbias32`, C. Wellons)."""
+    shifted = np.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= np.right_shift(x, shift, out=shifted)
+        x *= np.uint32(factor)
+    x ^= np.right_shift(x, 16, out=shifted)
 
 
 def _with_logprobs(row: Tensor, token: int, count: int) -> TokenEvent:

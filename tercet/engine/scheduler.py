@@ -106,6 +106,7 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Add the next chunk of a prefilling sequence, as long as budget and blocks allow. -> tokens taken."""
+        assert sequence.pending > 0, f"{sequence.ticket} has no token left to compute"
         room = (len(sequence.blocks) + self.pool.available) * self.block_size - sequence.computed
         length = min(sequence.pending, budget, room)
         if length <= 0:
