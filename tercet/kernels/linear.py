@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+MOST_ROWS = 512  # of one oneDNN product
 PACK_ROWS = 16  # the batch that oneDNN lays the weights out for; that layout is the best for 1 to 128 rows, too
 SLICE = 1024  # output columns widened at once: 2.4 MB of float32 for SmolLM2, which stays in the cache
 
@@ -50,14 +51,36 @@ class PackedLinear:
 
 
 class OnednnLinear(PackedLinear):
-    """Weights in oneDNN's blocked layout, by the ops that torch.compile's CPU freezing uses."""
+    """Weights in oneDNN's blocked layout, by the ops that torch.compile's CPU freezing uses.
+
+    oneDNN and torch make a kernel with scratch memory for each number of rows, and keep a thousand of them: a worker
+    that sees every length grows by more than a gigabyte. So rows come in few numbers.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS), bias)
 
     def linear(self, x: Tensor) -> Tensor:
+        if len(x) > MOST_ROWS:
+            return torch.cat([self.linear(x[at : at + MOST_ROWS]) for at in range(0, len(x), MOST_ROWS)])
+        rows = padded_rows(len(x))
+        return self._product(x) if rows == len(x) else self._product(_padded(x, rows))[: len(x)]
+
+    def _product(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return out
+
+
+def padded_rows(rows: int) -> int:
+    """The number of rows that is multiplied instead: any up to 16, then a multiple of 16, above 64 of 32."""
+    step = 1 if rows <= 16 else 16 if rows <= 64 else 32
+    return -(-rows // step) * step
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    wide = x.new_zeros(rows, x.shape[1])
+    wide[: len(x)] = x
+    return wide
 
 
 class Scratch(threading.local):

@@ -67,8 +67,8 @@ class History:
 
 def choose(prefills: Sequence[WorkerLink], decodes: Sequence[WorkerLink], history: History) -> Plan | None:
     """The pair that has failed the least, with the fewest strikes and no known fault between them, then the least
-    loaded; the worker that keeps KV before all others. None: those that have room have just said that they have none, or
-    there is no other pair than the one that has just failed; so a new round begins after a pause.
+    loaded; the worker that keeps KV before all others. None: those that have room have just said that they have none,
+    or there is no other pair than the one that has just failed; so a new round begins after a pause.
 
     prefills, decodes: those that live and have room; the same ones where one worker does both.
     """

@@ -21,7 +21,7 @@ from tercet.kernels.norm import RmsNorm, rms_norm_reference
 from tercet.kernels.rope import RopeTable, apply_rope, apply_rope_reference
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("rows", [1, 2, 17, 64, 70, 515])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "onednn", "widened", "chosen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,6 +41,17 @@ def test_linear(kind, dtype, rows, biased):
     x = torch.randn(rows, 96).to(compute_dtype(dtype))
     tolerance = 1e-4 if dtype == torch.float32 else 0.15  # bfloat16 rounds inputs and results of about 10 to 2^-8
     torch.testing.assert_close(linear.linear(x), linear_reference(x, weight, bias), rtol=1e-2, atol=tolerance)
+
+
+def test_onednn_sees_few_numbers_of_rows(monkeypatch):
+    """It keeps a kernel with scratch memory for each: prompts of every length made a worker grow without an end."""
+    seen = set()
+    linear, product = OnednnLinear(torch.randn(8, 8), None), OnednnLinear._product
+    monkeypatch.setattr(OnednnLinear, "_product", lambda self, x: (seen.add(len(x)), product(self, x))[1])
+    for rows in range(2500):
+        assert linear.linear(torch.ones(rows, 8)).shape == (rows, 8)
+    assert len(seen) < 40
+    assert max(seen) == 512
 
 
 @pytest.mark.parametrize("rows", [0, 1, 17])
