@@ -82,7 +82,7 @@ def test_no_piece_holds_half_a_character(tokenizer):
 
 
 def test_special_tokens(tokenizer):
-    assert tokenizer.eos_token_ids == (2,)
+    assert tokenizer.eos_token_ids == (2, 0)  # <|im_end|> by key, <|endoftext|> by its text
     assert tokenizer.vocab_size == 49152
     assert tokenizer.token_text(2) == "<|im_end|>"
     assert tokenizer.decode([1, 2]) == ""
