@@ -88,7 +88,7 @@ class ControlTokens:
 
     def _renamed(self, text: str) -> str:
         """Each control token that the tokenizer would find, under its secret name."""
-        found = self._finder.encode_batch([text], add_special_tokens=False)[0]
+        found = encoded(self._finder, text, add_special=False, offsets=True)
         pieces, at = [], 0
         for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if token_id in self._found:

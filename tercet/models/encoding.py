@@ -13,9 +13,11 @@ from tercet.errors import InvalidRequest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def encoded(backend: tokenizers.Tokenizer, text: str, add_special: bool) -> tokenizers.Encoding:
-    """Without offsets. `encode_batch` lets go of the GIL, `encode` does not. Raises InvalidRequest."""
+def encoded(backend: tokenizers.Tokenizer, text: str, add_special: bool, offsets: bool = False) -> tokenizers.Encoding:
+    """A batch of one, since `encode_batch` lets go of the GIL and `encode` does not. Offsets cost time and memory.
+    Raises InvalidRequest."""
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
     try:
-        return backend.encode_batch_fast([text], add_special_tokens=add_special)[0]
+        return encode([text], add_special_tokens=add_special)[0]
     except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair
         raise InvalidRequest("the text is not valid Unicode") from error

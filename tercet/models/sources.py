@@ -22,15 +22,15 @@ from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import config_from_gguf
 from tercet.models.config_hf import config_from_hf
 from tercet.models.gguf_file import GgufFile
+from tercet.models.source_path import PACKAGE, as_path, source_path
 from tercet.spec import ModelSpec
 
 if TYPE_CHECKING:
     from tercet.models.loader import LoadedModel
     from tercet.models.tokenizer import Tokenizer
 
-PACKAGE = "package:"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 QUANTISATION = re.compile(r"[-.](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)  # how GGUF file names end
+PART = re.compile(r"-\d{5}-of-\d{5}$")  # how those of a split one do
 HUB_FILES = ("*.json", "*.jinja", "*.model", "merges.txt")
 
 
@@ -39,12 +39,10 @@ def served_name(spec: ModelSpec) -> str:
     directory's name, or the hub id."""
     if spec.served_name is not None:
         return spec.served_name
-    source = spec.source
-    if source.startswith(PACKAGE):
-        source = locate(spec).name
-    if source.endswith(".gguf"):
-        return QUANTISATION.sub("", Path(source).stem).lower()
-    return source if _is_hub_id(source) else Path(source).expanduser().resolve().name
+    path = locate(spec) if spec.source.startswith(PACKAGE) else as_path(spec.source)
+    if path is None:
+        return spec.source
+    return QUANTISATION.sub("", PART.sub("", path.stem)).lower() if path.suffix == ".gguf" else path.name
 
 
 def load_config(spec: ModelSpec) -> ModelConfig:
@@ -88,23 +86,9 @@ def load_model(spec: ModelSpec) -> LoadedModel:
 
 def locate(spec: ModelSpec, weights: bool = False) -> Path:
     """-> a .gguf file or a Hugging Face directory; of a hub model the weights are fetched only if asked for."""
-    source = spec.source
-    if source.startswith(PACKAGE):
-        return _in_package(source.removeprefix(PACKAGE))
-    path = Path(source).expanduser()
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelFileMissing(f"{source}: there is no such file (model.source)")
-        return path
-    if path.is_dir():
-        return path
-    if _is_hub_id(source):
-        return _from_hub(source, weights)
-    raise ModelFileMissing(f"{source}: is no .gguf file, no directory, no hub id and no package: (model.source)")
-
-
-def _is_hub_id(source: str) -> bool:
-    return HUB_ID.fullmatch(source) is not None and not source.startswith(".") and not Path(source).is_dir()
+    if spec.source.startswith(PACKAGE):
+        return _in_package(spec.source.removeprefix(PACKAGE))
+    return source_path(spec.source) or _from_hub(spec.source, weights)
 
 
 def _in_package(name: str) -> Path:

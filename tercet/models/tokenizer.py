@@ -58,10 +58,13 @@ class Tokenizer:
         """The prompt's ids. Control tokens are the template's alone, whatever the messages say. Raises
         InvalidRequest."""
         template, given = self._chat_template, [messages, dict(template_kwargs or {})]
-        if not self._control.occur_in(given):
-            return self.encode(template.render(messages, add_generation_prompt, template_kwargs), add_special=False)
-        stand_ins = self._control.stand_ins(given, template.text)
-        messages, kwargs = self._control.hide(given, stand_ins)
+        try:
+            if not self._control.occur_in(given):
+                return self.encode(template.render(messages, add_generation_prompt, template_kwargs), add_special=False)
+            stand_ins = self._control.stand_ins(given, template.text)
+            messages, kwargs = self._control.hide(given, stand_ins)
+        except RecursionError as error:
+            raise InvalidRequest("messages: a value is nested too deeply") from error
         return self._control.encode(template.render(messages, add_generation_prompt, kwargs), stand_ins)
 
     def apply_chat_template(

@@ -70,7 +70,7 @@ def _class_of(directory: Path) -> type[PreTrainedTokenizerFast]:
 
 
 def _named(directory: Path, name: str) -> type[PreTrainedTokenizerFast]:
-    found: Any = getattr(transformers, name, None) if name.endswith("Tokenizer") else None
+    found: type[PreTrainedTokenizerFast] | None = getattr(transformers, name, None)
     if found is None or found.__name__ == "PythonBackend":
         return PreTrainedTokenizerFast
     if not issubclass(found, PreTrainedTokenizerFast):
@@ -80,7 +80,7 @@ def _named(directory: Path, name: str) -> type[PreTrainedTokenizerFast]:
 
 def _is_byte_level(directory: Path) -> bool:
     path = directory / "tokenizer.json"
-    return path.is_file() and '"ByteLevel"' in path.read_text("utf-8")
+    return path.is_file() and b'"ByteLevel"' in path.read_bytes()
 
 
 def _end_of(found: PreTrainedTokenizerFast) -> tuple[int, ...]:

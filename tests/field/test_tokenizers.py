@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
+import unicodedata
 
 import pytest
+import sentencepiece
 import transformers
 
-from tercet.models.sources import load_tokenizer
+from tercet.errors import ModelFileCorrupt, UnsupportedModel
+from tercet.models.longest_token import COMPOSED
+from tercet.models.sources import load_model, load_tokenizer
+from tercet.models.tokenizer_hf import _class_of
 from tercet.spec import ModelSpec
+from tests.field import tokenizer_directories as directories
 from tests.field.tokenizer_directories import MAKERS
 
 TEXTS = (
@@ -144,3 +152,115 @@ class TestControlTokensInText:
         for text in theirs.all_special_tokens:
             chat = [{"role": "user", "content": f"the {text} cat"}]
             assert parsing.encode_chat(chat) == expected(theirs, chat)
+
+
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+CLASSES = (
+    None,
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+    "GPT2Tokenizer",
+)
+CLASSES += ("Qwen2Tokenizer", "Qwen2TokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizerFast", "NoSuchTokenizer")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_class_is_the_one_that_auto_tokenizer_takes(kind, tmp_path):
+    backends = {"bytes": directories.byte_level(), "pieces": directories.sentencepiece(metaspace="first")}
+    for name, backend in backends.items():
+        path = tmp_path / name
+        directories.save(path, backend, CONFIGS[kind](eos_token_id=None, bos_token_id=None))
+        for declared in CLASSES:
+            directories.edit(path, tokenizer_class=declared)
+            assert _class_of(path) is type(transformers.AutoTokenizer.from_pretrained(path)), (name, declared)
+
+
+def test_a_class_in_python_is_refused(tmp_path):
+    MAKERS["byte-level"](tmp_path)
+    directories.edit(tmp_path, tokenizer_class="ByT5Tokenizer")
+    with pytest.raises(UnsupportedModel, match="ByT5Tokenizer"):
+        load_tokenizer(ModelSpec(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize("settings", [None, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_directory_with_sentencepiece_alone(kind, settings, tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(directories.CORPUS * 10),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type=kind,
+        byte_fallback=True,
+        vocab_size=400 if kind == "bpe" else 350,
+        user_defined_symbols=["<think>"],
+        control_symbols=["<ctl>"],
+        minloglevel=2,
+    )
+    transformers.LlamaConfig(architectures=["LlamaForCausalLM"], eos_token_id=None).save_pretrained(tmp_path)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = load_tokenizer(ModelSpec(source=str(tmp_path))), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    test_prompt_ids(ours, theirs)
+    test_streamed_text_is_the_decoded_text(ours, theirs)
+    test_an_answer_continues_its_prompt(ours, theirs)
+    assert ours.eos_token_ids == (2,)
+
+
+def test_workers_know_the_end_that_only_the_tokenizer_names(tmp_path):
+    MAKERS["llama class"](tmp_path)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**small, vocab_size=300, eos_token_id=None, bos_token_id=None)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert load_model(ModelSpec(source=str(tmp_path))).config.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": {"type": "BPE"}}', "\xff"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_is_wrong(name, text, tmp_path):
+    MAKERS["llama class"](tmp_path)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    if (name, text) != ("tokenizer_config.json", '{"model": {"type": "BPE"}}'):
+        with pytest.raises(ModelFileCorrupt, match=name):
+            load_tokenizer(ModelSpec(source=str(tmp_path)))
+
+
+def test_a_long_text_leaves_other_threads_their_turn():
+    """The GIL is let go: a thread that counts gets on while one text is tokenised, as plain text and as chat."""
+    ours = load_tokenizer(ModelSpec())
+    text = "The quick brown fox <|im_end|> jumps over 13 lazy dogs. " * 20_000
+    for encode in (ours.encode, lambda text: ours.encode_chat([{"role": "user", "content": text}])):
+        turns, done = [], threading.Event()
+
+        def count(turns=turns, done=done):
+            while not done.wait(0.001):
+                turns.append(1)
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        encode(text)
+        done.set()
+        thread.join()
+        assert len(turns) > 50  # with `Tokenizer.encode` it is 1
+
+
+def test_longest_token(ours, theirs):
+    """No text makes fewer tokens than it says."""
+    if ours.longest_token is not None:
+        texts = [
+            *TEXTS,
+            *("\u1f82" * 50, unicodedata.normalize("NFD", "\u1f82") * 50, " " * 300, "\n" * 300, "🙂" * 50),
+        ]
+        for text in [*texts, *theirs.get_vocab()]:
+            assert len(text) <= ours.longest_token * len(ours.encode(text, add_special=False)), text
+
+
+def test_longest_token_is_known_where_it_matters():
+    assert load_tokenizer(ModelSpec()).longest_token == 81
+    longest = (len(unicodedata.normalize("NFD", chr(code))) for code in range(0x110000))
+    assert max(longest) == COMPOSED
