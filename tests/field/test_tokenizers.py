@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 import unicodedata
 
@@ -17,20 +16,14 @@ from tercet.models.sources import load_model, load_tokenizer
 from tercet.models.tokenizer_hf import _class_of
 from tercet.spec import ModelSpec
 from tests.field import tokenizer_directories as directories
+from tests.field.comparison import (
+    assert_answers_continue_prompts,
+    assert_longest_token_holds,
+    assert_same_prompt_ids,
+    assert_streams_what_is_decoded,
+)
 from tests.field.tokenizer_directories import MAKERS
 
-TEXTS = (
-    "",
-    " ",
-    "the cat",
-    " the cat  sat ",
-    "Hello, world! It's 12345.67 €, isn't it?\n\n\tYes;  two  spaces   1",
-    "naïve café — Ελληνικά, кириллица, עברית, 한국어 🙂",
-    "e\u0301 ﬁ ½ \u200b \ufeff İ ẞ",
-    "<|im_start|>user\nhi<|im_end|> <s>x</s> [CLS] [SEP] <think>",
-    "a <MASK> b<SEP> \n c <BOTH> d<WORD>e <WORD> <SEP><WORD> <both> <WORD>x 雪 <mask>",
-    "def f(x):\r\n    return x ** 2  # <comment>\r\n",
-)
 CHATS = (
     [{"role": "user", "content": "the cat sat"}],
     [{"role": "user", "content": " Hello,  world! "}, {"role": "assistant", "content": "It's 1.\n"}] * 2
@@ -59,10 +52,17 @@ def expected(theirs, chat, prompt=True):
     return theirs.apply_chat_template(chat, add_generation_prompt=prompt)["input_ids"]
 
 
-def test_prompt_ids(ours, theirs):
-    for text in TEXTS:
-        assert ours.encode(text) == theirs(text)["input_ids"], text
-        assert ours.encode(text, add_special=False) == theirs(text, add_special_tokens=False)["input_ids"], text
+@pytest.mark.parametrize(
+    "compare",
+    [
+        assert_same_prompt_ids,
+        assert_streams_what_is_decoded,
+        assert_answers_continue_prompts,
+        assert_longest_token_holds,
+    ],
+)
+def test_text(compare, ours, theirs):
+    compare(ours, theirs)
 
 
 def test_chat_ids(ours, theirs):
@@ -82,38 +82,6 @@ def test_ends(directory, ours, theirs):
         config = transformers.AutoConfig.from_pretrained(directory)
     said = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     assert set(ours.eos_token_ids) == {*said, theirs.eos_token_id} - {None}
-
-
-def streamed(detokenizer, ids):
-    return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
-
-
-def any_ids(theirs, length):
-    """Random ids, ids of texts, and a mixture: what a model may say."""
-    rng = random.Random(length)
-    said = theirs(" ".join(TEXTS[2:6]))["input_ids"]
-    kinds = [range(len(theirs)), said, [*said, *range(len(theirs))]]
-    return [[rng.choice(kind) for _ in range(length)] for kind in kinds]
-
-
-def test_streamed_text_is_the_decoded_text(ours, theirs):
-    for length in (1, 2, 3, 5, 8, 13, 40) * 20:
-        for ids in any_ids(theirs, length):
-            assert streamed(ours.detokenizer(), ids) == theirs.decode(ids, skip_special_tokens=True), ids
-    for text in TEXTS:
-        ids = ours.encode(text)
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-
-
-def test_an_answer_continues_its_prompt(ours, theirs):
-    """No space is lost where the answer begins."""
-    for text in ("the cat", " the", "Hello, world!", "naïve 🙂", "1"):
-        prompt = ours.encode(text)
-        said = theirs.decode(prompt, skip_special_tokens=True)
-        for answer in [*any_ids(theirs, 9), ours.encode(" the mat", add_special=False)]:
-            whole = theirs.decode(prompt + answer, skip_special_tokens=True)
-            if whole.startswith(said):  # bytes may spoil the prompt's last character
-                assert streamed(ours.detokenizer(prompt), answer) == whole[len(said) :], (text, answer)
 
 
 class TestControlTokensInText:
@@ -206,9 +174,9 @@ def test_a_directory_with_sentencepiece_alone(kind, settings, tmp_path):
     if settings is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     ours, theirs = load_tokenizer(ModelSpec(source=str(tmp_path))), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    test_prompt_ids(ours, theirs)
-    test_streamed_text_is_the_decoded_text(ours, theirs)
-    test_an_answer_continues_its_prompt(ours, theirs)
+    assert_same_prompt_ids(ours, theirs)
+    assert_streams_what_is_decoded(ours, theirs)
+    assert_answers_continue_prompts(ours, theirs)
     assert ours.eos_token_ids == (2,)
 
 
@@ -247,17 +215,6 @@ def test_a_long_text_leaves_other_threads_their_turn():
         done.set()
         thread.join()
         assert len(turns) > 50  # with `Tokenizer.encode` it is 1
-
-
-def test_longest_token(ours, theirs):
-    """No text makes fewer tokens than it says."""
-    if ours.longest_token is not None:
-        texts = [
-            *TEXTS,
-            *("\u1f82" * 50, unicodedata.normalize("NFD", "\u1f82") * 50, " " * 300, "\n" * 300, "🙂" * 50),
-        ]
-        for text in [*texts, *theirs.get_vocab()]:
-            assert len(text) <= ours.longest_token * len(ours.encode(text, add_special=False)), text
 
 
 def test_longest_token_is_known_where_it_matters():
