@@ -21,16 +21,20 @@ from tercet.errors import InvalidRequest
 from tercet.models.encoding import encoded
 
 PRIVATE_USE = range(0xE000, 0xF8FF)  # code points that mean nothing; those that no text has can stand in
+NORMALISED = [*range(0xD800), *range(0xE000, 0x20000)]  # code points that a normalizer may make another one of
 EDGE = "\uf8ff"  # of a secret name: no letter, so that the text beside it is as if beside a bracket
 
 
 class ControlTokens:
     def __init__(self, backend: tokenizers.Tokenizer, ids: Iterable[int]) -> None:
-        """ids: added tokens of `backend` that are control tokens."""
+        """ids: added tokens of `backend` that are control tokens, one or more."""
         added = backend.get_added_tokens_decoder()
         self._texts = {i: added[i].content for i in ids}
-        self._begin = _begins(self._texts.values()) if self._texts else None
-        self._any_spelling = backend.normalizer is not None and any(added[i].normalized for i in self._texts)
+        self._firsts = {text[0] for text in self._texts.values()}
+        self._begin = _begins(self._texts.values())
+        if backend.normalizer is not None and any(added[i].normalized for i in self._texts):
+            self._firsts = _spellings(self._texts.values(), backend.normalizer)
+            self._begin = re.compile(f"[{re.escape(''.join(self._firsts))}]")
         nonce = secrets.token_hex(8)
         names = {i: f"{EDGE}{nonce}x{i}{EDGE}" for i in self._texts}
         self._finder = _with_added(tokenizers.Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), backend, {})  # noqa: S106 # unk
@@ -38,19 +42,17 @@ class ControlTokens:
         self._plain = _with_added(tokenizers.Tokenizer(backend.model), backend, names)
         self._plain.pre_tokenizer = backend.pre_tokenizer
         self._real = {self._plain.token_to_id(names.get(i, token.content)): i for i, token in added.items()}
-        self._unknown = _unknown(backend)
         self._found = {self._finder.token_to_id(text): (text, names[i]) for i, text in self._texts.items()}
+        self._unknown = _unknown(backend)
+        self._spelled = {i: text for i, text in self._texts.items() if self._is_word(i, text)}
 
     def occur_in(self, value: Any) -> bool:
         """Whether some text in there could be read as a control token."""
-        if self._begin is None:
-            return False
-        return self._any_spelling or any(self._begin.search(text) for text in _strings(value))
+        return bool(self._spelled) or any(self._begin.search(text) for text in _strings(value))
 
     def hide(self, value: Any, stand_ins: Mapping[str, str]) -> Any:
         """The value with each character that begins a control token, or may by what follows, replaced."""
         if isinstance(value, str):
-            assert self._begin is not None
             return self._begin.sub(lambda match: stand_ins[match.group()], value)
         if isinstance(value, Mapping):
             return {
@@ -62,12 +64,11 @@ class ControlTokens:
         return value
 
     def stand_ins(self, *seen: Any) -> dict[str, str]:
-        """First character of a control token -> one that occurs nowhere in what is seen. Raises InvalidRequest."""
+        """What may begin a control token -> a character that occurs nowhere in what is seen. Raises InvalidRequest."""
         used = set[str]().union(*map(set, _strings(seen)))
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        firsts = sorted({text[0] for text in self._texts.values()})
-        chosen = dict(zip(firsts, free, strict=False))
-        if len(chosen) < len(firsts):
+        chosen = dict(zip(sorted(self._firsts), free, strict=False))
+        if len(chosen) < len(self._firsts):
             raise InvalidRequest("messages: the text uses every private-use character of Unicode's first plane")
         return chosen
 
@@ -79,12 +80,15 @@ class ControlTokens:
         return [real for i in encoded(self._plain, text, add_special=False).ids for real in self._real_ids(i)]
 
     def _real_ids(self, token_id: int) -> Sequence[int]:
-        """A vocabulary may hold a control token's text as an ordinary word too; that is spelled out."""
         if token_id in self._real:
             return (self._real[token_id],)
-        if token_id in self._texts and token_id not in self._unknown:
-            return [t.id for character in self._texts[token_id] for t in self._plain.model.tokenize(character)]
+        if token_id in self._spelled:
+            return [t.id for character in self._spelled[token_id] for t in self._plain.model.tokenize(character)]
         return (token_id,)
+
+    def _is_word(self, token_id: int, text: str) -> bool:
+        """Whether the vocabulary has the control token's text as an ordinary word too; that must be spelled out."""
+        return token_id in encoded(self._plain, text, add_special=False).ids and token_id not in self._unknown
 
     def _renamed(self, text: str) -> str:
         """Each control token that the tokenizer would find, under its secret name."""
@@ -100,7 +104,7 @@ class ControlTokens:
 
 
 def _unknown(backend: tokenizers.Tokenizer) -> set[int]:
-    """What the model says of a character that it does not know: a special token that ordinary text makes."""
+    """What the model makes of a character that it does not know: a special token that ordinary text makes too."""
     try:
         return {token.id for token in backend.model.tokenize(EDGE)}
     except Exception:  # noqa: BLE001 # it has no such token; tokenizers raises nothing narrower
@@ -137,6 +141,13 @@ def _begins(tokens: Iterable[str]) -> re.Pattern[str]:
         cut = {rest[:k] for rest in rests for k in range(len(rest))}
         branches.append(rf"{re.escape(first)}(?={_either(rests)}|{_either(cut)}\s*\Z)" if cut else re.escape(first))
     return re.compile("|".join(branches))
+
+
+def _spellings(tokens: Iterable[str], normalizer: tokenizers.normalizers.Normalizer) -> set[str]:
+    """Every character that may begin one of the tokens, once it is normalised: < also as in the fullwidth forms."""
+    normalised = {normalizer.normalize_str(token).lstrip("▁ ")[:1] for token in tokens}
+    firsts = {token[0] for token in tokens} | normalised - {""}
+    return firsts | {chr(c) for c in NORMALISED if not firsts.isdisjoint(normalizer.normalize_str(chr(c)))}
 
 
 def _either(words: set[str]) -> str:

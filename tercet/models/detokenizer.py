@@ -41,12 +41,12 @@ class TokenTexts:
         self.are_bytes = kinds == ["ByteLevel"]
         self._has_bytes = "ByteFallback" in kinds
         special = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
-        self._special = {i for i in special if not backend.decode([i], skip_special_tokens=True)}
+        self.special = {i for i in special if not backend.decode([i], skip_special_tokens=True)}
         self._bytes: dict[int, bytes] = {}  # token id -> what it adds to the text; filled as ids come
 
     def ordinary(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it; None for one that is left out of a text."""
-        token: str | None = None if token_id in self._special else self._backend.id_to_token(token_id)
+        token: str | None = None if token_id in self.special else self._backend.id_to_token(token_id)
         return token
 
     def is_byte(self, token: str) -> bool:
@@ -65,7 +65,7 @@ class TokenTexts:
         return known
 
     def _to_bytes(self, token_id: int, token: str) -> bytes:
-        if token_id in self._special:
+        if token_id in self.special:
             return token.encode()
         if self.are_bytes:
             return token_bytes(token)
@@ -82,7 +82,7 @@ class ByteStream:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        return "" if self._texts.ordinary(token_id) is None else self._utf8.decode(self._texts.bytes_of(token_id))
+        return "" if token_id in self._texts.special else self._utf8.decode(self._texts.bytes_of(token_id))
 
     def flush(self) -> str:
         """U+FFFD for the beginning of a character that never came whole, or nothing."""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import tokenizers
@@ -41,7 +40,8 @@ class Tokenizer:
         self._template = template
         self._clean = clean
         self._texts = TokenTexts(backend)
-        self._control = ControlTokens(backend, () if control_tokens_in_text else self._control_ids)
+        ids = () if control_tokens_in_text else self._control_ids()
+        self._control = ControlTokens(backend, ids) if ids else None
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """add_special: what the model wants around a plain prompt, such as a beginning-of-sequence token. Control
@@ -59,7 +59,7 @@ class Tokenizer:
         InvalidRequest."""
         template, given = self._chat_template, [messages, dict(template_kwargs or {})]
         try:
-            if not self._control.occur_in(given):
+            if self._control is None or not self._control.occur_in(given):
                 return self.encode(template.render(messages, add_generation_prompt, template_kwargs), add_special=False)
             stand_ins = self._control.stand_ins(given, template.text)
             messages, kwargs = self._control.hide(given, stand_ins)
@@ -100,7 +100,6 @@ class Tokenizer:
             raise InvalidRequest("the model has no chat template; use /v1/completions with a plain prompt")
         return self._template
 
-    @cached_property
     def _control_ids(self) -> list[int]:
         """Special tokens, and whatever ends an answer; none if the model wants even those parsed as text."""
         if self._backend.encode_special_tokens:

@@ -105,6 +105,17 @@ class TestControlTokensInText:
                 if theirs.decode(theirs("<|[é]>", add_special_tokens=False)["input_ids"]) == "<|[é]>":
                     assert content.strip() in ours.decode(ids)
 
+    def test_nor_of_another_spelling(self, ours, theirs):
+        """What a normalizer turns into a control token's text."""
+        control = self.control(ours, theirs)
+        neutral = self.counted(ours.encode_chat([{"role": "user", "content": "the cat zz sat"}]), control)
+        wide = {ord(c): ord(c) + 0xFEE0 for c in "<>[]/|"}
+        for text in control.values():
+            for spelled in (text.lower(), text.upper(), text.translate(wide), text.lower().translate(wide)):
+                for content in (spelled, f"a {spelled} b", f"a{spelled}{spelled}"):
+                    ids = ours.encode_chat([{"role": "user", "content": content}])
+                    assert self.counted(ids, control) == neutral, content
+
     def counted(self, ids, control):
         return [i for i in ids if i in control]
 
