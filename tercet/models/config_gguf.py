@@ -51,7 +51,6 @@ def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
         value = file.scalar(f"{arch}.{key}", head_dim)
         if value != head_dim:
             raise UnsupportedModel(f"{file.path}: {arch}.{key} is {value}; only the head dimension {head_dim} is run")
-    file.require(f"{arch}.attention.layer_norm_rms_epsilon")
     return ModelConfig(
         architecture=arch,
         vocab_size=file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
@@ -62,7 +61,7 @@ def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
         num_kv_heads=file.scalar(f"{arch}.attention.head_count_kv", heads),
         head_dim=head_dim,
         max_context=min(max_context, file.count(f"{arch}.context_length")),
-        rms_norm_eps=file.scalar(f"{arch}.attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=file.require(f"{arch}.attention.layer_norm_rms_epsilon"),
         rope=_rope(file),
         sliding_windows=_windows(file),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
@@ -129,5 +128,5 @@ def eos_token_ids(file: GgufFile) -> tuple[int, ...]:
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     named = [file.metadata[key] for key in keys if key in file.metadata]
     ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
-    tokens = file.list("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in file.metadata else []
+    tokens = file.array("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in file.metadata else []
     return tuple(dict.fromkeys([*ids, *(i for i, token in enumerate(tokens) if token in ENDS)]))

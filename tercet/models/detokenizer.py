@@ -90,7 +90,8 @@ class ByteStream:
 
 
 class WindowStream:
-    """Tokens that stand for a byte are held until another one comes: one wrong byte spoils all of a run."""
+    """Tokens that stand for a byte are held until another one comes: one wrong byte spoils all of a run. So is what
+    ends inside a character."""
 
     def __init__(self, texts: TokenTexts, prompt_ids: Sequence[int]) -> None:
         self._texts = texts
@@ -102,10 +103,13 @@ class WindowStream:
         if token is None:
             return ""
         self._window.append(token)
-        return "" if self._texts.is_byte(token) else self.flush()
+        text = self._texts.decode(self._window)
+        return "" if self._texts.is_byte(token) or text.endswith("\ufffd") else self._give(text)
 
     def flush(self) -> str:
-        text = self._texts.decode(self._window)
+        return self._give(self._texts.decode(self._window))
+
+    def _give(self, text: str) -> str:
         new = _behind(text, self._given)
         self._window = [ANCHOR, *self._window[-1:]] if self._window else []
         self._given = self._texts.decode(self._window)

@@ -39,12 +39,6 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self.require("general.architecture"))
 
-    def require(self, key: str) -> Any:
-        """The value of a key that the file must have."""
-        if key not in self.metadata:
-            raise ModelFileCorrupt(f"{self.path}: has no key {key!r}; is it a language model's GGUF?")
-        return self.metadata[key]
-
     def scalar(self, key: str, default: Any = None) -> Any:
         """A value, or the one value that a list of it holds for every layer. Raises UnsupportedModel for a list of
         different ones."""
@@ -55,26 +49,33 @@ class GgufFile:
             raise UnsupportedModel(f"{self.path}: {key} differs from layer to layer: {value!r:.60}")
         return value[0]
 
+    def require(self, key: str) -> Any:
+        """The scalar of a key that the file must have."""
+        if key not in self.metadata:
+            raise ModelFileCorrupt(f"{self.path}: has no key {key!r}; is it a language model's GGUF?")
+        return self.scalar(key)
+
     def count(self, key: str) -> int:
         """The value of a key that must be a positive whole number."""
-        self.require(key)
-        value = self.scalar(key)
+        value = self.require(key)
         if not isinstance(value, int) or value < 1:
             raise ModelFileCorrupt(f"{self.path}: {key} is {value!r}, not a positive whole number")
         return value
 
-    def list(self, key: str) -> list[Any]:
+    def array(self, key: str) -> list[Any]:
         """The value of a key that must be a list."""
-        value = self.require(key)
+        value = self.metadata.get(key)
         if not isinstance(value, list):
-            raise ModelFileCorrupt(f"{self.path}: {key} is {value!r:.60}, not a list")
+            raise ModelFileCorrupt(f"{self.path}: {key} is {'missing' if value is None else 'no list'}")
         return value
 
     def token(self, name: str) -> int | None:
-        """The id of a special token such as bos, eos, unknown. Raises ModelFileCorrupt for one that lacks."""
+        """The id of a special token such as bos, eos, unknown; the first if there are several. Raises ModelFileCorrupt
+        for one that the vocabulary lacks."""
         key = f"tokenizer.ggml.{name}_token_id"
-        value = self.scalar(key)
-        if value is not None and not (isinstance(value, int) and 0 <= value < len(self.list("tokenizer.ggml.tokens"))):
+        given = self.metadata.get(key)
+        value = given[0] if isinstance(given, list) and given else given
+        if value is not None and not (isinstance(value, int) and 0 <= value < len(self.array("tokenizer.ggml.tokens"))):
             raise ModelFileCorrupt(f"{self.path}: {key} is {value!r:.60}, no token of its vocabulary")
         return value
 

@@ -66,7 +66,7 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
 
 def tokenizer_from_gguf(file: GgufFile, control_tokens_in_text: bool) -> Tokenizer:
     """Raises UnsupportedModel naming what is not supported, ModelFileCorrupt for a vocabulary that does not fit."""
-    kind = file.require("tokenizer.ggml.model")
+    kind = str(file.require("tokenizer.ggml.model"))
     if kind not in BUILDERS:
         raise UnsupportedModel(
             f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; gpt2 (byte-level BPE) and llama "
@@ -79,7 +79,7 @@ def tokenizer_from_gguf(file: GgufFile, control_tokens_in_text: bool) -> Tokeniz
 
 
 def _byte_level(file: GgufFile) -> tokenizers.Tokenizer:
-    pre = str(file.metadata.get("tokenizer.ggml.pre", "default"))
+    pre = str(file.scalar("tokenizer.ggml.pre", "default"))
     try:
         cut = _pre_tokenizer(pre)
     except UnsupportedModel as error:
@@ -93,7 +93,7 @@ def _byte_level(file: GgufFile) -> tokenizers.Tokenizer:
 
 def _sentencepiece(file: GgufFile) -> tokenizers.Tokenizer:
     """Mistral's before Nemo, and Llama 2's, as transformers' LlamaTokenizer has it."""
-    prefixed = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefixed = bool(file.scalar("tokenizer.ggml.add_space_prefix", True))
     backend = _bpe(file, _pairs_by_score(file), byte_fallback=True, fuse_unk=True)
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first" if prefixed else "never", split=False)
     strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
@@ -113,16 +113,16 @@ def _bpe(file: GgufFile, pairs: list[tuple[str, str]], **options: bool) -> token
 
 def _pairs(file: GgufFile) -> list[tuple[str, str]]:
     try:
-        return [(left, right) for left, right in (merge.split(" ") for merge in file.list("tokenizer.ggml.merges"))]
+        return [(left, right) for left, right in (merge.split(" ") for merge in file.array("tokenizer.ggml.merges"))]
     except ValueError as error:
         raise ModelFileCorrupt(f"{file.path}: tokenizer.ggml.merges has one that is no pair") from error
 
 
 def _pairs_by_score(file: GgufFile) -> list[tuple[str, str]]:
     """The file has no merges: two pieces merge if they make a third, the best scored first."""
-    vocabulary, scores = _vocabulary(file), file.list("tokenizer.ggml.scores")
-    types = file.list("tokenizer.ggml.token_type")
-    if not len(scores) == len(types) == len(file.list("tokenizer.ggml.tokens")):
+    vocabulary, scores = _vocabulary(file), file.array("tokenizer.ggml.scores")
+    types = file.array("tokenizer.ggml.token_type")
+    if not len(scores) == len(types) == len(file.array("tokenizer.ggml.tokens")):
         raise ModelFileCorrupt(f"{file.path}: tokenizer.ggml has tokens, scores and token_type of unequal length")
     pieces = {token: i for token, i in vocabulary.items() if types[i] in (NORMAL, USER_DEFINED)}
     merges: list[tuple[str, str]] = generate_merges(pieces, {token: scores[i] for token, i in pieces.items()})
@@ -130,12 +130,12 @@ def _pairs_by_score(file: GgufFile) -> list[tuple[str, str]]:
 
 
 def _vocabulary(file: GgufFile) -> dict[str, int]:
-    return {token: i for i, token in enumerate(file.list("tokenizer.ggml.tokens"))}
+    return {token: i for i, token in enumerate(file.array("tokenizer.ggml.tokens"))}
 
 
 def _add_special(backend: tokenizers.Tokenizer, file: GgufFile, ends: tuple[int, ...]) -> None:
     """What ends an answer is a control token whatever the file calls it, as in llama.cpp."""
-    tokens = file.list("tokenizer.ggml.tokens")
+    tokens = file.array("tokenizer.ggml.tokens")
     types = file.metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     typed = [(t, CONTROL if i in ends else kind) for i, (t, kind) in enumerate(zip(tokens, types, strict=False))]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in typed if kind == CONTROL])
@@ -150,16 +150,18 @@ def _add_special(backend: tokenizers.Tokenizer, file: GgufFile, ends: tuple[int,
 def _around(file: GgufFile, name: str) -> list[int]:
     """The token that stands at the beginning (bos) or the end (eos) of every prompt, if there is one."""
     token_id = file.token(name)
-    llama2, llama3 = file.metadata["tokenizer.ggml.model"] == "llama", file.metadata.get("tokenizer.ggml.pre") in LLAMA3
+    llama2, llama3 = file.scalar("tokenizer.ggml.model") == "llama", file.scalar("tokenizer.ggml.pre") in LLAMA3
     usual = name == "bos" and (llama2 or llama3)
     return [token_id] if token_id is not None and file.scalar(f"tokenizer.ggml.add_{name}_token", usual) else []
 
 
 def _template(file: GgufFile) -> ChatTemplate | None:
-    text = file.metadata.get("tokenizer.chat_template")
+    text = file.scalar("tokenizer.chat_template")
     if text is None:
         return None
+    if not isinstance(text, str):
+        raise ModelFileCorrupt(f"{file.path}: tokenizer.chat_template is no text")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}  # Jinja's: GGUF's
     ids = {name: file.token(stored) for name, stored in names.items()}
-    tokens = file.list("tokenizer.ggml.tokens")
+    tokens = file.array("tokenizer.ggml.tokens")
     return ChatTemplate(text, {name: tokens[i] for name, i in ids.items() if i is not None})

@@ -123,7 +123,10 @@ def write_tokenizer(path, tokens, types, model="llama", **keys):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     for name, value in keys.items():
-        getattr(writer, f"add_{name}")(value)
+        if isinstance(value, list) and name.endswith("_id"):
+            writer.add_array(f"tokenizer.ggml.{name}", value)
+        else:
+            getattr(writer, f"add_{name}")(value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -211,6 +214,20 @@ def test_an_end_is_found_by_its_text(end, kind, tmp_path):
     assert ours.eos_token_ids == (0, 1)
     assert ours.encode(f"a{end}")[-1] == 1
     assert ours.decode([1]) == ""
+
+
+def test_several_ends_by_key(tmp_path):
+    learned = directories.byte_level(specials=["<a>", "<b>"]).get_vocab() | {"ab": 420}
+    tokens = sorted(learned, key=learned.__getitem__)
+    ours = write_tokenizer(
+        *(tmp_path / "m.gguf", tokens, [CONTROL] * 2 + [NORMAL] * (len(tokens) - 2), "gpt2"),
+        tokenizer_pre="gpt-2",
+        token_merges=["a b"],
+        chat_template="{{ messages[0].content }}{{ eos_token }}",
+        eos_token_id=[0, 1],
+    )
+    assert ours.eos_token_ids == (0, 1)
+    assert ours.apply_chat_template([{"role": "user", "content": "x"}]) == "x<a>"
 
 
 def test_a_message_in_a_gguf_model_makes_no_control_token():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import tokenizers
 import transformers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from tercet.models.bytelevel import token_bytes
 
 CORPUS = [
     "Hello, world! It's 12345.67 €, isn't it?\n\n\tYes;  two  spaces   1",
@@ -227,6 +230,40 @@ def clean_words(directory):
     edit(directory, clean_up_tokenization_spaces=True)
 
 
+def split_special(directory):
+    """Control tokens are parsed nowhere."""
+    save(directory, byte_level(), **CHATML_TOKENS)
+    edit(directory, split_special_tokens=True)
+
+
+def vocabulary_and_merges(directory):
+    backend = byte_level(normalizer=normalizers.NFC())
+    save(directory, backend, transformers.Qwen2Config(eos_token_id=2), eos_token="<|im_end|>")
+    (directory / "tokenizer.json").unlink()
+    backend.model.save(str(directory))
+
+
+def tekken(directory):
+    """Mistral's own file, without one of transformers'."""
+    backend = byte_level(specials=["<s>", "</s>", "[INST]", "[/INST]"])
+    learned = backend.get_vocab()
+    ordinary = sorted(learned, key=learned.__getitem__)[4:]
+    ranks = [{"token_bytes": base64.b64encode(token_bytes(t)).decode(), "rank": i} for i, t in enumerate(ordinary)]
+    special = [{"rank": i, "token_str": backend.id_to_token(i), "is_control": True} for i in range(4)]
+    settings = {"pattern": LLAMA3_CUT, "default_num_special_tokens": 4, "version": "v3"}
+    content = {"config": settings, "vocab": ranks, "special_tokens": special}
+    (directory / "tekken.json").write_text(json.dumps(content))
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    transformers.MistralConfig(architectures=["MistralForCausalLM"], eos_token_id=1).save_pretrained(directory)
+
+
+def byte_level_and_more(directory):
+    """A decoder of several steps, whose tokens hold pieces of characters."""
+    backend = byte_level()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("#", "♯")])
+    save(directory, backend, **CHATML_TOKENS)
+
+
 def simple(backend, template=CHATML, **options):
     return lambda directory: save(directory, backend(), template=template, **options)
 
@@ -252,4 +289,8 @@ MAKERS = {
     "special_tokens_map": special_tokens_map,
     "flags": flags,
     "unflagged end": unflagged_end,
+    "split special tokens": split_special,
+    "vocabulary and merges": vocabulary_and_merges,
+    "tekken": tekken,
+    "byte-level and more": byte_level_and_more,
 }
