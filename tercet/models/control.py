@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import tokenizers
@@ -21,7 +22,6 @@ from tercet.errors import InvalidRequest
 from tercet.models.encoding import encoded
 
 PRIVATE_USE = range(0xE000, 0xF8FF)  # code points that mean nothing; those that no text has can stand in
-NORMALISED = [*range(0xD800), *range(0xE000, 0x20000)]  # code points that a normalizer may make another one of
 EDGE = "\uf8ff"  # of a secret name: no letter, so that the text beside it is as if beside a bracket
 
 
@@ -37,7 +37,8 @@ class ControlTokens:
             self._begin = re.compile(f"[{re.escape(''.join(self._firsts))}]")
         nonce = secrets.token_hex(8)
         names = {i: f"{EDGE}{nonce}x{i}{EDGE}" for i in self._texts}
-        self._finder = _with_added(tokenizers.Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), backend, {})  # noqa: S106 # unk
+        anything = models.WordLevel({"?": 0}, unk_token="?")  # noqa: S106 # a token, no password
+        self._finder = _with_added(tokenizers.Tokenizer(anything), backend, {})
         # The model itself is shared, so this costs no memory.
         self._plain = _with_added(tokenizers.Tokenizer(backend.model), backend, names)
         self._plain.pre_tokenizer = backend.pre_tokenizer
@@ -147,7 +148,8 @@ def _spellings(tokens: Iterable[str], normalizer: tokenizers.normalizers.Normali
     """Every character that may begin one of the tokens, once it is normalised: < also as in the fullwidth forms."""
     normalised = {normalizer.normalize_str(token).lstrip("▁ ")[:1] for token in tokens}
     firsts = {token[0] for token in tokens} | normalised - {""}
-    return firsts | {chr(c) for c in NORMALISED if not firsts.isdisjoint(normalizer.normalize_str(chr(c)))}
+    letters = map(chr, chain(range(0xD800), range(0xE000, 0x20000)))  # beyond are no forms of others
+    return firsts | {letter for letter in letters if not firsts.isdisjoint(normalizer.normalize_str(letter))}
 
 
 def _either(words: set[str]) -> str:
