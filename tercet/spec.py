@@ -27,6 +27,7 @@ class ModelSpec(Frozen):
     served_name: str | None = None  # what clients call it; derived from the source if absent
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_context: Positive = 2048  # tokens, prompt and output together
+    control_tokens_in_text: bool = False  # parse them in a message's text too: a user can then open a system turn
 
 
 class PoolSpec(Frozen):

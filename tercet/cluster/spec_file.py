@@ -17,12 +17,14 @@ from pydantic_core import ErrorDetails
 
 from tercet.cluster.unbuilt import refuse_unbuilt
 from tercet.cluster.yaml_tree import YamlTree, read_yaml
-from tercet.errors import SpecError, UnsupportedSpec
+from tercet.errors import ModelFileMissing, SpecError, UnsupportedSpec
+from tercet.models.source_path import source_path
 from tercet.spec import ClusterSpec
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> ClusterSpec:
-    """Read, override, check. Raises SpecError, or UnsupportedSpec for what can be said but is not built."""
+    """Read, override, check. A model's path becomes absolute, since workers run elsewhere. Raises SpecError,
+    UnsupportedSpec for what can be said but is not built, or ModelFileMissing."""
     tree = read_yaml(path)
     for setting in overrides:
         tree.override(setting)
@@ -31,7 +33,17 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> ClusterSpec:
         refuse_unbuilt(spec)
     except UnsupportedSpec as error:
         raise UnsupportedSpec(_located(tree, str(error))) from error
-    return spec
+    return _with_absolute_source(spec, tree)
+
+
+def _with_absolute_source(spec: ClusterSpec, tree: YamlTree) -> ClusterSpec:
+    try:
+        path = source_path(spec.model.source)
+    except ModelFileMissing as error:
+        raise ModelFileMissing(_located(tree, f"model.source: {error}")) from error
+    if path is None:
+        return spec
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"source": str(path)})})
 
 
 def _validate(tree: YamlTree) -> ClusterSpec:

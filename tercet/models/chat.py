@@ -1,60 +1,93 @@
-"""Chat templates: Jinja text of the model, rendered in a sandbox as transformers renders it. Imports no torch."""
+"""Chat templates: Jinja text of the model, rendered by transformers in its sandbox. Imports no torch."""
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Mapping
-from typing import Any, NoReturn
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from tercet.errors import InvalidRequest, UnsupportedModel
+from tercet.errors import InvalidRequest, TercetError, UnsupportedModel
 
 MAX_CHARS = 16 * 1024 * 1024  # of a rendered prompt: a template that loops does not fill the memory
+PROBE = "tercet-probe"  # a text that no template writes by itself
+OURS = {"messages", *inspect.signature(render_jinja_template).parameters} - {"kwargs"}  # not a client's to set
+FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)  # what Jinja lets out
 
 
 class ChatTemplate:
-    """Raises UnsupportedModel for a text that is no template."""
+    """One template and what it wants of a message's content: a text, a list of parts, or either."""
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
-        """special_tokens: bos_token, eos_token, … -> their text, as the template names them."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = _now
+        """special_tokens: bos_token, eos_token, … -> their text, as the template names them. Raises UnsupportedModel
+        for a text that is no template."""
+        self.text = text
+        self._special_tokens = dict(special_tokens)
         try:
-            self._template = environment.from_string(text)
+            compiled = _compile_jinja_template(text)
         except TemplateSyntaxError as error:
             raise UnsupportedModel(f"the model's chat template, line {error.lineno}: {error.message}") from error
-        self._special_tokens = dict(special_tokens)
+        compiled.environment.concat = _bounded
+        self._reads_parts = self._shows([{"type": "text", "text": PROBE}])
+        self._reads_text = self._shows(PROBE) or not self._reads_parts
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Raises InvalidRequest with what the template, or Python in it, found wrong with the messages."""
-        given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-        parts, length = [], 0
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What transformers' apply_chat_template makes of the messages, with a content that the template can read.
+
+        kwargs: values that the client gives the template, such as enable_thinking. Raises InvalidRequest with what the
+        template, or Python in it, found wrong.
+        """
+        kwargs = dict(kwargs or {})
+        if taken := sorted(OURS & kwargs.keys()):
+            raise InvalidRequest(f"chat_template_kwargs: {taken[0]} cannot be set this way")
+        if not messages:
+            raise InvalidRequest("messages must not be empty")
         try:
-            for part in self._template.generate(**self._special_tokens, **given):
-                parts.append(part)
-                length += len(part)
-                if length > MAX_CHARS:
-                    raise InvalidRequest(f"the chat template made more than {MAX_CHARS} characters of the messages")
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            return self._rendered([self._readable(m) for m in messages], add_generation_prompt, kwargs)
+        except FAULTS as error:
             raise InvalidRequest(f"the model's chat template refused the messages: {error}") from error
-        return "".join(parts)
+
+    def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool, kwargs: Mapping[str, Any]) -> str:
+        given = {**self._special_tokens, **kwargs}
+        rendered: Any = render_jinja_template(
+            [messages], chat_template=self.text, add_generation_prompt=add_generation_prompt, **given
+        )
+        return str(rendered[0][0])  # of the first conversation; its type is declared wrong
+
+    def _shows(self, content: Any) -> bool:
+        """Whether a content of this form gets into the prompt."""
+        try:
+            shown = self._rendered([{"role": "user", "content": content}], True, {})
+        except (*FAULTS, TercetError):
+            return False
+        printed = any(f"{quote}{PROBE}{quote}" in shown for quote in "'\"")  # a list as Python or JSON shows it
+        return PROBE in shown and not (printed and isinstance(content, list))
+
+    def _readable(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Without what is null, as in transformers; a text as one part, or text parts joined by lines, where the
+        template reads only the other form, as in vLLM."""
+        readable = {name: value for name, value in message.items() if value is not None}
+        content = readable.get("content")
+        if isinstance(content, str) and not self._reads_text:
+            readable["content"] = [{"type": "text", "text": content}]
+        elif isinstance(content, list) and not self._reads_parts:
+            readable["content"] = "\n".join(part["text"] for part in content)
+        return readable
 
 
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(form)
-
-
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-    """Without Jinja's escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+def _bounded(parts: Iterable[str]) -> str:
+    """Joined; in place of Jinja's own, so that a prompt cannot grow without end."""
+    pieces, length = [], 0
+    for part in parts:
+        pieces.append(part)
+        length += len(part)
+        if length > MAX_CHARS:
+            raise InvalidRequest(f"the chat template made more than {MAX_CHARS} characters of the messages")
+    return "".join(pieces)

@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tercet.errors import UnsupportedModel
+from tercet.errors import ModelFileCorrupt, UnsupportedModel
 from tercet.models.config import ModelConfig, RopeConfig
 from tercet.models.gguf_file import GgufFile
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 are stored as llama
 ROPE_FREQS = "rope_freqs.weight"  # how GGUF stores Llama 3's stretched RoPE
+ENDS = frozenset(  # tokens that end a turn or a text, whatever the file says of them
+    {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "<end_of_turn>"}
+    | {"<end_of_utterance>", "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"}
+)
 # Keys that change results and that only these values leave as they are.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
@@ -22,12 +26,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scale_linear": (0.0, 1.0),
     "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,),
     "logit_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
+    "attention.sliding_window_pattern": (),  # which layers slide
+    "nextn_predict_layers": (0,),
 }
 
 
@@ -36,52 +44,58 @@ def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
     arch = file.architecture
     if arch not in ARCHITECTURES:
         raise UnsupportedModel(f"{file.path}: architecture {arch!r} is not supported; {', '.join(ARCHITECTURES)} are")
-    keys = {k.removeprefix(f"{arch}."): v for k, v in file.metadata.items() if k.startswith(f"{arch}.")}
-    _refuse_unsupported(file, keys)
+    _refuse_unsupported(file)
     heads, hidden = file.count(f"{arch}.attention.head_count"), file.count(f"{arch}.embedding_length")
-    layers = file.count(f"{arch}.block_count")
-    head_dim = keys.get("attention.key_length", hidden // heads)
+    head_dim = file.scalar(f"{arch}.attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.get(key, head_dim) != head_dim:
-            raise UnsupportedModel(
-                f"{file.path}: {arch}.{key} is {keys[key]}; only the head dimension {head_dim} is run"
-            )
+        value = file.scalar(f"{arch}.{key}", head_dim)
+        if value != head_dim:
+            raise UnsupportedModel(f"{file.path}: {arch}.{key} is {value}; only the head dimension {head_dim} is run")
     return ModelConfig(
         architecture=arch,
         vocab_size=file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
         hidden_size=hidden,
         intermediate_size=file.count(f"{arch}.feed_forward_length"),
-        num_layers=layers,
+        num_layers=file.count(f"{arch}.block_count"),
         num_heads=heads,
-        num_kv_heads=keys.get("attention.head_count_kv", heads),
+        num_kv_heads=file.scalar(f"{arch}.attention.head_count_kv", heads),
         head_dim=head_dim,
         max_context=min(max_context, file.count(f"{arch}.context_length")),
         rms_norm_eps=file.require(f"{arch}.attention.layer_norm_rms_epsilon"),
-        rope=_rope(file, keys),
-        sliding_windows=(keys.get("attention.sliding_window") or None,) * layers,
+        rope=_rope(file),
+        sliding_windows=_windows(file),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_up.bias" in file.tensors,
         qk_norm=arch == "qwen3",
         tie_word_embeddings="output.weight" not in file.tensors,
-        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=file.scalar("tokenizer.ggml.bos_token_id"),
         eos_token_ids=eos_token_ids(file),
     )
 
 
-def _refuse_unsupported(file: GgufFile, keys: dict[str, Any]) -> None:
+def _refuse_unsupported(file: GgufFile) -> None:
     for key, allowed in NEUTRAL.items():
-        if key in keys and keys[key] not in allowed:
-            raise UnsupportedModel(f"{file.path}: {file.architecture}.{key} = {keys[key]} is not supported")
-    for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length", "attention.sliding_window"):
-        if isinstance(keys.get(key), list):
-            raise UnsupportedModel(f"{file.path}: {file.architecture}.{key} differs from layer to layer")
+        name = f"{file.architecture}.{key}"
+        if name in file.metadata and file.scalar(name) not in allowed:
+            raise UnsupportedModel(f"{file.path}: {name} = {file.scalar(name)} is not supported")
 
 
-def _rope(file: GgufFile, keys: dict[str, Any]) -> RopeConfig:
-    theta = float(keys.get("rope.freq_base", 10000.0))
-    kind = keys.get("rope.scaling.type", "none")
-    factor = float(keys.get("rope.scaling.factor", 1.0))
+def _windows(file: GgufFile) -> tuple[int | None, ...]:
+    """Of each layer; the file may say one for all of them."""
+    layers, key = file.count(f"{file.architecture}.block_count"), f"{file.architecture}.attention.sliding_window"
+    value = file.metadata.get(key)
+    windows = value if isinstance(value, list) else [value] * layers
+    if len(windows) != layers:
+        raise ModelFileCorrupt(f"{file.path}: {key} names {len(windows)} layers, there are {layers}")
+    return tuple(window or None for window in windows)
+
+
+def _rope(file: GgufFile) -> RopeConfig:
+    prefix = f"{file.architecture}.rope."
+    theta = float(file.scalar(f"{prefix}freq_base", 10000.0))
+    kind = file.scalar(f"{prefix}scaling.type", "none")
+    factor = float(file.scalar(f"{prefix}scaling.factor", 1.0))
     if ROPE_FREQS in file.tensors:
         if kind != "none":
             raise UnsupportedModel(
@@ -93,11 +107,26 @@ def _rope(file: GgufFile, keys: dict[str, Any]) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(theta, "linear", factor)
     if kind == "yarn":
-        original = int(file.require(f"{file.architecture}.rope.scaling.original_context_length"))
-        return RopeConfig(theta, "yarn", factor, original, attention_factor=0.1 * math.log(factor) + 1.0)
+        return _yarn(file, theta, factor, f"{prefix}scaling.")
     raise UnsupportedModel(f"{file.path}: rope.scaling.type {kind!r} is not supported; none, linear and yarn are")
 
 
+def _yarn(file: GgufFile, theta: float, factor: float, prefix: str) -> RopeConfig:
+    return RopeConfig(
+        theta,
+        "yarn",
+        factor,
+        file.count(f"{prefix}original_context_length"),
+        beta_fast=float(file.scalar(f"{prefix}yarn_beta_fast", 32.0)),
+        beta_slow=float(file.scalar(f"{prefix}yarn_beta_slow", 1.0)),
+        attention_factor=0.1 * math.log(factor) + 1.0,
+    )
+
+
 def eos_token_ids(file: GgufFile) -> tuple[int, ...]:
-    ids = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
+    """What ends an answer: by key, and by the text of the token, as in llama.cpp, since many files lack the key."""
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    named = [file.metadata[key] for key in keys if key in file.metadata]
+    ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
+    tokens = file.array("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in file.metadata else []
+    return tuple(dict.fromkeys([*ids, *(i for i, token in enumerate(tokens) if token in ENDS)]))

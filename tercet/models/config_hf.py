@@ -20,6 +20,11 @@ ARCHITECTURES = {  # model_type -> the one class of it that is run
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+NEUTRAL = (  # fields that change results, with what leaves them as they are
+    *(("hidden_act", "silu"), ("quantization_config", None), ("compression_config", None)),
+    *(("auto_map", None), ("transformers_weights", None)),
+)
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # where the file does not say; null, or llama: as many as heads
 ROPE_FIELDS = {  # kind -> what its parameters may be, beside rope_theta and partial_rotary_factor
     "default": set[str](),
     "linear": {"factor"},
@@ -67,7 +72,7 @@ def _config(path: Path, fields: dict[str, Any], max_context: int, generation: di
         intermediate_size=fields["intermediate_size"],
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads") or heads,
+        num_kv_heads=fields.get("num_key_value_heads", KV_HEADS.get(kind)) or heads,
         head_dim=fields.get("head_dim") or (128 if kind == "qwen3" else hidden // heads),
         max_context=min(max_context, fields["max_position_embeddings"]),
         rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
@@ -94,7 +99,7 @@ def _refuse_unsupported(path: Path, kind: str, fields: dict[str, Any]) -> None:
     named = fields.get("architectures") or [ARCHITECTURES[kind]]
     if named != [ARCHITECTURES[kind]]:
         raise UnsupportedModel(f"{path}: architectures {named} is not supported; {ARCHITECTURES[kind]} is")
-    for name, neutral in (("hidden_act", "silu"), ("quantization_config", None), ("auto_map", None)):
+    for name, neutral in NEUTRAL:
         if fields.get(name, neutral) != neutral:
             raise UnsupportedModel(f"{path}: {name} = {fields[name]!r} is not supported")
 

@@ -74,11 +74,13 @@ class _Reader:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         return self.packer.pack(weight, torch.cat(biases) if bias else None)
 
+    def has(self, name: str) -> bool:
+        return name in self._unread
+
     def refuse_unused(self) -> None:
-        left = self._unread - ({"lm_head.weight"} if self._config.tie_word_embeddings else set())
-        if left:
+        if self._unread:
             raise UnsupportedModel(
-                f"{self._source.path}: tensor {min(left)!r} has no place in {self._config.architecture}"
+                f"{self._source.path}: tensor {min(self._unread)!r} has no place in {self._config.architecture}"
             )
 
     def fingerprint(self) -> str:
@@ -89,7 +91,7 @@ def _weights(reader: _Reader, config: ModelConfig) -> Weights:
     embedding = reader.weight("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(_layer(reader, config, f"model.layers.{i}.") for i in range(config.num_layers))
     norm = reader.norm("model.norm", config.hidden_size)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and not reader.has("lm_head.weight"):  # one that is there counts, as in transformers
         return Weights(embedding, layers, norm, reader.packer.pack(embedding))
     return Weights(embedding, layers, norm, reader.linear(["lm_head"], [config.vocab_size], config.hidden_size, False))
 

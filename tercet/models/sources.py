@@ -1,6 +1,7 @@
 """Where a model comes from: a package's GGUF, a GGUF file, a Hugging Face directory, or a hub id.
 
-Imports no torch, since the gateway and the controller use it. Only `load_model` imports it, when it is called.
+Imports no torch, since the gateway and the controller use it. Only `load_model` imports it, when it is called; so are
+transformers and what stands on it, by those who need a tokenizer.
 The rooms behind it: `gguf_file` `config_gguf` `tokenizer_gguf` for GGUF, `config_hf` `tokenizer_hf` for directories;
 `weights` and `loader` for `load_model`.
 """
@@ -8,6 +9,7 @@ The rooms behind it: `gguf_file` `config_gguf` `tokenizer_gguf` for GGUF, `confi
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,18 +22,16 @@ from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import config_from_gguf
 from tercet.models.config_hf import config_from_hf
 from tercet.models.gguf_file import GgufFile
-from tercet.models.tokenizer import Tokenizer
-from tercet.models.tokenizer_gguf import tokenizer_from_gguf
-from tercet.models.tokenizer_hf import tokenizer_from_hf
+from tercet.models.source_path import PACKAGE, as_path, source_path
 from tercet.spec import ModelSpec
 
 if TYPE_CHECKING:
     from tercet.models.loader import LoadedModel
+    from tercet.models.tokenizer import Tokenizer
 
-PACKAGE = "package:"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 QUANTISATION = re.compile(r"[-.](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)  # how GGUF file names end
-HUB_FILES = ("*.json", "*.jinja")
+PART = re.compile(r"-\d{5}-of-\d{5}$")  # how those of a split one do
+HUB_FILES = ("*.json", "*.jinja", "*.model", "merges.txt")
 
 
 def served_name(spec: ModelSpec) -> str:
@@ -39,16 +39,15 @@ def served_name(spec: ModelSpec) -> str:
     directory's name, or the hub id."""
     if spec.served_name is not None:
         return spec.served_name
-    source = spec.source
-    if source.startswith(PACKAGE):
-        source = locate(spec).name
-    if source.endswith(".gguf"):
-        return QUANTISATION.sub("", Path(source).stem).lower()
-    return source if _is_hub_id(source) else Path(source).expanduser().resolve().name
+    path = locate(spec) if spec.source.startswith(PACKAGE) else as_path(spec.source)
+    if path is None:
+        return spec.source
+    return QUANTISATION.sub("", PART.sub("", path.stem)).lower() if path.suffix == ".gguf" else path.name
 
 
 def load_config(spec: ModelSpec) -> ModelConfig:
-    """Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
+    """Of a directory without the end that only its tokenizer names. Raises ModelFileMissing, ModelFileCorrupt,
+    UnsupportedModel."""
     path = locate(spec)
     if path.suffix == ".gguf":
         return config_from_gguf(GgufFile(path), spec.max_context)
@@ -57,10 +56,13 @@ def load_config(spec: ModelSpec) -> ModelConfig:
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     """Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
+    from tercet.models.tokenizer_gguf import tokenizer_from_gguf
+    from tercet.models.tokenizer_hf import tokenizer_from_hf
+
     path = locate(spec)
     if path.suffix == ".gguf":
-        return tokenizer_from_gguf(GgufFile(path))
-    return tokenizer_from_hf(path, load_config(spec).eos_token_ids)
+        return tokenizer_from_gguf(GgufFile(path), spec.control_tokens_in_text)
+    return tokenizer_from_hf(path, load_config(spec).eos_token_ids, spec.control_tokens_in_text)
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -75,28 +77,18 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         file = GgufFile(path)
         config = config_from_gguf(file, spec.max_context)
         return build_model(config, GgufWeights(file, config), dtype)
-    return build_model(config_from_hf(path, spec.max_context), SafetensorsWeights(path), dtype)
+    from tercet.models.tokenizer_hf import end_token_ids
+
+    config = config_from_hf(path, spec.max_context)
+    ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))
+    return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype)
 
 
 def locate(spec: ModelSpec, weights: bool = False) -> Path:
     """-> a .gguf file or a Hugging Face directory; of a hub model the weights are fetched only if asked for."""
-    source = spec.source
-    if source.startswith(PACKAGE):
-        return _in_package(source.removeprefix(PACKAGE))
-    path = Path(source).expanduser()
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelFileMissing(f"{source}: there is no such file (model.source)")
-        return path
-    if path.is_dir():
-        return path
-    if _is_hub_id(source):
-        return _from_hub(source, weights)
-    raise ModelFileMissing(f"{source}: is no .gguf file, no directory, no hub id and no package: (model.source)")
-
-
-def _is_hub_id(source: str) -> bool:
-    return HUB_ID.fullmatch(source) is not None and not source.startswith(".") and not Path(source).is_dir()
+    if spec.source.startswith(PACKAGE):
+        return _in_package(spec.source.removeprefix(PACKAGE))
+    return source_path(spec.source) or _from_hub(spec.source, weights)
 
 
 def _in_package(name: str) -> Path:

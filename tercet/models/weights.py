@@ -35,6 +35,9 @@ GGUF_NAMES = {  # part of a GGUF name -> of a Hugging Face name
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+ADAPTER = "adapter_config.json"
+BODY = ("embed_tokens.", "layers.", "norm.")  # how names of the model without its head begin
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class WeightSource(Protocol):
@@ -77,40 +80,60 @@ def _hf_name(name: str) -> str:
 class SafetensorsWeights:
     def __init__(self, directory: Path) -> None:
         self.path = directory
-        self._file_of = _file_of(directory)
+        if (directory / ADAPTER).exists():
+            raise UnsupportedModel(
+                f"{directory / ADAPTER}: adapters are not supported; merge it into the model's weights"
+            )
+        self._stored = _stored(directory)
 
     def names(self) -> set[str]:
-        return {name for name in self._file_of if not name.endswith("rotary_emb.inv_freq")}
+        return {name for name in self._stored if not name.endswith("rotary_emb.inv_freq")}
 
     def read(self, name: str) -> Tensor:
-        path = self._file_of[name]
+        path, stored = self._stored[name]
         try:
             with safe_open(path, framework="pt") as file:
-                weight: Tensor = file.get_tensor(name)
+                weight: Tensor = file.get_tensor(stored)
         except SafetensorError as error:
-            raise ModelFileCorrupt(f"{path}: tensor {name!r} cannot be read: {error}; fetch it again") from error
-        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UnsupportedModel(
-                f"{path}: tensor {name!r} has dtype {weight.dtype}; float32, float16, bfloat16 are read"
-            )
+            raise ModelFileCorrupt(f"{path}: tensor {stored!r} cannot be read: {error}; fetch it again") from error
+        if weight.dtype not in DTYPES:
+            read = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise UnsupportedModel(f"{path}: tensor {stored!r} has dtype {weight.dtype}; {read} are read")
         return weight
 
 
-def _file_of(directory: Path) -> dict[str, Path]:
-    """Tensor name -> its file."""
-    index = directory / "model.safetensors.index.json"
+def _stored(directory: Path) -> dict[str, tuple[Path, str]]:
+    """Tensor name -> its file, and its name there: a model saved without its head lacks the prefix `model.`."""
+    stored: dict[str, tuple[Path, str]] = {}
+    for path in _files(directory):
+        for name in _tensor_names(path):
+            full = f"model.{name}" if name.startswith(BODY) else name
+            if full in stored and stored[full][1] != name:
+                raise ModelFileCorrupt(f"{path}: has tensor {name!r} with and without the prefix 'model.'")
+            stored[full] = path, name
+    return stored
+
+
+def _files(directory: Path) -> list[Path]:
+    """As transformers looks for them: one file, else those that the index names."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
     if not index.exists():
-        return dict.fromkeys(_tensor_names(directory / "model.safetensors"), directory / "model.safetensors")
+        others = sorted(
+            path.name for kind in ("*.safetensors", "*.bin", "*.pth", "*.gguf") for path in directory.glob(kind)
+        )
+        there = f"; {', '.join(others[:3])} is not read: rename or convert it" if others else ""
+        raise ModelFileMissing(f"{directory}: has no {single.name} and no {index.name}{there}")
     try:
-        files = {directory / name for name in read_json(index)["weight_map"].values()}
+        return sorted({directory / name for name in read_json(index)["weight_map"].values()})
     except (KeyError, AttributeError, TypeError) as error:
         raise ModelFileCorrupt(f"{index}: has no weight_map of names to files") from error
-    return {name: path for path in sorted(files) for name in _tensor_names(path)}
 
 
 def _tensor_names(path: Path) -> list[str]:
     if not path.is_file():
-        raise ModelFileMissing(f"{path}: there is no such file; a model directory holds *.safetensors")
+        raise ModelFileMissing(f"{path}: there is no such file, and the index names it; fetch it")
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tercet.errors import InvalidRequest
@@ -25,10 +26,26 @@ class ByteDetokenizer:
 
 
 class ByteTokenizer:
+    eos_token_ids = (EOS,)
+    longest_token: int | None = 1
+
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        return self.encode(self.apply_chat_template(messages, add_generation_prompt, template_kwargs))
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         if messages[0]["role"] == "assistant":
             raise InvalidRequest("messages must begin with system or user")
         turns = "".join(f"<{m['role'][0]}>{m['content']}" for m in messages)
@@ -40,7 +57,7 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<eos>"
 
-    def detokenizer(self) -> ByteDetokenizer:
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> ByteDetokenizer:
         return ByteDetokenizer()
 
 

@@ -43,11 +43,11 @@ def interleaved(weight, head_dim):
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model, kind=Kind.F32, arch=None, more=lambda writer: None):
+def write_gguf(path, model, kind=Kind.F32, arch=None, more=lambda writer: None, **options):
     """The model as a GGUF; its matrices quantised, and the model's own weights set to what that made of them."""
     config = model.config
     arch = arch or config.model_type
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, **options)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

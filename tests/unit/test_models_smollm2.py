@@ -141,7 +141,7 @@ def test_config():
     config = load_config(SPEC)
     assert served_name(SPEC) == "smollm2-135m-instruct"
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
-    assert (config.vocab_size, config.eos_token_ids, config.max_context) == (49152, (2,), 2048)
+    assert (config.vocab_size, config.eos_token_ids, config.max_context) == (49152, (2, 0), 2048)
     assert config.tie_word_embeddings
 
 

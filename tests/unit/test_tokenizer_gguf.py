@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import gguf
 import pytest
 import tokenizers
 import transformers
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from tercet.errors import InvalidRequest, ModelFileCorrupt, UnsupportedModel
+from tercet.models.bytelevel import token_bytes
 from tercet.models.sources import load_tokenizer
+from tercet.models.tokenizer_gguf import _pre_tokenizer
 from tercet.spec import ModelSpec
 
 TEXTS = (
@@ -97,7 +102,28 @@ def test_bos(trained, tmp_path):
     assert first("d.gguf", "llama-bpe", add_add_bos_token=False) == []
 
 
-@pytest.mark.parametrize(("pre", "options"), [("tekken", {}), ("gpt-2", {"model": "bert"})])
+def test_tekken(trained, tmp_path):
+    """Against transformers' reading of Mistral's own tekken.json, the same vocabulary in it."""
+    tokens, merges = trained
+    ranks = [{"token_bytes": base64.b64encode(token_bytes(t)).decode(), "rank": i} for i, t in enumerate(tokens[1:])]
+    settings = {"pattern": GGUF_PRE_TOKENIZER_SPLITS["tekken"], "default_num_special_tokens": 1, "version": "v3"}
+    special = [{"rank": 0, "token_str": "<|endoftext|>", "is_control": True}]
+    content = {"config": settings, "vocab": ranks, "special_tokens": special}
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    theirs = MistralConverter(str(tmp_path / "tekken.json")).converted()
+    ours = load(tmp_path / "m.gguf", (tokens, merges), "tekken")
+    for text in (*TEXTS, "HelloWorld aBC 1234 //\n/ x"):
+        assert ours.encode(text, add_special=False) == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+def test_cuts_are_those_of_transformers():
+    """Its table of the same names, as far as we read them."""
+    for name in ("llama-bpe", "llama3", "llama-v3", "qwen2", "tekken"):
+        split = json.loads(_pre_tokenizer(name).__getstate__())["pretokenizers"][0]
+        assert split["pattern"] == {"Regex": GGUF_PRE_TOKENIZER_SPLITS[name]}, name
+
+
+@pytest.mark.parametrize(("pre", "options"), [("deepseek-llm", {}), ("gpt-2", {"model": "bert"})])
 def test_unknown_is_refused_by_name(pre, options, trained, tmp_path):
     with pytest.raises(UnsupportedModel, match=options.get("model", pre)):
         load(tmp_path / "m.gguf", trained, pre, **options)

@@ -81,13 +81,30 @@ class Detokenizer(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the gateway needs of tercet.models.tokenizer.Tokenizer; tests bring a fake."""
+    """What the gateway needs of tercet.models.tokenizer.Tokenizer; tests bring a fake.
+
+    Encoding raises InvalidRequest. It lets go of the GIL, and may run in several threads at once.
+    """
+
+    eos_token_ids: tuple[int, ...]
+    longest_token: int | None  # a text of n characters makes at least n / longest_token tokens; None: unknown
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
-    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str: ...
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]: ...
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str: ...
     def token_text(self, token_id: int, /) -> str: ...
     def token_bytes(self, token_id: int, /) -> bytes: ...
-    def detokenizer(self) -> Detokenizer: ...
+    def detokenizer(self, prompt_ids: Sequence[int] = (), /) -> Detokenizer: ...
 
 
 @dataclass(frozen=True)

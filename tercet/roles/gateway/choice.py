@@ -30,9 +30,10 @@ class Choice:
         self._first_at = self._last_at = arrived
 
     def push(self, event: TokenEvent, metrics: Metrics) -> Delta:
-        """The next token. The delta has a finish_reason if it completes a stop string."""
+        """The next token. The delta has a finish_reason if it completes a stop string. A token that ends the answer is
+        no part of its text, whatever the tokenizer calls it."""
         self._tick(event.at, metrics)
-        silent = event.token_id in self.request.params.stop_token_ids
+        silent = event.finish is FinishReason.STOP or event.token_id in self.request.params.stop_token_ids
         text = "" if silent else self._stop.push(self._detokenizer.push(event.token_id))
         return Delta(self.index, text, (event,), event.at, FinishReason.STOP if self._stop.found else None)
 
