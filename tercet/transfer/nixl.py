@@ -122,6 +122,8 @@ class _Agent:
     """A NIXL agent that has the whole region registered. For one thread at a time."""
 
     def __init__(self, ask: Ask) -> None:
+        if ask.is_local:  # read by UCX when an agent is made; by itself it listens on the node's address
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
         with library_errors("no nixl agent"):
             api = _library()
             config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])

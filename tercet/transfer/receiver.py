@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
 from tercet.transfer import proof
 from tercet.transfer.acceptor import Acceptor
-from tercet.transfer.channel import Channel, Mailbox
+from tercet.transfer.channel import Channel, Mailbox, join_all
 from tercet.transfer.effects import Send
 from tercet.transfer.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced, Terms
 from tercet.transfer.lander import Lander
 from tercet.transfer.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Ticket, Welcome
 from tercet.transfer.region import SCRATCH, Region
-from tercet.transfer.transport import Ask, Endpoint, Inlet, MoverConfig, Transport, pair_of
+from tercet.transfer.transport import STOP_S, Ask, Endpoint, Inlet, MoverConfig, Transport, pair_of
 from tercet.transfer.wires import host_id, tune_tcp, vet_unix
 
 Event = Committed | Complete | Failed | Quiesced
@@ -54,6 +54,7 @@ class _Peer:
         self.terms = terms
         self.quiet_fd = os.eventfd(0)  # readable when the writer has said on a new connection that this one is over
         self.mailbox = Mailbox(channel, worker_id)
+        self.thread = threading.current_thread()  # the reader of the control link
         self.links: list[_Link] = []
         self.over = False
         self.said_goodbye = False
@@ -132,6 +133,8 @@ class KvReceiver:
         for peer in peers:
             peer.mailbox.finish(timeout=1.0)
             peer.shutdown()
+        # A thread that the end of the process meets inside a library aborts it.
+        join_all([peer.thread for peer in peers], STOP_S)  # each joins those of its links
         os.close(self._stop_write)  # the read end stays readable for whoever still waits for a death
 
     # ---- handshakes

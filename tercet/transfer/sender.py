@@ -17,7 +17,7 @@ from functools import partial
 
 from tercet.core import PairState
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
-from tercet.transfer.channel import Channel, Mailbox
+from tercet.transfer.channel import Channel, Mailbox, join_all
 from tercet.transfer.dialer import Dialer, Peer
 from tercet.transfer.effects import Send
 from tercet.transfer.loader import Loader
@@ -36,7 +36,7 @@ from tercet.transfer.outbound import (
     Write,
 )
 from tercet.transfer.region import Region
-from tercet.transfer.transport import HANDSHAKE_S, MoverConfig, Outlet, Transport
+from tercet.transfer.transport import HANDSHAKE_S, STOP_S, MoverConfig, Outlet, Transport
 
 Event = Granted | Failed | Released | OpDone
 
@@ -125,6 +125,8 @@ class KvSender:
         for peer in peers:
             peer.mailbox.finish(timeout=1.0)
             peer.shutdown()
+        # A thread that the end of the process meets inside a library aborts it.
+        join_all([thread for peer in peers for thread in peer.threads], STOP_S)
 
     def _wrote_all(self, peer: Peer) -> bool:
         return not self._outbound.writing(peer)

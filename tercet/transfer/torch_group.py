@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 
 import numpy as np
@@ -27,9 +28,15 @@ class Group:
 
     @classmethod
     def at_receiver(cls, ask: Ask) -> Group:
+        """Its store listens where the link's own socket does; by itself it would listen on every address."""
+        host = ask.channel.sock.getsockname()[0]
         try:
-            store = TCPStore(ask.channel.sock.getsockname()[0], 0, 2, is_master=True, wait_for_workers=False)
-        except RuntimeError as error:
+            listener = socket.create_server((host, 0), family=ask.channel.sock.family)
+            port, fd = listener.getsockname()[1], listener.detach()  # the store closes it
+            store = TCPStore(
+                host, port, 2, is_master=True, wait_for_workers=False, master_listen_fd=fd, use_libuv=False
+            )
+        except (OSError, RuntimeError) as error:
             raise PeerDown(f"no store for a gloo group: {error}") from error
         return cls(ask, RECEIVER, store)
 
@@ -37,7 +44,9 @@ class Group:
     def at_sender(cls, ask: Ask) -> Group:
         host, _, port = ask.blob.decode().rpartition(":")
         try:
-            store = TCPStore(host, int(port), 2, is_master=False, timeout=timedelta(seconds=ask.timeout_s))
+            store = TCPStore(
+                host, int(port), 2, is_master=False, timeout=timedelta(seconds=ask.timeout_s), use_libuv=False
+            )
         except (RuntimeError, ValueError) as error:
             raise PeerDown(f"the store for the gloo group at {host}:{port} does not answer: {error}") from error
         return cls(ask, SENDER, store)

@@ -29,6 +29,7 @@ from tercet.transfer.pack import Memory
 from tercet.transfer.region import Region
 
 HANDSHAKE_S = 5.0
+STOP_S = 2.0  # how long the end of a mover waits for its threads
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,11 @@ class Ask:
     timeout_s: float  # after so long a silent peer is given up: the lease
     blob: bytes = b""  # the other end's
     fds: Sequence[int] = field(default=())
+
+    @property
+    def is_local(self) -> bool:
+        """The link goes over a loopback address; so what a library opens beside it need not be reached from outside."""
+        return self.channel.sock.getsockname()[0] in ("127.0.0.1", "::1")
 
 
 class Transport(ABC):

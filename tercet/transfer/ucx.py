@@ -66,7 +66,7 @@ class _UcxInlet(Inlet):
         self._secret = secrets.randbits(32)  # so that no stranger who finds the worker's port hits a tag
         self._number = 0  # of the last message
         self._staging = bytearray()
-        self._worker = _Worker(ask.timeout_s)
+        self._worker = _Worker(ask)
         self.blob = msgpack.packb([self._worker.address(), self._secret])
 
     def land(self, channel: Channel, payload: int, views: Sequence[memoryview]) -> None:
@@ -106,7 +106,7 @@ class _UcxInlet(Inlet):
 class _UcxOutlet(Outlet):
     def __init__(self, ask: Ask) -> None:
         self._number = 0  # of the last message
-        self._worker = _Worker(ask.timeout_s)
+        self._worker = _Worker(ask)
         try:
             address, self._secret = msgpack.unpackb(ask.blob)
             self._worker.meet(address)
@@ -140,14 +140,15 @@ class _Worker:
 
     All live in attributes, never in locals: the traceback of an error must not keep what `close` is to end."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, ask: Ask) -> None:
+        self._timeout_s = ask.timeout_s
         self._endpoint: Any = None
         self._request: Any = None
         with library_errors("no ucx worker"):
             self._api = _library()
             features = (self._api.Feature.TAG, self._api.Feature.WAKEUP)
-            self._worker: Any = self._api.UCXWorker(self._api.UCXContext(CONFIG, feature_flags=features))
+            config = CONFIG | ({"NET_DEVICES": "lo"} if ask.is_local else {})
+            self._worker: Any = self._api.UCXWorker(self._api.UCXContext(config, feature_flags=features))
             self._worker.init_blocking_progress_mode()
             self._fd = self._worker.epoll_file_descriptor
 
@@ -212,6 +213,8 @@ class _Worker:
 def _library() -> Any:
     """The core API. Raises ImportError or OSError."""
     os.environ.setdefault("UCX_TCP_CM_REUSEADDR", "y")
+    with contextlib.suppress(ModuleNotFoundError):  # ucxx itself looks for the wheel's UCX only beside librmm
+        importlib.import_module("libucx").load_library()
     return importlib.import_module("ucxx._lib.libucxx")
 
 
