@@ -27,13 +27,13 @@ def listeners(pid: int | str = "self") -> list[tuple[str, int]]:
 
 def _address(text: str) -> tuple[str, int]:
     """Four bytes at a time, each group in the order of the host."""
-    raw, port = bytes.fromhex(text.split(":")[0]), int(text.split(":")[1], 16)
+    raw, port = bytes.fromhex(text.split(":", maxsplit=1)[0]), int(text.split(":")[1], 16)
     groups = [raw[at : at + 4][::-1] for at in range(0, len(raw), 4)]
     return str(ipaddress.ip_address(b"".join(groups))), port
 
 
 def main() -> None:
-    from tests.movers import Pair, ticket_of  # noqa: PLC0415  # only the program needs them
+    from tests.movers import Pair, ticket_of  # only the program needs them
 
     made = Pair(sys.argv[1])
     made.move(ticket_of(), [3, 6], [5, 2])
