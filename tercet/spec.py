@@ -48,12 +48,12 @@ class ParallelSpec(Frozen):
 class SchedulerSpec(Frozen):
     token_budget: Positive = 512  # tokens of one engine step, decodes first, the rest prefill chunks
     max_running: Positive = 16  # requests in the running batch
-    max_waiting: Positive = 64  # admitted but not running; one more is REJECTed
+    max_waiting: Positive = 64  # admitted but not running; one more is rejected. A decode worker has no queue
 
 
 class KvSpec(Frozen):
     blocks: Positive = 512  # of one worker
-    block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens
+    block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens; may differ between roles
     prefix_cache: bool = True
 
 
@@ -139,8 +139,6 @@ class ClusterSpec(Frozen):
         http, grpc = self.gateway.http, self.gateway.grpc
         if http.port and http.port == grpc.port:
             raise ValueError(f"gateway.grpc.port: {grpc.port} is taken by gateway.http.port")
-        if len({spec.kv.block_size for spec in self.roles.values()}) > 1:
-            raise ValueError("roles: kv.block_size must be the same in every role")
         for role, spec in self.roles.items():
             if spec.kv.blocks * spec.kv.block_size < self.model.max_context:
                 held = f"{spec.kv.blocks} blocks of {spec.kv.block_size} tokens"

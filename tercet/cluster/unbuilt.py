@@ -1,4 +1,4 @@
-"""What a spec can say before it is built: refused by name, never ignored."""
+"""What a spec can say but would do nothing, not being built or having no place there: refused by name, not ignored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tercet.spec import ClusterSpec, RoleSpec
 
 
 def refuse_unbuilt(spec: ClusterSpec) -> None:
-    """Raises UnsupportedSpec `dotted.path: what is not built`."""
+    """Raises UnsupportedSpec `dotted.path: what is not built`, or what has no effect there."""
     if spec.topology in {"epd", "e-pd"}:
         raise UnsupportedSpec(f"topology: {spec.topology} needs the encode role, which is not built yet; use pd")
     for name, pool in spec.pools.items():
@@ -16,6 +16,9 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
             raise UnsupportedSpec(f"pools.{name}.accelerator: {pool.accelerator} is not built yet; use cpu")
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
+    if spec.topology == "aggregated" and spec.transfer.model_fields_set:
+        key = min(spec.transfer.model_fields_set)
+        raise UnsupportedSpec(f"transfer.{key}: has no effect, since no KV moves in topology aggregated; leave it out")
 
 
 def _refuse_role(role: Role, wanted: RoleSpec) -> None:
@@ -23,6 +26,11 @@ def _refuse_role(role: Role, wanted: RoleSpec) -> None:
         degree = getattr(wanted.parallel, kind)
         if degree > 1:
             raise UnsupportedSpec(f"roles.{role}.parallel.{kind}: degree {degree} is not built yet; use 1")
+    if role is Role.DECODE and "max_waiting" in wanted.scheduler.model_fields_set:
+        raise UnsupportedSpec(
+            f"roles.{role}.scheduler.max_waiting: has no effect, since a decode worker has no queue; leave it out "
+            "(requests wait in the gateway; max_running bounds those that are admitted)"
+        )
     for kind in ("gpus", "npus"):
         if getattr(wanted, kind):
             raise UnsupportedSpec(f"roles.{role}.{kind}: {kind[:-1].upper()} workers are not built yet; use 0")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tercet.core import FinishReason, Role
 from tercet.errors import DeadlineExceeded, PeerDown, WorkerLost
-from tercet.spec import KvSpec
+from tercet.models.sources import locate
+from tercet.spec import ClusterSpec, ModelSpec
 from tercet.transfer.loader import Loader
+from tercet.transfer.transports import ALL
 from tests.helpers import cluster, request_of, spec_of
+from tests.tiny import VOCAB, tiny_model
 
 rng = random.Random(1)
 PROMPTS = [[rng.randrange(100, 40000) for _ in range(n)] for n in (1, 5, 16, 17, 48, 100)]
@@ -37,7 +43,7 @@ async def test_every_topology_and_transport_gives_the_same_tokens():
         for rows, sampling in zip(expected, SAMPLINGS, strict=True):
             for prompt in PROMPTS:  # one at a time, so that nothing depends on the batch
                 rows += await tokens_of(made, [prompt], max_tokens=8, ignore_eos=True, **sampling)
-    for transport in ("shm", "tcp"):
+    for transport in [cls.name for cls in ALL]:
         async with cluster(spec_of("pd", transfer__transport=transport)) as made:
             for sampling, wanted in zip(SAMPLINGS, expected, strict=True):
                 got = await tokens_of(made, PROMPTS, max_tokens=8, ignore_eos=True, **sampling)
@@ -148,11 +154,32 @@ async def test_the_first_token_may_be_the_last():
 
 
 async def test_logprobs_are_the_same_from_prefill_and_decode():
+    """The token behind a prompt is the prefill worker's, those behind it are the decode worker's. So each position is
+    asked of both: as the first one behind a longer prompt, and in the middle of an answer."""
     async with cluster(spec_of("pd")) as made:
-        events, _ = await made.generate(PROMPTS[4], max_tokens=4, logprobs=3, ignore_eos=True)
-        for event in events:
-            assert len(event.top_logprobs) == 3
-            assert event.top_logprobs[0] == (event.token_id, event.logprob)
+        decoded, _ = await made.generate(PROMPTS[4], max_tokens=5, logprobs=4, ignore_eos=True)
+        tokens = [event.token_id for event in decoded]
+        for number, event in enumerate(decoded):
+            [prefilled], _ = await made.generate(PROMPTS[4] + tokens[:number], max_tokens=1, logprobs=4)
+            assert prefilled.token_id == event.token_id
+            assert prefilled.logprob == pytest.approx(event.logprob, abs=1e-3)
+            for (ours, mine), (theirs, yours) in zip(prefilled.top_logprobs, event.top_logprobs, strict=True):
+                assert ours == theirs
+                assert mine == pytest.approx(yours, abs=1e-3)
+    assert_transformers_says(PROMPTS[4], decoded)
+
+
+def assert_transformers_says(prompt, events):
+    path = locate(ModelSpec())
+    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt + [event.token_id for event in events[:-1]]])
+    with torch.inference_mode():
+        logprobs = reference(ids, logits_to_keep=len(events)).logits[0].log_softmax(-1)
+    for event, row in zip(events, logprobs, strict=True):
+        top = row.topk(len(event.top_logprobs))
+        assert [token for token, _ in event.top_logprobs] == top.indices.tolist()
+        assert [p for _, p in event.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-3)
+        assert event.logprob == pytest.approx(float(row[event.token_id]), abs=1e-3)
 
 
 @pytest.mark.parametrize("prefills", [1, 2])  # the next attempt passes over the one that failed, if there is another
@@ -180,15 +207,25 @@ async def test_a_transfer_that_dies_half_way_resumes_behind_the_last_whole_block
         assert [e.token_id for e in events] == [e.token_id for e in again]
 
 
-async def test_prefill_and_decode_may_have_different_block_sizes():
-    expected = []
-    async with cluster(spec_of("aggregated", decoders=1)) as made:
-        expected = await tokens_of(made, PROMPTS, max_tokens=8, ignore_eos=True)
-    spec = spec_of("pd")
-    prefill = spec.roles[Role.PREFILL].model_copy(update={"kv": KvSpec(blocks=64, block_size=64)})
-    roles = spec.roles | {Role.PREFILL: prefill}
-    async with cluster(spec.model_copy(update={"roles": roles})) as made:
-        assert await tokens_of(made, PROMPTS, max_tokens=8, ignore_eos=True) == expected
+SIZES = (8, 16, 32, 128)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_prefill_and_decode_may_have_different_block_sizes(transport):
+    """As a spec says it; lengths around both sizes, twice, so that a part comes from the prefix caches."""
+    prompts = [
+        [rng.randrange(VOCAB) for _ in range(n)] for n in (1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200)
+    ]
+    async with cluster(spec_of("aggregated", decoders=1, source=tiny_model())) as made:
+        expected = await tokens_of(made, prompts, max_tokens=6, ignore_eos=True)
+    for ours, theirs in itertools.permutations(SIZES, 2):
+        spec = spec_of("pd", decoders=1, source=tiny_model(), transfer__transport=transport).model_dump()
+        for role, size in ((Role.PREFILL, ours), (Role.DECODE, theirs)):
+            spec["roles"][role]["kv"] |= {"block_size": size, "blocks": 4096 // size}
+        async with cluster(ClusterSpec.model_validate(spec)) as made:
+            for again in (False, True):
+                got = await tokens_of(made, prompts, max_tokens=6, ignore_eos=True)
+                assert got == expected, (ours, theirs, again)
 
 
 async def test_a_pair_below_the_floor_is_not_ready_and_is_named():

@@ -103,6 +103,7 @@ def test_missing_file_and_folder(tmp_path):
         ("roles.decode.parallel.tensor=2", "roles.decode.parallel.tensor: degree 2 is not built yet"),
         ("roles.prefill.parallel.expert=4", "roles.prefill.parallel.expert: degree 4 is not built yet"),
         ("pools.cpu.accelerator=gpu", "pools.cpu.accelerator: gpu is not built yet"),
+        ("roles.decode.scheduler.max_waiting=4", "roles.decode.scheduler.max_waiting: has no effect"),
         ("pools.cpu.accelerator=npu", "pools.cpu.accelerator: npu is not built yet"),
     ],
 )
