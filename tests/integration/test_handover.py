@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tercet.core import FinishReason, Role
 from tercet.errors import DeadlineExceeded, PeerDown, WorkerLost
-from tercet.models.sources import locate
-from tercet.spec import ClusterSpec, ModelSpec
+from tercet.spec import ClusterSpec
 from tercet.transfer.loader import Loader
 from tercet.transfer.transports import ALL
 from tests.helpers import cluster, request_of, spec_of
@@ -39,14 +38,15 @@ SAMPLINGS = [
 
 async def test_every_topology_and_transport_gives_the_same_tokens():
     expected = [[] for _ in SAMPLINGS]
-    async with cluster(spec_of("aggregated", decoders=1)) as made:
+    prompts = [[token % VOCAB for token in prompt] for prompt in PROMPTS]
+    async with cluster(spec_of("aggregated", decoders=1, source=tiny_model())) as made:
         for rows, sampling in zip(expected, SAMPLINGS, strict=True):
-            for prompt in PROMPTS:  # one at a time, so that nothing depends on the batch
+            for prompt in prompts:  # one at a time, so that nothing depends on the batch
                 rows += await tokens_of(made, [prompt], max_tokens=8, ignore_eos=True, **sampling)
     for transport in [cls.name for cls in ALL]:
-        async with cluster(spec_of("pd", transfer__transport=transport)) as made:
+        async with cluster(spec_of("pd", source=tiny_model(), transfer__transport=transport)) as made:
             for sampling, wanted in zip(SAMPLINGS, expected, strict=True):
-                got = await tokens_of(made, PROMPTS, max_tokens=8, ignore_eos=True, **sampling)
+                got = await tokens_of(made, prompts, max_tokens=8, ignore_eos=True, **sampling)
                 assert got == wanted, (transport, sampling)
 
 
@@ -156,22 +156,22 @@ async def test_the_first_token_may_be_the_last():
 async def test_logprobs_are_the_same_from_prefill_and_decode():
     """The token behind a prompt is the prefill worker's, those behind it are the decode worker's. So each position is
     asked of both: as the first one behind a longer prompt, and in the middle of an answer."""
-    async with cluster(spec_of("pd")) as made:
-        decoded, _ = await made.generate(PROMPTS[4], max_tokens=5, logprobs=4, ignore_eos=True)
+    prompt = [token % VOCAB for token in PROMPTS[4]]
+    async with cluster(spec_of("pd", source=tiny_model())) as made:
+        decoded, _ = await made.generate(prompt, max_tokens=12, logprobs=4, ignore_eos=True)
         tokens = [event.token_id for event in decoded]
         for number, event in enumerate(decoded):
-            [prefilled], _ = await made.generate(PROMPTS[4] + tokens[:number], max_tokens=1, logprobs=4)
+            [prefilled], _ = await made.generate(prompt + tokens[:number], max_tokens=1, logprobs=4)
             assert prefilled.token_id == event.token_id
             assert prefilled.logprob == pytest.approx(event.logprob, abs=1e-3)
             for (ours, mine), (theirs, yours) in zip(prefilled.top_logprobs, event.top_logprobs, strict=True):
                 assert ours == theirs
                 assert mine == pytest.approx(yours, abs=1e-3)
-    assert_transformers_says(PROMPTS[4], decoded)
+    assert_transformers_says(prompt, decoded)
 
 
 def assert_transformers_says(prompt, events):
-    path = locate(ModelSpec())
-    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32).eval()
     ids = torch.tensor([prompt + [event.token_id for event in events[:-1]]])
     with torch.inference_mode():
         logprobs = reference(ids, logits_to_keep=len(events)).logits[0].log_softmax(-1)
