@@ -6,17 +6,25 @@ import functools
 import tempfile
 from pathlib import Path
 
+import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCAB = 199
+END = "<end>"
+VOCAB = 257  # the bytes, and the end
 CONTEXT = 2048
 
 
 @functools.cache
 def tiny_model() -> str:
-    """-> a Hugging Face directory with config and weights, no tokenizer."""
+    """-> a Hugging Face directory with config, weights and a tokenizer whose tokens are bytes."""
     directory = Path(tempfile.mkdtemp(prefix="tercet-tiny-"))
+    save_tiny_model(directory)
+    return str(directory)
+
+
+def save_tiny_model(directory: Path) -> None:
     torch.manual_seed(11)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -31,4 +39,7 @@ def tiny_model() -> str:
         initializer_range=0.3,  # so that tokens vary and no two of them tie
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    return str(directory)
+    bytes_ = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(bytes_, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END).save_pretrained(directory)
