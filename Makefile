@@ -8,7 +8,7 @@ SPEC ?= configs/local.yaml
 EXTRAS := ucxx-cu12==0.52.0 libucxx-cu12==0.52.0 'libucx-cu12<1.22' nixl==1.5.1 nixl-cu12==1.5.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint types imports proto proto-check pytest bench clean setup extras
+.PHONY: help demo serve test lint types imports proto proto-check pytest soak bench clean setup extras
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,8 +40,11 @@ proto-check: setup
 pytest: setup extras
 	$(BIN)/python -m pytest
 
+soak: setup  ## Twenty minutes of kills, aborts and odd requests against a cluster; ARGS="--minutes 2" for less
+	$(BIN)/python -m tests.soak $(ARGS)
+
 bench: setup  ## Measure a running endpoint; ARGS="--help" shows how
-	$(BIN)/python benchmarks/serving.py $(ARGS)
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 extras: setup $(VENV)/.extras  ## Install the optional transport libraries: ucx, nixl
 
