@@ -66,7 +66,7 @@ class LocalCluster:
     async def generate(self, token_ids: Sequence[int], **params: object) -> tuple[list[TokenEvent], Done]:
         events = [e async for e in self.router.generate(request_of(token_ids, **params))]
         assert isinstance(events[-1], Done)
-        return events[:-1], events[-1]
+        return [e for e in events[:-1] if isinstance(e, TokenEvent)], events[-1]
 
     async def settled(self, timeout_s: float = 5.0) -> None:
         """The leak oracle: every block is accounted for, and idle workers hold none."""

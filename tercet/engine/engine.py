@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from tercet.core import FinishReason, Load, TokenEvent
+from tercet.core import FinishReason, Load, PromptLogprobs, TokenEvent
 from tercet.engine.blocks import BlockPool, Hold
-from tercet.engine.isolation import Isolated, Outcome
-from tercet.engine.runner import Runner
+from tercet.engine.isolation import Isolated
+from tercet.engine.runner import Computed, Runner
 from tercet.engine.scheduler import Scheduler, Step
 from tercet.engine.sequence import Phase, Sequence
 from tercet.errors import EngineFault, InvalidRequest, Overloaded
@@ -39,7 +39,15 @@ class Faulted:
     error: EngineFault
 
 
-StepReport = list[Sampled | Faulted]
+@dataclass(frozen=True)
+class Scored:
+    """The logprobs of a whole prompt, as its request wanted; the first token follows."""
+
+    sequence: Sequence
+    scores: PromptLogprobs
+
+
+StepReport = list[Sampled | Faulted | Scored]
 
 
 class Engine:
@@ -233,7 +241,7 @@ class Engine:
         self.step_started = None
         self._on_sampled(report)
 
-    def _commit(self, step: Step, outcomes: dict[Sequence, Outcome]) -> StepReport:
+    def _commit(self, step: Step, computed: Computed) -> StepReport:
         """Advance what was computed, append the tokens, retire what is over; a sequence at fault ends here."""
         with self._lock:
             for sequence in step.decodes:
@@ -241,11 +249,15 @@ class Engine:
             for chunk in step.chunks:
                 chunk.sequence.computed += chunk.length
                 chunk.sequence.pushed_blocks = max(chunk.sequence.pushed_blocks, chunk.push.stop)
+            for sequence, scores in computed.scores.items():
+                sequence.scores += scores
             for sequence in step.sequences:
-                self._leave_step(sequence, outcomes.get(sequence))
-            return [self._report(s, outcome) for s, outcome in outcomes.items() if not s.over]
+                self._leave_step(sequence, computed.outcomes.get(sequence))
+            live = [(s, outcome) for s, outcome in computed.outcomes.items() if not s.over]
+            scored = [Scored(s, PromptLogprobs(tuple(s.scores))) for s, _ in live if s.wants_scores]
+            return [*scored, *(self._report(s, outcome) for s, outcome in live)]
 
-    def _leave_step(self, sequence: Sequence, outcome: Outcome | None) -> None:
+    def _leave_step(self, sequence: Sequence, outcome: TokenEvent | EngineFault | None) -> None:
         sequence.in_step = False
         if isinstance(outcome, EngineFault):
             self._pool.unpublish(sequence.blocks)
@@ -254,7 +266,7 @@ class Engine:
         elif not isinstance(outcome, EngineFault):
             self._publish(sequence)
 
-    def _report(self, sequence: Sequence, outcome: Outcome) -> Sampled | Faulted:
+    def _report(self, sequence: Sequence, outcome: TokenEvent | EngineFault) -> Sampled | Faulted:
         if isinstance(outcome, EngineFault):
             self._retire(sequence)
             return Faulted(sequence, outcome)

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import logging
 
-from tercet.core import TokenEvent
-from tercet.engine.runner import Runner
+from tercet.engine.runner import Computed, Runner
 from tercet.engine.scheduler import Step
 from tercet.engine.sequence import Sequence
 from tercet.errors import EngineFault
 
 MAX_IN_A_ROW = 3  # so many failed steps without a good one between them: it is the engine that is at fault
-
-Outcome = TokenEvent | EngineFault
 
 log = logging.getLogger(__name__)
 
@@ -27,34 +24,36 @@ class Isolated:
         self._runner = runner
         self._failed_in_a_row = 0
 
-    def run(self, step: Step) -> dict[Sequence, Outcome]:
-        """The next token of each sequence that the step samples, or the fault that ends it. Raises what the runner
-        raised if no single sequence is to blame."""
+    def run(self, step: Step) -> Computed:
+        """What the step brings each sequence, which may be the fault that ends it. Raises what the runner raised if no
+        single sequence is to blame."""
         try:
-            outcomes = self._runner.run(step)
+            computed = self._runner.run(step)
         except Exception as error:  # whatever the model raises, one sequence may be its cause
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= MAX_IN_A_ROW:
                 raise
             return self._one_by_one(step, error)
         self._failed_in_a_row = 0
-        return outcomes
+        return computed
 
-    def _one_by_one(self, step: Step, error: Exception) -> dict[Sequence, Outcome]:
+    def _one_by_one(self, step: Step, error: Exception) -> Computed:
         parts = dict(step.parts())
         if len(parts) == 1:
-            return {sequence: _fault(sequence, error) for sequence in parts}
-        outcomes: dict[Sequence, Outcome] = {}
+            return Computed({sequence: _fault(sequence, error) for sequence in parts})
+        together = Computed({})
         blamed = 0
         for sequence, part in parts.items():
             try:
-                outcomes |= self._runner.run(part)
+                computed = self._runner.run(part)
+                together.outcomes.update(computed.outcomes)
+                together.scores.update(computed.scores)
             except Exception as own:  # noqa: BLE001  # as above
-                outcomes[sequence] = _fault(sequence, own)
+                together.outcomes[sequence] = _fault(sequence, own)
                 blamed += 1
         if blamed == len(parts):
             raise error
-        return outcomes
+        return together
 
 
 def _fault(sequence: Sequence, error: Exception) -> EngineFault:

@@ -7,12 +7,13 @@ so what the model writes is what a transfer reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tercet.core import TokenEvent
-from tercet.engine.sampler import sample
+from tercet.core import PromptScore, TokenEvent
+from tercet.engine.sampler import sample, score
 from tercet.engine.scheduler import Chunk, Step
 from tercet.engine.sequence import Sequence
 from tercet.errors import EngineFault
@@ -29,6 +30,17 @@ def kv_layout(model: Transformer, blocks: int, block_size: int, dtype: str) -> K
     return KvLayout(config.num_layers, blocks, block_size, config.num_kv_heads, config.head_dim, dtype)
 
 
+SCORE_ROWS = 64  # of a prompt at a time: logits of a whole one would be gigabytes
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a step has brought."""
+
+    outcomes: dict[Sequence, TokenEvent | EngineFault]  # the next token, or why there is none
+    scores: dict[Sequence, list[PromptScore]] = field(default_factory=dict)  # of the prompt's next tokens, if wanted
+
+
 class Runner:
     def __init__(self, model: Transformer, region: Region) -> None:
         self._model = model
@@ -43,12 +55,33 @@ class Runner:
         return self._model.config.vocab_size
 
     @torch.inference_mode()
-    def run(self, step: Step) -> dict[Sequence, TokenEvent | EngineFault]:
+    def run(self, step: Step) -> Computed:
         """Compute the step's KV and sample a token for each sequence whose last token it computed. Changes no
         sequence, so that the same step may run again."""
         batch, sampled = self._batch(step)
-        logits = self._model.forward(batch, self.kv_cache, self._on_layer(step.chunks))
-        return dict(zip(sampled, sample(logits, sampled), strict=True)) if sampled else {}
+        if not any(chunk.sequence.wants_scores for chunk in step.chunks):
+            logits = self._model.forward(batch, self.kv_cache, self._on_layer(step.chunks))
+            return Computed(_outcomes(logits, sampled))
+        hidden = self._model.hidden(batch, self.kv_cache, self._on_layer(step.chunks))
+        computed = Computed(_outcomes(self._model.logits(hidden[batch.logit_rows]), sampled))
+        for rows, chunk in zip(batch.chunks, step.chunks, strict=True):
+            if chunk.sequence.wants_scores:
+                self._score(chunk, hidden[rows.start_row :], computed)
+        return computed
+
+    def _score(self, chunk: Chunk, hidden: Tensor, computed: Computed) -> None:
+        """The logprobs of the prompt's tokens that follow those of the chunk. hidden: of the chunk's rows, and more."""
+        sequence, start = chunk.sequence, chunk.sequence.computed
+        follow = sequence.token_ids[start + 1 : start + chunk.length + 1]
+        scores: list[PromptScore] = []
+        for at in range(0, len(follow), SCORE_ROWS):
+            wanted = follow[at : at + SCORE_ROWS]
+            logits = self._model.logits(hidden[at : at + len(wanted)])
+            if not logits.amax().isfinite():
+                computed.outcomes[sequence] = EngineFault("the model's logits for the prompt are not finite numbers")
+                return
+            scores += score(logits, wanted, sequence.params.prompt_logprobs or 0)
+        computed.scores[sequence] = scores
 
     def _batch(self, step: Step) -> tuple[StepBatch, list[Sequence]]:
         """-> the batch and, for each of its logit rows, the sequence that it is for."""
@@ -111,3 +144,7 @@ class Runner:
         used = tokens % self._block_size
         if used:
             self.kv_cache[:, block, :, used:] = 0
+
+
+def _outcomes(logits: Tensor, sampled: list[Sequence]) -> dict[Sequence, TokenEvent | EngineFault]:
+    return dict(zip(sampled, sample(logits, sampled), strict=True)) if sampled else {}

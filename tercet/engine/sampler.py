@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tercet.core import SamplingParams, TokenEvent
+from tercet.core import PromptScore, SamplingParams, TokenEvent
 from tercet.engine.sequence import Sequence
 from tercet.errors import EngineFault
 
@@ -37,6 +37,15 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[TokenEvent | Engin
         _sample_row(logits[row], int(likeliest[row]), sequence) if usable[row] else fault
         for row, sequence in enumerate(sequences)
     ]
+
+
+def score(logits: Tensor, token_ids: Rows[int], count: int) -> list[PromptScore]:
+    """What each row gives the token that follows it, and its `count` most likely ones. token_ids: one a row."""
+    logprobs = logits.log_softmax(dim=-1)
+    given = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1).tolist()
+    top = logprobs.topk(count, dim=-1)
+    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [(p, tuple(zip(ids, ps, strict=True))) for p, (ids, ps) in zip(given, likeliest, strict=True)]
 
 
 def _argmax(x: Tensor) -> npt.NDArray[np.int64]:

@@ -84,7 +84,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Move a waiting sequence to running, on top of what the prefix cache has; False if it must wait."""
-        reusable = (len(sequence.token_ids) - 1) // self.block_size  # the last token's logits must be computed
+        # The last token's logits must be computed, and where the prompt's own are wanted, all of them.
+        reusable = 0 if sequence.wants_scores else (len(sequence.token_ids) - 1) // self.block_size
         matched = self.pool.match(sequence.extend_hashes(self.block_size)[:reusable])
         rest = self._blocks_of(len(sequence.token_ids)) - len(matched)
         must_fit = bool(self.running) or sequence.handoff is not None
@@ -99,6 +100,7 @@ class Scheduler:
             sequence.blocks = matched + self.pool.allocate(rest, Hold.OWNED)
         if not sequence.num_output:
             sequence.cached_tokens = sequence.computed
+            sequence.scores = []
         self.waiting.popleft()
         self.running.append(sequence)
         sequence.phase = Phase.PREFILLING

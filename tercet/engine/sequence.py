@@ -15,7 +15,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tercet.core import FinishReason, SamplingParams
+from tercet.core import FinishReason, PromptScore, SamplingParams
 from tercet.engine.blocks import chain_hash
 from tercet.transfer.messages import Ticket
 
@@ -47,6 +47,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose KV stands in `blocks`
     cached_tokens: int = 0  # of the prompt, served by the prefix cache
+    scores: list[PromptScore] = field(default_factory=list)  # of the prompt's tokens but the first, if wanted
     pushed_blocks: int = 0  # handed over already
     hashes: list[bytes] = field(default_factory=list)  # chained, of the full blocks
     published: int = 0  # blocks offered to the prefix cache
@@ -58,6 +59,11 @@ class Sequence:
     @property
     def over(self) -> bool:
         return self.phase is Phase.OVER
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether the prompt's own logprobs are to be computed; once there is an output they have been."""
+        return self.params.prompt_logprobs is not None and not self.num_output
 
     @property
     def num_output(self) -> int:

@@ -67,7 +67,12 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """-> logits [R, vocab] float32. kv_cache [layers, blocks, 2, block size, Hkv, D] in `dtype` is written.
+        """-> logits [R, vocab] float32. Writes the cache and calls on_layer as `hidden` does."""
+        return self.logits(self.hidden(batch, kv_cache, on_layer)[batch.logit_rows])
+
+    @torch.inference_mode()
+    def hidden(self, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """-> what the last layer makes of each row, [T, E]. Writes kv_cache [layers, blocks, 2, block size, Hkv, D].
 
         on_layer(i) is called when layer i's K and V of this batch stand in the cache; the layer is not done by then.
         """
@@ -81,8 +86,12 @@ class Transformer:
             attended = self._attend(query, key_value, kv_cache[i], step, self.config.sliding_windows[i])
             x = layer.output.linear(attended).add_(x)
             x = layer.down.linear(silu_and_mul(layer.gate_up.linear(layer.mlp_norm(x)))).add_(x)
-        wanted = self._weights.final_norm(x[batch.logit_rows])
-        return self._weights.head.linear(wanted).float()
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, E] -> [R, vocab] float32."""
+        return self._weights.head.linear(self._weights.final_norm(hidden)).float()
 
     def _plan(self, batch: StepBatch, block_size: int) -> _Step:
         cos, signed_sin = self._rope.rows(batch.positions, self._compute_dtype)

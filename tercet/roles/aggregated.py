@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from tercet.core import Done, StageTimes
-from tercet.engine.engine import Faulted, StepReport
+from tercet.engine.engine import Faulted, Scored, StepReport
 from tercet.errors import TercetError
 from tercet.roles.legs import ActiveLeg, LegRole
 
@@ -36,6 +36,9 @@ class Aggregated(LegRole):
             if isinstance(item, Faulted):
                 self._times_of(active, now)
                 self.fail(active, item.error)
+                continue
+            if isinstance(item, Scored):
+                active.stream.prompt_logprobs(active.leg, item.scores)
                 continue
             active.stream.token(active.leg, item.token)
             if active not in self._first_token_at:

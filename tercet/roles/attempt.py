@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 
-from tercet.core import Done, GenerateRequest, TokenEvent
-from tercet.errors import Overloaded, TercetError
+from tercet.core import Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
+from tercet.errors import Overloaded, ProtocolViolation, TercetError
 from tercet.roles.plans import Plan
 from tercet.wire.codec import Leg
 from tercet.wire.worker_client import Admitted, LegKey, Outcome, Rejection, WorkerLink
@@ -26,26 +27,64 @@ class Failed(Exception):  # likewise
         self.reporter, self.error = reporter, error
 
 
+Event = PromptLogprobs | TokenEvent | Done
+
+
+@dataclass
+class Told:
+    """What the client has got so far, of all attempts."""
+
+    tokens: list[TokenEvent] = field(default_factory=list)
+    scored: bool = False  # the prompt's logprobs
+
+    @property
+    def finish(self) -> FinishReason | None:
+        """Set once the last token was told."""
+        return self.tokens[-1].finish if self.tokens else None
+
+    def add(self, event: PromptLogprobs | TokenEvent) -> None:
+        if isinstance(event, TokenEvent):
+            self.tokens.append(event)
+        else:
+            self.scored = True
+
+
 @dataclass(eq=False)
 class Attempt:
     key: LegKey
     plan: Plan
     legs: dict[WorkerLink, Leg]  # those that have not ended
     committed: bool = False  # a token came, so the prefill worker has done its part
+    lacks_scores: bool = False  # the prompt's logprobs, which come before all tokens, are still to come
+    held: list[TokenEvent | Done] = field(default_factory=list)  # came before them
 
     @classmethod
-    def of(cls, key: LegKey, request: GenerateRequest, emitted: list[TokenEvent], plan: Plan, now: float) -> Attempt:
+    def of(cls, key: LegKey, request: GenerateRequest, told: Told, plan: Plan, now: float) -> Attempt:
         """What was emitted is computed again as a part of the prompt."""
-        decoder = plan.decode.info
-        tokens = (*request.token_ids, *(event.token_id for event in emitted))
-        base = Leg(*key, decoder.epoch, "", tokens, len(request.token_ids), request.params, request.deadline - now)
+        decoder, params = plan.decode.info, request.params
+        if told.scored:
+            params = replaced(params, prompt_logprobs=None)
+        tokens = (*request.token_ids, *(event.token_id for event in told.tokens))
+        base = Leg(*key, decoder.epoch, "", tokens, len(request.token_ids), params, request.deadline - now)
         legs = {link: replaced(base, kind=link.info.role.value) for link in plan.links}
         if plan.prefill is not plan.decode:
             legs[plan.prefill] = replaced(legs[plan.prefill], peer=decoder.transfer_endpoint)
-        return cls(key, plan, legs)
+        return cls(key, plan, legs, lacks_scores=params.prompt_logprobs is not None)
 
-    def next(self, link: WorkerLink | None, outcome: Outcome) -> TokenEvent | Done | None:
-        """What a report is to the request; None: nothing. Raises Busy or Failed if it ends the attempt."""
+    def next(self, link: WorkerLink | None, outcome: Outcome) -> Sequence[Event]:
+        """What a report is to the request. Raises Busy or Failed if it ends the attempt."""
+        if isinstance(outcome, PromptLogprobs):
+            self.lacks_scores = False
+            return [outcome, *self.held]
+        event = self._event(link, outcome)
+        if event is None:
+            return ()
+        if self.lacks_scores:
+            self.held.append(event)
+            return ()
+        return (event,)
+
+    def _event(self, link: WorkerLink | None, outcome: Outcome) -> TokenEvent | Done | None:
         if isinstance(outcome, Admitted):
             return None
         if isinstance(outcome, TokenEvent):
@@ -68,9 +107,11 @@ class Attempt:
 
     def _prefill_ended(self, link: WorkerLink, outcome: Outcome) -> None:
         """Once the first token is here, only the decode worker can say whether the KV has landed."""
+        if isinstance(outcome, Done) and self.lacks_scores:
+            raise Failed(link, ProtocolViolation(f"{link.info.worker_id} has not told the prompt's logprobs"))
         if isinstance(outcome, Rejection):
             raise Busy(self.plan.prefill)
         if isinstance(outcome, Overloaded):  # the decode worker turned its offer down
             raise Busy(self.plan.decode)
-        if isinstance(outcome, TercetError) and not self.committed:
+        if isinstance(outcome, TercetError) and (self.lacks_scores or not self.committed):
             raise Failed(link, outcome)

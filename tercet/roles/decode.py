@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from tercet.core import Done, StageTimes, TokenEvent
-from tercet.engine.engine import Faulted, Sampled, StepReport
+from tercet.engine.engine import Faulted, Sampled, Scored, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.legs import ActiveLeg, LegRole
 from tercet.transfer.inbound import Committed, Complete, Failed, Quiesced
@@ -127,6 +127,7 @@ class Decode(LegRole):
             if incoming is None or incoming.joined_at is None:
                 continue
             active = incoming.active
+            assert not isinstance(item, Scored), "prompts are not computed here"
             if isinstance(item, Faulted):
                 del self._incoming[active.ticket]
                 self.fail(active, item.error)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tercet.core import Done, FinishReason, PairState, TokenEvent
-from tercet.engine.engine import Faulted, StepReport
+from tercet.engine.engine import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
 from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
 from tercet.roles.legs import ActiveLeg, LegRole
@@ -160,8 +160,15 @@ class Prefill(LegRole):
         for item in report:
             if isinstance(item, Faulted):
                 self.sender.cancel(item.sequence.ticket, item.error)
+            elif isinstance(item, Scored):
+                self._loop.call_soon_threadsafe(self._tell_scores, item)
             else:
                 self.sender.commit(self._commit_of(item.sequence, item.token))
+
+    def _tell_scores(self, scored: Scored) -> None:
+        active = self._legs.get(scored.sequence.ticket)
+        if active is not None:
+            active.stream.prompt_logprobs(active.leg, scored.scores)
 
     def _commit_of(self, sequence: Sequence, token: TokenEvent) -> Commit:
         outgoing = self._outgoing.get(sequence.ticket)

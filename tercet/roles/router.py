@@ -21,12 +21,13 @@ import itertools
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
-from tercet.core import Done, GenerateRequest, Load, Role, TokenEvent, WorkerInfo
+from tercet.core import Done, GenerateRequest, Load, PromptLogprobs, Role, TokenEvent, WorkerInfo
 from tercet.errors import DeadlineExceeded, NoWorkers, TercetError, TransferError, WorkerLost
-from tercet.roles.attempt import Attempt, Busy, Failed
+from tercet.roles.attempt import Attempt, Busy, Event, Failed, Told
 from tercet.roles.line import Line, Place
 from tercet.roles.pairs import slow_pair
 from tercet.roles.plans import History, Incarnation, Plan, capacity, choose
@@ -47,6 +48,7 @@ class _Running:
     attempt: Attempt
     place: Place
     events: asyncio.Queue[tuple[WorkerLink | None, Outcome]] = field(default_factory=asyncio.Queue)
+    ready: deque[Event] = field(default_factory=deque)  # of the reports that were looked at
     timer: asyncio.TimerHandle | None = None
 
     @property
@@ -105,9 +107,10 @@ class Router:
 
     # ---- the data path
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent | Done, None]:
-        """Tokens as they come, then Done. Raises TercetError. Closing the generator aborts the request at once."""
-        emitted: list[TokenEvent] = []
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """The prompt's logprobs if they are wanted, tokens as they come, then Done. Raises TercetError. Closing the
+        generator aborts the request at once."""
+        told = Told()
         history = History()
         place = self._line.place(request.client, len(request.token_ids))
         name = f"{request.request_id}.{secrets.token_hex(4)}"  # clients reuse ids; a ticket must be unique
@@ -115,10 +118,10 @@ class Router:
         try:
             for number in itertools.count():
                 plan = await self._plan(request, place, history)
-                running = self._begin((name, number), request, emitted, plan, place)
+                running = self._begin((name, number), request, told, plan, place)
                 try:
-                    while isinstance(event := await self._next(running), TokenEvent):
-                        emitted.append(event)
+                    while not isinstance(event := await self._next(running), Done):
+                        told.add(event)
                         yield event
                     self._proven.add(plan.incarnations)
                     yield _done(event, plan, failures + 1)
@@ -128,13 +131,13 @@ class Router:
                     place.holds = True
                 except Failed as failed:
                     failures += 1
-                    if emitted and emitted[-1].finish is not None:  # only the word that it was the last was lost
-                        yield _done(Done(emitted[-1].finish), plan, failures)
+                    if (finish := told.finish) is not None:  # only the word that it was the last was lost
+                        yield _done(Done(finish), plan, failures)
                         return
                     history.failed(plan, failed.reporter, failed.error)
                     self._give_up_or_go_on(request, history, failures, failed.error)
                 finally:
-                    self._end(running, len(emitted))
+                    self._end(running, len(told.tokens))
         finally:
             self._leave(place, planned=False)
 
@@ -205,11 +208,9 @@ class Router:
 
     # ---- attempts
 
-    def _begin(
-        self, key: LegKey, request: GenerateRequest, emitted: list[TokenEvent], plan: Plan, place: Place
-    ) -> _Running:
+    def _begin(self, key: LegKey, request: GenerateRequest, told: Told, plan: Plan, place: Place) -> _Running:
         """Start every leg of the plan."""
-        attempt = Attempt.of(key, request, emitted, plan, time.monotonic())
+        attempt = Attempt.of(key, request, told, plan, time.monotonic())
         running = self._attempts[key] = _Running(attempt, place)
         out_of_time = (None, DeadlineExceeded(f"request {request.request_id} ran out of time"))
         timeout_s = request.deadline - time.monotonic()
@@ -220,12 +221,11 @@ class Router:
             link.start(leg)
         return running
 
-    async def _next(self, running: _Running) -> TokenEvent | Done:
+    async def _next(self, running: _Running) -> Event:
         """The next event for the client. Raises Busy or Failed if the attempt is over."""
-        while True:
-            event = running.attempt.next(*await running.events.get())
-            if event is not None:
-                return event
+        while not running.ready:
+            running.ready.extend(running.attempt.next(*await running.events.get()))
+        return running.ready.popleft()
 
     def _leg_ended(self, running: _Running, link: WorkerLink) -> Leg | None:
         """Take a leg off the books, if it stands there: its worker has room for another one."""
@@ -256,7 +256,7 @@ class Router:
         if isinstance(outcome, Admitted):
             running.place.holds = False  # those behind it may be planned now
             self._leave(running.place, planned=True)
-        elif not isinstance(outcome, TokenEvent):
+        elif not isinstance(outcome, TokenEvent | PromptLogprobs):
             self._leg_ended(running, link)  # now, however long the client takes to hear of it
         running.events.put_nowait((link, outcome))
 

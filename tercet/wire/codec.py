@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
-from tercet.core import Done, FinishReason, Load, PairState, SamplingParams, StageTimes, TokenEvent
+from tercet.core import (
+    Done,
+    FinishReason,
+    Load,
+    PairState,
+    PromptLogprobs,
+    SamplingParams,
+    StageTimes,
+    TokenEvent,
+    TopLogprobs,
+)
 from tercet.wire.gen import inference_pb2 as inf
 from tercet.wire.gen import worker_pb2 as pb
 
@@ -41,11 +52,15 @@ def leg_to_proto(leg: Leg) -> pb.Command:
             sampling=_sampling_to_proto(leg.params),
             timeout_s=leg.timeout_s,
             peer=leg.peer,
+            prompt_logprobs=leg.params.prompt_logprobs,
         )
     )
 
 
 def leg_from_proto(start: pb.Start) -> Leg:
+    params = _sampling_from_proto(start.sampling)
+    if start.HasField("prompt_logprobs"):
+        params = replace(params, prompt_logprobs=start.prompt_logprobs)
     return Leg(
         start.ticket.request_id,
         start.ticket.attempt,
@@ -53,7 +68,7 @@ def leg_from_proto(start: pb.Start) -> Leg:
         LEG_NAMES[start.leg],
         tuple(start.token_ids),
         start.prompt_tokens,
-        _sampling_from_proto(start.sampling),
+        params,
         start.timeout_s,
         start.peer,
     )
@@ -93,13 +108,30 @@ def _sampling_from_proto(message: inf.Sampling) -> SamplingParams:
     )
 
 
+def scores_to_proto(scores: PromptLogprobs) -> pb.PromptLogprobs:
+    entries = [pb.PromptLogprobs.Entry(logprob=p, top=_top_to_proto(top)) for p, top in scores.entries]
+    return pb.PromptLogprobs(entries=entries)
+
+
+def scores_from_proto(message: pb.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(tuple((entry.logprob, _top_from_proto(entry.top)) for entry in message.entries))
+
+
+def _top_to_proto(top: TopLogprobs) -> list[inf.TokenLogprob]:
+    return [inf.TokenLogprob(token_id=t, logprob=p) for t, p in top]
+
+
+def _top_from_proto(top: Iterable[inf.TokenLogprob]) -> TopLogprobs:
+    return tuple((t.token_id, t.logprob) for t in top)
+
+
 def token_to_proto(event: TokenEvent) -> pb.Token:
     token = pb.Token(token_id=event.token_id)
     if event.finish is not None:
         token.finish_reason = event.finish.value
     if event.logprob is not None:
         token.logprob = event.logprob
-        token.top_logprobs.extend(inf.TokenLogprob(token_id=t, logprob=p) for t, p in event.top_logprobs)
+        token.top_logprobs.extend(_top_to_proto(event.top_logprobs))
     return token
 
 
@@ -107,8 +139,7 @@ def token_from_proto(token: pb.Token) -> TokenEvent:
     finish = FinishReason(token.finish_reason) if token.finish_reason else None
     if not token.HasField("logprob"):
         return TokenEvent(token.token_id, finish=finish)
-    top = tuple((t.token_id, t.logprob) for t in token.top_logprobs)
-    return TokenEvent(token.token_id, token.logprob, top, finish)
+    return TokenEvent(token.token_id, token.logprob, _top_from_proto(token.top_logprobs), finish)
 
 
 def done_to_proto(done: Done) -> pb.Finished:

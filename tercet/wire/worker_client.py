@@ -10,9 +10,17 @@ from dataclasses import dataclass
 
 import grpc
 
-from tercet.core import Done, Load, TokenEvent, WorkerInfo
+from tercet.core import Done, Load, PromptLogprobs, TokenEvent, WorkerInfo
 from tercet.errors import TercetError, from_wire
-from tercet.wire.codec import TOKEN_METADATA, Leg, done_from_proto, leg_to_proto, load_from_proto, token_from_proto
+from tercet.wire.codec import (
+    TOKEN_METADATA,
+    Leg,
+    done_from_proto,
+    leg_to_proto,
+    load_from_proto,
+    scores_from_proto,
+    token_from_proto,
+)
 from tercet.wire.gen import worker_pb2 as pb
 from tercet.wire.gen import worker_pb2_grpc
 
@@ -37,7 +45,7 @@ class Rejection:
     reason: str
 
 
-Outcome = Admitted | TokenEvent | Done | Rejection | TercetError
+Outcome = Admitted | PromptLogprobs | TokenEvent | Done | Rejection | TercetError
 LegKey = tuple[str, int]  # request id, attempt
 
 
@@ -145,6 +153,8 @@ def _outcome(report: pb.Report) -> Outcome:
         return done_from_proto(report.finished)
     if kind == "admitted":
         return Admitted()
+    if kind == "prompt":
+        return scores_from_proto(report.prompt)
     if kind == "rejected":
         return Rejection(report.rejected.reason)
     return from_wire(report.failed.code, report.failed.message)

@@ -15,9 +15,17 @@ from typing import Protocol
 
 import grpc
 
-from tercet.core import Done, Load, TokenEvent
+from tercet.core import Done, Load, PromptLogprobs, TokenEvent
 from tercet.errors import ClusterError, TercetError
-from tercet.wire.codec import TOKEN_METADATA, Leg, done_to_proto, leg_from_proto, load_to_proto, token_to_proto
+from tercet.wire.codec import (
+    TOKEN_METADATA,
+    Leg,
+    done_to_proto,
+    leg_from_proto,
+    load_to_proto,
+    scores_to_proto,
+    token_to_proto,
+)
 from tercet.wire.gen import worker_pb2 as pb
 from tercet.wire.gen import worker_pb2_grpc
 
@@ -34,6 +42,9 @@ class ReportStream:
 
     def admitted(self, leg: Leg) -> None:
         self._post(pb.Report(ticket=_ticket(leg), admitted=pb.Admitted()))
+
+    def prompt_logprobs(self, leg: Leg, scores: PromptLogprobs) -> None:
+        self._post(pb.Report(ticket=_ticket(leg), prompt=scores_to_proto(scores)))
 
     def token(self, leg: Leg, event: TokenEvent) -> None:
         self._post(pb.Report(ticket=_ticket(leg), token=token_to_proto(event)))

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 
 from tercet.core import TokenEvent
+from tercet.engine.runner import Computed
 from tercet.engine.scheduler import Step
 from tercet.engine.sequence import Sequence
 
@@ -35,7 +36,7 @@ class FakeRunner:
         self.largest = 0  # tokens of one step
         self.fails: Callable[[Step], bool] = lambda _: False
 
-    def run(self, step: Step) -> dict[Sequence, TokenEvent]:
+    def run(self, step: Step) -> Computed:
         assert len(set(step.sequences)) == len(step.sequences), "a sequence twice in one step"
         if self.fails(step):
             raise RuntimeError("this step fails")
@@ -49,7 +50,7 @@ class FakeRunner:
             assert chunk.last == (end == len(chunk.sequence.token_ids))
             self._push(chunk.sequence, chunk.push)
         sampled = [*step.decodes, *(chunk.sequence for chunk in step.chunks if chunk.last)]
-        return {sequence: TokenEvent(next_token(sequence.token_ids)) for sequence in sampled}
+        return Computed({sequence: TokenEvent(next_token(sequence.token_ids)) for sequence in sampled})
 
     def _compute(self, sequence: Sequence, start: int, end: int) -> None:
         assert sequence.computed == start, "KV is computed with a gap before it"

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from tercet.wire.gen import inference_pb2 as tercet_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tercet/v1/worker.proto\x12\ttercet.v1\x1a\x19tercet/v1/inference.proto\"x\n\x07\x43ommand\x12!\n\x05start\x18\x01 \x01(\x0b\x32\x10.tercet.v1.StartH\x00\x12!\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x10.tercet.v1.AbortH\x00\x12\x1f\n\x04meet\x18\x03 \x01(\x0b\x32\x0f.tercet.v1.MeetH\x00\x42\x06\n\x04kind\"\x19\n\x04Meet\x12\x11\n\tendpoints\x18\x01 \x03(\t\"a\n\x04Pair\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x11\n\tbandwidth\x18\x03 \x01(\x01\x12\x11\n\tlatency_s\x18\x04 \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x05 \x01(\t\">\n\x08TicketId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xbb\x01\n\x05Start\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\x12\x1b\n\x03leg\x18\x02 \x01(\x0e\x32\x0e.tercet.v1.Leg\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.tercet.v1.Sampling\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x0c\n\x04peer\x18\x07 \x01(\t\",\n\x05\x41\x62ort\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\"\xb9\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_owned\x18\x05 \x01(\r\x12\x15\n\rblocks_leased\x18\x06 \x01(\r\x12\x18\n\x10\x62locks_in_flight\x18\x07 \x01(\r\x12\x1a\n\x12\x62locks_quarantined\x18\x08 \x01(\r\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\x12\x18\n\x10transfer_dropped\x18\n \x01(\x04\x12\x18\n\x10transfer_refused\x18\x0b \x01(\x04\x12\x18\n\x10transfer_corrupt\x18\x0c \x01(\x04\x12\x1e\n\x05pairs\x18\r \x03(\x0b\x32\x0f.tercet.v1.Pair\"\x81\x01\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12-\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x04 \x01(\tB\n\n\x08_logprob\"\n\n\x08\x41\x64mitted\"\x1a\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xdb\x01\n\x08\x46inished\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x1a\n\rstop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x16\n\x0e\x66irst_decode_s\x18\x07 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x08 \x01(\x04\x12\x11\n\ttransport\x18\t \x01(\tB\x10\n\x0e_stop_token_id\"\xf8\x01\n\x06Report\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\x12!\n\x05token\x18\x02 \x01(\x0b\x32\x10.tercet.v1.TokenH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.tercet.v1.FinishedH\x00\x12\'\n\x08rejected\x18\x04 \x01(\x0b\x32\x13.tercet.v1.RejectedH\x00\x12#\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x11.tercet.v1.FailedH\x00\x12\'\n\x08\x61\x64mitted\x18\x06 \x01(\x0b\x32\x13.tercet.v1.AdmittedH\x00\x42\x06\n\x04kind\"L\n\x07Reports\x12\"\n\x07reports\x18\x01 \x03(\x0b\x32\x11.tercet.v1.Report\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tercet.v1.Load*O\n\x03Leg\x12\x13\n\x0fLEG_UNSPECIFIED\x10\x00\x12\x12\n\x0eLEG_AGGREGATED\x10\x01\x12\x0f\n\x0bLEG_PREFILL\x10\x02\x12\x0e\n\nLEG_DECODE\x10\x03\x32?\n\x06Worker\x12\x35\n\x07\x43onnect\x12\x12.tercet.v1.Command\x1a\x12.tercet.v1.Reports(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tercet/v1/worker.proto\x12\ttercet.v1\x1a\x19tercet/v1/inference.proto\"x\n\x07\x43ommand\x12!\n\x05start\x18\x01 \x01(\x0b\x32\x10.tercet.v1.StartH\x00\x12!\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x10.tercet.v1.AbortH\x00\x12\x1f\n\x04meet\x18\x03 \x01(\x0b\x32\x0f.tercet.v1.MeetH\x00\x42\x06\n\x04kind\"\x19\n\x04Meet\x12\x11\n\tendpoints\x18\x01 \x03(\t\"a\n\x04Pair\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x11\n\tbandwidth\x18\x03 \x01(\x01\x12\x11\n\tlatency_s\x18\x04 \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x05 \x01(\t\">\n\x08TicketId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xed\x01\n\x05Start\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\x12\x1b\n\x03leg\x18\x02 \x01(\x0e\x32\x0e.tercet.v1.Leg\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.tercet.v1.Sampling\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x1c\n\x0fprompt_logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_prompt_logprobs\",\n\x05\x41\x62ort\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\"\xb9\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_owned\x18\x05 \x01(\r\x12\x15\n\rblocks_leased\x18\x06 \x01(\r\x12\x18\n\x10\x62locks_in_flight\x18\x07 \x01(\r\x12\x1a\n\x12\x62locks_quarantined\x18\x08 \x01(\r\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\x12\x18\n\x10transfer_dropped\x18\n \x01(\x04\x12\x18\n\x10transfer_refused\x18\x0b \x01(\x04\x12\x18\n\x10transfer_corrupt\x18\x0c \x01(\x04\x12\x1e\n\x05pairs\x18\r \x03(\x0b\x32\x0f.tercet.v1.Pair\"\x81\x01\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12-\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x04 \x01(\tB\n\n\x08_logprob\"\n\n\x08\x41\x64mitted\"\x82\x01\n\x0ePromptLogprobs\x12\x30\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1f.tercet.v1.PromptLogprobs.Entry\x1a>\n\x05\x45ntry\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\"\x1a\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xdb\x01\n\x08\x46inished\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x1a\n\rstop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x16\n\x0e\x66irst_decode_s\x18\x07 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x08 \x01(\x04\x12\x11\n\ttransport\x18\t \x01(\tB\x10\n\x0e_stop_token_id\"\xa5\x02\n\x06Report\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\x12!\n\x05token\x18\x02 \x01(\x0b\x32\x10.tercet.v1.TokenH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.tercet.v1.FinishedH\x00\x12\'\n\x08rejected\x18\x04 \x01(\x0b\x32\x13.tercet.v1.RejectedH\x00\x12#\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x11.tercet.v1.FailedH\x00\x12\'\n\x08\x61\x64mitted\x18\x06 \x01(\x0b\x32\x13.tercet.v1.AdmittedH\x00\x12+\n\x06prompt\x18\x07 \x01(\x0b\x32\x19.tercet.v1.PromptLogprobsH\x00\x42\x06\n\x04kind\"L\n\x07Reports\x12\"\n\x07reports\x18\x01 \x03(\x0b\x32\x11.tercet.v1.Report\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tercet.v1.Load*O\n\x03Leg\x12\x13\n\x0fLEG_UNSPECIFIED\x10\x00\x12\x12\n\x0eLEG_AGGREGATED\x10\x01\x12\x0f\n\x0bLEG_PREFILL\x10\x02\x12\x0e\n\nLEG_DECODE\x10\x03\x32?\n\x06Worker\x12\x35\n\x07\x43onnect\x12\x12.tercet.v1.Command\x1a\x12.tercet.v1.Reports(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tercet.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEG']._serialized_start=1692
-  _globals['_LEG']._serialized_end=1771
+  _globals['_LEG']._serialized_start=1920
+  _globals['_LEG']._serialized_end=1999
   _globals['_COMMAND']._serialized_start=64
   _globals['_COMMAND']._serialized_end=184
   _globals['_MEET']._serialized_start=186
@@ -43,25 +43,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TICKETID']._serialized_start=312
   _globals['_TICKETID']._serialized_end=374
   _globals['_START']._serialized_start=377
-  _globals['_START']._serialized_end=564
-  _globals['_ABORT']._serialized_start=566
-  _globals['_ABORT']._serialized_end=610
-  _globals['_LOAD']._serialized_start=613
-  _globals['_LOAD']._serialized_end=926
-  _globals['_TOKEN']._serialized_start=929
-  _globals['_TOKEN']._serialized_end=1058
-  _globals['_ADMITTED']._serialized_start=1060
-  _globals['_ADMITTED']._serialized_end=1070
-  _globals['_REJECTED']._serialized_start=1072
-  _globals['_REJECTED']._serialized_end=1098
-  _globals['_FAILED']._serialized_start=1100
-  _globals['_FAILED']._serialized_end=1139
-  _globals['_FINISHED']._serialized_start=1142
-  _globals['_FINISHED']._serialized_end=1361
-  _globals['_REPORT']._serialized_start=1364
-  _globals['_REPORT']._serialized_end=1612
-  _globals['_REPORTS']._serialized_start=1614
-  _globals['_REPORTS']._serialized_end=1690
-  _globals['_WORKER']._serialized_start=1773
-  _globals['_WORKER']._serialized_end=1836
+  _globals['_START']._serialized_end=614
+  _globals['_ABORT']._serialized_start=616
+  _globals['_ABORT']._serialized_end=660
+  _globals['_LOAD']._serialized_start=663
+  _globals['_LOAD']._serialized_end=976
+  _globals['_TOKEN']._serialized_start=979
+  _globals['_TOKEN']._serialized_end=1108
+  _globals['_ADMITTED']._serialized_start=1110
+  _globals['_ADMITTED']._serialized_end=1120
+  _globals['_PROMPTLOGPROBS']._serialized_start=1123
+  _globals['_PROMPTLOGPROBS']._serialized_end=1253
+  _globals['_PROMPTLOGPROBS_ENTRY']._serialized_start=1191
+  _globals['_PROMPTLOGPROBS_ENTRY']._serialized_end=1253
+  _globals['_REJECTED']._serialized_start=1255
+  _globals['_REJECTED']._serialized_end=1281
+  _globals['_FAILED']._serialized_start=1283
+  _globals['_FAILED']._serialized_end=1322
+  _globals['_FINISHED']._serialized_start=1325
+  _globals['_FINISHED']._serialized_end=1544
+  _globals['_REPORT']._serialized_start=1547
+  _globals['_REPORT']._serialized_end=1840
+  _globals['_REPORTS']._serialized_start=1842
+  _globals['_REPORTS']._serialized_end=1918
+  _globals['_WORKER']._serialized_start=2001
+  _globals['_WORKER']._serialized_end=2064
 # @@protoc_insertion_point(module_scope)

@@ -60,7 +60,7 @@ class TicketId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("ticket", "leg", "token_ids", "prompt_tokens", "sampling", "timeout_s", "peer")
+    __slots__ = ("ticket", "leg", "token_ids", "prompt_tokens", "sampling", "timeout_s", "peer", "prompt_logprobs")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     LEG_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class Start(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ticket: TicketId
     leg: Leg
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -75,7 +76,8 @@ class Start(_message.Message):
     sampling: _inference_pb2.Sampling
     timeout_s: float
     peer: str
-    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., leg: _Optional[_Union[Leg, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., peer: _Optional[str] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., leg: _Optional[_Union[Leg, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., peer: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("ticket",)
@@ -129,6 +131,19 @@ class Admitted(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class PromptLogprobs(_message.Message):
+    __slots__ = ("entries",)
+    class Entry(_message.Message):
+        __slots__ = ("logprob", "top")
+        LOGPROB_FIELD_NUMBER: _ClassVar[int]
+        TOP_FIELD_NUMBER: _ClassVar[int]
+        logprob: float
+        top: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]
+        def __init__(self, logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprob, _Mapping]]] = ...) -> None: ...
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[PromptLogprobs.Entry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[PromptLogprobs.Entry, _Mapping]]] = ...) -> None: ...
+
 class Rejected(_message.Message):
     __slots__ = ("reason",)
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -166,20 +181,22 @@ class Finished(_message.Message):
     def __init__(self, finish_reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("ticket", "token", "finished", "rejected", "failed", "admitted")
+    __slots__ = ("ticket", "token", "finished", "rejected", "failed", "admitted", "prompt")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     ticket: TicketId
     token: Token
     finished: Finished
     rejected: Rejected
     failed: Failed
     admitted: Admitted
-    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ...) -> None: ...
+    prompt: PromptLogprobs
+    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., prompt: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class Reports(_message.Message):
     __slots__ = ("reports", "load")
