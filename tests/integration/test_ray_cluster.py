@@ -38,7 +38,7 @@ def ray_head(machine: Machine) -> Iterator[tuple[str, str]]:
     until(lambda: answers(gcs))
     node = machine.start("ray", "start", f"--address={gcs}", "--labels=pool=b", *both)
     until(lambda: "pool=b" in machine.run("tercet", "plan", "configs/local.yaml", "--address", gcs, "--set",
-                                          "pools.cpu.labels.pool=b").stdout)  # fmt: skip
+                                          "pools.cpu.labels.pool=b").stdout, 120)  # fmt: skip
     yield gcs, f"http://127.0.0.1:{dashboard}"
     for process in (node, head):
         process.terminate()
