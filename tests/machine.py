@@ -50,7 +50,9 @@ class Machine:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {
+        # Without Ray's own settings: tests that ran in this process before have made some.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return inherited | {
             "PATH": f"{BIN}:/usr/bin:/bin",
             "TMPDIR": str(self.folder),  # run files and Ray's session lie here
             "RAY_USAGE_STATS_ENABLED": "0",

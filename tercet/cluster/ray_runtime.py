@@ -36,9 +36,11 @@ def disconnect() -> None:
 @contextlib.contextmanager
 def joined(wanted: str) -> Iterator[str]:
     """A connection for a short visit. -> the host:port that `wanted` led to. Raises ClusterError if no Ray is there."""
-    address = resolve(wanted, lambda _: None)
+    passed_over: list[str] = []
+    address = resolve(wanted, passed_over.append)
     if address is None:
-        raise ClusterError("no Ray runs on this machine; give the --address of one, as host:port")
+        why = "".join(f"; {line}" for line in passed_over)
+        raise ClusterError(f"no Ray runs on this machine; give the --address of one, as host:port{why}")
     bounded.call(f"joining the Ray at {address}", CONNECT_TIMEOUT_S, connect, address)
     try:
         yield address

@@ -17,7 +17,7 @@ import pytest
 from tercet.cluster import ray_address, run_file
 from tercet.cluster.run_file import RunFile
 from tercet.errors import ClusterError
-from tests.machine import BIN, ROOT
+from tests.machine import BIN, ROOT, Machine
 
 SOON_S = 15.0  # for a process that has to be started for it
 NOBODY = 65534
@@ -212,7 +212,7 @@ def tercet(folder: Path, *command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [BIN / "tercet", *command],
         cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(folder)},
+        env=Machine(folder).environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
