@@ -26,6 +26,7 @@
     │   ├── LeaseExpired            502   DEADLINE_EXCEEDED
     │   └── DigestMismatch          502   DATA_LOSS
     └── ClusterError                500   INTERNAL             Ray, ports, placement
+        └── RayLost                 500   INTERNAL             Ray has died below a cluster that was served
 
 An error crosses a wire as (code, message); `from_wire` rebuilds it. `code` is the class name in snake case.
 """
@@ -154,6 +155,10 @@ class DigestMismatch(TransferError):
 
 
 class ClusterError(TercetError):
+    pass
+
+
+class RayLost(ClusterError):
     pass
 
 

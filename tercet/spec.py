@@ -101,9 +101,10 @@ class LimitsSpec(Frozen):
 
 
 class RaySpec(Frozen):
-    address: str = "auto"  # auto: join a running Ray, else start a local one | local | host:port
-    start_timeout_s: Seconds = 120.0  # of a worker, model load included
-    health_deadline_s: Seconds = 10.0  # a worker that is silent for so long is taken for hung and replaced
+    address: str = "auto"  # auto: join a Ray that this user runs here, else start a local one | local | host:port
+    start_timeout_s: Seconds = 120.0  # of a Ray, and of a worker, model load included
+    health_deadline_s: Seconds = 10.0  # a worker that is silent for so long, or a port of it, is hung and replaced
+    lost_after_s: Seconds = 5.0  # Ray itself (its GCS, its node here) is silent for so long: drain, then end
 
 
 class NetworkSpec(Frozen):

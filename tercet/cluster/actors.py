@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tercet.roles.gateway.gateway import GatewayInfo
 
 
+STOP_TIMEOUT_S = 5.0
+LAST_ANSWER_S = 0.5  # between the end of `stop` and that of the process, for saying so
+
+
 def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
@@ -33,6 +37,14 @@ async def end_with_raylet() -> None:
     while os.getppid() == parent:
         await asyncio.sleep(1.0)
     os._exit(1)
+
+
+async def stop_and_end(stop: Coroutine[Any, Any, None]) -> None:
+    """Stop, answer, and end this process, whatever comes of that: without its GCS Ray cannot end it."""
+    loop = asyncio.get_running_loop()
+    loop.call_later(STOP_TIMEOUT_S, os._exit, 1)
+    await stop
+    loop.call_later(LAST_ANSWER_S, os._exit, 0)
 
 
 class WorkerActor:
@@ -58,7 +70,7 @@ class WorkerActor:
         await self._worker.drain(timeout_s)
 
     async def stop(self) -> None:
-        await self._worker.stop()
+        await stop_and_end(self._worker.stop())
 
 
 class GatewayActor:
@@ -89,8 +101,8 @@ class GatewayActor:
         """The controller sees it at its next look and drains the cluster."""
         self._stop_requested = True
 
-    async def drain(self, timeout_s: float) -> None:
-        await self._gateway.drain(timeout_s)
+    async def drain(self, timeout_s: float, reason: str = "draining") -> None:
+        await self._gateway.drain(timeout_s, reason)
 
     async def stop(self) -> None:
-        await self._gateway.stop()
+        await stop_and_end(self._gateway.stop())

@@ -1,6 +1,7 @@
 """The `tercet` command. Torch and Ray are imported by the commands that need them, so that the others start fast.
 
-Exit codes: 0 done, 1 failed, 2 the spec or the command line is wrong, 130 interrupted.
+Exit codes: 0 done (`serve`: it stood, and was asked to end); 1 failed; 2 the spec or the command line is wrong;
+130 interrupted (`serve`: before it stood).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from tercet.cluster import bounded
 from tercet.cluster.spec_file import load_spec
 from tercet.errors import SpecError, TercetError
 from tercet.spec import ClusterSpec
@@ -41,13 +43,20 @@ Url = Annotated[str | None, typer.Option(help="Base URL of the endpoint; default
 
 def main() -> None:
     """Entry point. A TercetError is one line on stderr, never a traceback."""
+    code: str | int | None = 0
     try:
         app()
+    except SystemExit as end:
+        code = end.code
     except TercetError as error:
         print(f"tercet: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2 if isinstance(error, SpecError) else 1)
+        code = 2 if isinstance(error, SpecError) else 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if bounded.left_behind():  # a thread is stuck in foreign code, whose exit handlers would wait for it
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)
@@ -77,10 +86,9 @@ def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> 
     if address is None:
         nodes = [roles.local_node(checked)]
     else:
-        from tercet.cluster.ray_runtime import RayRuntime
+        from tercet.cluster import remote
 
-        with RayRuntime(address) as runtime:
-            nodes = runtime.nodes()
+        nodes = remote.nodes(address)
     Console().print(plan_table(checked, roles.plan(checked, nodes)))
     asked, cores = nodes[0].resources.get("CPU", 0), os.cpu_count() or 1
     if address is None and asked > cores:
@@ -149,7 +157,7 @@ def status(
     from tercet.cluster.tables import pairs_table, status_table
 
     if address is None:
-        here = run_file.find(name)
+        here = run_file.find_reachable(name)
         name, address = here.name, here.ray_address
         os.environ.update(here.ray_environment)
     from tercet.cluster import remote  # only now: Ray reads its environment when it is imported
@@ -174,16 +182,20 @@ def chat(
     from tercet.client import Client, chat_loop
     from tercet.cluster import run_file
 
-    client = Client(url or run_file.find(name).http_url)
+    client = Client(url or run_file.find_reachable(name).http_url)
     chat_loop(client, temperature=temperature, max_tokens=max_tokens)
 
 
 def _serve(
     spec: ClusterSpec, ready: Callable[[GatewayInfo], None], visit: Callable[[GatewayInfo], None] | None
 ) -> None:
+    from tercet.cluster.signals import Signals
+
+    signals = Signals(_report)
+    signals.install()  # before Ray is imported, which takes its time
     from tercet.cluster.serve import serve as serve_cluster
 
-    serve_cluster(spec, _report, ready, visit)
+    serve_cluster(spec, signals, _report, ready, visit)
 
 
 def _announce(info: GatewayInfo) -> None:

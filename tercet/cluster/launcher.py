@@ -2,12 +2,14 @@
 
 A worker runs in its own placement group, pinned to the node that placement chose while that node lives, else to any
 node with its pool's labels. The gateway takes no CPU and runs on the controller's node. Nothing is detached: Ray ends
-every actor when the controller's process ends, however it ends.
+every actor when the controller's process ends, however it ends. What Ray may never answer is asked through `bounded`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import re
 from typing import Any
 
@@ -16,16 +18,20 @@ from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorErr
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from tercet.cluster import bounded, ports
 from tercet.cluster.actors import GatewayActor, WorkerActor
+from tercet.cluster.home import Home
+from tercet.cluster.ray_runtime import NAMESPACE
 from tercet.cluster.reconcile import GATEWAY
 from tercet.errors import ClusterError, TercetError, WorkerLost
 from tercet.placement.roles import Assignment, Node, Placement
 from tercet.spec import ClusterSpec
 
-NAMESPACE = "tercet"
 NODE_ID_LABEL = "ray.io/node-id"
 PLACE_TIMEOUT_S = 30.0
 POLL_S = 0.1
+ASK_TIMEOUT_S = 10.0  # for an answer of Ray's that takes milliseconds
+KILL_TIMEOUT_S = 2.0
 MAX_CALLS = 16  # at once to one actor: health, drain and their like
 NAME_TIMEOUT_S = 10.0  # Ray frees the name of a dead actor a moment after its death
 
@@ -54,8 +60,12 @@ class Actor:
         except RayError as error:
             raise WorkerLost(f"{self.member_id}: {_first_line(error)}") from error
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """SIGKILL by Ray, a stopped process included (that takes it 5 s), and its resources are given back."""
+        with contextlib.suppress(ClusterError):  # without its GCS Ray cannot; then `stop` has ended the process
+            await bounded.wait(f"the end of {self.member_id}", KILL_TIMEOUT_S, self._end)
+
+    def _end(self) -> None:
         ray.kill(self._handle)
         if self._group is not None:
             remove_placement_group(self._group)
@@ -64,8 +74,9 @@ class Actor:
 class Launcher:
     """What the controller starts members with."""
 
-    def __init__(self, spec: ClusterSpec, placement: Placement, cluster_token: str) -> None:
+    def __init__(self, spec: ClusterSpec, placement: Placement, cluster_token: str, home: Home) -> None:
         self._spec = spec
+        self._home = home
         self._gateway_node = placement.gateway
         self._workers = {w.worker_id: w for w in placement.workers}  # worker id -> assignment
         self._token = cluster_token
@@ -76,9 +87,13 @@ class Launcher:
             return await self._gateway()
         return await self._worker(self._workers[member_id], epoch)
 
-    def has_home(self) -> bool:
-        """Whether the Ray node of this process lives; without it nothing can be mended from here."""
-        return _is_alive(self._gateway_node)
+    async def ask_ports(self, info: Any, timeout_s: float) -> None:
+        """Raises WorkerLost naming the port."""
+        await ports.ask_ports(info, timeout_s)
+
+    async def watch_home(self) -> None:
+        """Raises RayLost."""
+        await self._home.watch()
 
     async def _gateway(self) -> Actor:
         here = NodeAffinitySchedulingStrategy(self._gateway_node.node_id, soft=False)
@@ -93,22 +108,23 @@ class Launcher:
         try:
             return Actor(wanted.worker_id, await self._create(wanted.worker_id, WorkerActor, options, *args), group)
         except BaseException:  # cancelled or not: nobody else knows the group
-            remove_placement_group(group)
+            _give_back(group)
             raise
 
     async def _reserve(self, wanted: Assignment) -> PlacementGroup:
-        pin = {NODE_ID_LABEL: wanted.node.node_id} if _is_alive(wanted.node) else {}
+        pin = {NODE_ID_LABEL: wanted.node.node_id} if await _is_alive(wanted.node) else {}
         name = actor_name(self._spec.name, wanted.worker_id)
-        group: PlacementGroup = placement_group(
-            [dict(wanted.needs)], name=name, bundle_label_selector=[{**wanted.labels, **pin}]
+        place = functools.partial(
+            placement_group, [dict(wanted.needs)], name=name, bundle_label_selector=[{**wanted.labels, **pin}]
         )
+        group: PlacementGroup = await bounded.wait(f"placing {wanted.worker_id}", ASK_TIMEOUT_S, place)
         try:
             if await _created(group):
                 return group
         except BaseException:
-            remove_placement_group(group)
+            _give_back(group)
             raise
-        remove_placement_group(group)
+        _give_back(group)
         where = wanted.node.address if pin else f"nodes labelled {dict(wanted.labels)}"
         raise ClusterError(
             f"{wanted.worker_id}: Ray gave no room for {dict(wanted.needs)} on {where} in {PLACE_TIMEOUT_S:g} s; "
@@ -122,23 +138,30 @@ class Launcher:
         )
         for _ in range(int(NAME_TIMEOUT_S / POLL_S)):
             try:
-                return actor.remote(*args)
+                return await bounded.wait(f"creating {name}", ASK_TIMEOUT_S, actor.remote, *args)
             except ActorAlreadyExistsError:
                 await asyncio.sleep(POLL_S)
         raise ClusterError(f"{name}: another actor of this name lives in this Ray; is the cluster served twice?")
 
 
+async def _is_alive(node: Node) -> bool:
+    nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray.nodes)
+    return any(n["Alive"] and n["NodeID"] == node.node_id for n in nodes)
+
+
 async def _created(group: PlacementGroup) -> bool:
-    """Whether the group gets its place in time. Asked again and again, since `group.wait` blocks a thread."""
+    """Whether the group gets its place in time."""
     for _ in range(int(PLACE_TIMEOUT_S / POLL_S)):
-        if placement_group_table(group)["state"] == "CREATED":
+        table = await bounded.wait("asking Ray for a placement", ASK_TIMEOUT_S, placement_group_table, group)
+        if table["state"] == "CREATED":
             return True
         await asyncio.sleep(POLL_S)
     return False
 
 
-def _is_alive(node: Node) -> bool:
-    return any(n["Alive"] and n["NodeID"] == node.node_id for n in ray.nodes())  # type: ignore[no-untyped-call]
+def _give_back(group: PlacementGroup) -> None:
+    """Without waiting: this is called while something else is being raised."""
+    bounded.start(remove_placement_group, group)
 
 
 def _cause(member_id: str, error: RayTaskError) -> TercetError:
@@ -153,9 +176,8 @@ def _death(member_id: str, error: RayActorError) -> TercetError:
         return ClusterError(f"{member_id} could not be created: {str(error).strip().splitlines()[-1]}")
     text = " ".join(str(error).split())
     why = re.search(r"Worker exit type: \w+|node has died|node was terminated", text)
-    return WorkerLost(
-        f"{member_id} died ({why[0] if why else text.partition(' class_name')[0]}); its log is in Ray's session folder"
-    )
+    cause = why[0] if why else text.partition(" class_name")[0]
+    return WorkerLost(f"{member_id} died ({cause}); while Ray runs, its log is in Ray's session folder")
 
 
 def _first_line(error: BaseException) -> str:

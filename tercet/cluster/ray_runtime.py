@@ -1,130 +1,66 @@
-"""The Ray that a cluster runs on: joined, or started here and then ours to stop."""
+"""This process's connection to a Ray. These functions may block for long, so they are called through `bounded`."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import secrets
-import socket
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-
-# Read by Ray when it is imported: no usage report leaves this machine, and accelerators are left as they are.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+from collections.abc import Iterator
+from typing import Any
 
 import ray
 
-from tercet.cluster.launcher import NAMESPACE
+from tercet.cluster import bounded
+from tercet.cluster.ray_address import resolve
 from tercet.errors import ClusterError
 from tercet.placement.roles import Node
 
-OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least is 75 MiB; nothing of ours goes through it
-CONNECT_TIMEOUT_S = 3.0
-_AUTH_VARIABLES = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # any one set: the user decides
+NAMESPACE = "tercet"
+CONNECT_TIMEOUT_S = 30.0
+DISCONNECT_TIMEOUT_S = 5.0
 
 
-class RayRuntime:
-    """`with RayRuntime(address, cpus)`: a connection to Ray; a local Ray that it started ends with it.
-
-    cpus: of the Ray to start where none is to join; None: never start one.
-    token_path: where to put the token that a Ray started here asks of everyone; None: Ray's own default.
-    Raises ClusterError when no Ray answers at the address, or a local one cannot start.
-    """
-
-    def __init__(self, address: str, cpus: int | None = None, token_path: Path | None = None) -> None:
-        self._wanted = address
-        self._cpus = cpus
-        self._token_path = token_path
-        self.is_ours = False
-
-    def __enter__(self) -> Self:
-        address = resolve_address(self._wanted)
-        self.is_ours = address is None
-        options = {"address": address} if address else self._local()
-        try:
-            ray.init(**options, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        except KeyboardInterrupt:
-            ray.shutdown(wait_for_processes=True)
-            raise
-        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-            reason = " ".join(str(error).split())
-            hint = "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" if address else ""
-            raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {reason}{hint}") from error
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        ray.shutdown(wait_for_processes=True)
-
-    def _local(self) -> dict[str, Any]:
-        if self._cpus is None:
-            raise ClusterError("no Ray runs on this machine; give the --address of one, as host:port")
-        if self._token_path is not None and not _AUTH_VARIABLES & os.environ.keys():
-            self._token_path.write_text(secrets.token_hex(32))
-            os.environ["RAY_AUTH_TOKEN_PATH"] = str(self._token_path)  # else Ray leaves one in the user's home
-        return {
-            "address": "local",
-            "num_cpus": self._cpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-
-    @property
-    def address(self) -> str:
-        """host:port by which another process can join."""
-        return str(ray.get_runtime_context().gcs_address)
-
-    def nodes(self) -> list[Node]:
-        """The live nodes, this process's own first."""
-        own = ray.get_runtime_context().get_node_id()
-        alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-        return [_node(n) for n in sorted(alive, key=lambda n: (n["NodeID"] != own, n["NodeID"]))]
-
-
-def resolve_address(wanted: str) -> str | None:
-    """The Ray to join, as ray.init takes it, or None to start one.
-
-    auto: RAY_ADDRESS (as `ray job submit` sets it), else the Ray that `ray start` left running here, else none.
-    Raises ClusterError if an address that was asked for by name does not answer.
-    """
-    if wanted == "local":
-        return None
-    named = os.environ.get("RAY_ADDRESS", "") if wanted == "auto" else wanted
-    if named == "local":
-        return None
-    if named in {"", "auto"}:
-        found = _address_file()
-        # The file outlives a Ray that was killed: only an address that answers counts.
-        # Ray is told `auto`, since only then it takes the token that `ray start` took.
-        return "auto" if found and _answers(found) else None
-    _check_form(named)
-    if not _answers(named):
-        raise ClusterError(f"no Ray answers at {named}; start one with `ray start --head`, or set ray.address: local")
-    return named
-
-
-def _check_form(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if "/" in address or not host or not port.isdigit():
-        raise ClusterError(f"Ray address {address!r}: want host:port of its GCS, such as 127.0.0.1:6379")
-
-
-def _address_file() -> str | None:
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108, where Ray puts it
+def connect(address: str) -> None:
+    """Join the Ray at host:port. Raises ClusterError."""
     try:
-        return (Path(folder) / "ray" / "ray_current_cluster").read_text().strip() or None
-    except OSError:
-        return None
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        reason = " ".join(str(error).split())
+        hint = "if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        raise ClusterError(f"Ray at {address} cannot be used: {reason}; {hint}") from error
 
 
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
+def disconnect() -> None:
+    ray.shutdown()
+
+
+@contextlib.contextmanager
+def joined(wanted: str) -> Iterator[str]:
+    """A connection for a short visit. -> the host:port that `wanted` led to. Raises ClusterError if no Ray is there."""
+    passed_over: list[str] = []
+    address = resolve(wanted, passed_over.append)
+    if address is None:
+        why = "".join(f"; {line}" for line in passed_over)
+        raise ClusterError(f"no Ray runs on this machine; give the --address of one, as host:port{why}")
+    bounded.call(f"joining the Ray at {address}", CONNECT_TIMEOUT_S, connect, address)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
+        yield address
+    finally:
+        bounded.call("leaving Ray", DISCONNECT_TIMEOUT_S, disconnect)
+
+
+def nodes() -> list[Node]:
+    """The live nodes, this process's own first."""
+    own = ray.get_runtime_context().get_node_id()
+    alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    return [_node(n) for n in sorted(alive, key=lambda n: (n["NodeID"] != own, n["NodeID"]))]
+
+
+def servers(gcs_address: str) -> dict[str, str]:
+    """Those of Ray's servers that this process depends on: what it is -> host:port."""
+    own = ray.get_runtime_context().get_node_id()
+    node = next(n for n in ray.nodes() if n["NodeID"] == own)  # type: ignore[no-untyped-call]
+    address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    return {"Ray's control store (GCS)": gcs_address, "the Ray node of this process": address}
 
 
 def _node(found: dict[str, Any]) -> Node:

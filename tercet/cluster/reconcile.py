@@ -44,20 +44,13 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Stop:
-    """The member is no longer wanted."""
-
-    member_id: str
-
-
-@dataclass(frozen=True)
 class Publish:
     """Tell the gateway which workers live: worker id -> epoch."""
 
     epochs: Mapping[str, int]
 
 
-Action = Start | Stop | Publish
+Action = Start | Publish
 
 
 def diff(
@@ -74,8 +67,7 @@ def diff(
             actions.append(Start(member_id, 1))
         elif member.state is State.LOST and now >= member.retry_at:
             actions.append(Start(member_id, member.epoch + 1))
-    actions += [Stop(m) for m in sorted(actual) if m not in target and actual[m].state is not State.LOST]
-    epochs = {m: actual[m].epoch for m in sorted(actual) if m in target and m != GATEWAY and _live(actual[m])}
+    epochs = {m: actual[m].epoch for m in sorted(actual) if m != GATEWAY and _live(actual[m])}
     if GATEWAY in actual and _live(actual[GATEWAY]) and told != epochs:
         actions.append(Publish(epochs))
     return tuple(actions)

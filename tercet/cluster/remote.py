@@ -6,13 +6,21 @@ from typing import Any
 
 import ray
 
-from tercet.cluster.launcher import NAMESPACE, actor_name
-from tercet.cluster.ray_runtime import RayRuntime
+from tercet.cluster import bounded
+from tercet.cluster import ray_runtime as runtime
+from tercet.cluster.launcher import actor_name
 from tercet.cluster.reconcile import GATEWAY
 from tercet.cluster.run_file import wait_gone
 from tercet.errors import ClusterError
+from tercet.placement.roles import Node
 
 ANSWER_TIMEOUT_S = 10.0
+
+
+def nodes(address: str) -> list[Node]:
+    """The nodes of the Ray at `address`. Raises ClusterError."""
+    with runtime.joined(address):
+        return bounded.call("asking Ray for its nodes", ANSWER_TIMEOUT_S, runtime.nodes)
 
 
 def refuse_second(cluster: str) -> None:
@@ -23,14 +31,14 @@ def refuse_second(cluster: str) -> None:
 
 def status(name: str | None, address: str) -> dict[str, Any]:
     """The gateway's status (`GatewayActor.health`) and its cluster's `name`. Raises ClusterError if there is none."""
-    with RayRuntime(address):
+    with runtime.joined(address):
         found = _pick(name, address)
         return dict(_ask(found, "health"), name=found)
 
 
 def down(name: str | None, address: str, timeout_s: float) -> str:
     """Have a cluster drained and ended; its name once it is gone. Raises ClusterError if it does not go."""
-    with RayRuntime(address):
+    with runtime.joined(address):
         found = _pick(name, address)
         _ask(found, "request_stop")
         wait_gone(found, lambda: found not in _clusters(), timeout_s)
@@ -39,8 +47,8 @@ def down(name: str | None, address: str, timeout_s: float) -> str:
 
 def _clusters() -> list[str]:
     """Names of the clusters that have any actor in this Ray."""
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return sorted({a["name"].partition(":")[0] for a in named if a["namespace"] == NAMESPACE})
+    named = bounded.call("asking Ray for its actors", ANSWER_TIMEOUT_S, ray.util.list_named_actors, True)
+    return sorted({a["name"].partition(":")[0] for a in named if a["namespace"] == runtime.NAMESPACE})
 
 
 def _pick(name: str | None, address: str) -> str:
@@ -54,8 +62,12 @@ def _pick(name: str | None, address: str) -> str:
 
 
 def _ask(cluster: str, method: str) -> Any:
+    return bounded.call(f"asking the gateway of {cluster}", 2 * ANSWER_TIMEOUT_S, _call, cluster, method)
+
+
+def _call(cluster: str, method: str) -> Any:
     try:
-        gateway = ray.get_actor(actor_name(cluster, GATEWAY), namespace=NAMESPACE)
+        gateway = ray.get_actor(actor_name(cluster, GATEWAY), namespace=runtime.NAMESPACE)
         return ray.get(getattr(gateway, method).remote(), timeout=ANSWER_TIMEOUT_S)
     except (ValueError, ray.exceptions.RayError) as error:
         reason = str(error).splitlines()[0]

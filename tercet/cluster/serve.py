@@ -1,92 +1,168 @@
 """Serves a cluster from this process: Ray up, members up, until Ctrl-C, SIGTERM or `tercet down`; then all down.
 
-The first signal drains; a second one kills.
+The first signal drains; a later one ends at once. Everything waits inside one event loop, so a signal is heard always.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import secrets
-import signal
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tercet.cluster import bounded, local_ray, ray_address
 from tercet.cluster.controller import Controller
-from tercet.cluster.launcher import Launcher
-from tercet.cluster.ray_runtime import RayRuntime
-from tercet.cluster.remote import refuse_second
-from tercet.cluster.run_file import RunFile
+from tercet.cluster.local_ray import LocalRay
+from tercet.cluster.run_file import RunFile, Served
+from tercet.errors import ClusterError, RayLost, TercetError
 from tercet.placement.roles import local_node, plan
 from tercet.spec import ClusterSpec
 
 if TYPE_CHECKING:
+    from tercet.cluster.signals import Signals
     from tercet.roles.gateway.gateway import GatewayInfo
 
 Visit = Callable[["GatewayInfo"], None]
+Ending = Callable[..., Coroutine[Any, Any, None]]  # of an AsyncExitStack
+
+RESOLVE_TIMEOUT_S = 15.0
+JOIN_TIMEOUT_S = 30.0
+LEAVE_TIMEOUT_S = 5.0
+ASK_TIMEOUT_S = 10.0
 
 
-def serve(spec: ClusterSpec, report: Callable[[str], None], ready: Visit, visit: Visit | None = None) -> None:
+def serve(
+    spec: ClusterSpec, signals: Signals, report: Callable[[str], None], ready: Visit, visit: Visit | None = None
+) -> None:
     """Serve until told to stop. `ready` is called once the cluster is; `visit`, if given, then runs in a thread, and
-    its end ends the cluster. Raises TercetError for whatever keeps the cluster from standing.
+    its end ends the cluster. Raises TercetError for whatever keeps the cluster from standing or ends it, and
+    KeyboardInterrupt if it was told to stop before it stood.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over: leave through `with`
-    cpus = int(local_node(spec).resources["CPU"])
-    with RunFile(spec.name) as run_file, RayRuntime(spec.ray.address, cpus, run_file.token_path) as runtime:
-        refuse_second(spec.name)
-        placement = plan(spec, runtime.nodes())
-        run_file.write(runtime.address)
-        report(f"{'started' if runtime.is_ours else 'joined'} Ray at {runtime.address}")
-        launcher = Launcher(spec, placement, secrets.token_hex(16))
-        controller = Controller(spec, [w.worker_id for w in placement.workers], launcher, report)
-
-        def announce(info: GatewayInfo) -> None:
-            run_file.write(runtime.address, info.http_url)
-            ready(info)
-
-        asyncio.run(_serve(controller, announce, visit, report))
+    with RunFile(spec.name) as run_file:
+        if not asyncio.run(_Serving(spec, signals, report, run_file).run(ready, visit)):
+            raise KeyboardInterrupt
 
 
-async def _serve(controller: Controller, ready: Visit, visit: Visit | None, report: Callable[[str], None]) -> None:
-    stop, kill = asyncio.Event(), asyncio.Event()
-    _on_signals(stop, kill, report)
-    try:
-        if await _until(controller.bring_up(), stop):
+class _Serving:
+    """One cluster, from its Ray to its end. What has begun is ended in the opposite order, however far it came."""
+
+    def __init__(self, spec: ClusterSpec, signals: Signals, report: Callable[[str], None], run_file: RunFile) -> None:
+        self._spec = spec
+        self._signals = signals
+        self._report = report
+        self._run_file = run_file
+        self._served = Served(spec.name, os.getpid())
+
+    async def run(self, ready: Visit, visit: Visit | None) -> bool:
+        """Whether it stood."""
+        self._signals.attach()
+        async with AsyncExitStack() as ends:
+            starting = asyncio.create_task(self._start(ends))
+            if not await _until(starting, self._signals.stop):
+                return False
+            controller = starting.result()
             ready(controller.gateway_info)
-            await _run(controller, stop, visit)
-    finally:
-        if not await _until(controller.shut_down(), kill):
-            await controller.kill()
-
-
-async def _run(controller: Controller, stop: asyncio.Event, visit: Visit | None) -> None:
-    if visit is None:
-        await controller.run(stop)
-        return
-    visiting = asyncio.create_task(asyncio.to_thread(visit, controller.gateway_info))
-    visiting.add_done_callback(lambda _: stop.set())
-    await controller.run(stop)
-    if visiting.done():
-        visiting.result()
-
-
-async def _until(work: Coroutine[Any, Any, None], event: asyncio.Event) -> bool:
-    """Do the work unless the event comes first; True if it was done. Raises what the work raises."""
-    working, waiting = asyncio.create_task(work), asyncio.create_task(event.wait())
-    await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    if working.done():
-        working.result()
+            await self._run(controller, visit)
         return True
-    working.cancel()
-    await asyncio.gather(working, return_exceptions=True)
+
+    async def _start(self, ends: AsyncExitStack) -> Controller:
+        address = await self._find_ray() or await self._start_ray(ends)
+        from tercet.cluster import ray_runtime, remote  # only now: Ray reads its environment when it is imported
+        from tercet.cluster.home import Home
+        from tercet.cluster.launcher import Launcher
+
+        await bounded.wait(f"joining the Ray at {address}", JOIN_TIMEOUT_S, ray_runtime.connect, address)
+        ends.push_async_exit(_leaving(ray_runtime.disconnect))
+        self._signals.install()  # again: Ray has put a handler of its own over ours, which prints a stack
+        await bounded.wait("asking Ray for its clusters", 2 * ASK_TIMEOUT_S, remote.refuse_second, self._spec.name)
+        nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray_runtime.nodes)
+        placement = plan(self._spec, nodes)
+        servers = await bounded.wait("asking Ray for its servers", ASK_TIMEOUT_S, ray_runtime.servers, address)
+        home = Home(servers, self._spec.ray.lost_after_s, self._report)
+        launcher = Launcher(self._spec, placement, secrets.token_hex(16), home)
+        workers = [w.worker_id for w in placement.workers]
+        controller = Controller(self._spec, workers, launcher, self._report, self._gateway_is_up)
+        ends.push_async_exit(self._ending(controller))
+        await controller.bring_up()
+        return controller
+
+    async def _find_ray(self) -> str | None:
+        wanted = self._spec.ray.address
+        address = await bounded.wait("looking for a Ray", RESOLVE_TIMEOUT_S, ray_address.resolve, wanted, self._report)
+        if address is not None:
+            others = ", ".join(str(uid) for uid in sorted(ray_address.owners(address) - {os.getuid()}))
+            self._report(f"joins the Ray at {address}" + (f", which user {others} runs" if others else ""))
+            self._note(ray_address=address)
+        return address
+
+    async def _start_ray(self, ends: AsyncExitStack) -> str:
+        ray = LocalRay(self._run_file.folder)
+        ends.push_async_callback(bounded.wait, "the end of Ray", local_ray.STOP_TIMEOUT_S, ray.stop)
+        ray.start(int(local_node(self._spec).resources["CPU"]))
+        self._note(ray_folder=str(ray.folder), ray_session=ray.session)
+        os.environ.update(ray.environment)
+        address = await bounded.wait("Ray's start", self._spec.ray.start_timeout_s, ray.address)
+        self._note(ray_address=address, ray_environment=ray.environment)
+        self._report(f"started Ray at {address}")
+        return address
+
+    async def _run(self, controller: Controller, visit: Visit | None) -> None:
+        stop = self._signals.stop
+        if visit is None:
+            await controller.run(stop)
+            return
+        visiting = asyncio.wrap_future(bounded.start(visit, controller.gateway_info))
+        visiting.add_done_callback(lambda _: stop.set())
+        await controller.run(stop)
+        if visiting.done():
+            visiting.result()
+
+    def _ending(self, controller: Controller) -> Ending:
+        async def end(kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+            reason = str(error) if isinstance(error, TercetError) else ""
+            ending = asyncio.create_task(controller.shut_down(reason))
+            if isinstance(error, RayLost):
+                self._report(f"draining: {reason}")
+            if not await _until(ending, self._signals.kill):
+                await controller.end_now()
+
+        return end
+
+    def _gateway_is_up(self, info: GatewayInfo) -> None:
+        if self._served.http_url not in {"", info.http_url}:
+            self._report(f"the gateway is now at {info.http_url} (OpenAI), {info.grpc_address} (gRPC)")
+        self._note(http_url=info.http_url)
+
+    def _note(self, **known: Any) -> None:
+        """Keep the run file true."""
+        self._served = replace(self._served, **known)
+        self._run_file.write(self._served)
+
+
+def _leaving(disconnect: Callable[[], None]) -> Ending:
+    async def end(kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, RayLost):
+            bounded.leave_behind()  # Ray would end this process in the middle of it, with an exit code of its own
+            return
+        with contextlib.suppress(ClusterError):  # it is left when this process ends
+            await bounded.wait("leaving Ray", LEAVE_TIMEOUT_S, disconnect)
+
+    return end
+
+
+async def _until(work: asyncio.Task[Any], event: asyncio.Event) -> bool:
+    """Wait for the work unless the event comes first; True if it is done. Raises what the work raises."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if work.done():
+        work.result()
+        return True
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
     return False
-
-
-def _on_signals(stop: asyncio.Event, kill: asyncio.Event, report: Callable[[str], None]) -> None:
-    def interrupted() -> None:
-        report("killing every worker" if stop.is_set() else "draining; once more kills")
-        (kill if stop.is_set() else stop).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupted)

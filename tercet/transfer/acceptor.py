@@ -21,6 +21,10 @@ MAX_CONNECTIONS = 1024
 MAX_STRANGERS = 64  # that have not yet said a good HELLO; one more, and the oldest must go
 
 
+class _Gone(Exception):
+    """A stranger left of its own accord before its HELLO, as one does who only asks whether the port serves."""
+
+
 class Acceptor:
     """One thread a listener and one a connection, which calls `serve`; the connection is closed when that returns."""
 
@@ -85,6 +89,8 @@ class Acceptor:
             if not admitted:
                 raise Overloaded(f"{MAX_CONNECTIONS} transfer connections stand already")
             self._serve(channel, hello)
+        except _Gone:
+            pass
         except Overloaded as error:
             self.count_refused(error.code())
         except (PeerDown, PeerMismatch, ProtocolViolation) as error:
@@ -106,17 +112,23 @@ class Acceptor:
                 oldest = next(iter(self._strangers))
                 del self._strangers[oldest]
                 oldest.shutdown()
+                self._refused[Overloaded.code()] += 1
+        deadline = time.monotonic() + HANDSHAKE_S
         try:
             challenge = Challenge(VERSION, proof.nonce())
-            channel.deadline = time.monotonic() + HANDSHAKE_S
+            channel.deadline = deadline
             channel.settimeout(HANDSHAKE_S)
             channel.send(challenge)
             hello, _ = channel.receive(MAX_HELLO)
-            channel.deadline = None
-            channel.settimeout(HANDSHAKE_S)
+        except PeerDown as error:
+            if time.monotonic() < deadline:
+                raise _Gone from error
+            raise
         finally:
             with self._lock:
                 self._strangers.pop(channel, None)
+        channel.deadline = None
+        channel.settimeout(HANDSHAKE_S)
         if not isinstance(hello, Hello):
             raise ProtocolViolation(f"expected HELLO, got {type(hello).__name__}")
         check_hello(hello, self._config.token, challenge.nonce, self._config.fingerprint)

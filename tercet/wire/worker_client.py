@@ -30,6 +30,12 @@ OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own, 120 s, would outlast every restart
+    ("grpc.enable_http_proxy", 0),  # between our own processes nothing goes through a proxy
+    ("grpc.keepalive_time_ms", 3000),  # a path that drops packets is noticed; each new stream would wait in it for ever
+    ("grpc.keepalive_timeout_ms", 5000),  # not before the stream itself is held for silent
+    ("grpc.http2.ping_timeout_ms", 5000),  # by default 60 s, and then that is the one that counts
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),  # no bound
 ]
 
 

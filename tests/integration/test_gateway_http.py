@@ -231,6 +231,16 @@ async def test_ready_only_after_a_real_request_and_healthy_only_with_every_role(
         assert router.requests[-1].params.max_tokens == 2
 
 
+async def test_health_says_why_nothing_new_is_taken(router):
+    async with running(router) as (gateway, info), aiohttp.ClientSession(info.http_url) as http:
+        await gateway.drain(0, "Ray is lost")
+        await gateway.drain(0)  # the first reason stands
+        for path in ("/health", "/ready"):
+            answer = await http.get(path)
+            assert (answer.status, (await answer.json())["reason"]) == (503, "Ray is lost")
+        assert gateway.status()["reason"] == "Ray is lost"
+
+
 async def test_metrics(http):
     await (await http.post(CHAT, json=ASK)).read()
     text = await (await http.get("/metrics")).text()

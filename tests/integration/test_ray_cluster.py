@@ -1,164 +1,29 @@
-"""The cluster on Ray, as processes: a real model, two Ray nodes on one machine, a local Ray, and a Ray job.
-
-Every process that a test starts carries a mark in its environment, so that what is left behind is found.
-"""
+"""The cluster on Ray, as processes: a real model, two Ray nodes on one machine, a local Ray, and a Ray job."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import secrets
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tercet.client import Client
-from tercet.errors import TercetError
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
+from tests.machine import Machine, Served, answers, free_port, is_ready, new_machine, serve, settings, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(170)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.2)
-    return found
-
-
-@dataclass
-class Machine:
-    """A folder, an environment with a mark, and what was started in it."""
-
-    folder: Path
-    mark: str = field(default_factory=lambda: f"TERCET_TEST={secrets.token_hex(8)}")
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        token = self.folder / "token"
-        token.write_text("0123456789abcdef" * 4)
-        return os.environ | {
-            "PATH": f"{BIN}:/usr/bin:/bin",
-            "TMPDIR": str(self.folder),  # run files and Ray's session lie here
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-            "TERCET_TEST": self.mark.partition("=")[2],
-        }
-
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        path = self.folder / f"{secrets.token_hex(4)}.log"
-        with path.open("w") as log:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, text=True, start_new_session=True
-            )
-        process.log = path
-        self.started.append(process)
-        return process
-
-    def run(self, *command: str, seconds: float = 90.0) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=seconds, check=False
-        )
-
-    def left(self) -> dict[int, str]:
-        """pid -> command line of the live processes that carry the mark."""
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (process / "environ").read_bytes().split(b"\0"):
-                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
-            except OSError:  # it ended while we looked
-                continue
-        return found
-
-    def clear(self) -> None:
-        """End what a failed test left."""
-        for process in self.started:
-            process.terminate()
-        with contextlib.suppress(AssertionError):
-            until(lambda: not self.left(), 15)
-        for pid in self.left():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for process in self.started:
-            process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def new_machine() -> Machine:
-    # Ray's sockets lie below this folder and a socket's path may have 107 bytes, so it must be a short one.
-    return Machine(Path(tempfile.mkdtemp(prefix="tc.", dir="/tmp")))
 
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     made = new_machine()
+    token = made.folder / "token"
+    token.write_text("0123456789abcdef" * 4)
+    made.variables.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     yield made
     made.clear()
-
-
-@dataclass
-class Served:
-    machine: Machine
-    process: subprocess.Popen[str]
-    name: str
-    http: int
-
-    def client(self) -> Client:
-        return Client(f"http://127.0.0.1:{self.http}", timeout_s=60.0)
-
-    def status(self, *where: str) -> dict[str, Any]:
-        done = self.machine.run("tercet", "status", "--name", self.name, "--json", *where)
-        return json.loads(done.stdout) if done.returncode == 0 else {}
-
-    def ask(self) -> str:
-        return self.client().chat("What is the capital of France?", temperature=0, max_tokens=12).text
-
-
-def settings(name: str, http: int, *more: str) -> list[str]:
-    wanted = [f"name={name}", f"gateway.http.port={http}", "gateway.grpc.port=0", "limits.drain_timeout_s=5", *more]
-    return [part for setting in wanted for part in ("--set", setting)]
-
-
-def serve(machine: Machine, name: str, *more: str) -> Served:
-    http = free_port()
-    process = machine.start("tercet", "serve", "configs/local.yaml", *settings(name, http, *more))
-    served = Served(machine, process, name, http)
-    # Not /ready: that is true with the first live pair, while other workers may still start.
-    until(lambda: process.poll() is not None or "ready: " in process.log.read_text(), 120)
-    assert process.poll() is None, process.log.read_text()
-    assert is_ready(served.client())
-    return served
-
-
-def is_ready(client: Client) -> bool:
-    try:
-        return client.is_ready()
-    except TercetError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -173,18 +38,12 @@ def ray_head(machine: Machine) -> Iterator[tuple[str, str]]:
     until(lambda: answers(gcs))
     node = machine.start("ray", "start", f"--address={gcs}", "--labels=pool=b", *both)
     until(lambda: "pool=b" in machine.run("tercet", "plan", "configs/local.yaml", "--address", gcs, "--set",
-                                          "pools.cpu.labels.pool=b").stdout)  # fmt: skip
+                                          "pools.cpu.labels.pool=b").stdout, 120)  # fmt: skip
     yield gcs, f"http://127.0.0.1:{dashboard}"
     for process in (node, head):
         process.terminate()
         process.wait(40)
     until(lambda: not machine.left(), 20)
-
-
-def answers(address: str) -> bool:
-    host, _, port = address.partition(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) == 0
 
 
 POOLS = ("pools={a: {labels: {pool: a}}, b: {labels: {pool: b}}}", "roles.prefill.pool=a", "roles.decode.pool=b")

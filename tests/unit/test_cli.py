@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from tercet.cluster import run_file
 from tercet.cluster.cli import app
-from tercet.cluster.run_file import RunFile
+from tercet.cluster.run_file import RunFile, Served
 from tercet.errors import ClusterError, SpecError
 from tercet.transfer.nixl import NixlTransport
 from tercet.transfer.transports import ALL, usable
@@ -79,7 +80,9 @@ def test_a_run_file_is_a_lock(tmp_path, monkeypatch):
     with pytest.raises(ClusterError, match="no cluster is served"):
         run_file.find(None)
     with RunFile("one") as mine:
-        mine.write("10.0.0.1:6379", "http://127.0.0.1:8000")
+        with pytest.raises(ClusterError, match="cluster one is just starting"):
+            run_file.find_reachable(None)
+        mine.write(Served("one", os.getpid(), "10.0.0.1:6379", "http://127.0.0.1:8000"))
         assert run_file.find(None).http_url == "http://127.0.0.1:8000"
         with pytest.raises(ClusterError, match="a cluster named one is already served"), RunFile("one"):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from tercet.cluster import reconcile
 from tercet.cluster.controller import Controller
-from tercet.cluster.reconcile import GATEWAY, Member, Publish, Start, State, Stop, diff
+from tercet.cluster.reconcile import GATEWAY, Member, Publish, Start, State, diff
 from tercet.core import Role
-from tercet.errors import ClusterError, ModelFileMissing, TercetError, WorkerLost
+from tercet.errors import ClusterError, ModelFileMissing, RayLost, TercetError, WorkerLost
 from tercet.spec import ClusterSpec, RaySpec, RoleSpec
 
 TARGET = (GATEWAY, "prefill-0", "decode-0")
@@ -43,11 +44,6 @@ def test_a_new_gateway_is_told_even_if_nothing_changed():
     assert diff(TARGET, actual, None, 0.0) == (Publish({"decode-0": 1, "prefill-0": 1}),)
 
 
-def test_what_is_not_wanted_is_stopped():
-    actual = {m: live() for m in (*TARGET, "decode-1")}
-    assert Stop("decode-1") in diff(TARGET, actual, None, 0.0)
-
-
 def test_a_crash_loop_backs_off_and_a_long_life_forgives():
     now, member, waits = 0.0, reconcile.starting(1, None, 0.0), []
     for _ in range(8):
@@ -63,7 +59,7 @@ def test_a_crash_loop_backs_off_and_a_long_life_forgives():
 
 @given(
     st.dictionaries(
-        st.sampled_from((*TARGET, "decode-1")),
+        st.sampled_from(TARGET),
         st.builds(Member, st.integers(1, 9), st.sampled_from(State), st.just(0.0), retry_at=st.floats(0, 9)),
     ),
     st.floats(0, 9),
@@ -92,13 +88,15 @@ class FakeMember:
         self._world.calls.append((self.name, method))
         if self.fault is not None:
             raise self.fault
+        if method == "drain" and self._member_id == GATEWAY:
+            self._world.drained.append(args)
         if method == "set_workers":
             self._world.told = args[0]
         if method == "health" and self._member_id == GATEWAY:
             return {"ready": len(self._world.told) == 2, "stop_requested": self._world.stop_requested}
         return self.name  # stands for the info that `start` gives
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         self._world.killed.append(self.name)
 
 
@@ -107,13 +105,20 @@ class FakeStarter:
         self.members: dict[str, FakeMember] = {}
         self.calls: list[tuple[str, str]] = []
         self.killed: list[str] = []
+        self.drained: list[tuple[object, ...]] = []  # what the gateway was told
         self.told: Any = ()
         self.stop_requested = False
         self.refuse: TercetError | None = None
-        self.home = True
+        self.lost = asyncio.Event()  # Ray
+        self.silent: set[str] = set()  # whose ports do not answer
 
-    def has_home(self) -> bool:
-        return self.home
+    async def watch_home(self) -> None:
+        await self.lost.wait()
+        raise RayLost("Ray is lost")
+
+    async def ask_ports(self, info: Any, timeout_s: float) -> None:
+        if info in self.silent:
+            raise WorkerLost("its gRPC port at 127.0.0.1:1 does not answer new connections")
 
     async def launch(self, member_id: str, epoch: int) -> FakeMember:
         if self.refuse is not None and member_id == "decode-0":
@@ -122,9 +127,14 @@ class FakeStarter:
         return self.members[member_id]
 
 
-def controller(starter: FakeStarter, reports: list[str]) -> Controller:
-    spec = ClusterSpec(roles={Role.PREFILL: RoleSpec(), Role.DECODE: RoleSpec()}, ray=RaySpec(start_timeout_s=20.0))
-    return Controller(spec, ["prefill-0", "decode-0"], starter, reports.append)
+def spec_of(**ray: float) -> ClusterSpec:
+    return ClusterSpec(
+        roles={Role.PREFILL: RoleSpec(), Role.DECODE: RoleSpec()}, ray=RaySpec(start_timeout_s=20.0, **ray)
+    )
+
+
+def controller(starter: FakeStarter, reports: list[str], **ray: float) -> Controller:
+    return Controller(spec_of(**ray), ["prefill-0", "decode-0"], starter, reports.append)
 
 
 async def until(condition: Any) -> None:
@@ -147,6 +157,17 @@ async def test_a_lost_worker_is_killed_replaced_and_published():
     await until(lambda: set(starter.told) == {"prefill-0@1", "decode-0@2"})
     stop.set()
     await running
+
+
+async def test_each_gateway_is_told_of_since_its_ports_may_be_others():
+    starter, gateways = FakeStarter(), []
+    cluster = Controller(spec_of(), ["prefill-0", "decode-0"], starter, lambda line: None, gateways.append)
+    await cluster.bring_up()
+    running = asyncio.create_task(cluster.run(asyncio.Event()))
+    starter.members[GATEWAY].fault = WorkerLost("gateway died")
+    await until(lambda: gateways == ["gateway@1", "gateway@2"])
+    running.cancel()
+    await cluster.end_now()
 
 
 async def test_shut_down_drains_the_gateway_first_and_kills_all():
@@ -175,15 +196,54 @@ async def test_a_fault_while_bringing_up_is_raised_as_itself(fault):
     assert len(starter.killed) == len(starter.members)
 
 
-async def test_the_death_of_the_own_node_ends_the_controller():
+async def test_the_loss_of_ray_ends_the_controller_and_clients_are_told_why():
     starter = FakeStarter()
     cluster = controller(starter, [])
     await cluster.bring_up()
-    starter.home = False
-    starter.members[GATEWAY].fault = WorkerLost("gateway died")
-    with pytest.raises(ClusterError, match="the Ray node of this process has died"):
+    starter.lost.set()
+    with pytest.raises(RayLost):
         await cluster.run(asyncio.Event())
-    await cluster.shut_down()
+    await cluster.shut_down("Ray is lost")
+    assert starter.drained == [(spec_of().limits.drain_timeout_s, "Ray is lost")]
+    assert len(starter.killed) == len(starter.members)
+
+
+async def test_a_port_that_does_not_answer_is_named_and_its_member_replaced(monkeypatch):
+    monkeypatch.setattr("tercet.cluster.controller.ASK_PORTS_EVERY_S", 0.01)
+    starter, reports, stop = FakeStarter(), [], asyncio.Event()
+    cluster = controller(starter, reports, health_deadline_s=0.1)
+    await cluster.bring_up()
+    running = asyncio.create_task(cluster.run(stop))
+    starter.silent = {"decode-0@1"}
+    await until(lambda: "decode-0@2" in starter.told)
+    assert starter.killed == ["decode-0@1"]
+    assert any("decode-0 (epoch 1) lost: worker_lost: its gRPC port at 127.0.0.1:1" in line for line in reports)
+    stop.set()
+    await running
+
+
+async def test_one_miss_of_a_port_is_none(monkeypatch):
+    monkeypatch.setattr("tercet.cluster.controller.ASK_PORTS_EVERY_S", 0.0)
+
+    class Hiccup(FakeStarter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked: Counter[Any] = Counter()
+
+        async def ask_ports(self, info: Any, timeout_s: float) -> None:
+            self.asked[info] += 1
+            if self.asked[info] % 2:
+                await asyncio.sleep(0.02)  # longer than the deadline
+                raise WorkerLost("busy")
+
+    starter = Hiccup()
+    cluster = controller(starter, [], health_deadline_s=0.01)
+    await cluster.bring_up()
+    running = asyncio.create_task(cluster.run(asyncio.Event()))
+    await until(lambda: starter.asked.total() > 30)
+    assert starter.killed == []
+    running.cancel()
+    await cluster.end_now()
 
 
 async def test_a_bug_in_a_member_is_not_swallowed():
@@ -194,4 +254,4 @@ async def test_a_bug_in_a_member_is_not_swallowed():
     cluster = controller(Broken(), [])
     with pytest.raises(ZeroDivisionError):
         await cluster.bring_up()
-    await cluster.kill()
+    await cluster.end_now()

@@ -68,7 +68,6 @@ class Gateway:
         self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics)
         timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
         self._readiness = Readiness(self._router, self._model.tokenizer, timeout_s)
-        self._draining = False
         self._stack = AsyncExitStack()
 
     async def start(self) -> GatewayInfo:
@@ -88,8 +87,8 @@ class Gateway:
     def status(self) -> dict[str, object]:
         """Plain data for the controller and `tercet status`."""
         return {
-            "ready": self._readiness.ready and not self._draining,
-            "reason": "draining" if self._draining else self._readiness.reason,
+            "ready": self._readiness.ready,
+            "reason": self._readiness.reason,
             "inflight": self._frontend.inflight,
             "workers": {w.worker_id: self._worker_status(w) for w in self._workers},
         }
@@ -99,9 +98,12 @@ class Gateway:
         told = {name: getattr(worker, name) for name in ("role", "epoch", "pid", "node", "rpc_address")}
         return told | {"load": None if load is None else asdict(load)}
 
-    async def drain(self, timeout_s: float) -> None:
-        """Take no new request; return when the running ones have ended, by force after `timeout_s` seconds."""
-        self._draining = True
+    async def drain(self, timeout_s: float, reason: str = "draining") -> None:
+        """Take no new request; return when the running ones have ended, by force after `timeout_s` seconds.
+
+        From now on `/health` and `/ready` are 503 and say the reason, the first one that was given.
+        """
+        self._readiness.closed = self._readiness.closed or reason
         await self._frontend.drain(timeout_s)
 
     async def stop(self) -> None:
@@ -146,7 +148,7 @@ class Gateway:
         """The standard health service says SERVING while the gateway is ready."""
         told = None
         while True:
-            state = SERVING if self._readiness.ready and not self._draining else NOT_SERVING
+            state = SERVING if self._readiness.ready else NOT_SERVING
             if state != told:
                 told = state
                 for service in ("", SERVICE):

@@ -125,9 +125,10 @@ class HttpApi:
         return web.json_response({"object": "list", "data": [entry | {"max_model_len": model.max_context}]})
 
     async def _health(self, request: web.Request) -> web.Response:
-        """200 while every role has a live worker."""
-        missing = self._backend.missing_roles()
-        return _state(not missing, f"no live worker of role {', '.join(missing)}")
+        """200 while every role has a live worker and new requests are taken."""
+        missing = ", ".join(self._backend.missing_roles())
+        fault = self._readiness.closed or (f"no live worker of role {missing}" if missing else "")
+        return _state(not fault, fault)
 
     async def _ready(self, request: web.Request) -> web.Response:
         """200 once a real request has passed through a live pair, and while one such pair lives."""

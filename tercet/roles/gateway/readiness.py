@@ -28,14 +28,17 @@ class Readiness:
         self._prompt = tuple(tokenizer.encode(PROBE_TEXT))
         self._timeout_s = timeout_s
         self._failure = ""
+        self.closed = ""  # why nothing new is taken any more
 
     @property
     def ready(self) -> bool:
-        return self._backend.is_ready()
+        return not self.closed and self._backend.is_ready()
 
     @property
     def reason(self) -> str:
         """Why it is not ready; empty if it is."""
+        if self.closed:
+            return self.closed
         missing = self._backend.missing_roles()
         if missing:
             return f"no live worker of role {', '.join(missing)}"

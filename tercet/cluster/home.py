@@ -1,0 +1,51 @@
+"""Whether the Ray that a controller stands on still does: its control store (GCS) and the node of this process.
+
+Without them nothing can be started or replaced, and Ray ends processes at a time of its own. Requests need neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from tercet.cluster import bounded, ray_address
+from tercet.errors import RayLost
+
+WATCH_EVERY_S = 1.0
+ASK_TIMEOUT_S = 2.0
+
+
+class Home:
+    """Each of Ray's servers (what it is -> host:port) may be silent for `deadline_s`; `report` hears of it at once."""
+
+    def __init__(self, servers: Mapping[str, str], deadline_s: float, report: Callable[[str], None]) -> None:
+        self._servers = servers
+        self._deadline_s = deadline_s
+        self._report = report
+
+    async def watch(self) -> None:
+        """Return never. Raises RayLost once a server is silent for too long."""
+        answered, told = time.monotonic(), ""
+        while True:
+            fault = await self._fault()
+            if not fault:
+                answered = time.monotonic()
+            elif time.monotonic() - answered >= self._deadline_s:
+                raise RayLost(f"Ray is lost: {fault}")
+            if bool(fault) != bool(told):
+                self._tell(fault)
+                told = fault
+            await asyncio.sleep(WATCH_EVERY_S)
+
+    async def _fault(self) -> str:
+        """What is silent, or nothing."""
+        for name, address in self._servers.items():
+            answer = await bounded.wait(f"asking {name}", 2 * ASK_TIMEOUT_S, ray_address.ask, address, ASK_TIMEOUT_S)
+            if answer.silent:
+                return f"{name} at {address} does not answer ({answer.status}: {answer.details})"
+        return ""
+
+    def _tell(self, fault: str) -> None:
+        grace = f"unless it does within {self._deadline_s:g} s, what runs is finished and the cluster ends"
+        self._report(f"{fault}; {grace}" if fault else "Ray answers again")

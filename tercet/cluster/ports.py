@@ -1,0 +1,88 @@
+"""Whether a member's ports still serve, asked from outside its process: a new connection each, closed after its answer.
+
+The process itself cannot say: a server that accepts no more looks well to the streams that it already has.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tercet.cluster import bounded
+from tercet.core import WorkerInfo
+from tercet.errors import WorkerLost
+from tercet.wire import knock
+
+if TYPE_CHECKING:
+    from tercet.roles.gateway.gateway import GatewayInfo
+
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104, compared, not bound
+
+Asked = tuple[str, Callable[[str, float], str], str]  # what it is, how it is asked, where
+
+
+async def ask_ports(info: WorkerInfo | GatewayInfo, timeout_s: float) -> None:
+    """Ask every port, one after the other. Raises WorkerLost naming the first that does not answer in `timeout_s`."""
+    for name, ask, where in _ports(info):
+        fault = await bounded.wait(f"asking the {name} port at {where}", 2 * timeout_s, ask, where, timeout_s)
+        if fault:
+            raise WorkerLost(f"its {name} port at {where} does not answer new connections: {fault}")
+
+
+def _ports(info: WorkerInfo | GatewayInfo) -> Iterator[Asked]:
+    if not isinstance(info, WorkerInfo):
+        yield "HTTP", _http, info.http_url
+        yield "gRPC", _grpc, info.grpc_address
+        return
+    yield "gRPC", _grpc, info.rpc_address
+    if info.transfer_endpoint:
+        from tercet.transfer.transport import Endpoint  # only now: numpy
+
+        for address in Endpoint.decode(info.transfer_endpoint).tcp:
+            yield "transfer", _tcp, address
+
+
+def _http(url: str, timeout_s: float) -> str:
+    """Any answer will do, 503 included. -> what went wrong, or nothing."""
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port
+    connection = http.client.HTTPConnection(_reachable(host), port, timeout=timeout_s)
+    try:
+        connection.request("GET", "/health", headers={"Connection": "close"})
+        connection.getresponse().read()
+    except (OSError, http.client.HTTPException) as error:
+        return _told(error)
+    finally:
+        connection.close()
+    return ""
+
+
+def _grpc(address: str, timeout_s: float) -> str:
+    """Any status will do: a worker knows no health service and says so."""
+    host, port = _split(address)
+    answer = knock.ask(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", timeout_s)
+    return f"{answer.status}: {answer.details}" if answer.silent else ""
+
+
+def _tcp(address: str, timeout_s: float) -> str:
+    """The acceptor speaks first, with its challenge."""
+    try:
+        with socket.create_connection(_split(address), timeout_s) as connection:
+            return "" if connection.recv(1) else "it closes them"
+    except OSError as error:
+        return _told(error)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return _reachable(host.strip("[]")), int(port)
+
+
+def _reachable(host: str) -> str:
+    return _LOOPBACK.get(host, host)
+
+
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__
