@@ -5,6 +5,12 @@
     │   ├── InvalidRequest          400   INVALID_ARGUMENT
     │   ├── ContextTooLong          400   INVALID_ARGUMENT
     │   ├── BodyTooLarge            413   RESOURCE_EXHAUSTED
+    │   ├── HeadTooLarge            431   RESOURCE_EXHAUSTED   a header, or all of them
+    │   ├── UriTooLong              414   RESOURCE_EXHAUSTED
+    │   ├── RequestTimeout          408   DEADLINE_EXCEEDED    the request's own bytes did not come in time
+    │   ├── UnsupportedMedia        415   UNIMPLEMENTED        a content type or compression that is not read
+    │   ├── UnknownUrl              404   UNIMPLEMENTED
+    │   ├── MethodNotAllowed        405   UNIMPLEMENTED
     │   └── ModelNotFound           404   NOT_FOUND
     ├── SpecError                   400   INVALID_ARGUMENT     the cluster spec is wrong: file, line, path
     │   └── UnsupportedSpec         400   UNIMPLEMENTED        sayable, but not built or not here
@@ -25,7 +31,8 @@
     │   ├── ProtocolViolation       502   DATA_LOSS            bytes that are no frame of ours
     │   ├── LeaseExpired            502   DEADLINE_EXCEEDED
     │   └── DigestMismatch          502   DATA_LOSS
-    └── ClusterError                500   INTERNAL             Ray, ports, placement
+    ├── ClusterError                500   INTERNAL             Ray, ports, placement
+    └── InternalError               500   INTERNAL             a fault of Tercet's own that no other name fits
 
 An error crosses a wire as (code, message); `from_wire` rebuilds it. `code` is the class name in snake case.
 """
@@ -63,6 +70,36 @@ class ContextTooLong(UserError):
 class BodyTooLarge(UserError):
     http_status = 413
     grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class HeadTooLarge(UserError):
+    http_status = 431
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class UriTooLong(UserError):
+    http_status = 414
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class RequestTimeout(UserError):
+    http_status = 408
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class UnsupportedMedia(UserError):
+    http_status = 415
+    grpc_status = "UNIMPLEMENTED"
+
+
+class UnknownUrl(UserError):
+    http_status = 404
+    grpc_status = "UNIMPLEMENTED"
+
+
+class MethodNotAllowed(UserError):
+    http_status = 405
+    grpc_status = "UNIMPLEMENTED"
 
 
 class ModelNotFound(UserError):
@@ -154,6 +191,10 @@ class DigestMismatch(TransferError):
 
 
 class ClusterError(TercetError):
+    pass
+
+
+class InternalError(TercetError):
     pass
 
 
