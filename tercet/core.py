@@ -44,6 +44,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely tokens'
+    prompt_logprobs: int | None = None  # likewise, for each token of the prompt but the first
 
     @property
     def greedy(self) -> bool:
@@ -71,8 +72,9 @@ class SamplingParams:
             raise InvalidRequest(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if self.max_tokens < 1:
             raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise InvalidRequest(f"logprobs must be from 0 to 20, got {self.logprobs}")
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None and not 0 <= count <= 20:
+                raise InvalidRequest(f"{name} must be from 0 to 20, got {count}")
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,26 @@ class GenerateRequest:
     client: str = ""  # who asks; requests of one client wait for each other before they wait for others'
 
 
+TopLogprobs = tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """What the model gave each token of the prompt but the first, and the k most likely in its place.
+
+    The first event of a request whose params have `prompt_logprobs`, once, however many attempts it takes.
+    """
+
+    entries: tuple[tuple[float, TopLogprobs], ...]  # [prompt tokens - 1]
+
+
 @dataclass(frozen=True)
 class TokenEvent:
     """One generated token. `top_logprobs` holds (token id, logprob), most likely first."""
 
     token_id: int
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    top_logprobs: TopLogprobs = ()
     finish: FinishReason | None = None  # set on the last token
     at: float = field(default_factory=time.monotonic, compare=False)  # when this process had it
 

@@ -39,8 +39,11 @@ An error crosses a wire as (code, message); `from_wire` rebuilds it. `code` is t
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import ClassVar
+
+log = logging.getLogger(__name__)
 
 
 class TercetError(Exception):
@@ -212,3 +215,11 @@ def from_wire(code: str, message: str) -> TercetError:
     """Rebuild an error that crossed a wire; an unknown code keeps its name in the message."""
     known = _BY_CODE.get(code)
     return known(message) if known else TercetError(f"{code}: {message}")
+
+
+def as_named(error: Exception, request_id: str) -> TercetError:
+    """What a boundary tells its client. An error that is not ours is a fault of ours: logged here, once."""
+    if isinstance(error, TercetError):
+        return error
+    log.error("request %s: %s", request_id, error, exc_info=error)
+    return InternalError(f"unexpected {type(error).__name__}; the log has request {request_id}")

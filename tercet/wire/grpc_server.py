@@ -10,7 +10,6 @@ InternalError, logged once. Every failure is counted by `on_failure`.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import grpc
 from grpclib.protocol import AbstractHandler, Stream
 from h2.errors import ErrorCodes
 
-from tercet.errors import Cancelled, DeadlineExceeded, InternalError, TercetError, UnknownUrl
+from tercet.errors import Cancelled, DeadlineExceeded, TercetError, UnknownUrl, as_named
 from tercet.wire.bodies import Bodies
 from tercet.wire.connections import Connections, Guard
 from tercet.wire.grpc_call import Aborted, Call
@@ -28,8 +27,6 @@ from tercet.wire.http2 import Http2
 MOST_WATCHERS = 512  # calls that only listen; one more ends the oldest
 LAST_WORD_S = 5.0  # for a status to a client that does not read
 CONTENT_TYPES = (b"application/grpc", b"application/grpc+proto")
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,10 @@ class GrpcServer:
         """What the generated `add_..._to_server` calls."""
         for name, handler in handlers.items():
             self.methods[f"/{service}/{name}".encode()] = (handler, service in self.limits.watching)
+
+    def handler(self, service: str, name: str) -> Any:
+        """A method that has been added."""
+        return self.methods[f"/{service}/{name}".encode()][0]
 
     def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
         """Called by the generated code too, with the same methods."""
@@ -134,25 +135,22 @@ class _Client(AbstractHandler):
 
     async def _run(self, call: Call, method: Any, watching: bool) -> None:
         """The method, with every failure told to the call."""
-        error: TercetError
         task = asyncio.current_task()
         assert task is not None
         if watching:
             self._make_room_for_watcher(task)
         try:
             await call.run(method)
-            return
         except Aborted:
-            return
-        except TercetError as known:
-            error = known
+            pass
         except TimeoutError:
-            error = DeadlineExceeded("the call's deadline has passed")
-        except Exception as unexpected:  # a boundary: a fault of ours is told and counted by its name
-            log.exception("call %s", call.id)
-            error = InternalError(f"unexpected {type(unexpected).__name__}; the log has call {call.id}")
+            self._failed(call, DeadlineExceeded("the call's deadline has passed"))
+        except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
+            self._failed(call, as_named(error, call.id))
         finally:
             self._server.watchers.pop(task, None)
+
+    def _failed(self, call: Call, error: TercetError) -> None:
         self._server.on_failure(type(error))
         call.fail(error)
 
