@@ -68,7 +68,7 @@ def test_wrong_completion_bodies_are_refused_by_name(fields, says):
     [
         (b"{", "not valid JSON"),
         (b"[" * 60_000, "not valid JSON"),
-        (b"[" * 100_000, "100000 JSON lists and objects"),
+        (b"[" * 100_000, "more than 65536 JSON lists"),
         (b"[]", "must be a JSON object, got list"),
         (b'{"prompt": "\xff"}', r"not valid UTF-8 \(byte 12\)"),
         (b"{}", "prompt: Field required"),

@@ -58,6 +58,10 @@ class Ask:
     prompt_only: bool = False  # the one token that is asked of the workers is not the client's
 
     @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.stop))
+
+    @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.n
 

@@ -33,7 +33,7 @@ STOP_CHARS, STOPS_CHARS = 256, 1024  # of one stop string, of all: they bound th
 NAME_CHARS = 256  # of what is a name: model, tool, author
 KWARGS_CHARS = 65536  # of chat_template_kwargs, as JSON
 DEPTH = 32  # lists and maps within each other, of what is given to a chat template
-JSON_NODES = 65536  # lists and maps of a body; each costs 50 to 500 times its bytes
+JSON_NODES = 65536  # lists and maps of a body, and likewise keys; each costs 50 to 500 times its bytes
 
 
 def bound(name: str, items: Sized, where: str = "") -> None:

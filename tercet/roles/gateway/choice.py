@@ -18,9 +18,7 @@ from tercet.roles.gateway.stop import StopMatcher
 class Choice:
     """The state of one choice. Not shared between tasks."""
 
-    def __init__(
-        self, index: int, request: GenerateRequest, detokenizer: Detokenizer, stop: tuple[str, ...], ask: Ask, echo: str = ""
-    ) -> None:
+    def __init__(self, index: int, request: GenerateRequest, detokenizer: Detokenizer, ask: Ask, echo: str) -> None:
         """`echo`: the prompt's text, if the answer is to begin with it."""
         self.index = index
         self.request = request
@@ -29,7 +27,7 @@ class Choice:
         self.prompt: PromptLogprobs | None = None
         self.done: Done | None = None
         self._detokenizer = detokenizer
-        self._stop = StopMatcher(stop)
+        self._stop = StopMatcher(ask.stop_strings)
         self._prompt_only = ask.prompt_only
         self._chars = 0  # of the text so far
         self._arrived = ask.arrived

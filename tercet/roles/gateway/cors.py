@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from aiohttp import web
 
 ANY = "*"
+METHODS = "GET, POST, OPTIONS"
 PREFLIGHT_S = "86400"  # a browser asks once a day
 EXPOSED = "X-Request-Id, X-Ignored-Parameters, Retry-After"
 
@@ -17,7 +18,7 @@ class Cors:
         self.on = bool(origins)
 
     def allows(self, origin: str | None) -> bool:
-        return origin is not None and (ANY in self._origins or origin in self._origins)
+        return origin is not None and origin.isascii() and (ANY in self._origins or origin in self._origins)
 
     async def on_prepare(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         """An aiohttp signal: on each answer, before its head is sent."""
@@ -31,11 +32,12 @@ class Cors:
 
     async def preflight(self, request: web.Request) -> web.Response:
         """What a browser asks before it sends anything of its own. Without the headers it refuses by itself."""
-        headers = {"Allow": "GET, POST, OPTIONS"}
+        wanted = request.headers.get("Access-Control-Request-Headers", "")
+        headers = {"Allow": METHODS}
         if self.allows(request.headers.get("Origin")):
             headers |= {
-                "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-                "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", ANY),
+                "Access-Control-Allow-Methods": METHODS,
+                "Access-Control-Allow-Headers": wanted if wanted.isascii() else "",
                 "Access-Control-Max-Age": PREFLIGHT_S,
             }
         return web.Response(status=204, headers=headers)

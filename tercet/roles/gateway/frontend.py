@@ -114,7 +114,6 @@ class Frontend:
     async def _choices(self, ask: Ask) -> list[Choice]:
         """One per prompt and sample, in that order."""
         seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed
-        stop = tuple(stop for stop in ask.stop if stop)
         choices: list[Choice] = []
         prompts = zip(ask.prompts, await self._tokenising.ids(ask.prompts, ask.client), strict=True)
         for prompt, ids in prompts:
@@ -126,7 +125,7 @@ class Frontend:
                 index = len(choices)
                 request = self._request(ask, index, ids, dataclasses.replace(params, seed=_own_seed(seed, index)))
                 detokenizer = self.model.tokenizer.detokenizer(ids)
-                choices.append(Choice(index, request, detokenizer, stop, ask, echo))
+                choices.append(Choice(index, request, detokenizer, ask, echo))
         return choices
 
     def _request(self, ask: Ask, index: int, ids: tuple[int, ...], params: SamplingParams) -> GenerateRequest:

@@ -28,7 +28,6 @@ from tercet.wire.inflate import inflate
 _Parse = Callable[[bytes, str | None, float, Origin], Parsed]
 
 LAST_WORD_S = 1.0  # for telling a slow client why its stream ends
-SMALL_BODY = 64 * 1024  # bytes that are parsed in the loop: some milliseconds at worst
 MOST_HELD = 1 << 18  # tokens, and logprobs of others in their places, of an answer that is not streamed
 HEAVY = 2000  # of them, that are rendered in the loop
 MOST_IGNORED = 1024  # characters of the header that names what was ignored
@@ -83,13 +82,13 @@ class Generation:
             raise too_large(self._bodies.limits.max_bytes)
 
     async def _parsed(self, request: web.Request, body: Body, parse: _Parse) -> Parsed:
-        client = client_of(request.headers.get(hdrs.AUTHORIZATION, "").encode(), request.remote or "")
+        key = request.headers.get(hdrs.AUTHORIZATION, "").encode(errors="surrogateescape")
+        client = client_of(key, request.remote or "")
         encoding = request.headers.get(hdrs.CONTENT_ENCODING, PLAIN).strip().lower()
         origin = Origin(request[REQUEST_ID], client)
         work = partial(self._parse, parse, encoding, body.data, request.headers.get("X-Request-Timeout"), origin)
-        if body.size <= SMALL_BODY and encoding == PLAIN:
-            return work()
-        return await self._frontend.offloop.brief(client, work)
+        size = body.size if encoding == PLAIN else self._bodies.limits.max_bytes
+        return await self._frontend.offloop.parse(client, size, work)
 
     def _parse(self, parse: _Parse, encoding: str, data: bytes, timeout: str | None, origin: Origin) -> Parsed:
         if encoding != PLAIN:
@@ -117,7 +116,7 @@ class Generation:
     async def _rendered(self, weight: int, parsed: Parsed, render: Callable[[], bytes]) -> bytes:
         if weight <= HEAVY:
             return render()
-        return await self._frontend.offloop.brief(parsed.ask.client, render)
+        return await self._frontend.offloop.render(parsed.ask.client, render)
 
     async def _stream(self, request: web.Request, body: Body, parsed: Parsed, kind: type[Reply]) -> web.StreamResponse:
         response = web.StreamResponse(headers=_SSE | _headers(parsed))

@@ -137,13 +137,14 @@ def _allowed(error: web.HTTPException) -> dict[str, str]:
 
 def _of_parser(error: HttpProcessingError) -> TercetError:
     if isinstance(error, LineTooLong):
-        line = error.args[0]
-        url = line.startswith(b"/") if isinstance(line, bytes) else str(line).startswith("/")
+        # The beginning of the line is all that aiohttp tells; no usual header begins as a URL does.
+        url = bytes(error.args[0]).startswith(b"/")
         return UriTooLong("the URL is too long") if url else HeadTooLarge("a header is too long")
     message = error.message
     if TOO_MANY_HEADERS in message:
         return HeadTooLarge("too many headers")
-    return InvalidRequest(f"this is no HTTP request: {message.splitlines()[0][:200] if message else 'it is cut off'}")
+    reason = message.partition(":\n")[0]  # behind it aiohttp draws where
+    return InvalidRequest(f"this is no HTTP request: {reason[:200]}")
 
 
 def protocols_of(runner: web.AppRunner, count: _Count) -> Callable[[Guard], HttpProtocol]:

@@ -15,7 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 INLINE = 8192  # characters that are worked on at once, in the loop: some milliseconds
-LONG = 128 * 1024  # characters; such work waits for its like alone, so that none of the others waits for it
+LONG = 64 * 1024  # characters; such work waits for its like alone, so that none of the others waits for it
 
 
 class OffLoop:
@@ -30,8 +30,12 @@ class OffLoop:
             return work()
         return await (self._brief if size <= LONG else self._long).run(client, work)
 
-    async def brief(self, client: str, work: Callable[[], T]) -> T:
-        """work(), which takes tenths of a second at most."""
+    async def parse(self, client: str, size: int, work: Callable[[], T]) -> T:
+        """work(), which reads a body of `size` bytes: some eight times faster than text is tokenised."""
+        return await self.run(client, size // 8, work)
+
+    async def render(self, client: str, work: Callable[[], T]) -> T:
+        """work(), which writes an answer."""
         return await self._brief.run(client, work)
 
     def close(self) -> None:
