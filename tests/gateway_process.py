@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import multiprocessing
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,11 +38,13 @@ class GatewayProcess:
 
 
 @contextmanager
-def gateway_process(max_context: int = 2048, delay_s: float = 0.01, **limits: Any) -> Iterator[GatewayProcess]:
-    """`delay_s`: between two tokens of the router."""
+def gateway_process(
+    max_context: int = 2048, delay_s: float = 0.01, files: int | None = None, **limits: Any
+) -> Iterator[GatewayProcess]:
+    """`delay_s`: between two tokens of the router; `files`: the most that the process may open."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, max_context, delay_s, limits), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, max_context, delay_s, files, limits), daemon=True)
     process.start()
     try:
         assert process.pid is not None
@@ -51,7 +54,10 @@ def gateway_process(max_context: int = 2048, delay_s: float = 0.01, **limits: An
         process.join()
 
 
-def _serve(pipe: Connection, max_context: int, delay_s: float, limits: dict[str, Any]) -> None:
+def _serve(pipe: Connection, max_context: int, delay_s: float, files: int | None, limits: dict[str, Any]) -> None:
+    if files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
     async def work() -> None:
         model = dataclasses.replace(load_served_model(ModelSpec()), max_context=max_context)
         gateway = Gateway(spec(**limits), "token", FakeRouter(delay_s=delay_s), model)

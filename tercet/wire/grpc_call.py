@@ -12,7 +12,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -24,7 +25,9 @@ from tercet.errors import Cancelled, InvalidRequest, TercetError
 from tercet.wire.bodies import Bodies, Body, too_large
 from tercet.wire.inflate import inflate
 
-PIECE = 64 * 1024  # bytes of a message that are asked for at once, so that its rate is seen
+T = TypeVar("T")
+
+PIECE = 16 * 1024  # bytes of a message that are asked for at once, and counted then
 LATE_S = 1.0  # a method that knows the deadline itself may end by it first
 MOST_DETAILS = 2048  # characters of a status
 HEAD = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-accept-encoding", "identity,deflate,gzip")]
@@ -32,6 +35,16 @@ HEAD = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-accept-
 
 class Aborted(Exception):  # never leaves wire/
     """What `Call.abort` raises in the servicer."""
+
+
+class Offload(Protocol):
+    """Where a message of `size` bytes is read."""
+
+    async def __call__(self, call: Call, size: int, work: Callable[[], T]) -> T: ...
+
+
+async def inline(call: Call, size: int, work: Callable[[], T]) -> T:
+    return work()
 
 
 class Call:
@@ -44,6 +57,7 @@ class Call:
         bodies: Bodies,
         max_bytes: int,
         passed: Callable[[], None],
+        offload: Offload,
     ) -> None:
         """`max_bytes` bounds each message, `passed` is told of each."""
         self.id = uuid.uuid4().hex
@@ -52,6 +66,7 @@ class Call:
         self._bodies = bodies
         self._max_bytes = max_bytes
         self._passed = passed
+        self._offload = offload
         self.ended = False  # with its status
         self._body: Body | None = None
         self._begun = False  # whether the answer's head is out
@@ -135,7 +150,7 @@ class Call:
         self._body = await self._bodies.receive(reader.read, self._max_bytes)
         if reader.ended:
             raise InvalidRequest("the call has no message")
-        return self._parsed(method.request_deserializer, reader, self._body.data)
+        return await self._parsed(method.request_deserializer, reader, self._body.data)
 
     async def _messages(self, deserialize: Callable[[bytes], Any]) -> AsyncIterator[Any]:
         while True:
@@ -145,14 +160,18 @@ class Call:
                 return
             body = await self._bodies.receive(reader.read, self._max_bytes)
             try:
-                message = self._parsed(deserialize, reader, body.data)
+                message = await self._parsed(deserialize, reader, body.data)
             finally:
                 body.release()
             yield message
 
-    def _parsed(self, deserialize: Callable[[bytes], Any], reader: _Reader, data: bytes) -> Any:
+    async def _parsed(self, deserialize: Callable[[bytes], Any], reader: _Reader, data: bytes) -> Any:
         self._passed()
-        if reader.compressed:
+        size = self._max_bytes if reader.compressed else len(data)
+        return await self._offload(self, size, partial(self._parse, deserialize, reader.compressed, data))
+
+    def _parse(self, deserialize: Callable[[bytes], Any], compressed: bool, data: bytes) -> Any:
+        if compressed:
             data = inflate(self.header(b"grpc-encoding").decode("latin-1"), data, self._max_bytes)
         try:
             return deserialize(data)

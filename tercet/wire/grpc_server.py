@@ -21,7 +21,7 @@ from h2.errors import ErrorCodes
 from tercet.errors import Cancelled, DeadlineExceeded, TercetError, UnknownUrl, as_named
 from tercet.wire.bodies import Bodies
 from tercet.wire.connections import Connections, Guard
-from tercet.wire.grpc_call import Aborted, Call
+from tercet.wire.grpc_call import Aborted, Call, Offload, inline
 from tercet.wire.http2 import Http2
 
 MOST_WATCHERS = 512  # calls that only listen; one more ends the oldest
@@ -45,11 +45,13 @@ class GrpcServer:
         bodies: Bodies,
         limits: GrpcLimits,
         on_failure: Callable[[type[TercetError]], None] = lambda _: None,
+        offload: Offload = inline,
     ) -> None:
         self._connections = connections
         self.bodies = bodies
         self.limits = limits
         self.on_failure = on_failure
+        self.offload = offload
         self.methods: dict[bytes, tuple[Any, bool]] = {}  # path -> its RpcMethodHandler, whether it only listens
         self.open: set[_Client] = set()
         self.watchers: dict[asyncio.Task[None], None] = {}  # the first has listened longest
@@ -115,7 +117,8 @@ class _Client(AbstractHandler):
 
     async def _serve(self, stream: Stream, headers: dict[bytes, bytes], release: Callable[[], None]) -> None:
         server = self._server
-        call = Call(stream, headers, server.bodies, server.limits.max_message_bytes, self.http2.earn)
+        max_bytes = server.limits.max_message_bytes
+        call = Call(stream, headers, server.bodies, max_bytes, self.http2.earn, server.offload)
         try:
             if refusal := _refusal(headers):
                 await stream.send_headers(refusal, end_stream=True)

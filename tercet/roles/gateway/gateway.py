@@ -8,9 +8,10 @@ drain -> new requests get 503, running ones finish; stop -> ports closed
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from aiohttp import web
 from grpc_health.v1 import health, health_pb2_grpc
@@ -23,7 +24,7 @@ from tercet.models.sources import load_config, load_tokenizer, served_name
 from tercet.roles.gateway.ask import Backend, ServedModel
 from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.frontend import Frontend
-from tercet.roles.gateway.grpc_api import SERVICE, InferenceService
+from tercet.roles.gateway.grpc_api import SERVICE, InferenceService, client_of_call
 from tercet.roles.gateway.grpc_health import HealthService
 from tercet.roles.gateway.http_api import HttpApi
 from tercet.roles.gateway.http_generation import Generation
@@ -34,7 +35,10 @@ from tercet.spec import ClusterSpec, LimitsSpec, ListenSpec, ModelSpec
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.connections import ConnectionLimits, Connections, address, most_connections, port_error
 from tercet.wire.gen import inference_pb2_grpc
+from tercet.wire.grpc_call import Call
 from tercet.wire.grpc_server import GrpcLimits, GrpcServer
+
+T = TypeVar("T")
 
 PROBE_TIMEOUT_S = 60.0
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"  # the same messages as v1alpha, which grpcio has
@@ -141,7 +145,7 @@ class Gateway:
     async def _start_grpc(self, stack: AsyncExitStack) -> str:
         listen, limits = self._spec.gateway.grpc, self._spec.limits
         bounds = GrpcLimits(limits.max_body_bytes, limits.max_inflight_requests + SPARE_STREAMS, frozenset(STANDARD))
-        server = GrpcServer(self._connections, self._bodies, bounds, self._metrics.failed)
+        server = GrpcServer(self._connections, self._bodies, bounds, self._metrics.failed, self._offload)
         checker = HealthService(SERVICE)
         service = InferenceService(self._frontend)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call] # generated
@@ -154,6 +158,10 @@ class Gateway:
             raise _port_error("grpc", listen, error) from error
         self._start_task(stack, asyncio.create_task(self._follow(checker)))
         return address(listen.host, port)
+
+    async def _offload(self, call: Call, size: int, work: Callable[[], T]) -> T:
+        """A gRPC message is read as an HTTP body is."""
+        return await self._frontend.offloop.parse(client_of_call(call), size, work)
 
     async def _follow(self, checker: HealthService) -> None:
         """The standard health service says SERVING while the gateway is ready."""

@@ -62,10 +62,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             params=_params(request.sampling),
             timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
             arrived=arrived,
-            client=client_of(context.header(b"authorization"), context.address()),
+            client=client_of_call(context),
             max_tokens_given=request.sampling.HasField("max_tokens"),
             stop=tuple(request.sampling.stop),
         )
+
+
+def client_of_call(call: Call) -> str:
+    return client_of(call.header(b"authorization"), call.address())
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:
