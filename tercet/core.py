@@ -14,6 +14,7 @@ from functools import cached_property
 from tercet.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5  # temperature; as in vLLM, since dividing by less leaves no number worth a draw
+MOST_LOGPROBS = 20  # of the likeliest tokens, as in the OpenAI API
 
 
 class Role(enum.StrEnum):
@@ -73,8 +74,8 @@ class SamplingParams:
         if self.max_tokens < 1:
             raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            if count is not None and not 0 <= count <= 20:
-                raise InvalidRequest(f"{name} must be from 0 to 20, got {count}")
+            if count is not None and not 0 <= count <= MOST_LOGPROBS:
+                raise InvalidRequest(f"{name} must be from 0 to {MOST_LOGPROBS}, got {count}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tercet.core import SamplingParams
+from tercet.core import MOST_LOGPROBS, SamplingParams
 from tercet.errors import InvalidRequest
 from tercet.roles.gateway.ask import Ask, Chat, Prompt
 from tercet.roles.gateway.bounds import KWARGS_CHARS, NAME_CHARS, bound, bound_depth, bound_fields
@@ -141,6 +141,8 @@ def parse_chat(body: bytes, timeout_header: str | None, limit_s: float, origin: 
     b, ignored = _validated(_ChatBody, body, {"echo": (False,)})
     if b.top_logprobs and not b.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true")
+    if not 0 <= b.top_logprobs <= MOST_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs must be from 0 to {MOST_LOGPROBS}, got {b.top_logprobs}")
     chat = Chat(messages_of(b.messages), b.add_generation_prompt, _template_kwargs(b.chat_template_kwargs))
     max_tokens = b.max_tokens if b.max_completion_tokens is None else b.max_completion_tokens
     params = _params(b, max_tokens, b.top_logprobs if b.logprobs else None)
@@ -266,4 +268,4 @@ def _prompt(prompt: Any, where: str) -> Prompt:
     return tuple(prompt)
 
 
-PARAMETERS = frozenset(_ChatBody.model_fields) | frozenset(_CompletionBody.model_fields) | frozenset(NEUTRAL)
+PARAMETERS = frozenset(_ChatBody.model_fields) | frozenset(_CompletionBody.model_fields) | frozenset(NEUTRAL) | HARMLESS
