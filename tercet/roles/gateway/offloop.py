@@ -15,6 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 INLINE = 8192  # characters that are worked on at once, in the loop: some milliseconds
+TRIM_S = 0.5  # after the last long work
 LONG = 64 * 1024  # characters; such work waits for its like alone, so that none of the others waits for it
 
 
@@ -22,13 +23,19 @@ class OffLoop:
     """Event loop only."""
 
     def __init__(self) -> None:
-        self._brief, self._long = Lane("brief"), Lane("long", after=trim)
+        self._brief, self._long = Lane("brief"), Lane("long")
+        self._trim: asyncio.TimerHandle | None = None  # runs while long work ends and for a moment after
 
     async def run(self, client: str, size: int, work: Callable[[], T]) -> T:
         """work(), for a text of `size` characters."""
         if size <= INLINE:
             return work()
-        return await (self._brief if size <= LONG else self._long).run(client, work)
+        if size <= LONG:
+            return await self._brief.run(client, work)
+        try:
+            return await self._long.run(client, work)
+        finally:
+            self._trim_later()
 
     async def parse(self, client: str, size: int, work: Callable[[], T]) -> T:
         """work(), which reads a body of `size` bytes: some eight times faster than text is tokenised."""
@@ -39,35 +46,39 @@ class OffLoop:
         return await self._brief.run(client, work)
 
     def close(self) -> None:
+        if self._trim is not None:
+            self._trim.cancel()
         self._brief.close()
         self._long.close()
+
+    def _trim_later(self) -> None:
+        """When the last of what the work has made is gone."""
+        loop = asyncio.get_running_loop()
+        if self._trim is not None:
+            self._trim.cancel()
+        self._trim = loop.call_later(TRIM_S, loop.run_in_executor, None, trim)
 
 
 class Lane:
     """One piece of work at a time; the clients who wait take turns, in the order in which they came."""
 
-    def __init__(self, name: str, after: Callable[[], None] = lambda: None) -> None:
-        """`after` is called in the thread when a piece of work has ended."""
+    def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"gateway-{name}")
-        self._after = after
         self._busy = False
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # client -> its work; the first client is next
 
     async def run(self, client: str, work: Callable[[], T]) -> T:
         """A caller that is cancelled leaves its work behind if that has begun; the next still waits for it."""
         await self._turn(client)
-        running = asyncio.get_running_loop().run_in_executor(self._executor, self._work, work)
+        running = asyncio.get_running_loop().run_in_executor(self._executor, work)
         running.add_done_callback(self._next)
-        return await asyncio.shield(running)
+        try:
+            return await asyncio.shield(running)
+        finally:
+            del running  # else a failure, its traceback and what stands in its frames would keep each other alive
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _work(self, work: Callable[[], T]) -> T:
-        try:
-            return work()
-        finally:
-            self._after()
 
     async def _turn(self, client: str) -> None:
         if not self._busy:
