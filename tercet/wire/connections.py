@@ -14,6 +14,7 @@ import enum
 import errno
 import os
 import resource
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ SPARE_FILES = 256  # descriptors left to everything else; asyncio accepts 100 at
 MOST_FILES = 65536  # what is asked of the system; more would serve nobody
 SWEEP_S = 1.0  # deadlines are looked at so often
 BACKLOG = 100
+EVERYWHERE = "::"
 FEWEST = 16  # connections, however few files there may be
 
 
@@ -76,6 +78,9 @@ class Connections:
         loop = asyncio.get_running_loop()
         if self._sweeper is None:
             self._sweep()
+        if host == EVERYWHERE and socket.has_dualstack_ipv6():  # asyncio would leave IPv4 out
+            bound = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+            return await loop.create_server(lambda: Guard(self, protocol), sock=bound, backlog=BACKLOG)
         return await loop.create_server(lambda: Guard(self, protocol), host, port, backlog=BACKLOG)
 
     def close(self) -> None:
