@@ -112,6 +112,16 @@ async def _drip(writer, data, pause_s=0.02):
         await asyncio.sleep(pause_s)
 
 
+async def test_what_the_gateway_closes_is_counted_by_its_reason():
+    async with running(FakeRouter(), **QUICK) as (_, info):
+        await answer_to(info, b"POST /v1")
+        await answer_to(info, b"")
+        async with aiohttp.ClientSession(info.http_url) as http, http.get("/metrics") as metrics:
+            text = await metrics.text()
+    for series in ('_closed_total{reason="slow_head"} 1.0', '_closed_total{reason="idle"} 1.0', " 1.0"):
+        assert f"\ntercet_gateway_connections{series}" in text
+
+
 async def test_an_idle_connection_is_closed_without_a_word():
     async with running(FakeRouter(), **QUICK) as (_, info):
         assert await answer_to(info, b"") == b""

@@ -82,6 +82,7 @@ class Gateway:
         self._readiness = Readiness(self._router, self._model.tokenizer, timeout_s)
         self._bodies = Bodies(_body_limits(spec.limits))
         self._connections = Connections(_connection_limits(spec.limits))
+        self._metrics.watch_connections(self._connections.__len__, lambda: self._connections.closed)
         self._draining = False
         self._stack = AsyncExitStack()
 
