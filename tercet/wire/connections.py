@@ -140,6 +140,7 @@ class Guard(asyncio.Protocol):
         self._served = 0  # requests
         self._watched = 0
         self._unsent = 0  # bytes, when it was last looked at
+        self._lost = False
 
     # ---- what the inner protocol says
 
@@ -173,7 +174,7 @@ class Guard(asyncio.Protocol):
     def _enter(self, phase: Phase | None) -> None:
         self._connections.forget(self, self._phase)
         self._phase = phase
-        if phase is not None and not self.transport.is_closing():
+        if phase is not None and not self._lost:  # one that is closing may wait long for a client that does not read
             self._connections.wait(self, phase)
 
     # ---- how it ends
@@ -193,7 +194,7 @@ class Guard(asyncio.Protocol):
         """Say why, if the client is in the middle of a request, and close; what it does not take at once is dropped."""
         self.fault(reason)
         self._connections.forget(self, self._phase)
-        if not self.transport.get_write_buffer_size():
+        if not self.transport.get_write_buffer_size() and not self.transport.is_closing():
             self.transport.write(self._guarded.farewell(error if self._phase is not Phase.IDLE else None))
         if self.transport.get_write_buffer_size():
             self.transport.abort()
@@ -222,6 +223,7 @@ class Guard(asyncio.Protocol):
         return self._inner.eof_received()
 
     def connection_lost(self, error: BaseException | None) -> None:
+        self._lost = True
         self._connections.forget(self, self._phase)
         self._connections.lost(self)
         self._inner.connection_lost(cast("Exception | None", error))

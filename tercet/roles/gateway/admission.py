@@ -4,9 +4,10 @@
     await places.take()                  one more, when it is this client's turn
     places.give()  places.close()
 
-A request counts as one when it comes, however many choices it has; each further choice takes a place when one is free.
-One client alone may hold every place. When there is none left, a client that holds fewer than its share (the limit
-divided by the clients that hold any, at least one) is let in all the same: so at most twice the limit runs.
+A request counts as one, however many choices it has: its first choice runs at once, each further one takes a place
+when fewer run than the limit. So a request of many prompts shuts nobody out. One client alone may have as many requests
+as the limit; when they are that many, a client that has fewer than its share (the limit divided by the clients that have
+any, at least one) is let in all the same. Never does more than twice the limit run.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ class Admission:
         """on_change(places in use)"""
         self._limit = limit
         self._on_change = on_change
+        self._requests: Counter[str] = Counter()  # client -> requests
         self._held: Counter[str] = Counter()  # client -> places
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # client -> those who want one more
-        self._open = 0  # requests
         self.in_use = 0
         self.idle = asyncio.Event()  # no request is open
         self.idle.set()
 
     def enter(self, client: str) -> Places:
         """Raises Overloaded."""
-        if self.in_use >= self._limit and not self._has_share(client):
+        requests = self._requests.total()
+        if self.in_use >= 2 * self._limit or (requests >= self._limit and not self._has_share(client)):
             raise Overloaded(
-                f"{self.in_use} requests are in flight, {self._held[client]} of them this client's "
+                f"{requests} requests are in flight, {self._requests[client]} of them this client's "
                 f"(limits.max_inflight_requests: {self._limit})"
             )
-        self._open += 1
         self.idle.clear()
+        self._requests[client] += 1
         self._count(client, 1)
         return Places(self, client)
 
@@ -71,14 +73,16 @@ class Admission:
                 turn.set_result(None)
                 self._count(first, 1)
 
-    def leave(self) -> None:
-        self._open -= 1
-        if not self._open:
+    def leave(self, client: str) -> None:
+        """A request is over."""
+        self._requests[client] -= 1
+        if not self._requests[client]:
+            del self._requests[client]
+        if not self._requests:
             self.idle.set()
 
     def _has_share(self, client: str) -> bool:
-        share = max(1, self._limit // len(self._held.keys() | {client}))
-        return self._held[client] < share and self.in_use < 2 * self._limit
+        return self._requests[client] < max(1, self._limit // len(self._requests.keys() | {client}))
 
     def _leave_line(self, client: str, turn: asyncio.Future[None]) -> None:
         line = self._waiting[client]
@@ -114,4 +118,4 @@ class Places:
         """Give back whatever is held; the request is over."""
         while self._count:
             self.give()
-        self._admission.leave()
+        self._admission.leave(self._client)
