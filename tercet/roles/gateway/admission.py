@@ -5,9 +5,9 @@
     places.give()  places.close()
 
 A request counts as one, however many choices it has: its first choice runs at once, each further one takes a place
-when fewer run than the limit. So a request of many prompts shuts nobody out. One client alone may have as many requests
-as the limit; when they are that many, a client that has fewer than its share (the limit divided by the clients that have
-any, at least one) is let in all the same. Never does more than twice the limit run.
+when fewer run than the limit. So a request of many prompts shuts nobody out. One client alone may have as many
+requests as the limit; when they are that many, a client that has fewer than its share (the limit divided by the
+clients that have any, at least one) is let in all the same. Never does more than twice the limit run.
 """
 
 from __future__ import annotations
