@@ -39,7 +39,8 @@ MOST_UNREAD = 4 * 1024 * 1024  # bytes of answers to a client that does not read
 BURST = 400.0  # frames that ask for nothing, at once
 RATE = 200.0  # and a second
 EARNED = 4.0  # and for each message, either way
-PING_S, PING_ANSWER_S = 10.0, 20.0  # a call whose client is gone without a word is noticed after both
+PING_S = 10.0  # a client with a call under way is asked so often whether it lives
+PING_ANSWER_S = 20.0  # and is gone if it has not answered for so long
 WORK = (RequestReceived, DataReceived, StreamEnded, TrailersReceived, SettingsAcknowledged, PingAckReceived)
 
 log = logging.getLogger(__name__)

@@ -5,12 +5,14 @@ import pytest
 from tercet.errors import ContextTooLong, InvalidRequest
 from tercet.roles.gateway.ask import Chat, ServedModel
 from tercet.roles.gateway.offloop import OffLoop
-from tercet.roles.gateway.tokenising import PIECE, Tokenising
+from tercet.roles.gateway.tokenising import PIECE, SHORT, Tokenising
 from tests.fakes.tokenizer import CONTEXT, EOS, VOCAB, ByteTokenizer
 
 
 class Tokenizer(ByteTokenizer):
     """Counts what it reads, and knows a token more than the model."""
+
+    longest_token = None
 
     def __init__(self, chars=1):
         self.chars = chars  # of a token
@@ -34,9 +36,7 @@ async def ids(made, prompt):
     return (await made.ids([prompt], "me"))[0]
 
 
-@pytest.mark.parametrize(
-    "prompt", ["x" * (16 * CONTEXT + 1), Chat(({"role": "user", "content": "x" * 16 * CONTEXT},) * 2)]
-)
+@pytest.mark.parametrize("prompt", ["x" * (SHORT + 1), Chat(({"role": "user", "content": "x" * SHORT},) * 2)])
 async def test_too_many_characters_are_never_read(prompt):
     tokenizer = Tokenizer()
     with pytest.raises(ContextTooLong, match=r"characters, at most 2048 can fit \(limits.max_chars_per_token\)"):
@@ -44,16 +44,22 @@ async def test_too_many_characters_are_never_read(prompt):
     assert tokenizer.read == 0
 
 
+async def test_a_short_text_is_counted_in_tokens():
+    tokenizer = Tokenizer()
+    tokenizer.longest_token = 1
+    assert len(await ids(tokenising(tokenizer), "x" * SHORT)) == SHORT  # and refused by that number
+
+
 async def test_what_the_tokenizer_says_of_its_longest_token_bounds_it_closer():
     tokenizer = Tokenizer()
     tokenizer.longest_token = 4
     with pytest.raises(ContextTooLong, match="at most 512 can fit"):
-        await ids(tokenising(tokenizer), "x" * 513)
+        await ids(tokenising(tokenizer), "x" * (SHORT + 1))
     assert await ids(tokenising(tokenizer), "x" * 100) == (ord("x"),) * 100
 
 
 async def test_tool_calls_and_reasoning_count_as_text():
-    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "x" * 3000}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "x" * SHORT}}}
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     with pytest.raises(ContextTooLong):
         await ids(tokenising(Tokenizer()), Chat((message,)))

@@ -11,15 +11,24 @@ import time
 
 from tercet.core import Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
 from tercet.metrics import Metrics
-from tercet.roles.gateway.ask import Ask, Delta, Detokenizer, Timings
+from tercet.roles.gateway.ask import Delta, Detokenizer, Timings
 from tercet.roles.gateway.stop import StopMatcher
 
 
 class Choice:
     """The state of one choice. Not shared between tasks."""
 
-    def __init__(self, index: int, request: GenerateRequest, detokenizer: Detokenizer, ask: Ask, echo: str) -> None:
-        """`echo`: the prompt's text, if the answer is to begin with it."""
+    def __init__(
+        self,
+        index: int,
+        request: GenerateRequest,
+        detokenizer: Detokenizer,
+        stop: tuple[str, ...],
+        arrived: float,
+        echo: str = "",
+        prompt_only: bool = False,
+    ) -> None:
+        """`echo`: the prompt's text, if the answer is to begin with it; `prompt_only`: it has no more than that."""
         self.index = index
         self.request = request
         self.echo = echo
@@ -27,11 +36,11 @@ class Choice:
         self.prompt: PromptLogprobs | None = None
         self.done: Done | None = None
         self._detokenizer = detokenizer
-        self._stop = StopMatcher(ask.stop_strings)
-        self._prompt_only = ask.prompt_only
+        self._stop = StopMatcher(stop)
+        self._prompt_only = prompt_only
         self._chars = 0  # of the text so far
-        self._arrived = ask.arrived
-        self._first_at = self._last_at = ask.arrived
+        self._arrived = arrived
+        self._first_at = self._last_at = arrived
 
     def push(self, event: TokenEvent, metrics: Metrics) -> Delta:
         """The next token. The delta has a finish_reason if it completes a stop string. A token that ends the answer is

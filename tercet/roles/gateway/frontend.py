@@ -125,7 +125,8 @@ class Frontend:
                 index = len(choices)
                 request = self._request(ask, index, ids, dataclasses.replace(params, seed=_own_seed(seed, index)))
                 detokenizer = self.model.tokenizer.detokenizer(ids)
-                choices.append(Choice(index, request, detokenizer, ask, echo))
+                own = (ask.stop_strings, ask.arrived, echo, ask.prompt_only)
+                choices.append(Choice(index, request, detokenizer, *own))
         return choices
 
     def _request(self, ask: Ask, index: int, ids: tuple[int, ...], params: SamplingParams) -> GenerateRequest:

@@ -10,6 +10,7 @@ from tercet.roles.gateway.ask import Chat, Prompt, ServedModel
 from tercet.roles.gateway.offloop import INLINE, OffLoop
 
 PIECE = 64 * 1024  # characters that are counted at once: memory for tokens is bounded by it
+SHORT = 16 * 1024  # characters: they are counted in tokens, which is the better answer, however short the context is
 SLACK = 16  # tokens that a cut between two pieces may add
 
 
@@ -61,7 +62,7 @@ class Tokenising:
                 raise self.too_long(f"{len(prompt)} tokens,")
             return 0
         size = sum(map(len, _texts(prompt)))
-        if size > self._max_chars:
+        if size > max(self._max_chars, SHORT):
             raise self.too_long(f"{size} characters, at most {self._max_chars} can fit (limits.max_chars_per_token);")
         return size
 
