@@ -98,12 +98,15 @@ class _Client(AbstractHandler):
         self.guard = guard
         self.http2 = Http2(self, guard, server.limits.max_streams)
         self.tasks: dict[Stream, asyncio.Task[None]] = {}
-        server.open.add(self)
 
     def accept(self, stream: Stream, headers: Any, release_stream: Callable[[], None]) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(stream, dict(headers), release_stream))
-        self.tasks[stream] = task
-        task.add_done_callback(lambda _: self.tasks.pop(stream, None))
+        def end(task: asyncio.Task[None]) -> None:  # also of a task that is cancelled before it has begun
+            del self.tasks[stream]
+            release_stream()
+
+        self._server.open.add(self)
+        self.tasks[stream] = asyncio.get_running_loop().create_task(self._serve(stream, dict(headers)))
+        self.tasks[stream].add_done_callback(end)
 
     def cancel(self, stream: Stream) -> None:
         task = self.tasks.get(stream)
@@ -115,7 +118,7 @@ class _Client(AbstractHandler):
         for task in self.tasks.values():
             task.cancel()
 
-    async def _serve(self, stream: Stream, headers: dict[bytes, bytes], release: Callable[[], None]) -> None:
+    async def _serve(self, stream: Stream, headers: dict[bytes, bytes]) -> None:
         server = self._server
         max_bytes = server.limits.max_message_bytes
         call = Call(stream, headers, server.bodies, max_bytes, self.http2.earn, server.offload)
@@ -134,7 +137,6 @@ class _Client(AbstractHandler):
             call.release()
             if stream.closable:
                 stream.reset_nowait(ErrorCodes.NO_ERROR if call.ended else ErrorCodes.CANCEL)
-            release()
 
     async def _run(self, call: Call, method: Any, watching: bool) -> None:
         """The method, with every failure told to the call."""

@@ -209,6 +209,38 @@ def _mangled(data, chance):
     return data
 
 
+async def test_calls_that_are_reset_at_once_leave_nothing_behind():
+    """Not even those whose task has not begun."""
+    pairs = [call(head(), i) + frame(http2.RST_STREAM, 0, i, b"\0\0\0\x08") for i in range(1, 400, 2)]
+    async with running(FakeRouter()) as (gateway, info):
+        client = asyncio.create_task(http2.said_to(info.grpc_address, http2.opened(*pairs), 30))
+        while not gateway._connections:
+            await asyncio.sleep(0.005)
+        (guard,) = gateway._connections._all
+        async with asyncio.timeout(10):
+            while not guard._inner._h2 or guard._inner._h2.highest_inbound_stream_id < 399:
+                await asyncio.sleep(0.005)
+            while guard._inner._events.streams or guard._inner._handler.tasks:
+                await asyncio.sleep(0.005)
+        client.cancel()
+
+
+async def test_a_connection_that_is_refused_leaves_nothing_behind():
+    router = FakeRouter()
+    router.gate = asyncio.Event()
+    async with running(router, max_connections=1) as (gateway, info):
+        async with grpc.aio.insecure_channel(info.grpc_address) as channel:
+            held = inference_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="hi"))
+            while not router.running:
+                await asyncio.sleep(0.005)
+            (guard,) = gateway._connections._all
+            server = guard._inner._handler._server
+            for _ in range(5):
+                await http2.said_to(info.grpc_address, http2.opened(), 5)
+            assert len(server.open) == 1
+            held.cancel()
+
+
 async def test_an_open_call_goes_on_beside_malformed_ones():
     router = FakeRouter()
     router.gate = asyncio.Event()
