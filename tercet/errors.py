@@ -5,6 +5,12 @@
     │   ├── InvalidRequest          400   INVALID_ARGUMENT
     │   ├── ContextTooLong          400   INVALID_ARGUMENT
     │   ├── BodyTooLarge            413   RESOURCE_EXHAUSTED
+    │   ├── HeadTooLarge            431   RESOURCE_EXHAUSTED   a header, or all of them
+    │   ├── UriTooLong              414   RESOURCE_EXHAUSTED
+    │   ├── RequestTimeout          408   DEADLINE_EXCEEDED    the request's own bytes did not come in time
+    │   ├── UnsupportedMedia        415   UNIMPLEMENTED        a content type or compression that is not read
+    │   ├── UnknownUrl              404   UNIMPLEMENTED
+    │   ├── MethodNotAllowed        405   UNIMPLEMENTED
     │   └── ModelNotFound           404   NOT_FOUND
     ├── SpecError                   400   INVALID_ARGUMENT     the cluster spec is wrong: file, line, path
     │   └── UnsupportedSpec         400   UNIMPLEMENTED        sayable, but not built or not here
@@ -25,16 +31,20 @@
     │   ├── ProtocolViolation       502   DATA_LOSS            bytes that are no frame of ours
     │   ├── LeaseExpired            502   DEADLINE_EXCEEDED
     │   └── DigestMismatch          502   DATA_LOSS
-    └── ClusterError                500   INTERNAL             Ray, ports, placement
-        └── RayLost                 500   INTERNAL             Ray has died below a cluster that was served
+    ├── ClusterError                500   INTERNAL             Ray, ports, placement
+    │   └── RayLost                 500   INTERNAL             Ray has died below a cluster that was served
+    └── InternalError               500   INTERNAL             a fault of Tercet's own that no other name fits
 
 An error crosses a wire as (code, message); `from_wire` rebuilds it. `code` is the class name in snake case.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import ClassVar
+
+log = logging.getLogger(__name__)
 
 
 class TercetError(Exception):
@@ -64,6 +74,36 @@ class ContextTooLong(UserError):
 class BodyTooLarge(UserError):
     http_status = 413
     grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class HeadTooLarge(UserError):
+    http_status = 431
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class UriTooLong(UserError):
+    http_status = 414
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class RequestTimeout(UserError):
+    http_status = 408
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class UnsupportedMedia(UserError):
+    http_status = 415
+    grpc_status = "UNIMPLEMENTED"
+
+
+class UnknownUrl(UserError):
+    http_status = 404
+    grpc_status = "UNIMPLEMENTED"
+
+
+class MethodNotAllowed(UserError):
+    http_status = 405
+    grpc_status = "UNIMPLEMENTED"
 
 
 class ModelNotFound(UserError):
@@ -162,6 +202,10 @@ class RayLost(ClusterError):
     pass
 
 
+class InternalError(TercetError):
+    pass
+
+
 def _tree(root: type[TercetError]) -> dict[str, type[TercetError]]:
     found = {root.code(): root}
     for child in root.__subclasses__():
@@ -176,3 +220,11 @@ def from_wire(code: str, message: str) -> TercetError:
     """Rebuild an error that crossed a wire; an unknown code keeps its name in the message."""
     known = _BY_CODE.get(code)
     return known(message) if known else TercetError(f"{code}: {message}")
+
+
+def as_named(error: Exception, request_id: str) -> TercetError:
+    """What a boundary tells its client. An error that is not ours is a fault of ours: logged here, once."""
+    if isinstance(error, TercetError):
+        return error
+    log.error("request %s: %s", request_id, error, exc_info=error)
+    return InternalError(f"unexpected {type(error).__name__}; the log has request {request_id}")

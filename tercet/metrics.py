@@ -68,6 +68,22 @@ class WorkerGauges(Collector):
             yield family
 
 
+class ConnectionGauges(Collector):
+    """What the gateway's ports have open, and what they closed by themselves."""
+
+    def __init__(self, opened: Callable[[], int], closed: Callable[[], Mapping[str, int]]) -> None:
+        self._opened = opened
+        self._closed = closed
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("tercet_gateway_connections", "Connections of clients, HTTP and gRPC", self._opened())
+        text = "Connections that the gateway has closed, by reason"
+        closed = CounterMetricFamily("tercet_gateway_connections_closed", text, labels=["reason"])
+        for reason, count in self._closed().items():
+            closed.add_metric([reason], count)
+        yield closed
+
+
 class Metrics:
     """All series of one gateway in a registry of its own, so that two gateways can live in one process."""
 
@@ -99,6 +115,9 @@ class Metrics:
             s: Histogram(f"tercet_request_{s}_time_seconds", f"Seconds in {s}", buckets=_REQUEST_S, registry=r)
             for s in _STAGES
         }
+
+    def watch_connections(self, opened: Callable[[], int], closed: Callable[[], Mapping[str, int]]) -> None:
+        self._registry.register(ConnectionGauges(opened, closed))
 
     def finished(self, reason: FinishReason) -> None:
         self._success.labels(reason.value).inc()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tercet.core import Role
 
@@ -85,16 +85,32 @@ class ListenSpec(Frozen):
     port: Port
 
 
+def _port(default: int) -> BeforeValidator:
+    """The port of a listener of which only the host is given."""
+    return BeforeValidator(lambda given: {"port": default, **given} if isinstance(given, dict) else given)
+
+
 class GatewaySpec(Frozen):
-    http: ListenSpec = ListenSpec(port=8000)
-    grpc: ListenSpec = ListenSpec(port=50051)
+    http: Annotated[ListenSpec, _port(8000)] = ListenSpec(port=8000)
+    grpc: Annotated[ListenSpec, _port(50051)] = ListenSpec(port=50051)
+    cors_origins: list[str] = Field(default_factory=list)  # whose pages may call; "*": any. Empty: none
 
 
 class LimitsSpec(Frozen):
     request_timeout_s: Seconds = 300.0  # the longest deadline that a client may ask for, and the default
-    max_body_bytes: Positive = 4 * 1024 * 1024
-    max_inflight_requests: Positive = 256  # in the gateway; one more is answered 503
+    max_inflight_requests: Positive = 256  # a client's share is kept for it beyond this, up to twice as many
     max_n: Positive = 16
+    max_chars_per_token: Positive = 16  # of a prompt, times model.max_context; more are refused before they are read
+    # What a client has begun to send. All of HTTP and gRPC together.
+    max_body_bytes: Positive = 4 * 1024 * 1024
+    max_held_bytes: Positive = 64 * 1024 * 1024  # bodies that come, or wait for their turn; at least one body
+    body_grace_s: Seconds = 10.0  # for a body; a second more for each min_body_rate bytes of it that came
+    min_body_rate: Positive = 16 * 1024  # bytes/s
+    head_timeout_s: Seconds = 10.0  # for a request's head, from its first byte
+    idle_timeout_s: Seconds = 75.0  # of a connection between two requests
+    max_connections: Positive = (
+        2048  # or as many as the process may open files; the longest idle is closed for a new one
+    )
     retries: Annotated[int, Field(ge=0, le=10)] = 3  # new plans for a request whose worker died
     worker_wait_s: Seconds = 30.0  # how long a request waits for a role without a live worker (a restart)
     drain_timeout_s: Seconds = 20.0

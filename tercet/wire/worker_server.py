@@ -11,12 +11,14 @@ import asyncio
 import contextlib
 import hmac
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import grpc
 
 from tercet.core import Done, Load, PromptLogprobs, TokenEvent
-from tercet.errors import ClusterError, TercetError
+from tercet.errors import TercetError
+from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.codec import (
     TOKEN_METADATA,
     Leg,
@@ -26,11 +28,17 @@ from tercet.wire.codec import (
     scores_to_proto,
     token_to_proto,
 )
+from tercet.wire.connections import ConnectionLimits, Connections, address, most_connections, port_error
 from tercet.wire.gen import worker_pb2 as pb
 from tercet.wire.gen import worker_pb2_grpc
+from tercet.wire.grpc_call import Call
+from tercet.wire.grpc_server import GrpcLimits, GrpcServer
 
 LOAD_PERIOD_S = 0.5  # a load is sent at least so often; its absence tells the gateway that the worker hangs
-OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
+MESSAGE_BYTES = 64 << 20
+# One gateway connects, and who watches or measures; strangers are closed first.
+CONNECTIONS = ConnectionLimits(most=64, head_s=10.0, idle_s=60.0)
+BODIES = BodyLimits(MESSAGE_BYTES, max_held_bytes=4 * MESSAGE_BYTES, grace_s=10.0, min_rate=64 * 1024)
 
 
 class ReportStream:
@@ -96,10 +104,9 @@ class _Service(worker_pb2_grpc.WorkerServicer):
         self._token = cluster_token
 
     async def Connect(  # noqa: N802  # the proto's name
-        self, request_iterator: AsyncIterator[pb.Command], context: grpc.aio.ServicerContext[pb.Command, pb.Reports]
+        self, request_iterator: AsyncIterator[pb.Command], context: Call
     ) -> AsyncIterator[pb.Reports]:
-        metadata = dict(context.invocation_metadata() or ())
-        if not hmac.compare_digest(str(metadata.get(TOKEN_METADATA, "")), self._token):
+        if not hmac.compare_digest(context.header(TOKEN_METADATA.encode()), self._token.encode()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong cluster token")
         stream = ReportStream()
         commands = asyncio.create_task(self._take_commands(request_iterator, stream))
@@ -128,18 +135,19 @@ class WorkerServer:
     """The gRPC server of one worker."""
 
     def __init__(self, handler: LegHandler, load: Callable[[], Load], cluster_token: str) -> None:
-        self._server = grpc.aio.server(options=OPTIONS)
+        limits = replace(CONNECTIONS, most=most_connections(CONNECTIONS.most))
+        self._connections = Connections(limits)
+        self._server = GrpcServer(self._connections, Bodies(BODIES), GrpcLimits(MESSAGE_BYTES, max_streams=16))
         service = _Service(handler, load, cluster_token)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]  # generated code
 
     async def start(self, host: str) -> str:
         """-> host:port. Raises ClusterError when no port can be bound."""
         try:
-            port = self._server.add_insecure_port(f"{host}:0")
-        except RuntimeError as error:
-            raise ClusterError(f"the worker cannot listen on {host}: {error}") from error
-        await self._server.start()
-        return f"{host}:{port}"
+            return address(host, await self._server.start(host, 0))
+        except OSError as error:
+            raise port_error(0, host, error, "the worker needs a free one") from error
 
     async def stop(self) -> None:
-        await self._server.stop(grace=None)
+        await self._server.stop()
+        self._connections.close()

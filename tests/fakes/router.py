@@ -6,7 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from tercet.core import Done, FinishReason, GenerateRequest, Load, StageTimes, TokenEvent, WorkerInfo
+from tercet.core import (
+    Done,
+    FinishReason,
+    GenerateRequest,
+    Load,
+    PromptLogprobs,
+    StageTimes,
+    TokenEvent,
+    TopLogprobs,
+    WorkerInfo,
+)
 from tercet.errors import DeadlineExceeded, TercetError
 from tests.fakes.tokenizer import EOS
 
@@ -42,7 +52,7 @@ class FakeRouter:
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         self.workers = tuple(workers)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent | Done, None]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[PromptLogprobs | TokenEvent | Done, None]:
         self.requests.append(request)
         self.running += 1
         finished = False
@@ -50,6 +60,9 @@ class FakeRouter:
         if request.params.ignore_eos:
             says = says[:-1] * request.params.max_tokens
         try:
+            if (k := request.params.prompt_logprobs) is not None:
+                await self._pace(0, request.deadline)
+                yield PromptLogprobs(tuple(self._logprobs(token_id, k) for token_id in request.token_ids[1:]))
             for i, token_id in enumerate(says[: request.params.max_tokens]):
                 await self._pace(i, request.deadline)
                 yield self._token(token_id, request)
@@ -84,8 +97,11 @@ class FakeRouter:
         k = request.params.logprobs
         if k is None:
             return TokenEvent(token_id)
+        return TokenEvent(token_id, *self._logprobs(token_id, k))
+
+    def _logprobs(self, token_id: int, k: int) -> tuple[float, TopLogprobs]:
         likely = (token_id, *range(65, 64 + k))[:k]
-        return TokenEvent(token_id, -0.5, tuple((b, -0.5 - i) for i, b in enumerate(likely)))
+        return -0.5, tuple((b, -0.5 - i) for i, b in enumerate(likely))
 
     def loads(self) -> dict[str, Load]:
         return {"decode-1": Load(running=self.running, blocks_total=10, blocks_free=4, blocks_owned=6)}

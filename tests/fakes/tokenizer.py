@@ -48,7 +48,8 @@ class ByteTokenizer:
     ) -> str:
         if messages[0]["role"] == "assistant":
             raise InvalidRequest("messages must begin with system or user")
-        turns = "".join(f"<{m['role'][0]}>{m['content']}" for m in messages)
+        kwargs = "".join(f"<{name}={value}>" for name, value in (template_kwargs or {}).items())
+        turns = kwargs + "".join(f"<{m['role'][0]}>{m['content']}" for m in messages)
         return turns + ("<a>" if add_generation_prompt else "")
 
     def token_text(self, token_id: int) -> str:

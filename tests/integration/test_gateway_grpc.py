@@ -93,7 +93,11 @@ async def test_token_ids_chat_and_every_sampling_field(inference, router):
             "INVALID_ARGUMENT",
             "invalid_request: temperature must be a number from 0 to 100, got nan",
         ),
-        (pb.GenerateRequest(text="x", sampling=pb.Sampling(stop=[""])), "INVALID_ARGUMENT", "invalid_request: stop"),
+        (
+            pb.GenerateRequest(text="x", sampling=pb.Sampling(stop=["x"] * 17)),
+            "INVALID_ARGUMENT",
+            "invalid_request: stop",
+        ),
     ],
 )
 async def test_bad_input(inference, router, request_, status, says):

@@ -19,6 +19,7 @@ from tests.fakes.router import FakeRouter
 from tests.fakes.tokenizer import CONTEXT, MODEL, VOCAB
 
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
+JSON = {"Content-Type": "application/json"}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -29,7 +30,7 @@ async def router():
 
 @pytest.fixture
 async def http(router):
-    async with running(router) as (_, info), aiohttp.ClientSession(info.http_url) as session:
+    async with running(router) as (_, info), aiohttp.ClientSession(info.http_url, headers=JSON) as session:
         yield session
 
 
@@ -51,10 +52,12 @@ async def until(condition):
         (COMPLETIONS, {"prompt": []}, 400, "prompt must not be empty", "prompt"),
         (COMPLETIONS, {"prompt": "x" * 200}, 400, f"prompt has 200 tokens.* holds {CONTEXT}", "prompt"),
         (COMPLETIONS, {"prompt": "x" * 9000}, 400, f"prompt has 9000 tokens.* holds {CONTEXT}", "prompt"),
+        (COMPLETIONS, {"prompt": "x" * 20000}, 400, "prompt has 20000 characters, at most 128 can fit", "prompt"),
         (COMPLETIONS, {"prompt": "x", "max_tokens": CONTEXT}, 400, f"max_tokens {CONTEXT} .*{CONTEXT}", "max_tokens"),
         (COMPLETIONS, {"prompt": [VOCAB]}, 400, f"token id {VOCAB} is outside the vocabulary", "prompt"),
         (COMPLETIONS, {"prompt": [-1]}, 400, "token id -1 is outside the vocabulary", "prompt"),
-        (COMPLETIONS, {"prompt": ["x"] * 300}, 400, "300 prompts times n 1 is more", "prompt"),
+        (COMPLETIONS, {"prompt": ["x"] * 1025}, 400, "prompt takes at most 1024 items, got 1025", "prompt"),
+        (COMPLETIONS, {"prompt": ["x"] * 1000, "n": 3}, 400, "1000 prompts times n 3 is more", "prompt"),
         (CHAT, {"temperature": -1}, 400, "temperature must be .*, got -1", "temperature"),
         (CHAT, {"temperature": math.nan}, 400, "temperature must be .*, got nan", "temperature"),
         (CHAT, {"top_p": math.nan}, 400, "top_p must be .*, got nan", "top_p"),
@@ -66,8 +69,8 @@ async def until(condition):
         (CHAT, {"seed": 2**64}, 400, "seed must fit 64 bits", "seed"),
         (CHAT, {"n": 17}, 400, "n must be from 1 to 16, got 17", "n"),
         (CHAT, {"n": 0}, 400, "n must be from 1 to 16, got 0", "n"),
-        (CHAT, {"stop": ""}, 400, "stop strings must have 1 to 256 characters, got 0", "stop"),
-        (CHAT, {"stop": list("abcde")}, 400, "stop takes at most 4 strings, got 5", "stop"),
+        (CHAT, {"stop": "x" * 257}, 400, "stop strings may have 256 characters each", "stop"),
+        (CHAT, {"stop": ["x"] * 17}, 400, "stop takes at most 16 items, got 17", "stop"),
         (CHAT, {"stop_token_ids": [VOCAB]}, 400, "stop_token_ids: token id", "stop_token_ids"),
         (CHAT, {"model": "gpt-9"}, 404, "model 'gpt-9' is not served here", "model"),
         (CHAT, {"tools": [{}]}, 400, "tools is not supported", "tools"),

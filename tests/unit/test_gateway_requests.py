@@ -28,17 +28,16 @@ def completion(**fields):
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
-        ({"temprature": 0.5}, "temprature is not supported"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
         ({"messages": []}, "messages must not be empty"),
         ({"messages": [{"role": "king", "content": "x"}]}, r"messages\[0\].role .*'king'"),
         ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\].content must be a text"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone .*surrogate"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "must be a text part, got 'image_url'",
         ),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "tool_calls is not supported"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, r"tool_calls\[0\] must be an object"),
         ({"timeout": 0}, "timeout must be above 0"),
         ({"timeout": 301}, "at most 300 seconds, got 301"),
     ],
@@ -51,7 +50,6 @@ def test_wrong_chat_bodies_are_refused_by_name(fields, says):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"echo": True}, "echo is not supported"),
         ({"suffix": "x"}, "suffix is not supported"),
         ({"best_of": 2}, "best_of is not supported"),
         ({"prompt": 5}, "prompt must be a text or a list of token ids, got int"),
@@ -69,7 +67,8 @@ def test_wrong_completion_bodies_are_refused_by_name(fields, says):
     ("body", "says"),
     [
         (b"{", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 60_000, "not valid JSON"),
+        (b"[" * 100_000, "more than 65536 JSON lists"),
         (b"[]", "must be a JSON object, got list"),
         (b'{"prompt": "\xff"}', r"not valid UTF-8 \(byte 12\)"),
         (b"{}", "prompt: Field required"),

@@ -5,19 +5,37 @@ body | proto --parse--> Ask --Frontend--> Choice per prompt and sample --> Delta
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
-from tercet.core import Done, FinishReason, GenerateRequest, Load, SamplingParams, TokenEvent, WorkerInfo
+from tercet.core import (
+    Done,
+    FinishReason,
+    GenerateRequest,
+    Load,
+    PromptLogprobs,
+    SamplingParams,
+    TokenEvent,
+    WorkerInfo,
+)
 
 
 @dataclass(frozen=True)
 class Chat:
     """Messages that the model's template turns into text."""
 
-    messages: tuple[Mapping[str, Any], ...]
+    messages: tuple[dict[str, Any], ...]
     add_generation_prompt: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """Whatever the client has written, for its length."""
+        others = [{k: v for k, v in m.items() if k != "content"} for m in self.messages if len(m) > 2]
+        return (*(m["content"] for m in self.messages), *map(json.dumps, others))
 
 
 Prompt = str | tuple[int, ...] | Chat
@@ -32,9 +50,16 @@ class Ask:
     params: SamplingParams
     timeout_s: float
     arrived: float  # time.monotonic() when the request's bytes were read
+    client: str = ""  # whose turn it takes
     max_tokens_given: bool = True
     n: int = 1  # samples of each prompt
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # empty ones count for nothing
+    echo: bool = False  # the answer begins with the prompt
+    prompt_only: bool = False  # the one token that is asked of the workers is not the client's
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.stop))
 
     @property
     def num_choices(self) -> int:
@@ -50,6 +75,7 @@ class Delta:
     tokens: Sequence[TokenEvent]
     received: float  # time.monotonic() of the event
     finish_reason: FinishReason | None = None
+    offset: int = 0  # characters of the choice's text before the first of `tokens`
 
 
 @dataclass(frozen=True)
@@ -118,12 +144,12 @@ class ServedModel:
 class Backend(Protocol):
     """What the gateway needs of tercet.roles.router.Router; tests bring a fake.
 
-    `generate` yields one TokenEvent per token, the end-of-sequence or stop token included, then Done; or it raises
-    TercetError. Its aclose() aborts the request on every worker.
+    `generate` yields PromptLogprobs if asked for, one TokenEvent per token, the end-of-sequence or stop token included,
+    then Done; or it raises TercetError. Its aclose() aborts the request on every worker.
     """
 
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None: ...
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent | Done, None]: ...
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[PromptLogprobs | TokenEvent | Done, None]: ...
     def loads(self) -> dict[str, Load]: ...
     def missing_roles(self) -> list[str]: ...
     def is_ready(self) -> bool: ...

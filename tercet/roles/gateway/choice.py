@@ -1,14 +1,15 @@
 """One generation on its way out: tokens become text, stop strings end it, clocks run.
 
-TokenEvent --push--> Delta                 first_at, last_at, tokens counted
-Done       --finish--> Delta(finish_reason)
+PromptLogprobs --prompt-->                  kept for the answer's beginning
+TokenEvent     --push--> Delta              first_at, last_at, tokens counted
+Done           --finish--> Delta(finish_reason)
 """
 
 from __future__ import annotations
 
 import time
 
-from tercet.core import Done, FinishReason, GenerateRequest, TokenEvent
+from tercet.core import Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
 from tercet.metrics import Metrics
 from tercet.roles.gateway.ask import Delta, Detokenizer, Timings
 from tercet.roles.gateway.stop import StopMatcher
@@ -18,14 +19,26 @@ class Choice:
     """The state of one choice. Not shared between tasks."""
 
     def __init__(
-        self, index: int, request: GenerateRequest, detokenizer: Detokenizer, stop: tuple[str, ...], arrived: float
+        self,
+        index: int,
+        request: GenerateRequest,
+        detokenizer: Detokenizer,
+        stop: tuple[str, ...],
+        arrived: float,
+        echo: str = "",
+        prompt_only: bool = False,
     ) -> None:
+        """`echo`: the prompt's text, if the answer is to begin with it; `prompt_only`: it has no more than that."""
         self.index = index
         self.request = request
+        self.echo = echo
         self.num_tokens = 0
+        self.prompt: PromptLogprobs | None = None
         self.done: Done | None = None
         self._detokenizer = detokenizer
         self._stop = StopMatcher(stop)
+        self._prompt_only = prompt_only
+        self._chars = 0  # of the text so far
         self._arrived = arrived
         self._first_at = self._last_at = arrived
 
@@ -33,13 +46,19 @@ class Choice:
         """The next token. The delta has a finish_reason if it completes a stop string. A token that ends the answer is
         no part of its text, whatever the tokenizer calls it."""
         self._tick(event.at, metrics)
-        silent = event.finish is FinishReason.STOP or event.token_id in self.request.params.stop_token_ids
-        text = "" if silent else self._stop.push(self._detokenizer.push(event.token_id))
-        return Delta(self.index, text, (event,), event.at, FinishReason.STOP if self._stop.found else None)
+        if self._prompt_only:
+            return Delta(self.index, "", (), event.at)
+        silent = event.finish is FinishReason.STOP or event.token_id in self.request.params.stop_set
+        piece, offset = "" if silent else self._detokenizer.push(event.token_id), self._chars
+        self._chars += len(piece)
+        text = self._stop.push(piece)
+        return Delta(self.index, text, (event,), event.at, FinishReason.STOP if self._stop.found else None, offset)
 
     def finish(self, done: Done) -> Delta:
         """The end, with the text that was held back."""
         self.done = done
+        if self._prompt_only:
+            return Delta(self.index, "", (), time.monotonic(), FinishReason.LENGTH)
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         reason = FinishReason.STOP if self._stop.found else done.finish_reason
         return Delta(self.index, text, (), time.monotonic(), reason)
@@ -64,6 +83,11 @@ class Choice:
             metrics.tpot.observe(self._tpot_s)
         if self.done is not None:
             metrics.stages(self.done)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Those that the client gets."""
+        return 0 if self._prompt_only else self.num_tokens
 
     @property
     def _tpot_s(self) -> float:

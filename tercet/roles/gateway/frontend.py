@@ -13,17 +13,17 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
-from tercet.core import GenerateRequest
+from tercet.core import GenerateRequest, SamplingParams
 from tercet.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, ModelNotFound, NoWorkers, Overloaded
 from tercet.metrics import Metrics
+from tercet.roles.gateway.admission import Admission, Places
 from tercet.roles.gateway.ask import Ask, Backend, Chat, Prompt, ServedModel
+from tercet.roles.gateway.bounds import MOST_CHOICES, STOP_CHARS, STOPS_CHARS, bound
 from tercet.roles.gateway.choice import Choice
+from tercet.roles.gateway.offloop import OffLoop
 from tercet.roles.gateway.session import Session
+from tercet.roles.gateway.tokenising import Tokenising
 from tercet.spec import LimitsSpec
-
-MAX_STOPS = 4  # as in the OpenAI API
-MAX_STOP_CHARS = 256  # bounds the work per token
-THREAD_CHARS = 8192  # more text than this is tokenised in a thread, so that streams go on meanwhile
 
 
 class Frontend:
@@ -33,10 +33,10 @@ class Frontend:
         self.limits = limits
         self.model = model
         self.metrics = metrics
+        self.offloop = OffLoop()
         self._backend = backend
-        self._inflight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._tokenising = Tokenising(model, limits.max_chars_per_token, self.offloop)
+        self._admission = Admission(limits.max_inflight_requests, metrics.inflight.set)
         self._live: dict[str, asyncio.Timeout] = {}  # request id -> its deadline
         self._draining = False
         self._stopping = False
@@ -44,17 +44,17 @@ class Frontend:
     @property
     def inflight(self) -> int:
         """Choices that are being generated."""
-        return self._inflight
+        return self._admission.in_use
 
     @asynccontextmanager
     async def session(self, ask: Ask) -> AsyncGenerator[Session, None]:
         """Run the body under the request's deadline, counted against limits.max_inflight_requests."""
         self._check(ask)
-        self._admit(ask)
+        places = self._admit(ask)
         try:
             async with asyncio.timeout(ask.arrived + ask.timeout_s - time.monotonic()) as deadline:
                 self._live[ask.request_id] = deadline
-                yield Session(ask, await self._choices(ask), self._backend, self.metrics)
+                yield Session(ask, await self._choices(ask), self._backend, self.metrics, places)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -63,126 +63,96 @@ class Frontend:
             raise DeadlineExceeded(f"no full answer within {ask.timeout_s:g} s") from error
         finally:
             self._live.pop(ask.request_id, None)
-            self._count(-ask.num_choices)
+            places.close()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse what is new, let what runs finish, and end by force what still runs after `timeout_s`."""
         self._draining = True
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            await asyncio.wait_for(self._admission.idle.wait(), timeout_s)
         self._stopping = True
         for deadline in self._live.values():
             if not deadline.expired():
                 deadline.reschedule(0)
-
-    def _check(self, ask: Ask) -> None:
-        ask.params.validate()
-        if not 1 <= ask.n <= self.limits.max_n:
-            raise InvalidRequest(f"n must be from 1 to {self.limits.max_n}, got {ask.n}")
-        if not ask.prompts:
-            raise InvalidRequest("prompt must not be empty")
-        if ask.num_choices > self.limits.max_inflight_requests:
-            raise InvalidRequest(
-                f"prompt: {len(ask.prompts)} prompts times n {ask.n} is more than the gateway takes "
-                f"({self.limits.max_inflight_requests})"
-            )
-        if len(ask.stop) > MAX_STOPS:
-            raise InvalidRequest(f"stop takes at most {MAX_STOPS} strings, got {len(ask.stop)}")
-        for stop in ask.stop:
-            if not 1 <= len(stop) <= MAX_STOP_CHARS:
-                raise InvalidRequest(f"stop strings must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
-        self._check_ids("stop_token_ids", ask.params.stop_token_ids)
-        if ask.params.seed is not None and not -(2**63) <= ask.params.seed < 2**63:
-            raise InvalidRequest(f"seed must fit 64 bits, got {ask.params.seed}")
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound; nothing named means the served model."""
         if name and name != self.model.name:
             raise ModelNotFound(f"model {name!r} is not served here; this gateway serves {self.model.name!r}")
 
-    def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
-        last = self.model.vocab_size - 1
-        if ids and not 0 <= min(ids) <= max(ids) <= last:
-            wrong = next(i for i in ids if not 0 <= i <= last)
-            raise InvalidRequest(f"{name}: token id {wrong} is outside the vocabulary (0 to {last})")
+    def _check(self, ask: Ask) -> None:
+        """What needs no tokens. Raises InvalidRequest."""
+        bound("prompt", ask.prompts)
+        bound("stop", ask.stop)
+        bound("stop_token_ids", ask.params.stop_token_ids)
+        ask.params.validate()
+        if not 1 <= ask.n <= self.limits.max_n:
+            raise InvalidRequest(f"n must be from 1 to {self.limits.max_n}, got {ask.n}")
+        if not ask.prompts:
+            raise InvalidRequest("prompt must not be empty")
+        if ask.num_choices > MOST_CHOICES:
+            raise InvalidRequest(
+                f"prompt: {len(ask.prompts)} prompts times n {ask.n} is more than one request may ask ({MOST_CHOICES})"
+            )
+        lengths = [len(stop) for stop in ask.stop]
+        if max(lengths, default=0) > STOP_CHARS or sum(lengths) > STOPS_CHARS:
+            raise InvalidRequest(
+                f"stop strings may have {STOP_CHARS} characters each and {STOPS_CHARS} in all, got {max(lengths)} "
+                f"and {sum(lengths)}"
+            )
+        self._tokenising.check_ids("stop_token_ids", ask.params.stop_token_ids)
+        if ask.params.seed is not None and not -(2**63) <= ask.params.seed < 2**63:
+            raise InvalidRequest(f"seed must fit 64 bits, got {ask.params.seed}")
 
-    def _admit(self, ask: Ask) -> None:
+    def _admit(self, ask: Ask) -> Places:
         if self._draining:
             raise Overloaded("the gateway is draining and takes no new requests")
         if ask.request_id in self._live:
             raise InvalidRequest(f"request_id {ask.request_id!r} is in flight already")
-        if self._inflight + ask.num_choices > self.limits.max_inflight_requests:
-            raise Overloaded(f"{self._inflight} requests are in flight, limit {self.limits.max_inflight_requests}")
-        self._count(ask.num_choices)
-
-    def _count(self, change: int) -> None:
-        self._inflight += change
-        self.metrics.inflight.set(self._inflight)
-        (self._idle.clear if self._inflight else self._idle.set)()
+        return self._admission.enter(ask.client)
 
     async def _choices(self, ask: Ask) -> list[Choice]:
         """One per prompt and sample, in that order."""
         seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed
         choices: list[Choice] = []
-        in_thread = sum(map(_num_chars, ask.prompts)) > THREAD_CHARS
-        for prompt in ask.prompts:
-            ids = await self._tokenise(prompt, in_thread)
-            max_tokens = self._room(ids, ask)
-            for sample in range(ask.n):
+        prompts = zip(ask.prompts, await self._tokenising.ids(ask.prompts, ask.client), strict=True)
+        for prompt, ids in prompts:
+            params = dataclasses.replace(
+                ask.params, max_tokens=self._room(prompt, ids, ask), top_k=min(ask.params.top_k, self.model.vocab_size)
+            )
+            echo = self._tokenising.text(prompt, ids) if ask.echo else ""
+            for _ in range(ask.n):
                 index = len(choices)
-                # Wraps inside 64 bits, so that every sample has a seed of its own and the first one the user's.
-                own_seed = (seed + sample + 2**63) % 2**64 - 2**63
-                params = dataclasses.replace(
-                    ask.params,
-                    max_tokens=max_tokens,
-                    seed=own_seed,
-                    top_k=min(ask.params.top_k, self.model.vocab_size),
-                )
-                name = ask.request_id if ask.num_choices == 1 else f"{ask.request_id}-{index}"
-                request = GenerateRequest(name, ids, params, ask.arrived + ask.timeout_s)
-                choices.append(Choice(index, request, self.model.tokenizer.detokenizer(), ask.stop, ask.arrived))
+                request = self._request(ask, index, ids, dataclasses.replace(params, seed=_own_seed(seed, index)))
+                detokenizer = self.model.tokenizer.detokenizer(ids)
+                own = (ask.stop_strings, ask.arrived, echo, ask.prompt_only)
+                choices.append(Choice(index, request, detokenizer, *own))
         return choices
 
-    async def _tokenise(self, prompt: Prompt, in_thread: bool) -> tuple[int, ...]:
-        if isinstance(prompt, tuple):
-            ids = prompt
-            self._check_ids("prompt", ids)
-        elif in_thread:
-            ids = await asyncio.to_thread(self._encode, prompt)
-        else:
-            ids = self._encode(prompt)
-        if not ids:
-            raise InvalidRequest("prompt must not be empty")
-        return ids
+    def _request(self, ask: Ask, index: int, ids: tuple[int, ...], params: SamplingParams) -> GenerateRequest:
+        name = ask.request_id if ask.num_choices == 1 else f"{ask.request_id}-{index}"
+        return GenerateRequest(name, ids, params, ask.arrived + ask.timeout_s, ask.client)
 
-    def _encode(self, prompt: str | Chat) -> tuple[int, ...]:
-        tokenizer = self.model.tokenizer
-        if isinstance(prompt, Chat):
-            text = tokenizer.apply_chat_template([dict(m) for m in prompt.messages], prompt.add_generation_prompt)
-            return tuple(tokenizer.encode(text, add_special=False))
-        if not prompt:
-            raise InvalidRequest("prompt must not be empty")
-        return tuple(tokenizer.encode(prompt))
+    def _room(self, prompt: Prompt, ids: tuple[int, ...], ask: Ask) -> int:
+        """max_tokens of a prompt: what was asked for, or the rest of the context.
 
-    def _room(self, ids: tuple[int, ...], ask: Ask) -> int:
-        """max_tokens of a prompt: what was asked for, or the rest of the context."""
+        Raises ContextTooLong. A chat that asks for more than is left gets what is left, since editors always ask for
+        the most; a completion is refused, as in vLLM.
+        """
         context = self.model.max_context
         room = context - len(ids)
         if room < 1:
-            raise ContextTooLong(
-                f"prompt has {len(ids)} tokens, the context of {self.model.name} holds {context}, the answer included"
-            )
+            raise self._tokenising.too_long(f"{len(ids)} tokens,")
         if not ask.max_tokens_given:
             return room
-        if ask.params.max_tokens > room:
+        if ask.params.max_tokens > room and not isinstance(prompt, Chat):
             raise ContextTooLong(
                 f"max_tokens {ask.params.max_tokens} and a prompt of {len(ids)} tokens exceed "
                 f"the context of {self.model.name}, {context} tokens"
             )
-        return ask.params.max_tokens
+        return min(ask.params.max_tokens, room)
 
 
-def _num_chars(prompt: Prompt) -> int:
-    if isinstance(prompt, Chat):
-        return sum(len(message["content"]) for message in prompt.messages)
-    return len(prompt) if isinstance(prompt, str) else 0
+def _own_seed(seed: int, index: int) -> int:
+    """Every choice has a seed of its own, the first one the user's; wraps inside 64 bits."""
+    return (seed + index + 2**63) % 2**64 - 2**63

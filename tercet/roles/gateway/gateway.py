@@ -8,30 +8,42 @@ drain -> new requests get 503, running ones finish; stop -> ports closed
 from __future__ import annotations
 
 import asyncio
-import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-import grpc
 from aiohttp import web
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tercet.core import WorkerInfo
 from tercet.errors import ClusterError
 from tercet.metrics import Metrics
 from tercet.models.sources import load_config, load_tokenizer, served_name
 from tercet.roles.gateway.ask import Backend, ServedModel
+from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.frontend import Frontend
-from tercet.roles.gateway.grpc_api import NOT_SERVING, SERVICE, SERVING, InferenceService
+from tercet.roles.gateway.grpc_api import SERVICE, InferenceService, client_of_call
+from tercet.roles.gateway.grpc_health import HealthService
 from tercet.roles.gateway.http_api import HttpApi
+from tercet.roles.gateway.http_generation import Generation
+from tercet.roles.gateway.http_server import protocols_of
 from tercet.roles.gateway.readiness import POLL_S, Readiness
 from tercet.roles.router import Router
-from tercet.spec import ClusterSpec, ListenSpec, ModelSpec
+from tercet.spec import ClusterSpec, LimitsSpec, ListenSpec, ModelSpec
+from tercet.wire.bodies import Bodies, BodyLimits
+from tercet.wire.connections import ConnectionLimits, Connections, address, most_connections, port_error
 from tercet.wire.gen import inference_pb2_grpc
+from tercet.wire.grpc_call import Call
+from tercet.wire.grpc_server import GrpcLimits, GrpcServer
+
+T = TypeVar("T")
 
 PROBE_TIMEOUT_S = 60.0
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"  # the same messages as v1alpha, which grpcio has
+SPARE_STREAMS = 32  # of one gRPC connection, for health and the like beside requests
+STANDARD = (health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
 WILDCARDS = ("0.0.0.0", "::")  # noqa: S104, compared, not bound
 
 
@@ -68,12 +80,17 @@ class Gateway:
         self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics)
         timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
         self._readiness = Readiness(self._router, self._model.tokenizer, timeout_s)
+        self._bodies = Bodies(_body_limits(spec.limits))
+        self._connections = Connections(_connection_limits(spec.limits))
+        self._metrics.watch_connections(self._connections.__len__, lambda: self._connections.closed)
         self._stack = AsyncExitStack()
 
     async def start(self) -> GatewayInfo:
         """Bind both ports. Raises ClusterError naming the port if one is in use."""
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._router.close)
+            stack.callback(self._frontend.offloop.close)
+            stack.callback(self._connections.close)
             http_url = await self._start_http(stack)
             grpc_address = await self._start_grpc(stack)
             self._start_task(stack, asyncio.create_task(self._readiness.run()))
@@ -112,47 +129,47 @@ class Gateway:
         await self._stack.aclose()
 
     async def _start_http(self, stack: AsyncExitStack) -> str:
-        listen = self._spec.gateway.http
-        api = HttpApi(self._frontend, self._router, self._readiness)
+        listen, metrics = self._spec.gateway.http, self._metrics
+        cors = Cors(self._spec.gateway.cors_origins)
+        generation = Generation(self._frontend, self._bodies)
+        api = HttpApi(self._frontend, self._router, self._readiness, generation, cors)
         # handler_cancellation: a client that goes away must free its blocks at once.
-        runner = web.AppRunner(api.app(), handler_cancellation=True, access_log=None, shutdown_timeout=2.0)
+        runner = web.AppRunner(api.app(), handler_cancellation=True, shutdown_timeout=2.0)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         try:
-            await web.TCPSite(runner, listen.host, listen.port).start()
+            server = await self._connections.listen(listen.host, listen.port, protocols_of(runner, metrics.failed))
         except OSError as error:
             raise _port_error("http", listen, error) from error
+        stack.callback(server.close)
         host = "127.0.0.1" if listen.host in WILDCARDS else listen.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}"
+        return f"http://{address(host, server.sockets[0].getsockname()[1])}"
 
     async def _start_grpc(self, stack: AsyncExitStack) -> str:
-        listen = self._spec.gateway.grpc
-        # so_reuseport would let two gateways share the port in silence.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", self._spec.limits.max_body_bytes)]
-        server = grpc.aio.server(options=options)
-        checker = health.aio.HealthServicer()
+        listen, limits = self._spec.gateway.grpc, self._spec.limits
+        bounds = GrpcLimits(limits.max_body_bytes, limits.max_inflight_requests + SPARE_STREAMS, frozenset(STANDARD))
+        server = GrpcServer(self._connections, self._bodies, bounds, self._metrics.failed, self._offload)
+        checker = HealthService(SERVICE)
         service = InferenceService(self._frontend)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call] # generated
-        health_pb2_grpc.add_HealthServicer_to_server(checker, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        health_pb2_grpc.add_HealthServicer_to_server(checker, server)  # type: ignore[arg-type]  # it has what is used
+        _add_reflection(server)
         stack.push_async_callback(server.stop, 1.0)
         try:
-            port = server.add_insecure_port(f"{listen.host}:{listen.port}")
-        except RuntimeError as error:
+            port = await server.start(listen.host, listen.port)
+        except OSError as error:
             raise _port_error("grpc", listen, error) from error
-        await server.start()
         self._start_task(stack, asyncio.create_task(self._follow(checker)))
-        return f"{listen.host}:{port}"
+        return address(listen.host, port)
 
-    async def _follow(self, checker: health.aio.HealthServicer) -> None:
+    async def _offload(self, call: Call, size: int, work: Callable[[], T]) -> T:
+        """A gRPC message is read as an HTTP body is."""
+        return await self._frontend.offloop.parse(client_of_call(call), size, work)
+
+    async def _follow(self, checker: HealthService) -> None:
         """The standard health service says SERVING while the gateway is ready."""
-        told = None
         while True:
-            state = SERVING if self._readiness.ready else NOT_SERVING
-            if state != told:
-                told = state
-                for service in ("", SERVICE):
-                    await checker.set(service, state)
+            checker.set(self._readiness.ready)
             await asyncio.sleep(POLL_S)
 
     def _start_task(self, stack: AsyncExitStack, task: asyncio.Task[None]) -> None:
@@ -164,7 +181,22 @@ class Gateway:
         stack.push_async_callback(end)
 
 
-def _port_error(name: str, listen: ListenSpec, error: Exception) -> ClusterError:
-    in_use = isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE)
-    what = "is in use" if in_use else f"cannot be opened ({error})"
-    return ClusterError(f"port {listen.port} on {listen.host} {what}; free it or set gateway.{name}.port")
+def _add_reflection(server: GrpcServer) -> None:
+    servicer = reflection.aio.ReflectionServicer((SERVICE, *STANDARD))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    method = "ServerReflectionInfo"
+    server.add_registered_method_handlers(REFLECTION_V1, {method: server.handler(reflection.SERVICE_NAME, method)})
+
+
+def _body_limits(limits: LimitsSpec) -> BodyLimits:
+    held = max(limits.max_held_bytes, limits.max_body_bytes)
+    return BodyLimits(limits.max_body_bytes, held, limits.body_grace_s, limits.min_body_rate)
+
+
+def _connection_limits(limits: LimitsSpec) -> ConnectionLimits:
+    most = most_connections(limits.max_connections)
+    return ConnectionLimits(most, limits.head_timeout_s, limits.idle_timeout_s)
+
+
+def _port_error(name: str, listen: ListenSpec, error: OSError) -> ClusterError:
+    return port_error(listen.port, listen.host, error, f"free it or set gateway.{name}.port")

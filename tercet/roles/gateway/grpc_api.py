@@ -1,33 +1,30 @@
-"""`tercet.v1.Inference` by grpc.aio, over the same frontend as HTTP.
+"""`tercet.v1.Inference`, over the same frontend as HTTP.
 
-The call's deadline and its cancellation are the request's. A failure is a gRPC status with details `code: message`.
+The call's deadline and its cancellation are the request's. A failure is a gRPC status with details `code: message`
+(wire/grpc_server.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Any
-
-import grpc
-from grpc_health.v1 import health_pb2
 
 from tercet.core import SamplingParams
-from tercet.errors import Cancelled, InvalidRequest, TercetError
+from tercet.errors import InvalidRequest
 from tercet.roles.gateway.ask import Ask, Chat, Delta, Prompt
+from tercet.roles.gateway.bounds import bound
+from tercet.roles.gateway.clients import client_of
 from tercet.roles.gateway.frontend import Frontend
+from tercet.roles.gateway.openai_messages import messages_of
 from tercet.roles.gateway.openai_reply import LOWEST_LOGPROB
 from tercet.roles.gateway.session import Session
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc
+from tercet.wire.grpc_call import Call
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SCALARS = (
@@ -42,38 +39,37 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # noqa: N802, the proto's name
-        metrics = self._frontend.metrics
-        try:
-            ask = self._ask(request, context.time_remaining())
-            self._frontend.check_model(request.model)
-            async with self._frontend.session(ask) as session, aclosing(session.deltas()) as deltas:
-                async for delta in deltas:
-                    await context.write(_delta(ask.request_id, delta))
-                    metrics.gateway_token.observe(time.monotonic() - delta.received)
-                await context.write(_done(session, delta))
-        except TercetError as error:
-            metrics.failed(type(error))
-            await context.abort(grpc.StatusCode[error.grpc_status], f"{error.code()}: {error}")
-        except asyncio.CancelledError:
-            metrics.failed(Cancelled)
-            raise
+    async def Generate(self, request: pb.GenerateRequest, context: Call) -> None:  # noqa: N802, the proto's name
+        ask = self._ask(request, context)
+        self._frontend.check_model(request.model)
+        async with self._frontend.session(ask) as session, aclosing(session.deltas()) as deltas:
+            context.release()
+            async for delta in deltas:
+                await context.write(_delta(ask.request_id, delta))
+                self._frontend.metrics.gateway_token.observe(time.monotonic() - delta.received)
+            await context.write(_done(session, delta))
 
-    def _ask(self, request: pb.GenerateRequest, remaining_s: float | None) -> Ask:
+    def _ask(self, request: pb.GenerateRequest, context: Call) -> Ask:
         """Raises InvalidRequest. A deadline beyond the limit is the client's patience, not a demand: it is cut."""
         arrived = time.monotonic()
         if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
             raise InvalidRequest(f"request_id must match {_REQUEST_ID.pattern}")
-        limit_s = self._frontend.limits.request_timeout_s
+        limit_s, remaining_s = self._frontend.limits.request_timeout_s, context.time_remaining()
+        bound("stop", request.sampling.stop)
         return Ask(
-            request_id=request.request_id or f"grpc-{uuid.uuid4().hex}",
+            request_id=request.request_id or f"grpc-{context.id}",
             prompts=(_prompt(request),),
             params=_params(request.sampling),
             timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
             arrived=arrived,
+            client=client_of_call(context),
             max_tokens_given=request.sampling.HasField("max_tokens"),
             stop=tuple(request.sampling.stop),
         )
+
+
+def client_of_call(call: Call) -> str:
+    return client_of(call.header(b"authorization"), call.address())
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:
@@ -81,14 +77,17 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
         case "text":
             return request.text
         case "tokens":
+            bound("prompt[]", request.tokens.ids, "prompt")
             return tuple(request.tokens.ids)
         case "chat" if request.chat.messages:
-            return Chat(tuple({"role": m.role, "content": m.content} for m in request.chat.messages))
+            bound("messages", request.chat.messages)
+            return Chat(messages_of([{"role": m.role, "content": m.content} for m in request.chat.messages]))
     raise InvalidRequest("prompt must not be empty")
 
 
 def _params(sampling: pb.Sampling) -> SamplingParams:
     """Absent fields keep the defaults of SamplingParams."""
+    bound("stop_token_ids", sampling.stop_token_ids)
     given = {name: getattr(sampling, name) for name in _SCALARS if sampling.HasField(name)}
     return SamplingParams(**given, stop_token_ids=tuple(sampling.stop_token_ids), ignore_eos=sampling.ignore_eos)
 

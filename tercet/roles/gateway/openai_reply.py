@@ -13,15 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from tercet.core import TokenEvent
+from tercet.core import TopLogprobs
 from tercet.errors import TercetError, UserError
 from tercet.roles.gateway.ask import Delta, Tokenizer, Usage
+from tercet.roles.gateway.choice import Choice
 from tercet.roles.gateway.openai_request import Options
 from tercet.roles.gateway.session import Session
 
 DONE = b"data: [DONE]\n\n"
 SLOT = "\0"  # where the text goes; no model name holds it
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI and vLLM write this too
+
+_Entry = tuple[int, float | None, TopLogprobs, int]  # token id, its logprob, the likeliest in its place, text offset
 
 _json = json.JSONEncoder(separators=(",", ":")).encode  # ASCII only, so a half character cannot break it
 
@@ -40,6 +43,11 @@ class Reply(ABC):
         self._frames: dict[int, tuple[str, str]] = {}  # choice that has sent a chunk -> JSON around its next text
         self._varied = options.logprobs or options.return_token_ids  # chunks differ in more than their text
         self._unfinished = len(session.choices)
+
+    def echoes(self, index: int) -> int:
+        """Logprobs of the prompt that the choice's next chunk, or its body, begins with."""
+        prompt = self._session.choices[index].prompt
+        return len(prompt.entries) if prompt is not None and index not in self._frames else 0
 
     def chunk(self, delta: Delta) -> bytes:
         """The server-sent events of one delta."""
@@ -76,7 +84,7 @@ class Reply(ABC):
         by_choice: list[list[Delta]] = [[] for _ in self._session.choices]
         for delta in deltas:
             by_choice[delta.index].append(delta)
-        body = {
+        body: dict[str, Any] = {
             **self._head,
             "object": self.object_name,
             "choices": [self._body_choice(i, ds) | self._ending(i, ds) for i, ds in enumerate(by_choice)],
@@ -84,13 +92,15 @@ class Reply(ABC):
             "timings": dataclasses.asdict(self._session.timings),
         }
         self._add_prompt_ids(body)
-        return _json(body).encode()
+        # Choice by choice, so that the interpreter lets others run between them.
+        choices = ",".join([_json(choice) for choice in body.pop("choices")])
+        return f'{_json(body)[:-1]},"choices":[{choices}]}}'.encode()
 
     def _ending(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """Fields that a choice has in both endpoints, in chunks and bodies."""
         tokens = [token for delta in deltas for token in delta.tokens]
         fields: dict[str, Any] = {
-            "logprobs": self._logprobs(index, tokens) if self._options.logprobs else None,
+            "logprobs": self._logprobs(index, deltas) if self._options.logprobs else None,
             "finish_reason": deltas[-1].finish_reason,
         }
         if self._options.return_token_ids:
@@ -107,7 +117,7 @@ class Reply(ABC):
     def _body_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _logprobs(self, index: int, tokens: Sequence[TokenEvent]) -> dict[str, Any]: ...
+    def _logprobs(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]: ...
 
     @abstractmethod
     def _add_prompt_ids(self, answer: dict[str, Any]) -> None:
@@ -128,11 +138,12 @@ class ChatReply(Reply):
         text = "".join(delta.text for delta in deltas)
         return {"index": index, "message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
+    def _logprobs(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         content = [
             self._logprob(token.token_id, token.logprob)
             | {"top_logprobs": [self._logprob(*top) for top in token.top_logprobs]}
-            for token in tokens
+            for delta in deltas
+            for token in delta.tokens
         ]
         return {"content": content, "refusal": None}
 
@@ -148,29 +159,45 @@ class ChatReply(Reply):
 class CompletionReply(Reply):
     object_name = chunk_name = "text_completion"
 
-    def __init__(self, session: Session, model: str, tokenizer: Tokenizer, options: Options) -> None:
-        super().__init__(session, model, tokenizer, options)
-        self._offsets = [0] * len(session.choices)  # characters of each choice that have logprobs
-
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        return {"index": delta.index, "text": delta.text}
+        echo = self._session.choices[delta.index].echo if delta.index not in self._frames else ""
+        return {"index": delta.index, "text": echo + delta.text}
 
     def _body_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
-        return {"index": index, "text": "".join(delta.text for delta in deltas)}
+        return {"index": index, "text": self._session.choices[index].echo + "".join(delta.text for delta in deltas)}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
-        text_of = self._tokenizer.token_text
-        texts = [text_of(token.token_id) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(text)
+    def _logprobs(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """With those of the prompt before the first, if the answer begins with the prompt."""
+        choice = self._session.choices[index]
+        entries = self._prompt_entries(choice) if index not in self._frames and choice.prompt is not None else []
+        for delta in deltas:
+            at = len(choice.echo) + delta.offset
+            entries += [(t.token_id, t.logprob, t.top_logprobs, at) for t in delta.tokens]
         return {
-            "tokens": texts,
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [{text_of(i): _finite(p) for i, p in token.top_logprobs} for token in tokens],
-            "text_offset": offsets,
+            "tokens": [self._tokenizer.token_text(token_id) for token_id, *_ in entries],
+            "token_logprobs": [_finite(logprob) for _, logprob, *_ in entries],
+            "top_logprobs": [self._top(*entry[:3]) for entry in entries],
+            "text_offset": [at for *_, at in entries],
         }
+
+    def _prompt_entries(self, choice: Choice) -> list[_Entry]:
+        """The first token has no logprob, since nothing stands before it."""
+        assert choice.prompt is not None
+        detokenizer, at, entries = self._tokenizer.detokenizer(), 0, []
+        logprobs: list[tuple[float | None, TopLogprobs]] = [(None, ()), *choice.prompt.entries]
+        for token_id, (logprob, top) in zip(choice.request.token_ids, logprobs, strict=True):
+            entries.append((token_id, logprob, top, at))
+            at += len(detokenizer.push(token_id))
+        return entries
+
+    def _top(self, token_id: int, logprob: float | None, top: TopLogprobs) -> dict[str, float | None] | None:
+        """The most likely tokens and the one that stands there. Of several with the same text the likeliest counts."""
+        if logprob is None:
+            return None
+        found: dict[str, float | None] = {}
+        for likely_id, likely in (*top, (token_id, logprob)):
+            found.setdefault(self._tokenizer.token_text(likely_id), _finite(likely))
+        return found
 
     def _add_prompt_ids(self, answer: dict[str, Any]) -> None:
         if self._options.return_token_ids:

@@ -1,4 +1,5 @@
-"""OpenAI bodies to Ask. What would change the result and is not built is refused by name, never ignored.
+"""OpenAI bodies to Ask. What would change the result and is not built is refused by name; a name that nobody knows is
+ignored, as vLLM does, and told to the client.
 
 Messages of errors begin with the parameter's name, so that the answer's `param` can be read off them.
 """
@@ -10,37 +11,66 @@ import math
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tercet.core import SamplingParams
+from tercet.core import MOST_LOGPROBS, SamplingParams
 from tercet.errors import InvalidRequest
 from tercet.roles.gateway.ask import Ask, Chat, Prompt
+from tercet.roles.gateway.bounds import KWARGS_CHARS, NAME_CHARS, bound, bound_depth, bound_fields
+from tercet.roles.gateway.json_body import json_object
+from tercet.roles.gateway.openai_messages import messages_of, shown, text_of
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_Neutral = Mapping[str, tuple[Any, ...]]  # parameter -> values that ask for nothing
+NEUTRAL: _Neutral = {  # not built; these values, and null, ask for nothing
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": ([],),
+    "guided_grammar": ("",),
+    "guided_json": (),
+    "guided_regex": ("",),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
 HARMLESS = frozenset(  # say nothing about the tokens
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     | {"parallel_tool_calls"}
 )
-NEUTRAL: Mapping[str, Any] = {  # not built; these values ask for nothing
-    "tools": [],
-    "tool_choice": "none",
-    "functions": [],
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-    "logit_bias": {},
-    "best_of": 1,
-    "suffix": "",
-    "echo": False,
-    "min_tokens": 0,
-    "use_beam_search": False,
-    "skip_special_tokens": True,
-    "include_stop_str_in_output": False,
-    "continue_final_message": False,
-    "chat_template_kwargs": {},
-}
+TEMPLATE_OWN = ("messages", "add_generation_prompt", "tools", "documents")  # not for chat_template_kwargs
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who asks, and how the answer is known."""
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    client: str = ""
+    arrived: float = field(default_factory=time.monotonic)  # when the request's bytes were read
 
 
 @dataclass(frozen=True)
@@ -55,7 +85,7 @@ class Options:
 
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class _Common(BaseModel):
@@ -83,17 +113,19 @@ class _Common(BaseModel):
 
 
 class _ChatBody(_Common):
-    messages: list[dict[str, Any]]
+    messages: list[Any]
     max_completion_tokens: int | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: int = 0
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class _CompletionBody(_Common):
     prompt: Any
     max_tokens: int | None = 16  # as in the OpenAI API
     logprobs: int | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,39 +133,37 @@ class Parsed:
     ask: Ask
     options: Options
     model: str | None  # as the client named it
+    ignored: tuple[str, ...] = ()  # parameters that nobody knows
 
 
-def parse_chat(body: bytes, timeout_header: str | None, limit_s: float) -> Parsed:
+def parse_chat(body: bytes, timeout_header: str | None, limit_s: float, origin: Origin | None = None) -> Parsed:
     """Raises InvalidRequest naming what is wrong."""
-    arrived = time.monotonic()
-    b = _validated(_ChatBody, body)
-    if b.top_logprobs is not None and not b.logprobs:
+    b, ignored = _validated(_ChatBody, body, {"echo": (False,)})
+    if b.top_logprobs and not b.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true")
-    if not b.messages:
-        raise InvalidRequest("messages must not be empty")
-    chat = Chat(tuple(_message(i, m) for i, m in enumerate(b.messages)), b.add_generation_prompt)
+    if not 0 <= b.top_logprobs <= MOST_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs must be from 0 to {MOST_LOGPROBS}, got {b.top_logprobs}")
+    chat = Chat(messages_of(b.messages), b.add_generation_prompt, _template_kwargs(b.chat_template_kwargs))
     max_tokens = b.max_tokens if b.max_completion_tokens is None else b.max_completion_tokens
-    logprobs = (b.top_logprobs or 0) if b.logprobs else None
-    return _parsed(b, (chat,), max_tokens, logprobs, ("chatcmpl", arrived, _timeout(b, timeout_header, limit_s)))
+    params = _params(b, max_tokens, b.top_logprobs if b.logprobs else None)
+    ask = _ask(b, "chatcmpl", (chat,), params, _timeout(b, timeout_header, limit_s), origin or Origin())
+    return Parsed(replace(ask, max_tokens_given=max_tokens is not None), _options(b, b.logprobs), b.model, ignored)
 
 
-def parse_completion(body: bytes, timeout_header: str | None, limit_s: float) -> Parsed:
+def parse_completion(body: bytes, timeout_header: str | None, limit_s: float, origin: Origin | None = None) -> Parsed:
     """Raises InvalidRequest naming what is wrong."""
-    arrived = time.monotonic()
-    b = _validated(_CompletionBody, body)
-    timeout_s = _timeout(b, timeout_header, limit_s)
-    return _parsed(b, _prompts(b.prompt), b.max_tokens, b.logprobs, ("cmpl", arrived, timeout_s))
+    b, ignored = _validated(_CompletionBody, body, {})
+    prompt_only = b.max_tokens == 0
+    params = _params(b, 1 if prompt_only else b.max_tokens, b.logprobs)
+    params = replace(params, prompt_logprobs=b.logprobs if b.echo else None)
+    prompts = _prompts(b.prompt)
+    ask = _ask(b, "cmpl", prompts, params, _timeout(b, timeout_header, limit_s), origin or Origin())
+    ask = replace(ask, echo=b.echo, prompt_only=prompt_only)
+    return Parsed(ask, _options(b, b.logprobs is not None), b.model, ignored)
 
 
-def _parsed(
-    b: _Common,
-    prompts: tuple[Prompt, ...],
-    max_tokens: int | None,
-    logprobs: int | None,
-    origin: tuple[str, float, float],
-) -> Parsed:
-    prefix, arrived, timeout_s = origin
-    params = SamplingParams(
+def _params(b: _Common, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    return SamplingParams(
         max_tokens=1 if max_tokens is None else max_tokens,
         temperature=b.temperature,
         top_k=0 if b.top_k == -1 else b.top_k,  # vLLM's other way to say off
@@ -147,47 +177,52 @@ def _parsed(
         ignore_eos=b.ignore_eos,
         logprobs=logprobs,
     )
-    ask = Ask(
-        request_id=f"{prefix}-{uuid.uuid4().hex}",
+
+
+def _ask(
+    b: _Common, kind: str, prompts: tuple[Prompt, ...], params: SamplingParams, timeout_s: float, origin: Origin
+) -> Ask:
+    return Ask(
+        request_id=f"{kind}-{origin.id}",
         prompts=prompts,
         params=params,
         timeout_s=timeout_s,
-        arrived=arrived,
-        max_tokens_given=max_tokens is not None,
+        arrived=origin.arrived,
+        client=origin.client,
         n=b.n,
         stop=(b.stop,) if isinstance(b.stop, str) else tuple(b.stop),
     )
-    options = Options(b.stream, b.stream_options.include_usage, logprobs is not None, b.return_token_ids)
-    return Parsed(ask, options, b.model)
+
+
+def _options(b: _Common, logprobs: bool) -> Options:
+    return Options(b.stream, bool(b.stream_options.include_usage), logprobs, b.return_token_ids)
 
 
 _Body = TypeVar("_Body", bound=_Common)
 
 
-def _validated(kind: type[_Body], body: bytes) -> _Body:
-    given = {name: value for name, value in _json_object(body).items() if value is not None}
-    for name in sorted(given.keys() - kind.model_fields.keys() - HARMLESS):
-        if name not in NEUTRAL or given[name] != NEUTRAL[name]:
+def _validated(kind: type[_Body], body: bytes, elsewhere: _Neutral) -> tuple[_Body, tuple[str, ...]]:
+    """-> the body, and the names in it that nobody knows. `elsewhere`: what only the other endpoint has built."""
+    given = {name: value for name, value in json_object(body).items() if value is not None}
+    bound_fields(given)
+    unbuilt = {**NEUTRAL, **elsewhere}
+    for name in sorted(given.keys() & unbuilt.keys()):
+        if given[name] not in unbuilt[name]:
             raise InvalidRequest(f"{name} is not supported here; leave it out")
     try:
-        return kind.model_validate(given)
+        known = kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        got = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
-        raise InvalidRequest(f"{where}: {first['msg']}{got}") from error
+        raise InvalidRequest(_explain(error)) from error
+    if known.model and len(known.model) > NAME_CHARS:
+        raise InvalidRequest(f"model must have at most {NAME_CHARS} characters, got {len(known.model)}")
+    return known, tuple(sorted(given.keys() - unbuilt.keys() - kind.model_fields.keys() - HARMLESS))
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not valid UTF-8 (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {type(value).__name__}")
-    return value
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
+    return f"{where}: {first['msg']}{got}"
 
 
 def _timeout(b: _Common, header: str | None, limit_s: float) -> float:
@@ -197,10 +232,21 @@ def _timeout(b: _Common, header: str | None, limit_s: float) -> float:
     try:
         seconds = b.timeout if b.timeout is not None else float(header or "")
     except ValueError as error:
-        raise InvalidRequest(f"X-Request-Timeout must be a number of seconds, got {header!r:.60}") from error
+        raise InvalidRequest(f"X-Request-Timeout must be a number of seconds, got {shown(header)}") from error
     if not math.isfinite(seconds) or not 0 < seconds <= limit_s:
         raise InvalidRequest(f"timeout must be above 0 and at most {limit_s:g} seconds, got {seconds:g}")
     return seconds
+
+
+def _template_kwargs(kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """Raises InvalidRequest for what is too large, or would stand in for a field of its own."""
+    bound_depth(kwargs, "chat_template_kwargs")
+    if taken := kwargs.keys() & TEMPLATE_OWN:
+        raise InvalidRequest(f"chat_template_kwargs.{min(taken)} cannot be given here")
+    size = len(text_of(json.dumps(kwargs, ensure_ascii=False), "chat_template_kwargs"))
+    if size > KWARGS_CHARS:
+        raise InvalidRequest(f"chat_template_kwargs take at most {KWARGS_CHARS} characters, got {size}")
+    return kwargs
 
 
 def _prompts(prompt: Any) -> tuple[Prompt, ...]:
@@ -212,46 +258,14 @@ def _prompts(prompt: Any) -> tuple[Prompt, ...]:
 
 def _prompt(prompt: Any, where: str) -> Prompt:
     if isinstance(prompt, str):
-        return _text(prompt, where)
-    if isinstance(prompt, list):
-        for i, token_id in enumerate(prompt):
-            if type(token_id) is not int:
-                raise InvalidRequest(f"{where}[{i}] must be a token id, got {token_id!r:.60}")
-        return tuple(prompt)
-    raise InvalidRequest(f"{where} must be a text or a list of token ids, got {type(prompt).__name__}")
+        return text_of(prompt, where)
+    if not isinstance(prompt, list):
+        raise InvalidRequest(f"{where} must be a text or a list of token ids, got {type(prompt).__name__}")
+    bound("prompt[]", prompt, where)
+    if not set(map(type, prompt)) <= {int}:
+        i = next(i for i, token_id in enumerate(prompt) if type(token_id) is not int)
+        raise InvalidRequest(f"{where}[{i}] must be a token id, got {shown(prompt[i])}")
+    return tuple(prompt)
 
 
-def _text(text: str, where: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise InvalidRequest(f"{where} is not valid Unicode (lone surrogate at {error.start})") from error
-    return text
-
-
-def _message(i: int, message: dict[str, Any]) -> Mapping[str, Any]:
-    where = f"messages[{i}]"
-    if message.get("role") not in ROLES:
-        raise InvalidRequest(f"{where}.role must be one of {', '.join(sorted(ROLES))}, got {message.get('role')!r:.60}")
-    for name in message.keys() - {"role", "content", "name", "refusal"}:
-        if message[name]:
-            raise InvalidRequest(f"{where}.{name} is not supported here; leave it out")
-    return {"role": message["role"], "content": _content(message.get("content"), f"{where}.content")}
-
-
-def _content(content: Any, where: str) -> str:
-    """A text, or a list of text parts, which are joined by newlines as in vLLM."""
-    if isinstance(content, str):
-        return _text(content, where)
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{where} must be a text or a list of text parts, got {type(content).__name__}")
-    texts = []
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise InvalidRequest(f"{where}[{i}] must be a text part, got {kind!r:.60}")
-        texts.append(_text(part["text"], f"{where}[{i}].text"))
-    return "\n".join(texts)
-
-
-PARAMETERS = frozenset(_ChatBody.model_fields) | frozenset(_CompletionBody.model_fields) | frozenset(NEUTRAL)
+PARAMETERS = frozenset(_ChatBody.model_fields) | frozenset(_CompletionBody.model_fields) | frozenset(NEUTRAL) | HARMLESS

@@ -1,15 +1,20 @@
-"""An admitted request while it runs: one router call per choice, their deltas in one stream."""
+"""An admitted request while it runs: one router call per choice, their deltas in one stream.
+
+The first choice has the place that the request came with; the others begin as places become free.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any
 
-from tercet.core import Done
+from tercet.core import Done, PromptLogprobs
 from tercet.errors import ProtocolViolation
 from tercet.metrics import Metrics
+from tercet.roles.gateway.admission import Places
 from tercet.roles.gateway.ask import Ask, Backend, Delta, Timings, Usage
 from tercet.roles.gateway.choice import Choice
 
@@ -17,11 +22,12 @@ from tercet.roles.gateway.choice import Choice
 class Session:
     """Made by Frontend.session, which bounds it by the deadline and takes it off the books at the end."""
 
-    def __init__(self, ask: Ask, choices: Sequence[Choice], backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, ask: Ask, choices: Sequence[Choice], backend: Backend, metrics: Metrics, places: Places) -> None:
         self.ask = ask
         self.choices = choices
         self._backend = backend
         self._metrics = metrics
+        self._places = places
 
     def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every choice's deltas as they come; each choice ends with one that has a finish_reason.
@@ -29,12 +35,16 @@ class Session:
         Raises what the router raises. aclose() aborts every choice on every worker.
         """
         self._metrics.gateway_request.observe(time.monotonic() - self.ask.arrived)
-        streams = [self._run(choice) for choice in self.choices]
-        return streams[0] if len(streams) == 1 else _merge(streams)
+        return self._run(self.choices[0]) if len(self.choices) == 1 else self._merged()
 
     async def _run(self, choice: Choice) -> AsyncGenerator[Delta, None]:
         async with aclosing(self._backend.generate(choice.request)) as events:
             async for event in events:
+                if isinstance(event, PromptLogprobs):
+                    choice.prompt = event
+                    continue
+                if choice.prompt is None and choice.request.params.prompt_logprobs is not None:
+                    raise ProtocolViolation(f"request {choice.request.request_id}: the prompt's logprobs are missing")
                 delta = choice.finish(event) if isinstance(event, Done) else choice.push(event, self._metrics)
                 if delta.finish_reason:
                     break
@@ -51,7 +61,7 @@ class Session:
         cached = [c.done.cached_tokens for c in firsts if c.done is not None]
         return Usage(
             prompt_tokens=sum(len(c.request.token_ids) for c in firsts),
-            completion_tokens=sum(c.num_tokens for c in self.choices),
+            completion_tokens=sum(c.completion_tokens for c in self.choices),
             cached_tokens=sum(cached) if len(cached) == len(firsts) else None,
         )
 
@@ -59,29 +69,40 @@ class Session:
     def timings(self) -> Timings:
         return self.choices[0].timings
 
+    async def _merged(self) -> AsyncGenerator[Delta, None]:
+        """Deltas in order of arrival. The first failure ends all; a finished task in the queue is an end."""
+        queue: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()
+        tasks: list[asyncio.Task[None]] = []
 
-async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """Deltas in order of arrival. The first failure ends all; a finished task in the queue is its stream's end."""
-    queue: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()
+        def begin(work: Coroutine[Any, Any, None]) -> None:
+            tasks.append(asyncio.create_task(work))
+            tasks[-1].add_done_callback(queue.put_nowait)
 
-    async def pump(stream: AsyncGenerator[Delta, None]) -> None:
-        async with aclosing(stream):
-            async for delta in stream:
-                queue.put_nowait(delta)
+        async def begin_all() -> None:
+            for choice in self.choices:
+                if choice is not self.choices[0]:
+                    await self._places.take()
+                begin(self._pump(choice, queue))
 
-    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
-    for task in tasks:
-        task.add_done_callback(queue.put_nowait)
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if isinstance(item, Delta):
-                yield item
-            else:
-                item.result()
-                running -= 1
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        begin(begin_all())
+        try:
+            running = len(self.choices) + 1
+            while running:
+                item = await queue.get()
+                if isinstance(item, Delta):
+                    yield item
+                else:
+                    item.result()
+                    running -= 1
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pump(self, choice: Choice, queue: asyncio.Queue[Delta | asyncio.Task[None]]) -> None:
+        try:
+            async with aclosing(self._run(choice)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+        finally:
+            self._places.give()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 class StopMatcher:
@@ -17,8 +18,7 @@ class StopMatcher:
         self.found = False
         self._stops = tuple(stops)
         self._held = ""
-        # Every beginning of every stop string: one C-level endswith tells whether anything must be held back.
-        self._beginnings = tuple({stop[:k] for stop in stops for k in range(1, len(stop))})
+        self._beginnings = _beginnings(self._stops)
         self._longest = max((len(stop) for stop in stops), default=1) - 1
 
     def push(self, text: str) -> str:
@@ -47,3 +47,9 @@ class StopMatcher:
             return 0
         longest = min(len(text), self._longest)
         return next(k for k in range(longest, 0, -1) if any(s.startswith(text[-k:]) for s in self._stops))
+
+
+@lru_cache(64)  # the choices of a request share it
+def _beginnings(stops: tuple[str, ...]) -> tuple[str, ...]:
+    """Every beginning of every stop string: one C-level endswith tells whether anything must be held back."""
+    return tuple({stop[:k] for stop in stops for k in range(1, len(stop))})

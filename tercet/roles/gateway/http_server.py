@@ -1,0 +1,154 @@
+"""aiohttp's server behind the guard: which connections it serves, and what it says where no handler is asked.
+
+Every request passes `Boundary`; what is no HTTP ends in `HttpProtocol.handle_error`, a connection that is cut off in
+`HttpProtocol.farewell`. All three answer in the OpenAI shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+
+from tercet.errors import (
+    BodyTooLarge,
+    Cancelled,
+    HeadTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    Overloaded,
+    TercetError,
+    UnknownUrl,
+    UriTooLong,
+    as_named,
+)
+from tercet.roles.gateway.openai_reply import error_body
+from tercet.roles.gateway.openai_request import PARAMETERS
+from tercet.wire.connections import Guard, Phase
+
+RETRY_AFTER_S = "1"  # with every 503
+REQUEST_ID = web.RequestKey("request_id", str)
+LINGER_S = 2.0  # a body that nobody wants any more is read for so long, so that its sender sees the answer
+NO_LOG: Any = None  # aiohttp takes it so, and saves the time
+TOO_MANY_HEADERS = "Too many headers"  # aiohttp has no class for it
+
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+_Count = Callable[[type[TercetError]], None]
+
+
+class HttpProtocol(web.RequestHandler):
+    """One connection."""
+
+    __slots__ = ("_count", "guard")
+    opens = Phase.IDLE
+
+    def __init__(self, server: web.Server, guard: Guard, count: _Count) -> None:
+        loop = asyncio.get_running_loop()
+        # auto_decompress: bodies are inflated with a bound, by name.
+        super().__init__(server, loop=loop, access_log=NO_LOG, lingering_time=LINGER_S, auto_decompress=False)
+        self.guard = guard
+        self._count = count
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What came is no HTTP request, or its answer could not be sent."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun already")
+        request_id = uuid.uuid4().hex
+        if isinstance(exc, HttpProcessingError):
+            error = _of_parser(exc)
+        else:
+            error = as_named(exc if isinstance(exc, Exception) else RuntimeError(message), request_id)
+        self._count(type(error))
+        response = failure(error, request_id)
+        response.force_close()
+        return response
+
+    def farewell(self, error: TercetError | None) -> bytes:
+        if error is None:
+            return b""
+        self._count(type(error))
+        body = json.dumps(error_body(error, PARAMETERS)).encode()
+        retry = f"Retry-After: {RETRY_AFTER_S}\r\n" if error.http_status == Overloaded.http_status else ""
+        head = (
+            f"HTTP/1.1 {error.http_status} {error.code()}\r\nContent-Type: application/json\r\n{retry}"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        return head.encode() + body
+
+
+class Boundary:
+    """Every request: counted as served, given an id, and every failure of it named, counted and told."""
+
+    def __init__(self, handler: _Handler, count: _Count) -> None:
+        self._handler = handler
+        self._count = count
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        request[REQUEST_ID] = request_id = uuid.uuid4().hex
+        protocol = request.protocol
+        assert isinstance(protocol, HttpProtocol)
+        with protocol.guard.serving():
+            try:
+                return await self._handler(request)
+            except asyncio.CancelledError:
+                self._count(Cancelled)
+                raise
+            except web.HTTPException as error:
+                return self._failed(_of_router(error, request), request_id, _allowed(error))
+            except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
+                return self._failed(as_named(error, request_id), request_id)
+
+    def _failed(self, error: TercetError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
+        self._count(type(error))
+        return failure(error, request_id, headers)
+
+
+def failure(error: TercetError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """The answer to a request that failed."""
+    retry = {"Retry-After": RETRY_AFTER_S} if error.http_status == Overloaded.http_status else {}
+    return web.json_response(
+        error_body(error, PARAMETERS),
+        status=error.http_status,
+        headers={"X-Request-Id": request_id, **retry, **(headers or {})},
+    )
+
+
+def _of_router(error: web.HTTPException, request: web.BaseRequest) -> TercetError:
+    where = f"{request.method} {request.path[:200]}"
+    if isinstance(error, web.HTTPNotFound):
+        return UnknownUrl(f"there is no such URL here: {where}")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return MethodNotAllowed(f"this URL takes {', '.join(sorted(error.allowed_methods))}, not {where}")
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return BodyTooLarge(error.reason)
+    return InvalidRequest(f"{error.reason}: {where}")
+
+
+def _allowed(error: web.HTTPException) -> dict[str, str]:
+    return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+
+
+def _of_parser(error: HttpProcessingError) -> TercetError:
+    if isinstance(error, LineTooLong):
+        # The beginning of the line is all that aiohttp tells; no usual header begins as a URL does.
+        url = bytes(error.args[0]).startswith(b"/")
+        return UriTooLong("the URL is too long") if url else HeadTooLarge("a header is too long")
+    message = error.message
+    if TOO_MANY_HEADERS in message:
+        return HeadTooLarge("too many headers")
+    reason = message.partition(":\n")[0]  # behind it aiohttp draws where
+    return InvalidRequest(f"this is no HTTP request: {reason[:200]}")
+
+
+def protocols_of(runner: web.AppRunner, count: _Count) -> Callable[[Guard], HttpProtocol]:
+    """The protocols of an app that has been set up, every request through the boundary."""
+    server: Any = runner.server
+    server.request_handler = Boundary(server.request_handler, count)
+    return lambda guard: HttpProtocol(server, guard, count)

@@ -1,0 +1,134 @@
+"""Messages of a chat, as clients replay them, to what a chat template is given. HTTP and gRPC share it.
+
+What a template may read is checked and passed on; everything else in a message is ordinary history and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from tercet.errors import InvalidRequest
+from tercet.roles.gateway.bounds import JSON_NODES, MOST_PARTS, NAME_CHARS, bound, bound_depth
+from tercet.roles.gateway.json_body import json_object
+
+ROLES = ("assistant", "developer", "system", "tool", "user")
+SILENT_ROLES = ("assistant", "tool")  # may have no content: a call of a tool, an empty result
+TEXT_OF = {  # type of a part -> where its text stands
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+}
+NAMES = ("name", "tool_call_id")
+
+
+def messages_of(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """Raises InvalidRequest naming what is wrong."""
+    if not messages:
+        raise InvalidRequest("messages must not be empty")
+    bound("messages", messages)
+    parts = sum(len(m["content"]) for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list))
+    if parts > MOST_PARTS:
+        raise InvalidRequest(f"messages take at most {MOST_PARTS} content parts in all, got {parts}")
+    kept = tuple(_message(f"messages[{i}]", message) for i, message in enumerate(messages))
+    _read_arguments([call["function"] for message in kept for call in message.get("tool_calls", ())])
+    return kept
+
+
+def text_of(text: str, where: str) -> str:
+    """Raises InvalidRequest for half a surrogate pair, which JSON can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{where} is not valid Unicode (lone surrogate at {error.start})") from error
+    return text
+
+
+def _message(where: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{where} must be an object, got {type(message).__name__}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, got {shown(role)}")
+    kept: dict[str, Any] = {"role": role, "content": _content(role, message.get("content"), f"{where}.content")}
+    for name in NAMES:
+        if message.get(name) is not None:
+            kept[name] = _name(message[name], f"{where}.{name}")
+    reasoning = message.get("reasoning_content")
+    if role == "assistant" and isinstance(reasoning, str) and reasoning:
+        kept["reasoning_content"] = text_of(reasoning, f"{where}.reasoning_content")
+    if role == "assistant" and message.get("tool_calls"):
+        kept["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+    return kept
+
+
+def _content(role: str, content: Any, where: str) -> str:
+    """A text, or a list of text parts, which are joined by newlines as in vLLM."""
+    if isinstance(content, str):
+        return text_of(content, where)
+    if content is None and role in SILENT_ROLES:
+        return ""
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where} must be a text or a list of text parts, got {shown(content)}")
+    bound("messages[].content", content, where)
+    return "\n".join(_parts(content, where))
+
+
+def _parts(content: Iterable[Any], where: str) -> Iterable[str]:
+    for i, part in enumerate(content):
+        kind = "text" if isinstance(part, str) else part.get("type") if isinstance(part, dict) else None
+        name = TEXT_OF.get(kind) if isinstance(kind, str) else None
+        text = part if isinstance(part, str) else part.get(name) if name else None
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{where}[{i}] must be a text part, got {shown(kind or part)}")
+        yield text_of(text, f"{where}[{i}]")
+
+
+def _name(name: Any, where: str) -> str:
+    if not isinstance(name, str) or len(name) > NAME_CHARS:
+        raise InvalidRequest(f"{where} must be a text of at most {NAME_CHARS} characters, got {shown(name)}")
+    return text_of(name, where)
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise InvalidRequest(f"{where} must be a list, got {shown(calls)}")
+    bound("messages[].tool_calls", calls, where)
+    bound_depth(calls, where)
+    return [_tool_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequest(f"{where} must be an object with a function's name, got {shown(call)}")
+    kept = {"name": _name(function["name"], f"{where}.function.name"), "arguments": function.get("arguments") or {}}
+    text_of(json.dumps(kept["arguments"], ensure_ascii=False), f"{where}.function.arguments")
+    identity = {"id": _name(call["id"], f"{where}.id")} if isinstance(call.get("id"), str) else {}
+    return {"type": "function", "function": kept, **identity}
+
+
+def _read_arguments(functions: Sequence[dict[str, Any]]) -> None:
+    """Templates read the arguments as values, where OpenAI has them as JSON in a text."""
+    texts = [f for f in functions if isinstance(f["arguments"], str)]
+    nodes = sum(f["arguments"].count("{") + f["arguments"].count("[") for f in texts)
+    if nodes > JSON_NODES:
+        raise InvalidRequest(f"messages hold {nodes} lists and objects in tool calls; at most {JSON_NODES} are read")
+    for function in texts:
+        # What is no JSON stays the text that the model once wrote.
+        with suppress(InvalidRequest):
+            value = json_object(function["arguments"].encode())
+            bound_depth(value, "arguments")
+            function["arguments"] = value
+
+
+def shown(value: Any) -> str:
+    """A client's value for an error message: short, whatever it is."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r:.60}"

@@ -1,0 +1,106 @@
+"""Prompts to token ids: refused by length before they are read, and read where they hold nobody up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from tercet.errors import ContextTooLong, InvalidRequest
+from tercet.roles.gateway.ask import Chat, Prompt, ServedModel
+from tercet.roles.gateway.offloop import INLINE, OffLoop
+
+PIECE = 64 * 1024  # characters that are counted at once: memory for tokens is bounded by it
+SHORT = 16 * 1024  # characters: they are counted in tokens, which is the better answer, however short the context is
+SLACK = 16  # tokens that a cut between two pieces may add
+
+
+class Tokenising:
+    """Event loop only."""
+
+    def __init__(self, model: ServedModel, max_chars_per_token: int, offloop: OffLoop) -> None:
+        self._model = model
+        self._offloop = offloop
+        longest = model.tokenizer.longest_token
+        self._max_chars = model.max_context * min(max_chars_per_token, longest or max_chars_per_token)
+
+    async def ids(self, prompts: Iterable[Prompt], client: str) -> list[tuple[int, ...]]:
+        """Those of each prompt. Raises InvalidRequest, ContextTooLong."""
+        prompts = tuple(prompts)
+        sizes = [self._size(prompt) for prompt in prompts]
+        # Many short prompts are as much work as a long one.
+        at_least = INLINE + 1 if sum(sizes) > INLINE else 0
+        found = []
+        for prompt, size in zip(prompts, sizes, strict=True):
+            work = partial(self._encode, prompt, size)
+            ids = await self._offloop.run(client, max(size, at_least), work)
+            self.check_ids("prompt", ids, ours=not isinstance(prompt, tuple))
+            found.append(ids)
+        return found
+
+    def text(self, prompt: Prompt, ids: tuple[int, ...]) -> str:
+        """The prompt as an answer repeats it."""
+        if isinstance(prompt, str):
+            return prompt
+        detokenizer = self._model.tokenizer.detokenizer()
+        return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
+
+    def check_ids(self, name: str, ids: tuple[int, ...], ours: bool = False) -> None:
+        """Raises InvalidRequest for an id that the model has no embedding of; `ours`: the tokenizer has made it, which
+        may know more tokens than the model."""
+        last = self._model.vocab_size - 1
+        if ids and not 0 <= min(ids) <= max(ids) <= last:
+            wrong = next(i for i in ids if not 0 <= i <= last)
+            text = f" of the text {self._model.tokenizer.token_text(wrong)[:40]!r}" if ours else ""
+            raise InvalidRequest(f"{name}: token id {wrong}{text} is outside the vocabulary (0 to {last})")
+
+    def _size(self, prompt: Prompt) -> int:
+        """Characters. Raises InvalidRequest, ContextTooLong for what need not be read to be refused."""
+        if not isinstance(prompt, Chat) and not prompt:
+            raise InvalidRequest("prompt must not be empty")
+        if isinstance(prompt, tuple):
+            if len(prompt) >= self._model.max_context:
+                raise self.too_long(f"{len(prompt)} tokens,")
+            return 0
+        size = sum(map(len, _texts(prompt)))
+        if size > max(self._max_chars, SHORT):
+            raise self.too_long(f"{size} characters, at most {self._max_chars} can fit (limits.max_chars_per_token);")
+        return size
+
+    def _encode(self, prompt: Prompt, size: int) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            return prompt
+        tokenizer = self._model.tokenizer
+        if size > PIECE:
+            self._count(_texts(prompt))
+        if isinstance(prompt, Chat):
+            ids = tokenizer.encode_chat(list(prompt.messages), prompt.add_generation_prompt, prompt.template_kwargs)
+        else:
+            ids = tokenizer.encode(prompt)
+        if not ids:
+            raise InvalidRequest("prompt must not be empty")
+        return tuple(ids)
+
+    def _count(self, texts: Iterable[str]) -> None:
+        """Refuse a text that is far too long while only a piece of it is in memory as tokens."""
+        count = pieces = 0
+        for piece in _pieces(texts):
+            count, pieces = count + len(self._model.tokenizer.encode(piece, False)), pieces + 1
+            if count - SLACK * pieces > self._model.max_context:
+                raise self.too_long(f"more than {self._model.max_context} tokens,")
+
+    def too_long(self, size: str) -> ContextTooLong:
+        model = self._model
+        return ContextTooLong(
+            f"prompt has {size} the context of {model.name} holds {model.max_context} tokens, the answer included"
+        )
+
+
+def _texts(prompt: str | Chat) -> Iterable[str]:
+    """What a client has written."""
+    return prompt.texts if isinstance(prompt, Chat) else (prompt,)
+
+
+def _pieces(texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        for start in range(0, len(text), PIECE):
+            yield text[start : start + PIECE]

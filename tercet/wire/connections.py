@@ -1,0 +1,260 @@
+"""One place that bounds the connections of a process: how many, and how long each may keep us waiting.
+
+    accept --> Guard(inner protocol) --> HEAD | IDLE | WATCHING  --serving()-->  nobody's business but the request's
+                                          ^ waits for the client  <--ended-----
+
+Whoever waits for its client may be closed: at its phase's deadline, or, the longest idle first, when a new connection
+finds no room. A connection that is being served is never closed here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import errno
+import os
+import resource
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from tercet.errors import ClusterError, Overloaded, RequestTimeout, TercetError
+
+SPARE_FILES = 256  # descriptors left to everything else; asyncio accepts 100 at a time before one is closed
+MOST_FILES = 65536  # what is asked of the system; more would serve nobody
+SWEEP_S = 1.0  # deadlines are looked at so often
+BACKLOG = 100
+EVERYWHERE = "::"
+FEWEST = 16  # connections, however few files there may be
+
+
+class Phase(enum.Enum):
+    """What a connection waits for. In the order in which room is made."""
+
+    IDLE = "idle"  # a request
+    HEAD = "head"  # the rest of a request's head, or of the connection's opening
+    WATCHING = "watching"  # nothing: the client listens, for as long as it likes
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    most: int  # connections of this process
+    head_s: float
+    idle_s: float
+
+    @property
+    def deadlines(self) -> dict[Phase, float]:
+        return {Phase.IDLE: self.idle_s, Phase.HEAD: self.head_s}
+
+
+class Guarded(Protocol):
+    """What a guard needs of the protocol behind it, besides being an asyncio.Protocol."""
+
+    opens: Phase  # HEAD: the client must speak at once, as in HTTP/2
+
+    def farewell(self, error: TercetError | None) -> bytes:
+        """The last bytes to the client; None: the connection was only idle. Also called before connection_made."""
+
+
+class Connections:
+    """Event loop only. `closed` counts by reason what was not closed by the client or its request."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self._all: set[Guard] = set()
+        # Insertion order is age: the first of each phase has waited longest.
+        self._waiting: dict[Phase, dict[Guard, float]] = {phase: {} for phase in Phase}
+        self._sweeper: asyncio.TimerHandle | None = None
+        self.closed: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    async def listen(self, host: str, port: int, protocol: Callable[[Guard], Guarded]) -> asyncio.Server:
+        """Serve `protocol` on a port, each connection behind a Guard. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        if self._sweeper is None:
+            self._sweep()
+        if host == EVERYWHERE and socket.has_dualstack_ipv6():  # asyncio would leave IPv4 out
+            bound = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+            return await loop.create_server(lambda: Guard(self, protocol), sock=bound, backlog=BACKLOG)
+        return await loop.create_server(lambda: Guard(self, protocol), host, port, backlog=BACKLOG)
+
+    def close(self) -> None:
+        """Close whatever is still open."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for guard in list(self._all):
+            guard.cut("stopped")
+
+    # ---- what guards say
+
+    def admit(self, guard: Guard) -> None:
+        """Make room for one more. Raises Overloaded when every connection is being served."""
+        if len(self._all) >= self._limits.most:
+            oldest = next((guard for phase in Phase for guard in self._waiting[phase]), None)
+            if oldest is None:
+                raise Overloaded(f"all {self._limits.most} connections are in use (limits.max_connections)")
+            oldest.cut("evicted", Overloaded("the connection was closed to make room for another"))
+        self._all.add(guard)
+
+    def wait(self, guard: Guard, phase: Phase) -> None:
+        """The guard waits for its client from now on."""
+        self._waiting[phase][guard] = asyncio.get_running_loop().time()
+
+    def forget(self, guard: Guard, phase: Phase | None) -> None:
+        if phase is not None:
+            self._waiting[phase].pop(guard, None)
+
+    def lost(self, guard: Guard) -> None:
+        self._all.discard(guard)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        for phase, limit_s in self._limits.deadlines.items():
+            for guard in self._overdue(self._waiting[phase], loop.time() - limit_s):
+                guard.overdue(limit_s)
+        pause = min(SWEEP_S, *(s / 4 for s in self._limits.deadlines.values()))
+        self._sweeper = loop.call_later(pause, self._sweep)
+
+    def _overdue(self, waiting: dict[Guard, float], before: float) -> list[Guard]:
+        found = []
+        for guard, since in waiting.items():
+            if since > before:
+                break
+            found.append(guard)
+        return found
+
+
+class Guard(asyncio.Protocol):
+    """Stands between the transport and the protocol that does the work."""
+
+    def __init__(self, connections: Connections, protocol: Callable[[Guard], Guarded]) -> None:
+        self._connections = connections
+        self._guarded = protocol(self)
+        self._inner = cast("asyncio.Protocol", self._guarded)
+        self._phase: Phase | None = None
+        self._served = 0  # requests
+        self._watched = 0
+        self._unsent = 0  # bytes, when it was last looked at
+        self._lost = False
+
+    # ---- what the inner protocol says
+
+    @contextmanager
+    def serving(self, watching: bool = False) -> Iterator[None]:
+        """A request is being served; `watching`: one that only listens, and may be closed to make room."""
+        self._count(1, watching)
+        try:
+            yield
+        finally:
+            self._count(-1, watching)
+
+    def opened(self) -> None:
+        """The connection's opening is complete (HTTP/2)."""
+        if self._phase is Phase.HEAD:
+            self._enter(Phase.IDLE)
+
+    def fault(self, reason: str) -> None:
+        """Count a connection that the inner protocol ends."""
+        self._connections.closed[reason] += 1
+
+    def _count(self, change: int, watching: bool) -> None:
+        if watching:
+            self._watched += change
+        else:
+            self._served += change
+        wanted = None if self._served else Phase.WATCHING if self._watched else Phase.IDLE
+        if wanted is not self._phase:
+            self._enter(wanted)
+
+    def _enter(self, phase: Phase | None) -> None:
+        self._connections.forget(self, self._phase)
+        self._phase = phase
+        if phase is not None and not self._lost:  # one that is closing may wait long for a client that does not read
+            self._connections.wait(self, phase)
+
+    # ---- how it ends
+
+    def overdue(self, limit_s: float) -> None:
+        """The client has kept us waiting for `limit_s`, unless it is still reading its last answer."""
+        unsent = self.transport.get_write_buffer_size()
+        if self._phase is Phase.IDLE and unsent and unsent != self._unsent:
+            self._unsent = unsent
+            self._enter(Phase.IDLE)
+        elif self._phase is Phase.HEAD:
+            self.cut("slow_head", RequestTimeout(f"the request's head did not come within {limit_s:g} s"))
+        else:
+            self.cut("idle")
+
+    def cut(self, reason: str, error: TercetError | None = None) -> None:
+        """Say why, if the client is in the middle of a request, and close; what it does not take at once is dropped."""
+        self.fault(reason)
+        self._connections.forget(self, self._phase)
+        if not self.transport.get_write_buffer_size() and not self.transport.is_closing():
+            self.transport.write(self._guarded.farewell(error if self._phase is not Phase.IDLE else None))
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    # ---- what the transport says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        try:
+            self._connections.admit(self)
+        except Overloaded as error:
+            self._inner = asyncio.Protocol()
+            self.cut("refused", error)
+            return
+        self._enter(self._guarded.opens)
+        self._inner.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._phase is Phase.IDLE and self._guarded.opens is Phase.IDLE:
+            self._enter(Phase.HEAD)
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        self._lost = True
+        self._connections.forget(self, self._phase)
+        self._connections.lost(self)
+        self._inner.connection_lost(cast("Exception | None", error))
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+
+def most_connections(wanted: int) -> int:
+    """`wanted`, or what the process may open beside what it has open already. Raises its soft limit if it can."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ceiling = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < ceiling:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))
+            soft = ceiling
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    room = soft - len(os.listdir("/proc/self/fd")) - SPARE_FILES
+    return min(wanted, max(FEWEST, room))
+
+
+def port_error(port: int, host: str, error: OSError, hint: str) -> ClusterError:
+    """An OSError of `listen` by the name of the port."""
+    what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error})"
+    return ClusterError(f"port {port} on {host} {what}; {hint}")
+
+
+def address(host: str, port: int) -> str:
+    """host:port, with the brackets that IPv6 needs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
