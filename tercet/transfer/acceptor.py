@@ -9,8 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from tercet import secret
 from tercet.errors import Overloaded, PeerDown, PeerMismatch, ProtocolViolation
-from tercet.transfer import proof
 from tercet.transfer.channel import Channel
 from tercet.transfer.messages import VERSION, Challenge, Hello, Refuse
 from tercet.transfer.transport import HANDSHAKE_S, MoverConfig, check_hello
@@ -115,7 +115,7 @@ class Acceptor:
                 self._refused[Overloaded.code()] += 1
         deadline = time.monotonic() + HANDSHAKE_S
         try:
-            challenge = Challenge(VERSION, proof.nonce())
+            challenge = Challenge(VERSION, secret.nonce())
             channel.deadline = deadline
             channel.settimeout(HANDSHAKE_S)
             channel.send(challenge)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from functools import partial
 
+from tercet import secret
 from tercet.core import PairState
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
 from tercet.transfer import proof
@@ -191,7 +192,7 @@ class Dialer:
         """Say who we are, in answer to the CHALLENGE."""
         config, layout = self._config, list[object](astuple(self._region.layout))
         challenge = accept_challenge(channel.receive()[0])
-        name, ours = peer.transport.name, proof.nonce()
+        name, ours = peer.transport.name, secret.nonce()
         bare = Hello(VERSION, config.worker_id, config.fingerprint, layout, name, peer.id, list(quiet), ours)
         hello = proof.signed(bare, config.token, challenge)
         channel.send(hello)

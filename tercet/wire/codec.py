@@ -19,7 +19,8 @@ from tercet.core import (
 from tercet.wire.gen import inference_pb2 as inf
 from tercet.wire.gen import worker_pb2 as pb
 
-TOKEN_METADATA = "tercet-cluster-token"  # noqa: S105  # gRPC metadata key of the secret, not the secret
+NONCE_METADATA = "tercet-nonce"  # gRPC metadata key; its value is in hexadecimal
+GATEWAY, WORKER = b"gateway", b"worker"  # whose proof it is
 
 LEG_NAMES = {pb.LEG_AGGREGATED: "aggregated", pb.LEG_PREFILL: "prefill", pb.LEG_DECODE: "decode"}
 LEG_NUMBERS = {name: number for number, name in LEG_NAMES.items()}

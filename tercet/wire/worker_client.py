@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
 
+from tercet import secret
 from tercet.core import Done, Load, PromptLogprobs, TokenEvent, WorkerInfo
-from tercet.errors import TercetError, from_wire
+from tercet.errors import PeerMismatch, TercetError, from_wire
 from tercet.wire.codec import (
-    TOKEN_METADATA,
+    GATEWAY,
+    NONCE_METADATA,
+    WORKER,
     Leg,
     done_from_proto,
     leg_to_proto,
@@ -23,6 +27,8 @@ from tercet.wire.codec import (
 )
 from tercet.wire.gen import worker_pb2 as pb
 from tercet.wire.gen import worker_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 RECONNECT_S = 0.2
 SILENT_S = 5.0  # a worker reports its load every 0.5 s; one silent for so long hangs, and its requests go elsewhere
@@ -106,21 +112,31 @@ class WorkerLink:
                     await self._converse(stub)
                 except grpc.aio.AioRpcError as error:
                     self.fault = f"{error.code().name}: {error.details()}"
+                except PeerMismatch as error:
+                    self.fault = str(error)
                 except asyncio.CancelledError:
                     # Ours, when the task is being cancelled; else the watch cut a silent stream.
                     if (task := asyncio.current_task()) is not None and task.cancelling():
                         raise
                     self.fault = f"silent for {SILENT_S} s"
+                except Exception as error:  # of our own, or a report that cannot be read: the next stream is a new try
+                    log.exception("the stream to %s failed", self.info.worker_id)
+                    self.fault = f"unexpected {type(error).__name__}: {error}"
                 await asyncio.sleep(RECONNECT_S)
 
     async def _converse(self, stub: worker_pb2_grpc.WorkerStub) -> None:
-        """One stream, from its first report to its end."""
-        self._outbox = asyncio.Queue()
-        call = stub.Connect(self._commands(), metadata=((TOKEN_METADATA, self._token),))
+        """One stream: the proofs, then reports until it ends."""
+        nonce, outbox = secret.nonce().hex(), asyncio.Queue[pb.Command]()
+        call = stub.Connect(_commands(outbox), metadata=((NONCE_METADATA, nonce),))
         watch = asyncio.create_task(self._watch(call))
         try:
+            proven = False
             async for reports in call:
-                self._take(reports)
+                if proven:
+                    self._take(reports)
+                else:
+                    outbox.put_nowait(pb.Command(prove=self._prove(reports.challenge, nonce.encode())))
+                    self._outbox, proven = outbox, True
         finally:
             watch.cancel()
             call.cancel()
@@ -128,10 +144,11 @@ class WorkerLink:
                 self.up = False
                 self._on_change(self, False)
 
-    async def _commands(self) -> AsyncIterator[pb.Command]:
-        outbox = self._outbox
-        while True:
-            yield await outbox.get()
+    def _prove(self, challenge: pb.Challenge, ours: bytes) -> pb.Prove:
+        """The answer to the worker's first word. Raises PeerMismatch if that does not prove the secret."""
+        if not secret.proves(challenge.proof, self._token, WORKER, ours, challenge.nonce):
+            raise PeerMismatch(f"what answers at {self.info.rpc_address} does not know this cluster's token")
+        return pb.Prove(proof=secret.proof(self._token, GATEWAY, challenge.nonce, ours))
 
     async def _watch(self, call: grpc.aio.StreamStreamCall[pb.Command, pb.Reports]) -> None:
         """End a stream that has gone silent: the process is stopped, or the host is gone."""
@@ -149,6 +166,11 @@ class WorkerLink:
         for report in reports.reports:
             key = (report.ticket.request_id, report.ticket.attempt)
             self._on_report(self, key, _outcome(report))
+
+
+async def _commands(outbox: asyncio.Queue[pb.Command]) -> AsyncIterator[pb.Command]:
+    while True:
+        yield await outbox.get()
 
 
 def _outcome(report: pb.Report) -> Outcome:

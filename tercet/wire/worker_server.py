@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import grpc
 
+from tercet import secret
 from tercet.core import Done, Load, PromptLogprobs, TokenEvent
 from tercet.errors import TercetError
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.codec import (
-    TOKEN_METADATA,
+    GATEWAY,
+    NONCE_METADATA,
+    WORKER,
     Leg,
     done_to_proto,
     leg_from_proto,
@@ -34,6 +36,7 @@ from tercet.wire.gen import worker_pb2_grpc
 from tercet.wire.grpc_call import Call
 from tercet.wire.grpc_server import GrpcLimits, GrpcServer
 
+PROVE_S = 5.0  # for the gateway's first command
 LOAD_PERIOD_S = 0.5  # a load is sent at least so often; its absence tells the gateway that the worker hangs
 MESSAGE_BYTES = 64 << 20
 # One gateway connects, and who watches or measures; strangers are closed first.
@@ -106,8 +109,12 @@ class _Service(worker_pb2_grpc.WorkerServicer):
     async def Connect(  # noqa: N802  # the proto's name
         self, request_iterator: AsyncIterator[pb.Command], context: Call
     ) -> AsyncIterator[pb.Reports]:
-        if not hmac.compare_digest(context.header(TOKEN_METADATA.encode()), self._token.encode()):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong cluster token")
+        """Both sides prove that they know the cluster's secret; then commands go in and reports out."""
+        ours, theirs = secret.nonce(), context.header(NONCE_METADATA.encode())
+        own_proof = secret.proof(self._token, WORKER, theirs, ours)
+        yield pb.Reports(challenge=pb.Challenge(nonce=ours, proof=own_proof))
+        if not await self._is_proven(request_iterator, theirs, ours):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the caller does not know this cluster's token")
         stream = ReportStream()
         commands = asyncio.create_task(self._take_commands(request_iterator, stream))
         try:
@@ -119,6 +126,15 @@ class _Service(worker_pb2_grpc.WorkerServicer):
         finally:
             commands.cancel()
             self._handler.disconnected(stream)
+
+    async def _is_proven(self, commands: AsyncIterator[pb.Command], theirs: bytes, ours: bytes) -> bool:
+        """Whether the first command comes in time, and proves that the gateway knows the secret."""
+        try:
+            async with asyncio.timeout(PROVE_S):
+                first = await anext(commands)
+        except (TimeoutError, StopAsyncIteration):
+            return False
+        return secret.proves(first.prove.proof, self._token, GATEWAY, ours, theirs)
 
     async def _take_commands(self, commands: AsyncIterator[pb.Command], stream: ReportStream) -> None:
         async for command in commands:

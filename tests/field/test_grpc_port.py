@@ -1,7 +1,6 @@
 """Whatever bytes come to a gRPC port, the gateway's or a worker's: it keeps serving, and says what was wrong."""
 
 import asyncio
-import contextlib
 import gzip
 import logging
 import random
@@ -14,10 +13,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from hpack import Decoder
 
-from tercet.core import Load, SamplingParams, TokenEvent
-from tercet.wire.codec import TOKEN_METADATA, Leg, leg_to_proto
+from tercet import secret
+from tercet.core import Load, Role, SamplingParams, TokenEvent, WorkerInfo
+from tercet.wire import codec
+from tercet.wire.codec import Leg, leg_to_proto
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tercet.wire.worker_client import WorkerLink
 from tercet.wire.worker_server import WorkerServer
 from tests import http2
 from tests.fakes.gateway import running
@@ -133,20 +135,19 @@ async def gateway_serves(address):
 
 
 async def worker_serves(address):
+    """The gateway's own link gets a token over a new connection."""
     leg = Leg("r", 0, 1, "aggregated", (1, 2), 2, SamplingParams(), 10.0)
-    commands = asyncio.Queue()
-    commands.put_nowait(leg_to_proto(leg))
-
-    async def says():
-        while True:
-            yield await commands.get()
-
-    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        stub = worker_pb2_grpc.WorkerStub(channel)
-        async for reports in stub.Connect(says(), metadata=((TOKEN_METADATA, "secret"),), timeout=10):
-            if reports.reports:
-                return reports.reports[0].token.token_id == 7
-    return False
+    up, told = asyncio.Event(), asyncio.Queue()
+    info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, address, "", "")
+    link = WorkerLink(info, "secret", lambda *report: told.put_nowait(report), lambda _, is_up: is_up and up.set())
+    try:
+        async with asyncio.timeout(10):
+            await up.wait()
+            link.start(leg)
+            _, key, outcome = await told.get()
+            return (key, outcome.token_id) == (("r", 0), 7)
+    finally:
+        await link.close()
 
 
 PORTS = {
@@ -442,17 +443,99 @@ async def test_a_client_that_does_not_read_holds_no_tokens_beyond_its_request():
         assert await gateway_serves(info.grpc_address)
 
 
-async def test_a_wrong_token_is_told_and_its_stream_ends():
-    async def silence():
-        await asyncio.Event().wait()
-        yield worker_pb2.Command()
+def proof_of(token, nonce):
+    """A first command that proves the token, in answer to a worker's first word."""
 
+    def answer(reports):
+        given = secret.proof(token, codec.GATEWAY, reports.challenge.nonce, nonce.encode())
+        return worker_pb2.Command(prove=worker_pb2.Prove(proof=given))
+
+    return answer
+
+
+STRANGERS = {
+    "wrong token": proof_of("wrong", "00"),
+    "other nonce": proof_of("secret", "11"),
+    "no proof": lambda _: worker_pb2.Command(),
+    "another command": lambda _: leg_to_proto(Leg("r", 0, 1, "aggregated", (1,), 1, SamplingParams(), 10.0)),
+}
+
+
+@pytest.mark.parametrize("answer", STRANGERS.values(), ids=STRANGERS)
+async def test_who_does_not_prove_the_token_is_told_and_its_stream_ends(answer):
     async with worker_port() as address, grpc.aio.insecure_channel(address) as channel:
-        for metadata in ((), ((TOKEN_METADATA, "wrong"),), ((f"{TOKEN_METADATA}-bin", b"\xff"),)):
-            call_ = worker_pb2_grpc.WorkerStub(channel).Connect(silence(), metadata=metadata)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call_.read()
-            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        call_ = worker_pb2_grpc.WorkerStub(channel).Connect(metadata=((codec.NONCE_METADATA, "00"),))
+        first = await call_.read()
+        assert secret.proves(first.challenge.proof, "secret", codec.WORKER, b"00", first.challenge.nonce)
+        assert not first.HasField("load")
+        await call_.write(answer(first))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call_.read()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+class Impostor(worker_pb2_grpc.WorkerServicer):
+    """Has taken over a worker's port, and begins with any word but the right proof."""
+
+    def __init__(self, first):
+        self.first, self.told = first, []
+
+    async def Connect(self, request_iterator, context):
+        yield self.first
+        async for command in request_iterator:
+            self.told.append(command)
+            yield worker_pb2.Reports(load=worker_pb2.Load())
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        worker_pb2.Reports(load=worker_pb2.Load(blocks_free=9)),
+        worker_pb2.Reports(challenge=worker_pb2.Challenge(nonce=b"n" * 16, proof=b"p" * 32)),
+        worker_pb2.Reports(
+            challenge=worker_pb2.Challenge(nonce=b"n" * 16, proof=secret.proof("wrong", codec.WORKER, b"", b"n" * 16))
+        ),
+    ],
+)
+async def test_a_worker_that_does_not_prove_the_token_gets_no_request(first):
+    server, impostor = grpc.aio.server(), Impostor(first)
+    worker_pb2_grpc.add_WorkerServicer_to_server(impostor, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    changes = []
+    info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, f"127.0.0.1:{port}", "", "")
+    link = WorkerLink(info, "secret", lambda *_: None, lambda _, up: changes.append(up))
+    try:
+        async with asyncio.timeout(10):
+            while not link.fault:
+                link.start(Leg("r", 0, 1, "aggregated", (1,), 1, SamplingParams(), 10.0))
+                await asyncio.sleep(0.01)
+        assert "does not know this cluster's token" in link.fault
+        assert not impostor.told
+        assert not changes
+    finally:
+        await link.close()
+        await server.stop(None)
+
+
+async def test_what_cannot_be_read_ends_one_stream_and_the_next_is_a_new_try(caplog):
+    async with worker_port() as address:
+        taken = []
+        info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, address, "", "")
+        link = WorkerLink(info, "secret", lambda *_: None, lambda _, up: taken.append(up) or 1 / (len(taken) - 1))
+        try:
+            async with asyncio.timeout(10):
+                while taken != [True, False, True]:
+                    await asyncio.sleep(0.01)
+            assert link.fault == "unexpected ZeroDivisionError: division by zero"
+        finally:
+            await link.close()
+    assert len([r for r in caplog.records if r.exc_info]) == 1
+
+
+async def _read_on(call_):
+    while True:
+        await call_.read()
 
 
 async def test_a_fault_in_the_workers_loop_ends_the_stream_with_its_name(caplog):
@@ -460,8 +543,12 @@ async def test_a_fault_in_the_workers_loop_ends_the_stream_with_its_name(caplog)
     handler.start = lambda leg, stream: 1 / 0
     server = WorkerServer(handler, Load, "secret")
     address = await server.start("127.0.0.1")
-    with contextlib.suppress(asyncio.CancelledError), pytest.raises(grpc.aio.AioRpcError) as caught:
-        await worker_serves(address)
+    async with grpc.aio.insecure_channel(address) as channel:
+        call_ = worker_pb2_grpc.WorkerStub(channel).Connect(metadata=((codec.NONCE_METADATA, "00"),))
+        await call_.write(proof_of("secret", "00")(await call_.read()))
+        await call_.write(leg_to_proto(Leg("r", 0, 1, "aggregated", (1,), 1, SamplingParams(), 10.0)))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _read_on(call_)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert "ZeroDivisionError" in caught.value.details()
     assert len([r for r in caplog.records if r.exc_info]) == 1

@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from tercet import secret
 from tercet.transfer import messages, proof
 from tercet.transfer.messages import HEADER, MAGIC, Hello
 from tercet.transfer.transport import Endpoint
@@ -104,7 +105,7 @@ def test_the_secret_never_crosses_the_wire():
     try:
         first = dial_tcp(Endpoint.decode(made.endpoint).tcp[0], 5.0)
         challenge = taken(first, messages.Challenge)
-        bare = Hello(messages.VERSION, "prefill-0", "m", LAYOUT_FIELDS, "tcp", "", [], proof.nonce())
+        bare = Hello(messages.VERSION, "prefill-0", "m", LAYOUT_FIELDS, "tcp", "", [], secret.nonce())
         hello = messages.encode(proof.signed(bare, "a secret of the cluster", challenge.nonce))
         first.sendall(hello)
         taken(first, messages.Welcome)

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tercet import secret
 from tercet.errors import LeaseExpired, PeerDown, PeerMismatch, TercetError
 from tercet.transfer import inbound, messages, outbound, proof
 from tercet.transfer.channel import Mailbox
@@ -362,7 +363,7 @@ def greeted(made: Receiving, wire: str) -> socket.socket:
     sock = dial_tcp(endpoint.tcp[0], 5.0) if wire == "tcp" else dial_unix(endpoint.unix, 5.0)
     layout = [getattr(LAYOUT, name) for name in LAYOUT.__dataclass_fields__]
     challenge = taken(sock, messages.Challenge)
-    hello = Hello(messages.VERSION, "stranger", "m", layout, wire, "", [], proof.nonce())
+    hello = Hello(messages.VERSION, "stranger", "m", layout, wire, "", [], secret.nonce())
     sock.sendall(encode(proof.signed(hello, "t", challenge.nonce)))
     proof.check(taken(sock, Welcome), "t", hello.nonce)
     return sock
