@@ -35,7 +35,7 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.2)
+        time.sleep(0.1)
     return found
 
 

@@ -17,7 +17,7 @@ import pytest
 from tercet.cluster import ray_address, run_file
 from tercet.cluster.run_file import RunFile
 from tercet.errors import ClusterError
-from tests.machine import BIN, ROOT, Machine
+from tests.machine import BIN, ROOT, Machine, until
 
 SOON_S = 15.0  # for a process that has to be started for it
 NOBODY = 65534
@@ -76,6 +76,7 @@ def node_of() -> Iterator[Callable[..., None]]:
     def start(address: str, user: int | None = None) -> None:
         command = ["/bin/sh", "-c", "read line", f"--gcs-address={address}"]
         started.append(subprocess.Popen(command, stdin=subprocess.PIPE, user=user))
+        until(lambda: ray_address.owners(address))  # its command line shows a moment after it runs
 
     yield start
     for process in started:
