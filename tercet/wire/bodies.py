@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from tercet.errors import BodyTooLarge, Overloaded, RequestTimeout, TercetError
 
-MOST_UNFINISHED = 1024  # bodies that are being received at once
-
 
 @dataclass(frozen=True)
 class BodyLimits:
@@ -22,6 +20,7 @@ class BodyLimits:
     max_held_bytes: int  # of all that are not released
     grace_s: float  # a body may take so long, and a second more for each `min_rate` bytes that came
     min_rate: float  # bytes per second
+    max_unfinished: int  # bodies that are being received at once; one more cuts the oldest
 
 
 class Body:
@@ -64,7 +63,7 @@ class Bodies:
         """Raises BodyTooLarge, RequestTimeout, Overloaded when all bodies together are too large and this is the oldest
         that has not come whole."""
         body = Body(self)
-        if len(self._unfinished) >= MOST_UNFINISHED:
+        if len(self._unfinished) >= self.limits.max_unfinished:
             self._cut(next(iter(self._unfinished)))
         self._unfinished[body] = None
         self._held.add(body)

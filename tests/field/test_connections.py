@@ -215,6 +215,15 @@ async def test_unfinished_bodies_are_bounded_together_and_the_oldest_is_cut():
         assert gateway._bodies._held_bytes == 0
 
 
+async def test_bodies_that_do_not_come_leave_connections_to_others():
+    """Each counts as served, and the bound on connections alone would let them hold all of them."""
+    async with running(FakeRouter(), max_connections=16) as (gateway, info), asyncio.TaskGroup() as tasks:
+        begun = [tasks.create_task(answer_to(info, HEAD % 100 + b"\r\n{")) for _ in range(40)]
+        await until(lambda: sum(task.done() for task in begun) == 36)
+        assert await served(info)
+        gateway._connections.close()
+
+
 async def test_unfinished_grpc_messages_count_too():
     pieces = [http2.frame(http2.DATA, 0, 1, data) for data in (b"\0\0\1\0\0" + b"x" * 16_000, b"x" * 16_384)]
     begun = http2.opened(http2.call(http2.head()), *pieces)

@@ -80,8 +80,9 @@ class Gateway:
         self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics)
         timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
         self._readiness = Readiness(self._router, self._model.tokenizer, timeout_s)
-        self._bodies = Bodies(_body_limits(spec.limits))
-        self._connections = Connections(_connection_limits(spec.limits))
+        connections = _connection_limits(spec.limits)
+        self._connections = Connections(connections)
+        self._bodies = Bodies(_body_limits(spec.limits, connections.most))
         self._metrics.watch_connections(self._connections.__len__, lambda: self._connections.closed)
         self._stack = AsyncExitStack()
 
@@ -188,9 +189,10 @@ def _add_reflection(server: GrpcServer) -> None:
     server.add_registered_method_handlers(REFLECTION_V1, {method: server.handler(reflection.SERVICE_NAME, method)})
 
 
-def _body_limits(limits: LimitsSpec) -> BodyLimits:
-    held = max(limits.max_held_bytes, limits.max_body_bytes)
-    return BodyLimits(limits.max_body_bytes, held, limits.body_grace_s, limits.min_body_rate)
+def _body_limits(limits: LimitsSpec, connections: int) -> BodyLimits:
+    """A connection whose body comes counts as served and makes no room, so only a part of them may be such."""
+    held, unfinished = max(limits.max_held_bytes, limits.max_body_bytes), max(1, connections // 4)
+    return BodyLimits(limits.max_body_bytes, held, limits.body_grace_s, limits.min_body_rate, unfinished)
 
 
 def _connection_limits(limits: LimitsSpec) -> ConnectionLimits:
