@@ -41,7 +41,9 @@ LOAD_PERIOD_S = 0.5  # a load is sent at least so often; its absence tells the g
 MESSAGE_BYTES = 64 << 20
 # One gateway connects, and who watches or measures; strangers are closed first.
 CONNECTIONS = ConnectionLimits(most=64, head_s=10.0, idle_s=60.0)
-BODIES = BodyLimits(MESSAGE_BYTES, max_held_bytes=4 * MESSAGE_BYTES, grace_s=10.0, min_rate=64 * 1024, max_unfinished=64)
+BODIES = BodyLimits(
+    MESSAGE_BYTES, max_held_bytes=4 * MESSAGE_BYTES, grace_s=10.0, min_rate=64 * 1024, max_unfinished=64
+)
 
 
 class ReportStream:

@@ -34,6 +34,7 @@ class Choice:
         self.echo = echo
         self.num_tokens = 0
         self.prompt: PromptLogprobs | None = None
+        self.owes_prompt = request.params.prompt_logprobs is not None  # it must come before any token
         self.done: Done | None = None
         self._detokenizer = detokenizer
         self._stop = StopMatcher(stop)

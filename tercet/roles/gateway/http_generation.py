@@ -137,12 +137,14 @@ class Generation:
     ) -> None:
         async with self._frontend.session(parsed.ask) as session, aclosing(session.deltas()) as deltas:
             body.release()
-            reply = self._reply(kind, parsed, session)
+            reply, echoes = self._reply(kind, parsed, session), parsed.ask.params.prompt_logprobs is not None
             async for delta in deltas:
                 if not response.prepared:  # not before the first token: a failure until then has its own status
                     await response.prepare(request)
-                chunk = await self._rendered(reply.echoes(delta.index), parsed, partial(reply.chunk, delta))
-                await response.write(chunk)
+                if echoes and (weight := reply.echoes(delta.index)):
+                    await response.write(await self._rendered(weight, parsed, partial(reply.chunk, delta)))
+                else:
+                    await response.write(reply.chunk(delta))
                 self._metrics.gateway_token.observe(time.monotonic() - delta.received)
         await response.write_eof()
 

@@ -41,9 +41,9 @@ class Session:
         async with aclosing(self._backend.generate(choice.request)) as events:
             async for event in events:
                 if isinstance(event, PromptLogprobs):
-                    choice.prompt = event
+                    choice.prompt, choice.owes_prompt = event, False
                     continue
-                if choice.prompt is None and choice.request.params.prompt_logprobs is not None:
+                if choice.owes_prompt:
                     raise ProtocolViolation(f"request {choice.request.request_id}: the prompt's logprobs are missing")
                 delta = choice.finish(event) if isinstance(event, Done) else choice.push(event, self._metrics)
                 if delta.finish_reason:
