@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tercet.core import Role
 from tercet.errors import UnsupportedSpec
-from tercet.spec import ClusterSpec, RoleSpec
+from tercet.spec import ClusterSpec, PoolSpec, RoleSpec
 
 
 def refuse_unbuilt(spec: ClusterSpec) -> None:
@@ -16,6 +16,8 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
             raise UnsupportedSpec(f"pools.{name}.accelerator: {pool.accelerator} is not built yet; use cpu")
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
+    for name, pool in spec.pools.items():
+        _refuse_devices(f"pools.{name}", pool)
     if spec.topology == "aggregated" and spec.transfer.model_fields_set:
         key = min(spec.transfer.model_fields_set)
         raise UnsupportedSpec(f"transfer.{key}: has no effect, since no KV moves in topology aggregated; leave it out")
@@ -31,6 +33,10 @@ def _refuse_role(role: Role, wanted: RoleSpec) -> None:
             f"roles.{role}.scheduler.max_waiting: has no effect, since a decode worker has no queue; leave it out "
             "(requests wait in the gateway; max_running bounds those that are admitted)"
         )
+    _refuse_devices(f"roles.{role}", wanted)
+
+
+def _refuse_devices(path: str, holder: PoolSpec | RoleSpec) -> None:
     for kind in ("gpus", "npus"):
-        if getattr(wanted, kind):
-            raise UnsupportedSpec(f"roles.{role}.{kind}: {kind[:-1].upper()} workers are not built yet; use 0")
+        if getattr(holder, kind):
+            raise UnsupportedSpec(f"{path}.{kind}: {kind[:-1].upper()} workers are not built yet; use 0")

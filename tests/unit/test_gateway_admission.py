@@ -112,36 +112,59 @@ async def test_a_place_given_to_who_is_cancelled_goes_on():
     assert made.in_use == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["enter", "take", "give", "close", "cancel"]))))
+async def test_a_place_that_comes_free_as_its_waiter_is_cancelled():
+    made = admission(1)
+    first = made.enter("a")
+    waiting = asyncio.create_task(made.wait("a"))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    first.give()  # passes over it before it runs
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert made.in_use == 0
+
+
+STEPS = "enter", "take", "give", "close", "cancel", "turn", "turn"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(STEPS)), max_size=60))
 def test_no_order_leaks_a_place(steps):
     asyncio.run(_run(steps))
 
 
 async def _run(steps):
-    made, open_, waiting = admission(3), [], []
+    """Several steps may fall into one turn of the event loop."""
+    made, open_ = admission(3), {}  # places -> its takes
     for client, step in steps:
         mine = [places for places in open_ if places._client == client]
         if step == "enter":
             try:
-                open_.append(made.enter(client))
+                open_[made.enter(client)] = []
             except Overloaded:
                 assert made._requests.total() >= 3 or made.in_use >= 6
         elif step == "take" and mine:
-            waiting.append(asyncio.create_task(mine[0].take()))
+            open_[mine[0]].append(asyncio.create_task(mine[0].take()))
         elif step == "give" and mine and mine[0]._count:
             mine[0].give()
         elif step == "close" and mine:
-            open_.remove(mine[0])
-            mine[0].close()
-        elif step == "cancel" and waiting:
-            waiting.pop().cancel()
-        await asyncio.sleep(0)
+            await _close(mine[0], open_.pop(mine[0]))
+        elif step == "cancel" and mine and open_[mine[0]]:
+            open_[mine[0]][-1].cancel()
+        elif step == "turn":
+            await asyncio.sleep(0)
         assert 0 <= made.in_use <= 6
         assert made.in_use == sum(made._held.values())
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-    for places in open_:
-        places.close()
-    # A take that outlives its request is the session's fault, and cannot be: it ends its tasks first.
+    for places, takes in open_.items():
+        await _close(places, takes)
+    assert made.in_use == 0
+    assert not made._waiting
     assert made.idle.is_set()
+
+
+async def _close(places, takes):
+    """As a session does: it ends its tasks first."""
+    for task in takes:
+        task.cancel()
+    for outcome in await asyncio.gather(*takes, return_exceptions=True):
+        assert outcome is None or isinstance(outcome, asyncio.CancelledError), repr(outcome)
+    places.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tercet.cluster.spec_file import load_spec
 from tercet.core import Role
 from tercet.errors import SpecError, UnsupportedSpec
+from tercet.spec import Frozen
 
 LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
 SPEC = """\
@@ -105,6 +107,7 @@ def test_missing_file_and_folder(tmp_path):
         ("pools.cpu.accelerator=gpu", "pools.cpu.accelerator: gpu is not built yet"),
         ("roles.decode.scheduler.max_waiting=4", "roles.decode.scheduler.max_waiting: has no effect"),
         ("pools.cpu.accelerator=npu", "pools.cpu.accelerator: npu is not built yet"),
+        ("pools.cpu.npus=8", "pools.cpu.npus: NPU workers are not built yet"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(tmp_path, setting, want):
@@ -119,6 +122,20 @@ def test_encode_and_accelerators_are_refused_with_their_line(tmp_path):
     assert ":12: topology: epd needs the encode role" in fault(write(tmp_path, with_encode))
     with_gpus = SPEC.replace("cpus: 4", "gpus: 2").replace("replicas: 2", "gpus: 2")
     assert ":9: roles.decode.gpus: GPU workers are not built yet" in fault(write(tmp_path, with_gpus))
+
+
+def test_every_key_is_read_somewhere():
+    """By its name, or by what refuses it by name: a key that nobody reads has no effect."""
+    read: set[str] = set()
+    for path in (LOCAL.parents[1] / "tercet").glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())) if path.name != "spec.py" else ():
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif path.name == "unbuilt.py" and isinstance(node, ast.Constant):
+                read.add(str(node.value))
+    assert {
+        f"{model.__name__}.{key}" for model in Frozen.__subclasses__() for key in model.model_fields.keys() - read
+    } == set()
 
 
 def test_set_overrides_as_helm_does():

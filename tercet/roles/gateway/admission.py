@@ -58,7 +58,7 @@ class Admission:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.free(client)
-            else:
+            elif turn in self._waiting.get(client, ()):  # `free` may have passed over it already
                 self._leave_line(client, turn)
             raise
 
