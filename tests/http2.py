@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -64,15 +64,17 @@ def message(data: bytes, prefix: bytes | None = None) -> bytes:
     return (struct.pack(">BI", 0, len(data)) if prefix is None else prefix) + data
 
 
-async def said_to(address: str, data: bytes, seconds: float = 1.0) -> bytes:
-    """Say `data` to host:port, and give what comes back until the other side closes or `seconds` are over."""
+async def said_to(
+    address: str, data: bytes, seconds: float = 1.0, enough: Callable[[bytes], object] = lambda _: False
+) -> bytes:
+    """Say `data` to host:port. -> what comes back until it is enough, the other side closes or `seconds` are over."""
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
     answer = b""
     try:
         writer.write(data)
         async with asyncio.timeout(seconds):
-            while piece := await reader.read(65536):
+            while not enough(answer) and (piece := await reader.read(65536)):
                 answer += piece
     except (TimeoutError, ConnectionError):
         pass
@@ -86,6 +88,8 @@ def frames_of(answer: bytes) -> list[tuple[int, int, int, bytes]]:
     found = []
     while len(answer) >= 9:
         length = int.from_bytes(answer[:3], "big")
+        if len(answer) < 9 + length:
+            break
         found.append((answer[3], answer[4], int.from_bytes(answer[5:9], "big"), answer[9 : 9 + length]))
         answer = answer[9 + length :]
     return found

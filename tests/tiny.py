@@ -42,4 +42,5 @@ def save_tiny_model(directory: Path) -> None:
     bytes_ = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(bytes_, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END).save_pretrained(directory)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, chat_template=template).save_pretrained(directory)

@@ -4,7 +4,8 @@
                                           ^ waits for the client  <--ended-----
 
 Whoever waits for its client may be closed: at its phase's deadline, or, the longest idle first, when a new connection
-finds no room. A connection that is being served is never closed here.
+finds no room. A connection that is being served is never closed here. When as many are served as may be, some more are
+let in: who asks for health hears it, and whoever wants more is told why not.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SPARE_FILES = 256  # descriptors left to everything else; asyncio accepts 100 at
 MOST_FILES = 65536  # what is asked of the system; more would serve nobody
 SWEEP_S = 1.0  # deadlines are looked at so often
 BACKLOG = 100
+SPARE = 16  # connections beyond the bound
 EVERYWHERE = "::"
 FEWEST = 16  # connections, however few files there may be
 
@@ -41,7 +43,7 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    most: int  # connections of this process
+    most: int  # connections of this process that are served
     head_s: float
     idle_s: float
 
@@ -94,12 +96,20 @@ class Connections:
 
     def admit(self, guard: Guard) -> None:
         """Make room for one more. Raises Overloaded when every connection is being served."""
-        if len(self._all) >= self._limits.most:
+        if len(self._all) >= self._limits.most + SPARE:
             oldest = next((guard for phase in Phase for guard in self._waiting[phase]), None)
             if oldest is None:
-                raise Overloaded(f"all {self._limits.most} connections are in use (limits.max_connections)")
+                raise self._full()
             oldest.cut("evicted", Overloaded("the connection was closed to make room for another"))
         self._all.add(guard)
+
+    def serve(self) -> None:
+        """One more is to be served. Raises Overloaded when as many are as may be."""
+        if len(self._all) - sum(map(len, self._waiting.values())) >= self._limits.most:
+            raise self._full()
+
+    def _full(self) -> Overloaded:
+        return Overloaded(f"all {self._limits.most} connections are in use (limits.max_connections)")
 
     def wait(self, guard: Guard, phase: Phase) -> None:
         """The guard waits for its client from now on."""
@@ -145,8 +155,11 @@ class Guard(asyncio.Protocol):
     # ---- what the inner protocol says
 
     @contextmanager
-    def serving(self, watching: bool = False) -> Iterator[None]:
-        """A request is being served; `watching`: one that only listens, and may be closed to make room."""
+    def serving(self, *, watching: bool = False, brief: bool = False) -> Iterator[None]:
+        """A request is being served. Raises Overloaded when as many are as may be, but not if it is
+        `watching` (it only listens, and may be closed to make room) or `brief` (it is answered at once)."""
+        if not (watching or brief or self._served):
+            self._connections.serve()
         self._count(1, watching)
         try:
             yield

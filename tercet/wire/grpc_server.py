@@ -127,8 +127,7 @@ class _Client(AbstractHandler):
                 await stream.send_headers(refusal, end_stream=True)
                 return
             method, watching = server.methods.get(headers.get(b":path", b""), (_UNKNOWN, False))
-            with self.guard.serving(watching):
-                await self._run(call, method, watching)
+            await self._run(call, method, watching)
             await self._say_last_word(call)
         except asyncio.CancelledError:
             server.on_failure(Cancelled)
@@ -145,7 +144,8 @@ class _Client(AbstractHandler):
         if watching:
             self._make_room_for_watcher(task)
         try:
-            await call.run(method)
+            with self.guard.serving(watching=watching):
+                await call.run(method)
         except Aborted:
             pass
         except TimeoutError:

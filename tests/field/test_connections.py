@@ -8,12 +8,14 @@ import resource
 import socket
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import aiohttp
 import grpc
 import pytest
 
-from tercet.wire.connections import FEWEST, SPARE_FILES, most_connections
+from tercet.cluster.ports import ask_ports
+from tercet.wire.connections import FEWEST, SPARE, SPARE_FILES, most_connections
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc
 from tests import http2
@@ -179,25 +181,37 @@ async def test_what_is_served_is_never_cut_for_idleness():
 async def test_the_longest_idle_connections_make_room():
     async with running(FakeRouter(), max_connections=8) as (gateway, info):
         async with asyncio.TaskGroup() as idle:
-            for _ in range(40):
+            for _ in range(60):
                 idle.create_task(answer_to(info, b""))
-            await until(lambda: gateway._connections.closed["evicted"] >= 32)
+            await until(lambda: gateway._connections.closed["evicted"] >= 60 - 8 - SPARE)
             for _ in range(20):
                 assert await served(info)
             gateway._connections.close()
-        assert len(gateway._connections) <= 8
+        assert len(gateway._connections) <= 8 + SPARE
 
 
 async def test_who_is_served_makes_no_room_and_the_next_is_told():
     router = FakeRouter()
     router.gate = asyncio.Event()
-    async with running(router, max_connections=3) as (_, info), aiohttp.ClientSession(info.http_url) as http:
+    async with running(router, max_connections=3) as (gateway, info), aiohttp.ClientSession(info.http_url) as http:
         held = [asyncio.create_task(http.post(CHAT, json=ASK)) for _ in range(3)]
         await until(lambda: router.running == 3)
-        answer = await answer_to(info, b"")
-        assert answer.startswith(b"HTTP/1.1 503")
-        assert b"Retry-After: 1" in answer
-        assert SHAPE.search(answer)[1] == b"overloaded"
+        for _ in range(2 * SPARE):
+            async with http.post(CHAT, json=ASK) as answer:
+                assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+                told = (await answer.json())["error"]
+                assert (told["code"], "limits.max_connections" in told["message"]) == ("overloaded", True)
+        async with grpc.aio.insecure_channel(info.grpc_address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="all 3 connections are in use"):
+                await inference_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="hi")).read()
+        await ask_ports(info, 5.0)  # who asks for health is answered, so that nobody takes the gateway for dead
+        async with asyncio.TaskGroup() as idle:
+            for _ in range(100):
+                idle.create_task(answer_to(info, b""))
+            await until(lambda: gateway._connections.closed["evicted"] >= 50)
+            await ask_ports(info, 5.0)
+            await idle.create_task(until(lambda: len(gateway._connections) <= 3 + SPARE))
+            gateway._connections._limits = replace(gateway._connections._limits, idle_s=0.05)
         router.gate.set()
         assert [(await task).status for task in held] == [200] * 3
         assert await served(info)

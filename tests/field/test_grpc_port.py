@@ -304,7 +304,10 @@ def compressed(data):
 async def test_every_fault_of_a_call_has_its_status(headers, data, status, says):
     async with running(FakeRouter()) as (gateway, info):
         answer = await http2.said_to(
-            info.grpc_address, http2.opened(call(headers), frame(DATA, END_STREAM, 1, data)), 0.2
+            info.grpc_address,
+            http2.opened(call(headers), frame(DATA, END_STREAM, 1, data)),
+            10,
+            lambda answer: status_of(answer)[1],
         )
         http, told, text = status_of(answer)
         assert (http, told) == ("200", status)
@@ -325,7 +328,8 @@ async def test_every_fault_of_a_call_has_its_status(headers, data, status, says)
 )
 async def test_what_is_no_grpc_has_an_http_status(headers, status):
     async with gateway_port() as address:
-        answer = await http2.said_to(address, http2.opened(call(headers, flags=WHOLE)), 0.1)
+        asked = http2.opened(call(headers, flags=WHOLE))
+        answer = await http2.said_to(address, asked, 10, lambda answer: status_of(answer)[0])
         assert status_of(answer)[0] == status
 
 

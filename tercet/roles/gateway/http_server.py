@@ -94,16 +94,16 @@ class Boundary:
         request[REQUEST_ID] = request_id = uuid.uuid4().hex
         protocol = request.protocol
         assert isinstance(protocol, HttpProtocol)
-        with protocol.guard.serving():
-            try:
+        try:
+            with protocol.guard.serving(brief=request.method != "POST"):
                 return await self._handler(request)
-            except asyncio.CancelledError:
-                self._count(Cancelled)
-                raise
-            except web.HTTPException as error:
-                return self._failed(_of_router(error, request), request_id, _allowed(error))
-            except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
-                return self._failed(as_named(error, request_id), request_id)
+        except asyncio.CancelledError:
+            self._count(Cancelled)
+            raise
+        except web.HTTPException as error:
+            return self._failed(_of_router(error, request), request_id, _allowed(error))
+        except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
+            return self._failed(as_named(error, request_id), request_id)
 
     def _failed(self, error: TercetError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
         self._count(type(error))
