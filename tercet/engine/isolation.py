@@ -12,8 +12,6 @@ from tercet.engine.scheduler import Step
 from tercet.engine.sequence import Sequence
 from tercet.errors import EngineFault
 
-MAX_IN_A_ROW = 3  # so many failed steps without a good one between them: it is the engine that is at fault
-
 log = logging.getLogger(__name__)
 
 
@@ -22,27 +20,21 @@ class Isolated:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._failed_in_a_row = 0
 
     def run(self, step: Step) -> Computed:
-        """What the step brings each sequence, which may be the fault that ends it. Raises what the runner raised if no
-        single sequence is to blame."""
+        """What the step brings each sequence, which may be the fault that ends it. Raises what the runner raises if the
+        model fails without any of them too: then it is broken, and none of them is to blame."""
         try:
-            computed = self._runner.run(step)
-        except Exception as error:  # whatever the model raises, one sequence may be its cause
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= MAX_IN_A_ROW:
-                raise
+            return self._runner.run(step)
+        except Exception as error:  # noqa: BLE001  # whatever the model raises, a sequence may be its cause
+            self._runner.check()
             return self._one_by_one(step, error)
-        self._failed_in_a_row = 0
-        return computed
 
     def _one_by_one(self, step: Step, error: Exception) -> Computed:
         parts = dict(step.parts())
         if len(parts) == 1:
             return Computed({sequence: _fault(sequence, error) for sequence in parts})
         together = Computed({})
-        blamed = 0
         for sequence, part in parts.items():
             try:
                 computed = self._runner.run(part)
@@ -50,9 +42,6 @@ class Isolated:
                 together.scores.update(computed.scores)
             except Exception as own:  # noqa: BLE001  # as above
                 together.outcomes[sequence] = _fault(sequence, own)
-                blamed += 1
-        if blamed == len(parts):
-            raise error
         return together
 
 

@@ -69,6 +69,13 @@ class Runner:
                 self._score(chunk, hidden[rows.start_row :], computed)
         return computed
 
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Compute a token of nobody's, in a cache of its own. Raises what the model raises: no request is at fault."""
+        zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        batch = StepBatch(zero, zero, zero, 1, zero.view(1, 1), one, (), zero)
+        self._model.forward(batch, torch.zeros_like(self.kv_cache[:, :1]))
+
     def _score(self, chunk: Chunk, hidden: Tensor, computed: Computed) -> None:
         """The logprobs of the prompt's tokens that follow those of the chunk. hidden: of the chunk's rows, and more."""
         sequence, start = chunk.sequence, chunk.sequence.computed

@@ -35,10 +35,25 @@ class FakeRunner:
         self.memory: dict[tuple[int, int], int] = {}
         self.largest = 0  # tokens of one step
         self.fails: Callable[[Step], bool] = lambda _: False
+        self.broken = False
+        self._wrong: AssertionError | None = None
+
+    def check(self) -> None:
+        if self.broken:
+            raise RuntimeError("the model fails")
+        if self._wrong is not None:  # it is no request's fault
+            raise self._wrong
 
     def run(self, step: Step) -> Computed:
+        try:
+            return self._run(step)
+        except AssertionError as error:
+            self._wrong = error
+            raise
+
+    def _run(self, step: Step) -> Computed:
         assert len(set(step.sequences)) == len(step.sequences), "a sequence twice in one step"
-        if self.fails(step):
+        if self.broken or self.fails(step):
             raise RuntimeError("this step fails")
         self.layers_done += 1
         self.largest = max(self.largest, len(step.decodes) + sum(chunk.length for chunk in step.chunks))

@@ -15,7 +15,6 @@ import pytest
 from tercet.core import SamplingParams
 from tercet.engine.blocks import BlockPool, Hold
 from tercet.engine.engine import Engine, Faulted
-from tercet.engine.isolation import MAX_IN_A_ROW
 from tercet.engine.scheduler import Scheduler
 from tercet.engine.sequence import Phase, Sequence
 from tercet.errors import EngineFault, Overloaded
@@ -498,22 +497,30 @@ def test_what_a_faulty_sequence_computed_is_no_prefix_for_others():
     assert again.cached_tokens == 0
 
 
-def test_an_engine_that_fails_for_everybody_dies():
-    """Else a broken device would fail request after request behind a good health."""
+@pytest.mark.parametrize("running", [1, 8])
+def test_however_many_are_at_fault_the_engine_lives(running):
+    """One after the other, or all of a step."""
+    engine, runner, reports = engine_of(running=running, budget=100)
+    runner.fails = lambda step: any(s.token_ids[0] == 3 for s in step.sequences)
+    for number in range(8):
+        engine.add(sequence_of(number, [3, number]))
+    run_until_idle(engine)
+    assert [type(item) for item in reports] == [Faulted] * 8
+    reports.clear()
+    engine.add(sequence_of(9, [1, 2]))
+    run_until_idle(engine)
+    assert len(reports) == 5
+    assert engine.load().blocks_free == engine.load().blocks_total
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_an_engine_that_is_broken_dies(number):
+    """Else it would fail request after request behind a good health."""
     engine, runner, _ = engine_of()
-    runner.fails = lambda _: True
-    for number in range(2):
-        engine.add(sequence_of(number, [number] * 5))
-    with pytest.raises(RuntimeError, match="this step fails"):
-        run_until_idle(engine)
-
-
-def test_an_engine_that_fails_one_after_the_other_dies():
-    engine, runner, _ = engine_of(running=1)
-    runner.fails = lambda _: True
-    for number in range(MAX_IN_A_ROW):
-        engine.add(sequence_of(number, [number] * 5))
-    with pytest.raises(RuntimeError, match="this step fails"):
+    runner.broken = True
+    for at in range(number):
+        engine.add(sequence_of(at, [at] * 5))
+    with pytest.raises(RuntimeError, match="the model fails"):
         run_until_idle(engine)
 
 
