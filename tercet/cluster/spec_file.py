@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -27,7 +28,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> ClusterSpec:
     UnsupportedSpec for what can be said but is not built, or ModelFileMissing."""
     tree = read_yaml(path)
     for setting in overrides:
-        tree.override(setting)
+        tree.override(setting, _is_text)
     spec = _validate(tree)
     try:
         refuse_unbuilt(spec)
@@ -87,6 +88,8 @@ _WORDING: dict[str, Callable[[dict[str, Any]], str]] = {  # pydantic's error typ
     "float_type": lambda _: "must be a number",
     "finite_number": lambda _: "must be a finite number",
     "string_type": lambda _: "must be text",
+    "list_type": lambda _: "must be a list",
+    "string_too_short": lambda _: "must not be empty",
     "bool_type": lambda _: "must be true or false",
     "model_type": lambda _: "must be a map of keys",
     "dict_type": lambda _: "must be a map of keys",
@@ -104,6 +107,22 @@ def _unknown_key(path: Sequence[str]) -> str:
     near = difflib.get_close_matches(path[-1], known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown key{hint} (known keys: {', '.join(known)})"
+
+
+def _is_text(path: Sequence[str]) -> bool:
+    """Whether the key there takes a text."""
+    kind: Any = ClusterSpec
+    for name in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields:
+            kind = kind.model_fields[name].annotation
+        elif typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        else:
+            return False
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    bare = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+    return bare is str or (typing.get_origin(bare) is Literal and isinstance(typing.get_args(bare)[0], str))
 
 
 def _model_at(path: Sequence[str]) -> type[BaseModel]:

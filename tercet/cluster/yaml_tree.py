@@ -6,7 +6,7 @@ Only JSON's types are built (map with text keys, list, text, number, bool, null)
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from tercet.errors import SpecError
 
 KeyPath = tuple[str, ...]
 
+QUOTES = ("'", '"')
+SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")  # numbers in YAML 1.2, texts in 1.1
 MAX_DEPTH = 32
 MAX_VALUES = 10_000  # aliases are expanded, so a small file could otherwise name a huge tree
 
@@ -36,13 +38,17 @@ class YamlTree:
                 return self.origins[tuple(path[:end])]
         return self.source
 
-    def override(self, setting: str) -> None:
-        """Apply one `key.path=value` as Helm does: the value is YAML, null removes the key, `\\.` is a dot in a key."""
+    def override(self, setting: str, is_text: Callable[[KeyPath], bool]) -> None:
+        """Apply one `key.path=value` as Helm does: the value is YAML, or what stands there where the key wants a text;
+        null removes the key, `\\.` is a dot in a key."""
         key, equals, text = setting.partition("=")
         path = tuple(part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", key.strip()))
         if not equals or not all(path):
             raise SpecError(f"--set {setting}: want key.path=value, such as model.dtype=float32")
-        value = _Builder(f"--set {setting}", {}).build(_compose(text, f"--set {setting}"), ())
+        if is_text(path) and text.strip() != "null" and text.strip()[:1] not in QUOTES:
+            value: Any = text.strip()
+        else:
+            value = _Builder(f"--set {setting}", {}).build(_compose(text, f"--set {setting}"), ())
         self._put(path, value, f"--set {setting}")
 
     def _put(self, path: KeyPath, value: Any, where: str) -> None:
@@ -89,9 +95,12 @@ def _compose(text: str, source: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark and not source.startswith("--set") else ""
-        raise SpecError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from error
+        hint = "" if line else '; a text with signs of YAML needs quotes, as in a.b=["*"]'
+        what = (error.problem or error.context or "").replace("\0", "")
+        raise SpecError(f"{source}{line}: not valid YAML: {what}{hint}") from error
     except yaml.YAMLError as error:
-        raise SpecError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+        what = " ".join(str(error).split()).replace("\0", "")
+        raise SpecError(f"{source}: not valid YAML: {what}") from error
     except RecursionError as error:
         raise SpecError(f"{source}: nested too deeply") from error
 
@@ -130,6 +139,14 @@ class _Builder:
 
     def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         kind = node.tag.rpartition(":")[2]
+        if (
+            isinstance(node, yaml.ScalarNode)
+            and kind == "str"
+            and node.style is None
+            and SCIENTIFIC.fullmatch(node.value)
+        ):
+            number = float(node.value)
+            return int(number) if number.is_integer() else number
         if kind in {"timestamp", "value", "merge"}:
             return node.value  # 2026-11-21, = and << are text to us
         if kind not in {"str", "int", "float", "bool", "null"}:

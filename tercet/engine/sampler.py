@@ -27,14 +27,15 @@ from tercet.errors import EngineFault
 
 Bits = npt.NDArray[np.uint32]
 
+NOT_FINITE = EngineFault("the model's logits are not finite numbers: no token can be drawn")
+
 
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[TokenEvent | EngineFault]:
     """One token a row, or why there is none."""
     usable = logits.amax(dim=-1).isfinite().tolist()  # NaN, if a row has one
     likeliest = _argmax(logits)
-    fault = EngineFault("the model's logits are not finite numbers: no token can be drawn")
     return [
-        _sample_row(logits[row], int(likeliest[row]), sequence) if usable[row] else fault
+        _sample_row(logits[row], int(likeliest[row]), sequence) if usable[row] else NOT_FINITE
         for row, sequence in enumerate(sequences)
     ]
 
@@ -43,7 +44,7 @@ def score(logits: Tensor, token_ids: Rows[int], count: int) -> list[PromptScore]
     """What each row gives the token that follows it, and its `count` most likely ones. token_ids: one a row."""
     logprobs = logits.log_softmax(dim=-1)
     given = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1).tolist()
-    top = logprobs.topk(count, dim=-1)
+    top = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
     likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [(p, tuple(zip(ids, ps, strict=True))) for p, (ids, ps) in zip(given, likeliest, strict=True)]
 
@@ -53,10 +54,12 @@ def _argmax(x: Tensor) -> npt.NDArray[np.int64]:
     return np.asarray(x.numpy().argmax(axis=-1))
 
 
-def _sample_row(row: Tensor, likeliest: int, sequence: Sequence) -> TokenEvent:
+def _sample_row(row: Tensor, likeliest: int, sequence: Sequence) -> TokenEvent | EngineFault:
     params = sequence.params
     plain = params.greedy and not _penalised(params)
     token = likeliest if plain else _draw(row, sequence)
+    if token is None:
+        return NOT_FINITE
     return TokenEvent(token) if params.logprobs is None else _with_logprobs(row, token, params.logprobs)
 
 
@@ -64,9 +67,12 @@ def _penalised(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
-def _draw(row: Tensor, sequence: Sequence) -> int:
+def _draw(row: Tensor, sequence: Sequence) -> int | None:
+    """None: a penalty has made a score larger than float32 holds."""
     params = sequence.params
     scores = penalise(row, sequence.token_ids, sequence.num_prompt, params)
+    if not scores.amax().isfinite():
+        return None
     if not params.greedy:
         scores = truncated((scores - scores.amax()) / params.temperature, params)
         scores = scores - exponentials(params.seed or 0, sequence.num_output, len(row)).log_()
@@ -98,8 +104,9 @@ def truncated(scores: Tensor, params: SamplingParams) -> Tensor:
         scores = scores.masked_fill(scores < kth, -torch.inf)
     if params.top_p < 1:
         ordered, order = scores.softmax(dim=-1).sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        scores = scores.masked_fill((before >= params.top_p).scatter(0, order, before >= params.top_p), -torch.inf)
+        left_out = ordered.cumsum(0) - ordered >= params.top_p
+        left_out[0] = False  # whatever top_p is in float32
+        scores = scores.masked_fill(left_out.scatter(0, order, left_out), -torch.inf)
     return scores
 
 
@@ -133,6 +140,6 @@ def _mix(x: Bits) -> None:
 
 def _with_logprobs(row: Tensor, token: int, count: int) -> TokenEvent:
     logprobs = row.log_softmax(dim=-1)
-    top = logprobs.topk(count)
+    top = logprobs.topk(min(count, len(logprobs)))
     pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     return TokenEvent(token, float(logprobs[token]), pairs)

@@ -34,6 +34,7 @@ from tercet.wire.connections import Guard, Phase
 
 WINDOW = 2**16 - 1  # bytes that a client may send ahead of what is read, as HTTP/2 begins with
 FED = 16 * 1024  # bytes between two looks at the allowance
+MOST_STREAMS = 2**31 - 1  # that HTTP/2 can say
 MOST_HEAD = 16 * 1024  # bytes of a call's metadata, as HPACK counts them
 MOST_UNREAD = 4 * 1024 * 1024  # bytes of answers to a client that does not read
 BURST = 400.0  # frames that ask for nothing, at once
@@ -58,7 +59,7 @@ class Http2(asyncio.Protocol):
     def __init__(self, handler: AbstractHandler, guard: Guard, max_streams: int) -> None:
         self._handler = handler
         self._guard = guard
-        self._max_streams = max_streams
+        self._max_streams = min(max_streams, MOST_STREAMS)
         self._allowance, self._counted_at = BURST, 0.0
         self._h2: H2Connection | None = None
 

@@ -157,6 +157,29 @@ def test_set_overrides_as_helm_does():
 
 
 @pytest.mark.parametrize(
+    ("setting", "read"),
+    [
+        ("gateway.http.host=::", lambda s: s.gateway.http.host == "::"),
+        ("gateway.http.host=[::1]", lambda s: s.gateway.http.host == "::1"),
+        ("gateway.http.host=0.0.0.0", lambda s: s.gateway.http.host == "0.0.0.0"),
+        ("ray.address=[::1]:6379", lambda s: s.ray.address == "[::1]:6379"),
+        ("name=1234", lambda s: s.name == "1234"),
+        ("model.served_name=no", lambda s: s.model.served_name == "no"),
+        ("model.served_name=1.5", lambda s: s.model.served_name == "1.5"),
+        ("model.served_name=a: b #c", lambda s: s.model.served_name == "a: b #c"),
+        ("model.served_name='no'", lambda s: s.model.served_name == "no"),
+        ("model.served_name=null", lambda s: s.model.served_name is None),
+        ("pools.cpu.labels.zone=true", lambda s: s.pools["cpu"].labels == {"zone": "true"}),
+        ("limits.request_timeout_s=1e3", lambda s: s.limits.request_timeout_s == 1000),
+        ("limits.min_body_rate=2e6", lambda s: s.limits.min_body_rate == 2_000_000),
+        ('gateway.cors_origins=["*"]', lambda s: s.gateway.cors_origins == ["*"]),
+    ],
+)
+def test_a_text_is_taken_as_it_stands_and_a_number_as_it_is_written(setting, read):
+    assert read(load_spec(LOCAL, [setting]))
+
+
+@pytest.mark.parametrize(
     ("setting", "want"),
     [
         ("modle.dtype=float32", "--set modle.dtype=float32: modle: unknown key; did you mean model?"),
@@ -165,6 +188,11 @@ def test_set_overrides_as_helm_does():
         ("model=[1", "--set model=[1: not valid YAML"),
         ("name.x=1", "--set name.x=1: name is 'local', it has no keys below it"),
         ("gateway.grpc.port=8000", "--set gateway.grpc.port=8000: gateway.grpc.port: 8000 is taken by gateway.http"),
+        ("gateway.cors_origins=*", "a text with signs of YAML needs quotes"),
+        ("gateway.cors_origins=x", "gateway.cors_origins: must be a list"),
+        ("model.source=", 'model.source: must not be empty, got ""'),
+        ("gateway.http.host=", 'gateway.http.host: must not be empty, got ""'),
+        ("limits.max_body_bytes=99999999999999999999", "limits.max_body_bytes: must be at most"),
         ("gateway.http.port=70000", "gateway.http.port: must be at most 65535, got 70000"),
     ],
 )

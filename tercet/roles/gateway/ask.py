@@ -6,7 +6,7 @@ body | proto --parse--> Ask --Frontend--> Choice per prompt and sample --> Delta
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -54,6 +54,7 @@ class Ask:
     max_tokens_given: bool = True
     n: int = 1  # samples of each prompt
     stop: tuple[str, ...] = ()  # empty ones count for nothing
+    add_special: bool = True  # a text prompt gets what the model wants around it, such as a beginning-of-sequence token
     echo: bool = False  # the answer begins with the prompt
     prompt_only: bool = False  # the one token that is asked of the workers is not the client's
 
@@ -128,6 +129,7 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
     def token_text(self, token_id: int, /) -> str: ...
     def token_bytes(self, token_id: int, /) -> bytes: ...
     def detokenizer(self, prompt_ids: Sequence[int] = (), /) -> Detokenizer: ...

@@ -31,6 +31,7 @@ MOST_CHOICES = 2048  # prompts times n
 MOST_PARTS = 16384  # of all messages
 STOP_CHARS, STOPS_CHARS = 256, 1024  # of one stop string, of all: they bound the work for each token
 NAME_CHARS = 256  # of what is a name: model, tool, author
+ID_CHARS = 16384  # of a tool call's id: some clients keep more in it than an id
 KWARGS_CHARS = 65536  # of chat_template_kwargs, as JSON
 DEPTH = 32  # lists and maps within each other, of what is given to a chat template
 JSON_NODES = 65536  # lists and maps of a body, and likewise keys; each costs 50 to 500 times its bytes

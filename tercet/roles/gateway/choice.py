@@ -11,7 +11,7 @@ import time
 
 from tercet.core import Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
 from tercet.metrics import Metrics
-from tercet.roles.gateway.ask import Delta, Detokenizer, Timings
+from tercet.roles.gateway.ask import Delta, Timings, Tokenizer
 from tercet.roles.gateway.stop import StopMatcher
 
 
@@ -22,7 +22,7 @@ class Choice:
         self,
         index: int,
         request: GenerateRequest,
-        detokenizer: Detokenizer,
+        tokenizer: Tokenizer,
         stop: tuple[str, ...],
         arrived: float,
         echo: str = "",
@@ -36,7 +36,8 @@ class Choice:
         self.prompt: PromptLogprobs | None = None
         self.owes_prompt = request.params.prompt_logprobs is not None  # it must come before any token
         self.done: Done | None = None
-        self._detokenizer = detokenizer
+        self._tokenizer = tokenizer
+        self._detokenizer = tokenizer.detokenizer(request.token_ids)
         self._stop = StopMatcher(stop)
         self._prompt_only = prompt_only
         self._chars = 0  # of the text so far
@@ -50,7 +51,8 @@ class Choice:
         if self._prompt_only:
             return Delta(self.index, "", (), event.at)
         silent = event.finish is FinishReason.STOP or event.token_id in self.request.params.stop_set
-        piece, offset = "" if silent else self._detokenizer.push(event.token_id), self._chars
+        piece = "" if silent else self._detokenizer.push(event.token_id)
+        offset = self._chars + self._held(piece, event)
         self._chars += len(piece)
         text = self._stop.push(piece)
         return Delta(self.index, text, (event,), event.at, FinishReason.STOP if self._stop.found else None, offset)
@@ -63,6 +65,13 @@ class Choice:
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         reason = FinishReason.STOP if self._stop.found else done.finish_reason
         return Delta(self.index, text, (), time.monotonic(), reason)
+
+    def _held(self, piece: str, event: TokenEvent) -> int:
+        """Characters of the piece that are those of earlier tokens, which had to wait for this one."""
+        if event.logprob is None:  # nobody asks
+            return 0
+        own = self._tokenizer.token_text(event.token_id)
+        return len(piece) - len(own) if piece.endswith(own) else 0
 
     def _tick(self, now: float, metrics: Metrics) -> None:
         """Count a token that arrived `now`."""

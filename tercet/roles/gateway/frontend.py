@@ -102,7 +102,7 @@ class Frontend:
             )
         self._tokenising.check_ids("stop_token_ids", ask.params.stop_token_ids)
         if ask.params.seed is not None and not -(2**63) <= ask.params.seed < 2**63:
-            raise InvalidRequest(f"seed must fit 64 bits, got {ask.params.seed}")
+            raise InvalidRequest(f"seed must be from -2^63 to 2^63 - 1, got {ask.params.seed}")
 
     def _admit(self, ask: Ask) -> Places:
         if self._draining:
@@ -115,18 +115,17 @@ class Frontend:
         """One per prompt and sample, in that order."""
         seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed
         choices: list[Choice] = []
-        prompts = zip(ask.prompts, await self._tokenising.ids(ask.prompts, ask.client), strict=True)
-        for prompt, ids in prompts:
+        tokenised = await self._tokenising.ids(ask.prompts, ask.client, ask.add_special)
+        for prompt, ids in zip(ask.prompts, tokenised, strict=True):
             params = dataclasses.replace(
                 ask.params, max_tokens=self._room(prompt, ids, ask), top_k=min(ask.params.top_k, self.model.vocab_size)
             )
-            echo = self._tokenising.text(prompt, ids) if ask.echo else ""
+            echo = await self._tokenising.text(prompt, ids, ask.client) if ask.echo else ""
             for _ in range(ask.n):
                 index = len(choices)
                 request = self._request(ask, index, ids, dataclasses.replace(params, seed=_own_seed(seed, index)))
-                detokenizer = self.model.tokenizer.detokenizer(ids)
                 own = (ask.stop_strings, ask.arrived, echo, ask.prompt_only)
-                choices.append(Choice(index, request, detokenizer, *own))
+                choices.append(Choice(index, request, self.model.tokenizer, *own))
         return choices
 
     def _request(self, ask: Ask, index: int, ids: tuple[int, ...], params: SamplingParams) -> GenerateRequest:

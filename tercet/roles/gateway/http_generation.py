@@ -84,7 +84,7 @@ class Generation:
     async def _parsed(self, request: web.Request, body: Body, parse: _Parse) -> Parsed:
         key = request.headers.get(hdrs.AUTHORIZATION, "").encode(errors="surrogateescape")
         client = client_of(key, request.remote or "")
-        encoding = request.headers.get(hdrs.CONTENT_ENCODING, PLAIN).strip().lower()
+        encoding = request.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower() or PLAIN
         origin = Origin(request[REQUEST_ID], client)
         work = partial(self._parse, parse, encoding, body.data, request.headers.get("X-Request-Timeout"), origin)
         size = body.size if encoding == PLAIN else self._bodies.limits.max_bytes

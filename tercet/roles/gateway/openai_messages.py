@@ -11,10 +11,11 @@ from contextlib import suppress
 from typing import Any
 
 from tercet.errors import InvalidRequest
-from tercet.roles.gateway.bounds import JSON_NODES, MOST_PARTS, NAME_CHARS, bound, bound_depth
+from tercet.roles.gateway.bounds import ID_CHARS, JSON_NODES, MOST_PARTS, NAME_CHARS, bound, bound_depth
 from tercet.roles.gateway.json_body import json_object
 
 ROLES = ("assistant", "developer", "system", "tool", "user")
+OLD_ROLES = {"function": "tool"}  # what `tool` was once called
 SILENT_ROLES = ("assistant", "tool")  # may have no content: a call of a tool, an empty result
 TEXT_OF = {  # type of a part -> where its text stands
     "text": "text",
@@ -22,7 +23,8 @@ TEXT_OF = {  # type of a part -> where its text stands
     "output_text": "text",
     "refusal": "refusal",
 }
-NAMES = ("name", "tool_call_id")
+THOUGHTS = ("reasoning", "redacted_thinking", "thinking")  # parts of an assistant's turn that are no text of it
+NAMES = {"name": NAME_CHARS, "tool_call_id": ID_CHARS}  # -> most characters
 
 
 def messages_of(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
@@ -51,17 +53,20 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest(f"{where} must be an object, got {type(message).__name__}")
     role = message.get("role")
+    role = OLD_ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, got {shown(role)}")
     kept: dict[str, Any] = {"role": role, "content": _content(role, message.get("content"), f"{where}.content")}
-    for name in NAMES:
+    for name, most in NAMES.items():
         if message.get(name) is not None:
-            kept[name] = _name(message[name], f"{where}.{name}")
+            kept[name] = _name(message[name], f"{where}.{name}", most)
     reasoning = message.get("reasoning_content")
     if role == "assistant" and isinstance(reasoning, str) and reasoning:
         kept["reasoning_content"] = text_of(reasoning, f"{where}.reasoning_content")
     if role == "assistant" and message.get("tool_calls"):
         kept["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+    elif role == "assistant" and message.get("function_call"):  # what a tool call was once
+        kept["tool_calls"] = [_tool_call({"function": message["function_call"]}, f"{where}.function_call")]
     return kept
 
 
@@ -74,12 +79,14 @@ def _content(role: str, content: Any, where: str) -> str:
     if not isinstance(content, list):
         raise InvalidRequest(f"{where} must be a text or a list of text parts, got {shown(content)}")
     bound("messages[].content", content, where)
-    return "\n".join(_parts(content, where))
+    return "\n".join(_parts(role, content, where))
 
 
-def _parts(content: Iterable[Any], where: str) -> Iterable[str]:
+def _parts(role: str, content: Iterable[Any], where: str) -> Iterable[str]:
     for i, part in enumerate(content):
         kind = "text" if isinstance(part, str) else part.get("type") if isinstance(part, dict) else None
+        if role == "assistant" and kind in THOUGHTS:
+            continue
         name = TEXT_OF.get(kind) if isinstance(kind, str) else None
         text = part if isinstance(part, str) else part.get(name) if name else None
         if not isinstance(text, str):
@@ -87,9 +94,9 @@ def _parts(content: Iterable[Any], where: str) -> Iterable[str]:
         yield text_of(text, f"{where}[{i}]")
 
 
-def _name(name: Any, where: str) -> str:
-    if not isinstance(name, str) or len(name) > NAME_CHARS:
-        raise InvalidRequest(f"{where} must be a text of at most {NAME_CHARS} characters, got {shown(name)}")
+def _name(name: Any, where: str, most: int = NAME_CHARS) -> str:
+    if not isinstance(name, str) or len(name) > most:
+        raise InvalidRequest(f"{where} must be a text of at most {most} characters, got {shown(name)}")
     return text_of(name, where)
 
 
@@ -102,12 +109,14 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InvalidRequest(f"{where} must be an object with a function's name, got {shown(call)}")
-    kept = {"name": _name(function["name"], f"{where}.function.name"), "arguments": function.get("arguments") or {}}
+    custom = isinstance(call, dict) and call.get("type") == "custom"
+    function = call.get("custom" if custom else "function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise InvalidRequest(f"{where} must be an object with a function, got {shown(call)}")
+    arguments = function.get("input" if custom else "arguments") or {}
+    kept = {"name": _name(function.get("name") or "", f"{where}.function.name"), "arguments": arguments}
     text_of(json.dumps(kept["arguments"], ensure_ascii=False), f"{where}.function.arguments")
-    identity = {"id": _name(call["id"], f"{where}.id")} if isinstance(call.get("id"), str) else {}
+    identity = {"id": _name(call["id"], f"{where}.id", ID_CHARS)} if isinstance(call.get("id"), str) else {}
     return {"type": "function", "function": kept, **identity}
 
 

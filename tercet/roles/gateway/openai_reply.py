@@ -186,8 +186,12 @@ class CompletionReply(Reply):
         detokenizer, at, entries = self._tokenizer.detokenizer(), 0, []
         logprobs: list[tuple[float | None, TopLogprobs]] = [(None, ()), *choice.prompt.entries]
         for token_id, (logprob, top) in zip(choice.request.token_ids, logprobs, strict=True):
-            entries.append((token_id, logprob, top, at))
-            at += len(detokenizer.push(token_id))
+            piece, own = detokenizer.push(token_id), self._tokenizer.token_text(token_id)
+            if not piece and choice.echo.startswith(own, at):  # a special token that stands in the prompt's text
+                piece = own
+            held = len(piece) - len(own) if piece.endswith(own) else 0  # characters of earlier tokens
+            entries.append((token_id, logprob, top, at + held))
+            at += len(piece)
         return entries
 
     def _top(self, token_id: int, logprob: float | None, top: TopLogprobs) -> dict[str, float | None] | None:

@@ -10,11 +10,11 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from tercet.core import MOST_LOGPROBS, SamplingParams
 from tercet.errors import InvalidRequest
@@ -28,7 +28,6 @@ NEUTRAL: _Neutral = {  # not built; these values, and null, ask for nothing
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
@@ -40,19 +39,18 @@ NEUTRAL: _Neutral = {  # not built; these values, and null, ask for nothing
     "guided_regex": ("",),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
     "min_tokens": (0,),
     "modalities": (["text"],),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
@@ -61,6 +59,11 @@ HARMLESS = frozenset(  # say nothing about the tokens
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     | {"parallel_tool_calls"}
 )
+NEUTRAL_IN: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {  # likewise, where it takes more to see it: the body
+    "best_of": lambda body: body["best_of"] == body.get("n", 1),
+    "logit_bias": lambda body: isinstance(body["logit_bias"], dict) and not any(body["logit_bias"].values()),
+    "tools": lambda body: not body["tools"] or body.get("tool_choice") == "none",
+}
 TEMPLATE_OWN = ("messages", "add_generation_prompt", "tools", "documents")  # not for chat_template_kwargs
 
 
@@ -88,21 +91,25 @@ class _StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+# Some clients write every number with a point.
+_Int = Annotated[int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)]
+
+
 class _Common(BaseModel):
     """What both endpoints take. Ranges are SamplingParams' to check, null means not given."""
 
     model_config = ConfigDict(strict=True)
     model: str | None = None
-    max_tokens: int | None = None
+    max_tokens: _Int | None = None
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: _Int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int | None = None
-    n: int = 1
+    seed: _Int | None = None
+    n: _Int = 1
     stop: str | list[str] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
@@ -114,18 +121,19 @@ class _Common(BaseModel):
 
 class _ChatBody(_Common):
     messages: list[Any]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: _Int | None = None
     logprobs: bool = False
-    top_logprobs: int = 0
+    top_logprobs: _Int = 0
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = {}
 
 
 class _CompletionBody(_Common):
     prompt: Any
-    max_tokens: int | None = 16  # as in the OpenAI API
-    logprobs: int | None = None
+    max_tokens: _Int | None = 16  # as in the OpenAI API
+    logprobs: _Int | None = None
     echo: bool = False
+    add_special_tokens: bool = True  # vLLM's: a client may have put them into the text itself
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class Parsed:
 
 def parse_chat(body: bytes, timeout_header: str | None, limit_s: float, origin: Origin | None = None) -> Parsed:
     """Raises InvalidRequest naming what is wrong."""
-    b, ignored = _validated(_ChatBody, body, {"echo": (False,)})
+    b, ignored = _validated(_ChatBody, body, {"echo": (False,), "add_special_tokens": (False,)})
     if b.top_logprobs and not b.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true")
     if not 0 <= b.top_logprobs <= MOST_LOGPROBS:
@@ -158,7 +166,7 @@ def parse_completion(body: bytes, timeout_header: str | None, limit_s: float, or
     params = replace(params, prompt_logprobs=b.logprobs if b.echo else None)
     prompts = _prompts(b.prompt)
     ask = _ask(b, "cmpl", prompts, params, _timeout(b, timeout_header, limit_s), origin or Origin())
-    ask = replace(ask, echo=b.echo, prompt_only=prompt_only)
+    ask = replace(ask, add_special=b.add_special_tokens, echo=b.echo, prompt_only=prompt_only)
     return Parsed(ask, _options(b, b.logprobs is not None), b.model, ignored)
 
 
@@ -206,8 +214,8 @@ def _validated(kind: type[_Body], body: bytes, elsewhere: _Neutral) -> tuple[_Bo
     given = {name: value for name, value in json_object(body).items() if value is not None}
     bound_fields(given)
     unbuilt = {**NEUTRAL, **elsewhere}
-    for name in sorted(given.keys() & unbuilt.keys()):
-        if given[name] not in unbuilt[name]:
+    for name in sorted(given.keys() & (unbuilt.keys() | NEUTRAL_IN.keys())):
+        if not (NEUTRAL_IN[name](given) if name in NEUTRAL_IN else given[name] in unbuilt[name]):
             raise InvalidRequest(f"{name} is not supported here; leave it out")
     try:
         known = kind.model_validate(given)
@@ -215,7 +223,8 @@ def _validated(kind: type[_Body], body: bytes, elsewhere: _Neutral) -> tuple[_Bo
         raise InvalidRequest(_explain(error)) from error
     if known.model and len(known.model) > NAME_CHARS:
         raise InvalidRequest(f"model must have at most {NAME_CHARS} characters, got {len(known.model)}")
-    return known, tuple(sorted(given.keys() - unbuilt.keys() - kind.model_fields.keys() - HARMLESS))
+    known_names = unbuilt.keys() | NEUTRAL_IN.keys() | kind.model_fields.keys() | HARMLESS
+    return known, tuple(sorted(given.keys() - known_names))
 
 
 def _explain(error: ValidationError) -> str:
@@ -268,4 +277,4 @@ def _prompt(prompt: Any, where: str) -> Prompt:
     return tuple(prompt)
 
 
-PARAMETERS = frozenset(_ChatBody.model_fields) | frozenset(_CompletionBody.model_fields) | frozenset(NEUTRAL) | HARMLESS
+PARAMETERS = HARMLESS.union(_ChatBody.model_fields, _CompletionBody.model_fields, NEUTRAL, NEUTRAL_IN)

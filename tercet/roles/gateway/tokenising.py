@@ -23,7 +23,7 @@ class Tokenising:
         longest = model.tokenizer.longest_token
         self._max_chars = model.max_context * min(max_chars_per_token, longest or max_chars_per_token)
 
-    async def ids(self, prompts: Iterable[Prompt], client: str) -> list[tuple[int, ...]]:
+    async def ids(self, prompts: Iterable[Prompt], client: str, add_special: bool = True) -> list[tuple[int, ...]]:
         """Those of each prompt. Raises InvalidRequest, ContextTooLong."""
         prompts = tuple(prompts)
         sizes = [self._size(prompt) for prompt in prompts]
@@ -31,18 +31,17 @@ class Tokenising:
         at_least = INLINE + 1 if sum(sizes) > INLINE else 0
         found = []
         for prompt, size in zip(prompts, sizes, strict=True):
-            work = partial(self._encode, prompt, size)
+            work = partial(self._encode, prompt, size, add_special)
             ids = await self._offloop.run(client, max(size, at_least), work)
             self.check_ids("prompt", ids, ours=not isinstance(prompt, tuple))
             found.append(ids)
         return found
 
-    def text(self, prompt: Prompt, ids: tuple[int, ...]) -> str:
+    async def text(self, prompt: Prompt, ids: tuple[int, ...], client: str) -> str:
         """The prompt as an answer repeats it."""
         if isinstance(prompt, str):
             return prompt
-        detokenizer = self._model.tokenizer.detokenizer()
-        return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
+        return await self._offloop.run(client, INLINE + 1, partial(self._model.tokenizer.decode, ids))
 
     def check_ids(self, name: str, ids: tuple[int, ...], ours: bool = False) -> None:
         """Raises InvalidRequest for an id that the model has no embedding of; `ours`: the tokenizer has made it, which
@@ -55,8 +54,6 @@ class Tokenising:
 
     def _size(self, prompt: Prompt) -> int:
         """Characters. Raises InvalidRequest, ContextTooLong for what need not be read to be refused."""
-        if not isinstance(prompt, Chat) and not prompt:
-            raise InvalidRequest("prompt must not be empty")
         if isinstance(prompt, tuple):
             if len(prompt) >= self._model.max_context:
                 raise self.too_long(f"{len(prompt)} tokens,")
@@ -66,19 +63,20 @@ class Tokenising:
             raise self.too_long(f"{size} characters, at most {self._max_chars} can fit (limits.max_chars_per_token);")
         return size
 
-    def _encode(self, prompt: Prompt, size: int) -> tuple[int, ...]:
-        if isinstance(prompt, tuple):
-            return prompt
+    def _encode(self, prompt: Prompt, size: int, add_special: bool) -> tuple[int, ...]:
+        if not isinstance(prompt, tuple):
+            prompt = tuple(self._encode_text(prompt, size, add_special))
+        if not prompt:
+            raise InvalidRequest("prompt must not be empty")
+        return prompt
+
+    def _encode_text(self, prompt: str | Chat, size: int, add_special: bool) -> list[int]:
         tokenizer = self._model.tokenizer
         if size > PIECE:
             self._count(_texts(prompt))
         if isinstance(prompt, Chat):
-            ids = tokenizer.encode_chat(list(prompt.messages), prompt.add_generation_prompt, prompt.template_kwargs)
-        else:
-            ids = tokenizer.encode(prompt)
-        if not ids:
-            raise InvalidRequest("prompt must not be empty")
-        return tuple(ids)
+            return tokenizer.encode_chat(list(prompt.messages), prompt.add_generation_prompt, prompt.template_kwargs)
+        return tokenizer.encode(prompt, add_special)
 
     def _count(self, texts: Iterable[str]) -> None:
         """Refuse a text that is far too long while only a piece of it is in memory as tokens."""
