@@ -72,7 +72,8 @@ class LocalCluster:
         """The leak oracle: every block is accounted for, and idle workers hold none."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and any(
-            w.engine.load().blocks_free < w.engine.load().blocks_total for w in self.workers.values()
+            load.blocks_free < load.blocks_total or load.running or load.waiting
+            for load in (w.engine.load() for w in self.workers.values())
         ):
             await asyncio.sleep(0.02)
         for name, worker in self.workers.items():

@@ -143,7 +143,8 @@ class Controller:
             await self._act(action)
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), LOOK_EVERY_S)
+            async with asyncio.timeout(LOOK_EVERY_S):
+                await self._changed.wait()
         for task in (self._home, *(slot.task for slot in self._slots.values())):
             if task is not None and task.done():
                 task.result()  # of the home: Ray is lost; of a member: a bug of ours, which must be seen

@@ -50,7 +50,8 @@ class Actor:
 
     async def call(self, method: str, *args: object, timeout_s: float) -> Any:
         try:
-            return await asyncio.wait_for(getattr(self._handle, method).remote(*args), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await getattr(self._handle, method).remote(*args)
         except (TimeoutError, GetTimeoutError) as error:
             raise WorkerLost(f"{self.member_id} did not answer {method} in {timeout_s:g} s") from error
         except RayTaskError as error:

@@ -117,7 +117,7 @@ class Router:
         failures = 0
         try:
             for number in itertools.count():
-                plan = await self._plan(request, place, history)
+                plan, before = await self._plan(request, place, history), len(told.tokens)
                 running = self._begin((name, number), request, told, plan, place)
                 try:
                     while not isinstance(event := await self._next(running), Done):
@@ -137,7 +137,7 @@ class Router:
                     history.failed(plan, failed.reporter, failed.error)
                     self._give_up_or_go_on(request, history, failures, failed.error)
                 finally:
-                    self._end(running, len(told.tokens))
+                    self._end(running, len(told.tokens) - before)
         finally:
             self._leave(place, planned=False)
 
@@ -204,7 +204,8 @@ class Router:
     async def _wait_for_room(self) -> None:
         self._room.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._room.wait(), ROOM_S)
+            async with asyncio.timeout(ROOM_S):
+                await self._room.wait()
 
     # ---- attempts
 

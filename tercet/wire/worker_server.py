@@ -78,7 +78,8 @@ class ReportStream:
     async def take(self) -> list[pb.Report]:
         """What has been posted; empty when nothing was for a load period."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._posted.wait(), LOAD_PERIOD_S)
+            async with asyncio.timeout(LOAD_PERIOD_S):
+                await self._posted.wait()
         self._posted.clear()
         reports, self._reports = self._reports, []
         return reports

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tercet.errors import InvalidRequest
@@ -51,6 +51,10 @@ class ByteTokenizer:
         kwargs = "".join(f"<{name}={value}>" for name, value in (template_kwargs or {}).items())
         turns = kwargs + "".join(f"<{m['role'][0]}>{m['content']}" for m in messages)
         return turns + ("<a>" if add_generation_prompt else "")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        detokenizer = self.detokenizer()
+        return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode(errors="replace")

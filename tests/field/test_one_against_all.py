@@ -44,6 +44,11 @@ HTTP = {
     "empty strings and brackets": (CHAT, of(b'{"x":["' + b"[" * 70_000 + b'",', b'""')),
     "token ids": (COMPLETIONS, of(b'{"prompt":[', b"5")),
     "prompts of token ids": (COMPLETIONS, of(b'{"max_tokens":1,"prompt":[', b"[" + b"5," * 2000 + b"5]")),
+    "an echo of token ids": (COMPLETIONS, of(b'{"max_tokens":0,"echo":true,"prompt":[', b"[" + b"5," * 4000 + b"5]")),
+    "token ids told back": (
+        COMPLETIONS,
+        of(b'{"max_tokens":1,"return_token_ids":true,"prompt":[', b"[" + b"5," * 4000 + b"5]"),
+    ),
     "stop token ids": (CHAT, of(b'{"messages":[{"role":"user","content":"x"}],"n":16,"stop_token_ids":[', b"5")),
     "what nobody knows": (CHAT, of(b'{"messages":[{"role":"user","content":"x"}],"max_tokens":1,"foo":[', b'""')),
 }

@@ -14,7 +14,7 @@ from tercet.roles.gateway.gateway import Gateway
 from tercet.roles.gateway.openai_request import parse_chat
 from tests.fakes.gateway import running, spec
 from tests.fakes.router import FakeRouter
-from tests.fakes.tokenizer import CONTEXT, MODEL
+from tests.fakes.tokenizer import CONTEXT, EOS, MODEL, ByteTokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "hi"}
@@ -65,6 +65,25 @@ CALL = {"id": "call_1", "type": "function", "index": 0, "function": {"name": "f"
         ({"content": [{"type": "refusal", "refusal": "no"}]}, {"content": "no"}),
         ({"content": [{"type": "output_text", "text": "a"}]}, {"content": "a"}),
         ({"content": "x", "tool_calls": []}, {"content": "x"}),
+        ({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]}, {"content": "a"}),
+        ({"content": [{"type": "reasoning", "text": "hm"}]}, {"content": ""}),
+        (
+            {"function_call": {"name": "f", "arguments": "{}"}},
+            {"content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]},
+        ),
+        (
+            {"tool_calls": [{"id": "x" * 5000, "type": "custom", "custom": {"name": "f", "input": "text"}}]},
+            {
+                "content": "",
+                "tool_calls": [
+                    {"type": "function", "id": "x" * 5000, "function": {"name": "f", "arguments": "text"}},
+                ],
+            },
+        ),
+        (
+            {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1}'}}]},  # a piece of a stream, replayed
+            {"content": "", "tool_calls": [{"type": "function", "function": {"name": "", "arguments": {"a": 1}}}]},
+        ),
         ({"name": "bot", "content": "x"}, {"name": "bot", "content": "x"}),
         (
             {"tool_calls": [CALL]},
@@ -104,6 +123,12 @@ async def test_what_a_tool_has_said():
     assert messages_of(message) == ({"role": "tool", "tool_call_id": "call_1", "name": "f", "content": ""},)
 
 
+async def test_what_a_function_has_said():
+    """As tools were once called."""
+    message = {"role": "function", "name": "f", "content": "42"}
+    assert messages_of(message) == ({"role": "tool", "name": "f", "content": "42"},)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -125,6 +150,11 @@ async def test_what_a_tool_has_said():
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"top_k": 10**9},
         {"echo": False},
+        {"max_tokens": 16.0, "n": 1.0, "top_k": 5.0, "seed": 7.0},
+        {"n": 2, "best_of": 2},
+        {"logit_bias": {"5": 0}},
+        {"tool_choice": "none", "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"add_special_tokens": False, "return_tokens_as_token_ids": False},
     ],
     ids=str,
 )
@@ -132,6 +162,50 @@ async def test_what_asks_for_nothing_unusual_is_taken(http, fields):
     answer = await http.post(CHAT, json={"messages": [USER]} | fields)
     assert answer.status == 200, await answer.text()
     assert "X-Ignored-Parameters" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"best_of": 2},
+        {"logit_bias": {"5": 1}},
+        {"logit_bias": [1]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tool_choice": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"add_special_tokens": True},
+        {"max_tokens": 16.5},
+        {"n": "2"},
+        {"seed": 2**63},
+    ],
+    ids=str,
+)
+async def test_what_would_change_the_answer_is_refused_by_name(http, fields):
+    answer = await http.post(CHAT, json={"messages": [USER]} | fields)
+    error = (await answer.json())["error"]
+    assert (answer.status, error["param"]) == (400, [*fields][-1])
+
+
+@pytest.mark.parametrize("encoding", ["", "identity", " Identity "])
+async def test_an_encoding_that_is_none(http, encoding):
+    async with http.post(CHAT, json={"messages": [USER]}, headers={"Content-Encoding": encoding}) as answer:
+        assert answer.status == 200
+
+
+async def test_special_tokens_of_a_plain_prompt_are_the_clients_to_leave_out(http, monkeypatch):
+    """A client that renders templates itself has written them already."""
+    asked = []
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda _, text, add_special=True: asked.append(add_special) or [104])
+    for fields in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+        assert (await http.post(COMPLETIONS, json={"prompt": "h"} | fields)).status == 200
+    assert asked == [True, True, False]
+
+
+async def test_an_empty_prompt_is_what_the_tokenizer_makes_of_it(http, router, monkeypatch):
+    answer = await http.post(COMPLETIONS, json={"prompt": ""})
+    assert (answer.status, (await answer.json())["error"]["param"]) == (400, "prompt")
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda *_: [1])  # a beginning-of-sequence token
+    assert (await http.post(COMPLETIONS, json={"prompt": ""})).status == 200
+    assert router.requests[-1].token_ids == (1,)
 
 
 async def test_what_nobody_knows_is_ignored_and_told(http):
@@ -340,6 +414,18 @@ async def test_the_prompt_alone(client, prompt, stream):
     assert sum(len(choice.logprobs.tokens) for choice in choices) == 7
     usage = chunks[-1].usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (7, 0)
+
+
+async def test_offsets_are_of_the_text_that_is_told(client, monkeypatch):
+    """A special token counts where it stands in the prompt's text, and not where the tokenizer has put it before."""
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda *_: [257, EOS, *b"hi"])
+    monkeypatch.setattr(
+        ByteTokenizer, "token_bytes", lambda _, i: b"<eos>" if i == EOS else b"<bos>" if i > EOS else bytes([i])
+    )
+    asked = {"model": "fake-model", "prompt": "<eos>hi", "max_tokens": 1, "echo": True, "logprobs": 1}
+    answer = await client.completions.create(**asked)
+    assert answer.choices[0].text == "<eos>hiT"
+    assert answer.choices[0].logprobs.text_offset == [0, 0, 5, 6, 7]
 
 
 async def test_no_tokens_and_no_prompt_is_an_empty_answer(client):

@@ -223,3 +223,36 @@ async def test_workers_that_are_set_at_once_end_as_the_last_word_says(monkeypatc
         stream = made.router.generate(request_of(prompt(20), max_tokens=3))
         assert [type(event) async for event in stream][:3] == [TokenEvent] * 3
         assert time.monotonic() - started < 20
+
+
+async def test_a_client_pays_once_for_each_token_however_often_it_is_begun(monkeypatch):
+    async with cluster(tiny("aggregated", decoders=2)) as made:
+        router, charged = made.router, []
+        monkeypatch.setattr(router._line, "charge", lambda client, tokens: charged.append(tokens))
+        stream = router.generate(request_of(prompt(20), max_tokens=60, ignore_eos=True))
+        told = 0
+        async for event in stream:
+            told += isinstance(event, TokenEvent)
+            if told == 10 and len(charged) == 0:
+                router._on_change(next(iter(router._attempts.values())).plan.decode, up=False)
+        assert len(charged) > 1
+        assert sum(charged) == told == 60
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_cancelled_request_is_not_planned_as_room_comes(monkeypatch, turns):
+    async with cluster(tiny("aggregated", decoders=1, scheduler__max_running=1)) as made:
+        router, planned = made.router, []
+        choose = router._choose
+        monkeypatch.setattr(router, "_choose", lambda history: None)
+        waiting = asyncio.create_task(anext(router.generate(request_of(prompt(5), max_tokens=2))))
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr(router, "_choose", lambda history: planned.append(1) or choose(history))
+        router._room.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        before = len(planned)
+        await asyncio.wait([waiting], timeout=5)
+        assert waiting.cancelled()
+        assert len(planned) == before

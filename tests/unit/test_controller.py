@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tercet.cluster import reconcile
 from tercet.cluster.controller import Controller
+from tercet.cluster.launcher import Actor
 from tercet.cluster.reconcile import GATEWAY, Member, Publish, Start, State, diff
 from tercet.core import Role
 from tercet.errors import ClusterError, ModelFileMissing, RayLost, TercetError, WorkerLost
@@ -255,3 +256,29 @@ async def test_a_bug_in_a_member_is_not_swallowed():
     with pytest.raises(ZeroDivisionError):
         await cluster.bring_up()
     await cluster.end_now()
+
+
+async def test_a_call_is_cancelled_also_as_its_answer_comes():
+    """Else a drain waits for ever for a task that goes on watching."""
+    answers = []
+
+    class Health:
+        def remote(self):
+            answers.append(asyncio.get_running_loop().create_future())
+            return answers[-1]
+
+    class Handle:
+        health = Health()
+
+    async def watch():
+        while True:
+            await actor.call("health", timeout_s=10)
+
+    actor = Actor("decode-0", Handle(), None)
+    task = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    answers[0].set_result({})
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task], timeout=1)
+    assert task.cancelled()

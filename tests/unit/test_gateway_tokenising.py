@@ -101,5 +101,5 @@ async def test_an_id_without_an_embedding_is_refused_whoever_made_it(prompt, say
 
 async def test_the_prompt_as_an_answer_repeats_it():
     made = tokenising(Tokenizer())
-    assert made.text("Zürich", (1, 2)) == "Zürich"
-    assert made.text((), (*"Zürich".encode(), EOS)) == "Zürich"
+    assert await made.text("Zürich", (1, 2), "me") == "Zürich"
+    assert await made.text((), (*"Zürich".encode(), EOS), "me") == "Zürich"

@@ -211,6 +211,32 @@ def test_logits_that_are_no_numbers_are_a_fault_of_their_row_alone(bad, params):
     assert events[0].token_id == events[2].token_id == draw(good, wanted)
 
 
+@pytest.mark.parametrize(
+    "params",
+    [{"top_p": p} | more for p in (1e-46, 5e-324, 1e-9) for more in ({}, {"top_k": 1}, {"temperature": 100.0})],
+)
+def test_the_likeliest_token_is_left_whatever_top_p_is(params):
+    """Below 7e-46 it is 0 in float32."""
+    for row in rows(20):
+        assert draw(row, SamplingParams(**({"temperature": 1.0, "seed": 1} | params))) == int(row.argmax())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_beyond_float32_is_a_fault(temperature):
+    row = rows(1)[0] * 1e37
+    wanted = sequence_of(SamplingParams(temperature=temperature, repetition_penalty=0.01, seed=1))
+    wanted.token_ids = [int(row.argmax())]
+    [event] = sampler.sample(row.unsqueeze(0), [wanted])
+    assert isinstance(event, EngineFault)
+
+
+def test_more_logprobs_than_the_vocabulary_has():
+    row = torch.tensor([[1.0, 2.0, 0.5]])
+    [event] = sampler.sample(row, [sequence_of(SamplingParams(temperature=0.0, logprobs=20), (0,), ())])
+    assert [i for i, _ in event.top_logprobs] == [1, 0, 2]
+    assert len(sampler.score(row, [0], 20)[0][1]) == 3
+
+
 def test_a_masked_token_is_never_drawn():
     """Minus infinity for one token is no fault: models mask with it."""
     row = torch.full((VOCAB,), -torch.inf)

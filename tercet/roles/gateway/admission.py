@@ -7,7 +7,8 @@
 A request counts as one, however many choices it has: its first choice runs at once, each further one takes a place
 when fewer run than the limit. So a request of many prompts shuts nobody out. One client alone may have as many
 requests as the limit; when they are that many, a client that has fewer than its share (the limit divided by the
-clients that have any, at least one) is let in all the same. Never does more than twice the limit run.
+clients that have any, at least one) is let in all the same. Never are there more than twice as many requests as the
+limit, and their further choices never take a place beyond it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Admission:
     def enter(self, client: str) -> Places:
         """Raises Overloaded."""
         requests = self._requests.total()
-        if self.in_use >= 2 * self._limit or (requests >= self._limit and not self._has_share(client)):
+        if requests >= 2 * self._limit or (requests >= self._limit and not self._has_share(client)):
             raise Overloaded(
                 f"{requests} requests are in flight, {self._requests[client]} of them this client's "
                 f"(limits.max_inflight_requests: {self._limit})"

@@ -69,7 +69,8 @@ class Frontend:
         """Refuse what is new, let what runs finish, and end by force what still runs after `timeout_s`."""
         self._draining = True
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._admission.idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._admission.idle.wait()
         self._stopping = True
         for deadline in self._live.values():
             if not deadline.expired():

@@ -109,8 +109,8 @@ class Generation:
                 if held > MOST_HELD:
                     raise InvalidRequest(f"the answer has more than {MOST_HELD} tokens and logprobs; use stream: true")
             reply = self._reply(kind, parsed, session)
-            held += sum(reply.echoes(choice.index) for choice in session.choices)
-            content = await self._rendered(held, parsed, partial(reply.body, deltas))
+            weight = held + sum(reply.weight(choice.index) for choice in session.choices)
+            content = await self._rendered(weight, parsed, partial(reply.body, deltas))
         return web.Response(body=content, content_type="application/json", headers=_headers(parsed))
 
     async def _rendered(self, weight: int, parsed: Parsed, render: Callable[[], bytes]) -> bytes:
@@ -137,11 +137,12 @@ class Generation:
     ) -> None:
         async with self._frontend.session(parsed.ask) as session, aclosing(session.deltas()) as deltas:
             body.release()
-            reply, echoes = self._reply(kind, parsed, session), parsed.ask.params.prompt_logprobs is not None
+            reply = self._reply(kind, parsed, session)
+            repeats_prompt = reply.repeats_prompt
             async for delta in deltas:
                 if not response.prepared:  # not before the first token: a failure until then has its own status
                     await response.prepare(request)
-                if echoes and (weight := reply.echoes(delta.index)):
+                if repeats_prompt and (weight := reply.weight(delta.index)):
                     await response.write(await self._rendered(weight, parsed, partial(reply.chunk, delta)))
                 else:
                     await response.write(reply.chunk(delta))

@@ -44,10 +44,16 @@ class Reply(ABC):
         self._varied = options.logprobs or options.return_token_ids  # chunks differ in more than their text
         self._unfinished = len(session.choices)
 
-    def echoes(self, index: int) -> int:
-        """Logprobs of the prompt that the choice's next chunk, or its body, begins with."""
-        prompt = self._session.choices[index].prompt
-        return len(prompt.entries) if prompt is not None and index not in self._frames else 0
+    @property
+    def repeats_prompt(self) -> bool:
+        """Whether the first chunk of a choice, or its body, tells something of the prompt."""
+        return self._options.return_token_ids or self._session.ask.echo
+
+    def weight(self, index: int) -> int:
+        """Tokens and logprobs of the prompt that the choice's next chunk, or its body, begins with."""
+        if index in self._frames or not self.repeats_prompt:
+            return 0
+        return len(self._prompt_ids(index)) * (2 if self._session.choices[index].prompt is not None else 1)
 
     def chunk(self, delta: Delta) -> bytes:
         """The server-sent events of one delta."""
