@@ -14,10 +14,10 @@ help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: setup  ## Start a cluster, ask it one question, show what each stage took, stop it
-	$(BIN)/tercet demo $(SPEC)
+	$(BIN)/tercet demo $(SPEC) $(ARGS)
 
-serve: setup  ## Serve until Ctrl-C
-	@exec $(BIN)/tercet serve $(SPEC)
+serve: setup  ## Serve until Ctrl-C; ARGS="--set gateway.http.port=18000" for another port, SPEC=... for another spec
+	@exec $(BIN)/tercet serve $(SPEC) $(ARGS)
 
 test: lint types imports proto-check pytest  ## Lint, types, floors, stubs and the whole test suite
 

@@ -101,6 +101,7 @@ class Side:
 
     url: str
     processes: list[multiprocessing.process.BaseProcess]
+    idle_share: float = 0.0  # of a core, without a request
 
     @property
     def cpu_s(self) -> float:
@@ -127,19 +128,25 @@ def begin(step_ms: float) -> Side:
     gateway = context.Process(target=gateway_process, args=(theirs, ours.recv()), daemon=True)
     gateway.start()
     side = Side(ours.recv(), [worker, gateway])
-    while True:
-        try:
-            with urllib.request.urlopen(f"{side.url}/ready", timeout=10):  # noqa: S310  # our own server
-                return side
-        except OSError:
-            time.sleep(0.1)
+    while not is_ready(side):
+        time.sleep(0.1)
+    measure(side, 1, 16)  # warm
+    cpu_s = side.cpu_s
+    time.sleep(IDLE_S)
+    side.idle_share = (side.cpu_s - cpu_s) / IDLE_S
+    return side
+
+
+def is_ready(side: Side) -> bool:
+    try:
+        with urllib.request.urlopen(f"{side.url}/ready", timeout=10):  # noqa: S310  # our own server
+            return True
+    except OSError:
+        return False
 
 
 def measure(side: Side, clients: int, tokens: int) -> dict[str, float]:
     """`clients` streams at once, each of `tokens` tokens."""
-    idle_cpu = side.cpu_s
-    time.sleep(IDLE_S)
-    idle_share = (side.cpu_s - idle_cpu) / IDLE_S
     metrics = ("tercet_gateway_token_seconds", "tercet_gateway_request_seconds")
     before = {metric: side.histogram(metric) for metric in metrics}
     cpu_s, began = side.cpu_s, time.monotonic()
@@ -152,9 +159,9 @@ def measure(side: Side, clients: int, tokens: int) -> dict[str, float]:
     return {
         "token_us": token * 1e6,
         "request_ms": request * 1e3,
-        "cpu_us_per_token": (cpu_s - idle_share * wall_s) / (clients * tokens) * 1e6,
+        "cpu_us_per_token": (cpu_s - side.idle_share * wall_s) / (clients * tokens) * 1e6,
         "tokens_per_s": clients * tokens / wall_s,
-        "idle_cpu_percent": idle_share * 100,
+        "idle_cpu_percent": side.idle_share * 100,
     }
 
 
@@ -179,7 +186,6 @@ def main(
     loads = (1, 4, 16, 64)
     side = begin(step_ms)
     try:
-        measure(side, 1, 16)  # warm
         raw = {clients: [measure(side, clients, tokens) for _ in range(rounds)] for clients in loads}
     finally:
         side.stop()

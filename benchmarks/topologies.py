@@ -40,19 +40,22 @@ START_S = 120.0
 
 
 def start(name: str) -> subprocess.Popen[bytes]:
-    """Serve one cluster, on ports of its own, and wait until it is ready."""
+    """Serve one cluster, on ports of its own."""
     spec, extra = CLUSTERS[name]
     port = PORTS[name]
     settings = [f"name=bench-{name}", "ray.address=local", f"gateway.http.port={port}", f"gateway.grpc.port={port + 1}"]
     command = [str(Path(sys.executable).parent / "tercet"), "serve", spec, *extra]
     for setting in settings:
         command += ["--set", setting]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def wait_until_ready(name: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(f"{url(name)}/ready", timeout=5):  # noqa: S310  # our own server
-                return process
+                return
         except OSError:
             time.sleep(0.3)
     raise SystemExit(f"cluster {name} did not become ready")
@@ -123,7 +126,10 @@ def main(
     processes = []
     everything: dict[str, Any] = {}
     try:
-        processes.extend(map(start, CLUSTERS))
+        for name in CLUSTERS:
+            processes.append(start(name))  # noqa: PERF401  # one that is started must be ended, whatever the next does
+        for name, process in zip(CLUSTERS, processes, strict=True):
+            wait_until_ready(name, process)
         started = {name: gateway_cpu_s(name) for name in CLUSTERS}
         loops = {
             f"closed loop, {concurrency} clients": (concurrency, float("inf")),

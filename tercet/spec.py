@@ -72,7 +72,7 @@ class RoleSpec(Frozen):
 
 
 class TransferSpec(Frozen):
-    # auto: of those that both workers have, shm within a host, else the one that is measured to be the fastest
+    # auto: shm within a host, else the one of tcp, torch and ucx that both have and that measures fastest
     transport: Literal["auto", "shm", "tcp", "nixl", "ucx", "torch"] = "auto"
     min_bandwidth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # bytes/s; below it a pair is not ready
     lease_s: Seconds = 10.0  # a ticket whose peer is silent for so long fails
@@ -100,7 +100,7 @@ class GatewaySpec(Frozen):
 
 class LimitsSpec(Frozen):
     request_timeout_s: Seconds = 300.0  # the longest deadline that a client may ask for, and the default
-    max_inflight_requests: Positive = 256  # a client's share is kept for it beyond this, up to twice as many
+    max_inflight_requests: Positive = 256  # a client below its share is let in beyond this, up to twice as many
     max_n: Positive = 16
     max_chars_per_token: Positive = 16  # of a prompt, times model.max_context; more are refused before they are read
     # What a client has begun to send. All of HTTP and gRPC together.

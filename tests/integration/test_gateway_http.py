@@ -66,7 +66,7 @@ async def until(condition):
         (CHAT, {"presence_penalty": math.inf}, 400, "presence_penalty must be .*, got inf", "presence_penalty"),
         (CHAT, {"temperature": 10**400}, 400, "temperature", "temperature"),
         (CHAT, {"max_tokens": 0}, 400, "max_tokens must be at least 1", "max_tokens"),
-        (CHAT, {"seed": 2**64}, 400, "seed must be from -2^63", "seed"),
+        (CHAT, {"seed": 2**64}, 400, "seed must be from -9223372036854775808", "seed"),
         (CHAT, {"n": 17}, 400, "n must be from 1 to 16, got 17", "n"),
         (CHAT, {"n": 0}, 400, "n must be from 1 to 16, got 0", "n"),
         (CHAT, {"stop": "x" * 257}, 400, "stop strings may have 256 characters each", "stop"),

@@ -103,7 +103,7 @@ class Frontend:
             )
         self._tokenising.check_ids("stop_token_ids", ask.params.stop_token_ids)
         if ask.params.seed is not None and not -(2**63) <= ask.params.seed < 2**63:
-            raise InvalidRequest(f"seed must be from -2^63 to 2^63 - 1, got {ask.params.seed}")
+            raise InvalidRequest(f"seed must be from {-(2**63)} to {2**63 - 1}, got {ask.params.seed}")
 
     def _admit(self, ask: Ask) -> Places:
         if self._draining:
