@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
-END_STREAM, END_HEADERS = 0x1, 0x4
+ALTSVC = 10
+END_STREAM, END_HEADERS, PADDED = 0x1, 0x4, 0x8
 GENERATE = b"/tercet.v1.Inference/Generate"
 
 

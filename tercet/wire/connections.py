@@ -4,8 +4,11 @@
                                           ^ waits for the client  <--ended-----
 
 Whoever waits for its client may be closed: at its phase's deadline, or, the longest idle first, when a new connection
-finds no room. A connection that is being served is never closed here. When as many are served as may be, some more are
-let in: who asks for health hears it, and whoever wants more is told why not.
+finds no room. A connection that is being served is closed only when its client has gone, or sends so much ahead that it
+could have. When as many are served as may be, some more are let in: who asks for health hears it, and whoever wants
+more is told why not.
+
+Whatever a client sends, it gets AT_ONCE bytes of attention; then it is the others' turn.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import enum
 import errno
 import os
 import resource
+import select
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +30,7 @@ from tercet.errors import ClusterError, Overloaded, RequestTimeout, TercetError
 
 SPARE_FILES = 256  # descriptors left to everything else; asyncio accepts 100 at a time before one is closed
 MOST_FILES = 65536  # what is asked of the system; more would serve nobody
+AT_ONCE = 16 * 1024  # bytes of one connection that are worked through in a turn of the loop
 SWEEP_S = 1.0  # deadlines are looked at so often
 BACKLOG = 100
 SPARE = 16  # connections beyond the bound
@@ -70,6 +75,7 @@ class Connections:
         # Insertion order is age: the first of each phase has waited longest.
         self._waiting: dict[Phase, dict[Guard, float]] = {phase: {} for phase in Phase}
         self._sweeper: asyncio.TimerHandle | None = None
+        self.buffer = memoryview(bytearray(AT_ONCE))  # for all: nobody keeps bytes in it beyond a callback
         self.closed: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -127,6 +133,7 @@ class Connections:
         for phase, limit_s in self._limits.deadlines.items():
             for guard in self._overdue(self._waiting[phase], loop.time() - limit_s):
                 guard.overdue(limit_s)
+        self._part_from_gone()
         pause = min(SWEEP_S, *(s / 4 for s in self._limits.deadlines.values()))
         self._sweeper = loop.call_later(pause, self._sweep)
 
@@ -138,8 +145,23 @@ class Connections:
             found.append(guard)
         return found
 
+    def _part_from_gone(self) -> None:
+        """A client that has sent more than is read is not seen to go. Ask the system; but what no longer fits into its
+        buffers hides even the end, so nobody may keep sending ahead for long."""
+        now, poll, paused = asyncio.get_running_loop().time(), select.poll(), {}
+        for guard in list(self._all):
+            unread_s = guard.unread_s(now)
+            if unread_s > self._limits.head_s:
+                guard.cut("sent_ahead")
+            elif unread_s >= 0:
+                descriptor = guard.transport.get_extra_info("socket").fileno()
+                paused[descriptor] = guard
+                poll.register(descriptor, select.POLLRDHUP)
+        for descriptor, _ in poll.poll(0):
+            paused[descriptor].transport.close()
 
-class Guard(asyncio.Protocol):
+
+class Guard(asyncio.BufferedProtocol):
     """Stands between the transport and the protocol that does the work."""
 
     def __init__(self, connections: Connections, protocol: Callable[[Guard], Guarded]) -> None:
@@ -150,6 +172,7 @@ class Guard(asyncio.Protocol):
         self._served = 0  # requests
         self._watched = 0
         self._unsent = 0  # bytes, when it was last looked at
+        self._unread_since: float | None = None  # what has come is not read
         self._lost = False
 
     # ---- what the inner protocol says
@@ -203,6 +226,14 @@ class Guard(asyncio.Protocol):
         else:
             self.cut("idle")
 
+    def unread_s(self, now: float) -> float:
+        """For how long the inner protocol has not wanted to read, as far as was asked; negative: it reads."""
+        if self.transport.is_reading() or self.transport.is_closing():
+            return -1.0
+        if self._unread_since is None:
+            self._unread_since = now
+        return now - self._unread_since
+
     def cut(self, reason: str, error: TercetError | None = None) -> None:
         """Say why, if the client is in the middle of a request, and close; what it does not take at once is dropped."""
         self.fault(reason)
@@ -227,10 +258,14 @@ class Guard(asyncio.Protocol):
         self._enter(self._guarded.opens)
         self._inner.connection_made(transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._connections.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._phase is Phase.IDLE and self._guarded.opens is Phase.IDLE:
             self._enter(Phase.HEAD)
-        self._inner.data_received(data)
+        self._unread_since = None
+        self._inner.data_received(bytes(self._connections.buffer[:nbytes]))
 
     def eof_received(self) -> bool | None:
         return self._inner.eof_received()

@@ -1,7 +1,8 @@
 """One HTTP/2 connection of a server: grpclib's, with what it lets through bounded.
 
 Whatever bytes come, this connection ends at worst: a head is kept as bytes, so that none is too strange to be read, a
-fault of the libraries below is counted, and a client that only makes work (pings, resets) or never reads is cut off.
+fault of the libraries below is counted, and a client that only makes work (pings, resets, data in crumbs) or never
+reads is cut off.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
-from typing import cast
+from typing import Any, cast
 
 from grpclib.config import Configuration
 from grpclib.protocol import AbstractHandler, EventsProcessor
@@ -19,11 +20,8 @@ from h2.connection import H2Connection
 from h2.events import (
     DataReceived,
     Event,
-    PingAckReceived,
     RemoteSettingsChanged,
     RequestReceived,
-    SettingsAcknowledged,
-    StreamEnded,
     TrailersReceived,
 )
 from h2.exceptions import ProtocolError
@@ -33,22 +31,26 @@ from tercet.errors import TercetError
 from tercet.wire.connections import Guard, Phase
 
 WINDOW = 2**16 - 1  # bytes that a client may send ahead of what is read, as HTTP/2 begins with
-FED = 16 * 1024  # bytes between two looks at the allowance
 MOST_STREAMS = 2**31 - 1  # that HTTP/2 can say
 MOST_HEAD = 16 * 1024  # bytes of a call's metadata, as HPACK counts them
 MOST_UNREAD = 4 * 1024 * 1024  # bytes of answers to a client that does not read
 BURST = 400.0  # frames that ask for nothing, at once
 RATE = 200.0  # and a second
 EARNED = 4.0  # and for each message, either way
+DATA_BYTES = 32.0  # that pay for a frame; the smallest commands to a worker have more
 PING_S = 10.0  # a client with a call under way is asked so often whether it lives
 PING_ANSWER_S = 20.0  # and is gone if it has not answered for so long
-WORK = (RequestReceived, DataReceived, StreamEnded, TrailersReceived, SettingsAcknowledged, PingAckReceived)
 
 log = logging.getLogger(__name__)
 
 
 class _Connection(H2Connection):
     MAX_CLOSED_STREAMS = 1024  # remembered, so that late frames of theirs are known
+    frames = 0  # that have come; not each has an event
+
+    def _receive_frame(self, frame: Any) -> list[Event]:
+        self.frames += 1
+        return super()._receive_frame(frame)
 
 
 class Http2(asyncio.Protocol):
@@ -61,7 +63,8 @@ class Http2(asyncio.Protocol):
         self._guard = guard
         self._max_streams = min(max_streams, MOST_STREAMS)
         self._allowance, self._counted_at = BURST, 0.0
-        self._h2: H2Connection | None = None
+        self._frames = 0  # that are paid for
+        self._h2: _Connection | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -76,20 +79,17 @@ class Http2(asyncio.Protocol):
         self._events = EventsProcessor(self._handler, self.streams)
 
     def data_received(self, data: bytes) -> None:
-        for start in range(0, len(data), FED):
-            if self._transport.is_closing():
-                return
-            try:
-                self._feed(data[start : start + FED])
-            except ProtocolError as error:
-                self._end("protocol_error", error)
-            except Exception as error:  # noqa: BLE001  # a boundary: whatever the libraries below raise ends this connection alone
-                self._end("protocol_error", error)
-                log.warning("an HTTP/2 connection was closed: %s: %s", type(error).__name__, error)
+        try:
+            self._feed(data)
+        except ProtocolError as error:
+            self._end("protocol_error", error)
+        except Exception as error:  # noqa: BLE001  # a boundary: whatever the libraries below raise ends this connection alone
+            self._end("protocol_error", error)
+            log.warning("an HTTP/2 connection was closed: %s: %s", type(error).__name__, error)
 
-    def earn(self) -> None:
-        """A message has passed: the client may send some frames more that ask for nothing."""
-        self._allowance = min(BURST, self._allowance + EARNED)
+    def earn(self, frames: float = EARNED) -> None:
+        """A message has passed, or what pays for `frames`: the client may send more that ask for nothing."""
+        self._allowance = min(BURST, self._allowance + frames)
 
     def farewell(self, error: TercetError | None) -> bytes:
         """GOAWAY: the client may connect again."""
@@ -109,7 +109,9 @@ class Http2(asyncio.Protocol):
         self._events.close("Connection lost")
 
     def _feed(self, data: bytes) -> None:
+        assert self._h2 is not None
         events = self.streams.feed(data)
+        self._spend(self._h2.frames)
         self.streams.flush()
         for event in events:
             self._take(event)
@@ -122,16 +124,17 @@ class Http2(asyncio.Protocol):
     def _take(self, event: Event) -> None:
         if isinstance(event, RemoteSettingsChanged):
             self._guard.opened()
-        if not isinstance(event, WORK):
-            self._spend()
+        self.earn(_earned_by(event))
         empty = isinstance(event, DataReceived) and not event.flow_controlled_length
         if not empty and event.__class__ in self._events.processors:  # the others ask for nothing, or are unknown
             self._events.process(event)
 
-    def _spend(self) -> None:
+    def _spend(self, frames: int) -> None:
+        """For all `frames` of this connection."""
         now = asyncio.get_running_loop().time()
-        self._allowance = min(BURST, self._allowance + (now - self._counted_at) * RATE) - 1
-        self._counted_at = now
+        refilled = min(BURST, self._allowance + (now - self._counted_at) * RATE)
+        self._allowance = refilled - (frames - self._frames)
+        self._counted_at, self._frames = now, frames
 
     def _end(self, reason: str, error: Exception | None) -> None:
         if self._transport.is_closing():
@@ -143,6 +146,13 @@ class Http2(asyncio.Protocol):
         self._events.close(reason)
         if transport.get_write_buffer_size():
             transport.abort()
+
+
+def _earned_by(event: Event) -> float:
+    """Every frame costs 1. A call's beginning and end give it back, and data by its size."""
+    if isinstance(event, DataReceived):
+        return len(event.data) / DATA_BYTES + (event.stream_ended is not None)
+    return float(isinstance(event, (RequestReceived, TrailersReceived)))
 
 
 _H2_CONFIG = H2Configuration(
