@@ -15,7 +15,16 @@ import grpc
 import pytest
 
 from tercet.cluster.ports import ask_ports
-from tercet.wire.connections import FEWEST, SPARE, SPARE_FILES, most_connections
+from tercet.wire.connections import (
+    AT_ONCE,
+    FEWEST,
+    SPARE,
+    SPARE_FILES,
+    ConnectionLimits,
+    Connections,
+    Phase,
+    most_connections,
+)
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc
 from tests import http2
@@ -161,6 +170,91 @@ async def test_an_answer_that_is_not_read_is_given_up_and_one_that_is_read_slowl
                 await asyncio.sleep(0.01)
             await until(lambda: gateway._connections.closed["idle"] >= 1)
             await until(lambda: len(gateway._connections) == 0)
+
+
+class Recorder(asyncio.Protocol):
+    """Notes in which turn of the loop bytes came, and how many."""
+
+    opens = Phase.IDLE
+
+    def __init__(self):
+        self.turn, self.came, self.ended = 0, {}, False
+        self._tick()
+
+    def _tick(self):
+        self.turn += 1
+        if not self.ended:
+            asyncio.get_running_loop().call_soon(self._tick)
+
+    def data_received(self, data):
+        assert not self.ended
+        self.came[self.turn] = self.came.get(self.turn, 0) + len(data)
+
+    def eof_received(self):
+        self.ended = True
+
+
+async def test_one_turn_of_the_loop_works_through_one_piece_of_a_connection():
+    connections, recorder = Connections(ConnectionLimits(8, 10.0, 10.0)), Recorder()
+    server = await connections.listen("127.0.0.1", 0, lambda guard: recorder)
+    _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(b"x" * 20 * AT_ONCE)
+    writer.close()
+    async with asyncio.timeout(10):
+        await until(lambda: recorder.ended)
+    server.close()
+    connections.close()
+    assert sum(recorder.came.values()) == 20 * AT_ONCE
+    assert max(recorder.came.values()) <= AT_ONCE
+
+
+async def test_a_client_that_sent_ahead_is_seen_to_go():
+    """aiohttp reads no further than some requests meanwhile."""
+    router, body = FakeRouter(), json.dumps(ASK).encode()
+    router.gate = asyncio.Event()
+    async with running(router, head_timeout_s=60.0) as (gateway, info), asyncio.timeout(10):
+        async with connected(info) as (_, writer):
+            writer.write(HEAD % len(body) + b"\r\n" + body + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+            await until(lambda: router.running == 1)
+            (guard,) = gateway._connections._all
+            await until(lambda: not guard.transport.is_reading())
+        await until(lambda: router.running == 0)
+
+
+async def test_nobody_sends_ahead_for_long():
+    """More than the system's buffers hold: its end could not be seen."""
+    router, body = FakeRouter(), json.dumps(ASK).encode()
+    router.gate = asyncio.Event()
+    upgrade = b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    async with running(router, **QUICK) as (gateway, info), connected(info) as (_, writer), asyncio.timeout(10):
+        writer.write(HEAD % len(body) + upgrade + body + b"x" * 10_000_000)
+        await until(lambda: router.running == 1)
+        await until(lambda: gateway._connections.closed["sent_ahead"] == 1)
+        await until(lambda: router.running == 0)
+
+
+CHUNKED = HEAD.replace(b"Content-Length: %d", b"Connection: close\r\nTransfer-Encoding: chunked") + b"\r\n"
+
+
+def in_chunks(data, size):
+    pieces = (data[start : start + size] for start in range(0, len(data), size))
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("framed", [b"1\r\na\r\n", b"1;" + b"x" * 1000 + b"\r\na\r\n"])
+async def test_what_frames_a_body_is_bounded_by_the_body(framed):
+    async with running(FakeRouter()) as (gateway, info), connected(info) as (_, writer), asyncio.timeout(10):
+        writer.write(CHUNKED + framed * (300_000 // len(framed)))
+        await until(lambda: gateway._connections.closed["small_chunks"] == 1)
+        assert gateway._metrics._failure.labels("invalid_request")._value.get() == 1
+        assert await served(info)
+
+
+@pytest.mark.parametrize(("size", "of"), [(1, 10_000), (12, 300_000)])
+async def test_chunks_as_clients_send_them_are_taken(size, of):
+    body = json.dumps(ASK | {"user": "x" * of}).encode()
+    async with running(FakeRouter()) as (_, info):
+        assert (await answer_to(info, CHUNKED + in_chunks(body, size))).startswith(b"HTTP/1.1 200")
 
 
 async def test_what_is_served_is_never_cut_for_idleness():

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from tercet.errors import (
@@ -34,6 +35,8 @@ from tercet.wire.connections import Guard, Phase
 RETRY_AFTER_S = "1"  # with every 503
 REQUEST_ID = web.RequestKey("request_id", str)
 LINGER_S = 2.0  # a body that nobody wants any more is read for so long, so that its sender sees the answer
+MOST_FRAMING = 64 * 1024  # bytes around a body's own: chunk sizes, their extensions, trailers
+FRAMING = 0.5  # and for each byte of it; chunks of 12 bytes have less
 NO_LOG: Any = None  # aiohttp takes it so, and saves the time
 TOO_MANY_HEADERS = "Too many headers"  # aiohttp has no class for it
 
@@ -44,7 +47,7 @@ _Count = Callable[[type[TercetError]], None]
 class HttpProtocol(web.RequestHandler):
     """One connection."""
 
-    __slots__ = ("_count", "guard")
+    __slots__ = ("_body", "_came", "_count", "guard")
     opens = Phase.IDLE
 
     def __init__(self, server: web.Server, guard: Guard, count: _Count) -> None:
@@ -53,6 +56,26 @@ class HttpProtocol(web.RequestHandler):
         super().__init__(server, loop=loop, access_log=NO_LOG, lingering_time=LINGER_S, auto_decompress=False)
         self.guard = guard
         self._count = count
+        self._body: StreamReader | None = None  # of a request that has no answer yet
+        self._came = 0  # bytes, of it and of what frames it
+
+    @contextmanager
+    def receiving(self, body: StreamReader) -> Iterator[None]:
+        """No part of an answer leaves within it, unless the body has come whole."""
+        self._body, self._came = body, 0
+        try:
+            yield
+        finally:
+            self._body = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._body is None or self._body.is_eof():
+            return
+        self._came += len(data)
+        if self._came > MOST_FRAMING + (1 + FRAMING) * self._body.total_bytes:
+            self._body = None
+            self.guard.cut("small_chunks", InvalidRequest("the body comes in too many too small chunks"))
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -95,7 +118,7 @@ class Boundary:
         protocol = request.protocol
         assert isinstance(protocol, HttpProtocol)
         try:
-            with protocol.guard.serving(brief=request.method != "POST"):
+            with protocol.guard.serving(brief=request.method != "POST"), protocol.receiving(request.content):
                 return await self._handler(request)
         except asyncio.CancelledError:
             self._count(Cancelled)
