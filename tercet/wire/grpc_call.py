@@ -10,8 +10,8 @@ import asyncio
 import inspect
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from functools import partial
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -58,6 +58,7 @@ class Call:
         max_bytes: int,
         passed: Callable[[], None],
         offload: Offload,
+        served: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """`max_bytes` bounds each message, `passed` is told of each."""
         self.id = uuid.uuid4().hex
@@ -67,6 +68,7 @@ class Call:
         self._max_bytes = max_bytes
         self._passed = passed
         self._offload = offload
+        self.served = served  # within it a call that was only watching is one that is served
         self.ended = False  # with its status
         self._body: Body | None = None
         self._begun = False  # whether the answer's head is out
@@ -116,7 +118,13 @@ class Call:
             await self._run(method)
 
     async def _run(self, method: Any) -> None:
-        request = await self._request(method)
+        if not method.request_streaming:
+            await self._answer(method, await self._message(method.request_deserializer))
+            return
+        async with aclosing(self._messages(method.request_deserializer)) as messages:
+            await self._answer(method, messages)
+
+    async def _answer(self, method: Any, request: Any) -> None:
         behaviour = method.unary_unary or method.unary_stream or method.stream_unary or method.stream_stream
         answer = behaviour(request, self)
         if not method.response_streaming:
@@ -143,16 +151,15 @@ class Call:
 
     # ---- messages
 
-    async def _request(self, method: Any) -> Any:
-        if method.request_streaming:
-            return self._messages(method.request_deserializer)
+    async def _message(self, deserialize: Callable[[bytes], Any]) -> Any:
+        """The only one; its bytes are held until `release`."""
         reader = _Reader(self._stream, self._max_bytes)
         self._body = await self._bodies.receive(reader.read, self._max_bytes)
         if reader.ended:
             raise InvalidRequest("the call has no message")
-        return await self._parsed(method.request_deserializer, reader, self._body.data)
+        return await self._parsed(deserialize, reader, self._body.data)
 
-    async def _messages(self, deserialize: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    async def _messages(self, deserialize: Callable[[bytes], Any]) -> AsyncGenerator[Any, None]:
         while True:
             reader = _Reader(self._stream, self._max_bytes)
             await reader.begin()  # a stream may be silent between two messages

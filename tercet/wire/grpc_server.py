@@ -10,7 +10,8 @@ InternalError, logged once. Every failure is counted by `on_failure`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +122,7 @@ class _Client(AbstractHandler):
     async def _serve(self, stream: Stream, headers: dict[bytes, bytes]) -> None:
         server = self._server
         max_bytes = server.limits.max_message_bytes
-        call = Call(stream, headers, server.bodies, max_bytes, self.http2.earn, server.offload)
+        call = Call(stream, headers, server.bodies, max_bytes, self.http2.earn, server.offload, self._served)
         try:
             if refusal := _refusal(headers):
                 await stream.send_headers(refusal, end_stream=True)
@@ -154,6 +155,15 @@ class _Client(AbstractHandler):
             self._failed(call, as_named(error, call.id))
         finally:
             self._server.watchers.pop(task, None)
+
+    @contextmanager
+    def _served(self) -> Iterator[None]:
+        """For a call that only watched: its client is not closed to make room any more. Raises Overloaded."""
+        with self.guard.serving():
+            task = asyncio.current_task()
+            assert task is not None
+            self._server.watchers.pop(task, None)
+            yield
 
     def _failed(self, call: Call, error: TercetError) -> None:
         self._server.on_failure(type(error))

@@ -59,6 +59,7 @@ class Rejection:
 
 Outcome = Admitted | PromptLogprobs | TokenEvent | Done | Rejection | TercetError
 LegKey = tuple[str, int]  # request id, attempt
+_Outbox = asyncio.Queue[pb.Command | None]  # None: the stream has ended
 
 
 class WorkerLink:
@@ -84,7 +85,7 @@ class WorkerLink:
         self._token = cluster_token
         self._on_report = on_report
         self._on_change = on_change
-        self._outbox: asyncio.Queue[pb.Command] = asyncio.Queue()
+        self._outbox: _Outbox = asyncio.Queue()
         self._last_word = 0.0
         self._task = asyncio.create_task(self._keep_connected(), name=f"link-{info.worker_id}")
 
@@ -126,7 +127,7 @@ class WorkerLink:
 
     async def _converse(self, stub: worker_pb2_grpc.WorkerStub) -> None:
         """One stream: the proofs, then reports until it ends."""
-        nonce, outbox = secret.nonce().hex(), asyncio.Queue[pb.Command]()
+        nonce, outbox = secret.nonce().hex(), _Outbox()
         call = stub.Connect(_commands(outbox), metadata=((NONCE_METADATA, nonce),))
         watch = asyncio.create_task(self._watch(call))
         try:
@@ -140,6 +141,7 @@ class WorkerLink:
         finally:
             watch.cancel()
             call.cancel()
+            outbox.put_nowait(None)  # a call that has ended by itself would wait for commands for ever
             if self.up:
                 self.up = False
                 self._on_change(self, False)
@@ -168,9 +170,9 @@ class WorkerLink:
             self._on_report(self, key, _outcome(report))
 
 
-async def _commands(outbox: asyncio.Queue[pb.Command]) -> AsyncIterator[pb.Command]:
-    while True:
-        yield await outbox.get()
+async def _commands(outbox: _Outbox) -> AsyncIterator[pb.Command]:
+    while (command := await outbox.get()) is not None:
+        yield command
 
 
 def _outcome(report: pb.Report) -> Outcome:

@@ -36,7 +36,8 @@ from tercet.wire.gen import worker_pb2_grpc
 from tercet.wire.grpc_call import Call
 from tercet.wire.grpc_server import GrpcLimits, GrpcServer
 
-PROVE_S = 5.0  # for the gateway's first command
+PROVE_S = 5.0  # for both proofs
+SERVICE = pb.DESCRIPTOR.services_by_name["Worker"].full_name
 LOAD_PERIOD_S = 0.5  # a load is sent at least so often; its absence tells the gateway that the worker hangs
 MESSAGE_BYTES = 64 << 20
 # One gateway connects, and who watches or measures; strangers are closed first.
@@ -113,27 +114,29 @@ class _Service(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: AsyncIterator[pb.Command], context: Call
     ) -> AsyncIterator[pb.Reports]:
         """Both sides prove that they know the cluster's secret; then commands go in and reports out."""
-        ours, theirs = secret.nonce(), context.header(NONCE_METADATA.encode())
-        own_proof = secret.proof(self._token, WORKER, theirs, ours)
-        yield pb.Reports(challenge=pb.Challenge(nonce=ours, proof=own_proof))
-        if not await self._is_proven(request_iterator, theirs, ours):
+        if not await self._is_proven(request_iterator, context):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the caller does not know this cluster's token")
-        stream = ReportStream()
-        commands = asyncio.create_task(self._take_commands(request_iterator, stream))
-        try:
-            yield pb.Reports(load=load_to_proto(self._load()))
-            while not commands.done():
-                reports = await stream.take()
-                yield pb.Reports(reports=reports, load=load_to_proto(self._load()))
-            commands.result()  # a fault in a handler ends the stream, and is told
-        finally:
-            commands.cancel()
-            self._handler.disconnected(stream)
+        with context.served():
+            stream = ReportStream()
+            commands = asyncio.create_task(self._take_commands(request_iterator, stream))
+            try:
+                yield pb.Reports(load=load_to_proto(self._load()))
+                while not commands.done():
+                    reports = await stream.take()
+                    yield pb.Reports(reports=reports, load=load_to_proto(self._load()))
+                commands.result()  # a fault in a handler ends the stream, and is told
+            finally:
+                commands.cancel()
+                self._handler.disconnected(stream)
+                await asyncio.wait([commands])  # it still holds the iterator, which is closed next
 
-    async def _is_proven(self, commands: AsyncIterator[pb.Command], theirs: bytes, ours: bytes) -> bool:
-        """Whether the first command comes in time, and proves that the gateway knows the secret."""
+    async def _is_proven(self, commands: AsyncIterator[pb.Command], context: Call) -> bool:
+        """Whether the gateway takes our proof and sends its own in time, and it proves that it knows the secret."""
+        ours, theirs = secret.nonce(), context.header(NONCE_METADATA.encode())
+        proof = secret.proof(self._token, WORKER, theirs, ours)
         try:
             async with asyncio.timeout(PROVE_S):
+                await context.write(pb.Reports(challenge=pb.Challenge(nonce=ours, proof=proof)))
                 first = await anext(commands)
         except (TimeoutError, StopAsyncIteration):
             return False
@@ -156,7 +159,9 @@ class WorkerServer:
     def __init__(self, handler: LegHandler, load: Callable[[], Load], cluster_token: str) -> None:
         limits = replace(CONNECTIONS, most=most_connections(CONNECTIONS.most))
         self._connections = Connections(limits)
-        self._server = GrpcServer(self._connections, Bodies(BODIES), GrpcLimits(MESSAGE_BYTES, max_streams=16))
+        # Who has proven nothing yet only watches: it is closed to make room.
+        bounds = GrpcLimits(MESSAGE_BYTES, max_streams=16, watching=frozenset([SERVICE]))
+        self._server = GrpcServer(self._connections, Bodies(BODIES), bounds)
         service = _Service(handler, load, cluster_token)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]  # generated code
 

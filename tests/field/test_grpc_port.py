@@ -1,6 +1,7 @@
 """Whatever bytes come to a gRPC port, the gateway's or a worker's: it keeps serving, and says what was wrong."""
 
 import asyncio
+import gc
 import gzip
 import logging
 import random
@@ -17,6 +18,7 @@ from tercet import secret
 from tercet.core import Load, Role, SamplingParams, TokenEvent, WorkerInfo
 from tercet.wire import codec
 from tercet.wire.codec import Leg, leg_to_proto
+from tercet.wire.connections import SPARE, ConnectionLimits, Phase
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tercet.wire.worker_client import WorkerLink
@@ -95,14 +97,30 @@ def frames(path: bytes) -> dict[str, bytes]:
     }
 
 
+RESET = frame(http2.RST_STREAM, 0, 1, b"\0\0\0\x08")
+CRUMBS = {  # each asks for nothing, after a call has begun
+    "acknowledged settings": frame(http2.SETTINGS, 1),
+    "answered pings": frame(http2.PING, 1, 0, b"12345678"),
+    "empty data": frame(DATA, 0, 1),
+    "padding": frame(DATA, http2.PADDED, 1, b"\0"),
+    "bytes one by one": frame(DATA, 0, 1, b"\0"),
+    "window byte by byte": frame(http2.WINDOW_UPDATE, 0, 1, b"\0\0\0\1"),
+    "another place": frame(http2.ALTSVC, 0, 0, b"\0\1aa"),
+    "a stream without priority": frame(http2.PRIORITY, 0, 1, b"\0\0\0\0\0"),
+}
+
+
 class Handler:
     """A worker's role that says one token."""
+
+    def __init__(self):
+        self.aborted = 0
 
     def start(self, leg, stream):
         stream.token(leg, TokenEvent(7))
 
     def abort(self, request_id, attempt, epoch):
-        pass
+        self.aborted += 1
 
     def meet(self, endpoints):
         pass
@@ -134,20 +152,35 @@ async def gateway_serves(address):
         return [r async for r in answers][-1].done.finish_reason == "stop"
 
 
-async def worker_serves(address):
-    """The gateway's own link gets a token over a new connection."""
-    leg = Leg("r", 0, 1, "aggregated", (1, 2), 2, SamplingParams(), 10.0)
+LEG = Leg("r", 0, 1, "aggregated", (1, 2), 2, SamplingParams(), 10.0)
+
+
+@asynccontextmanager
+async def linked(address):
+    """The gateway's own link; `told` is what comes over it."""
     up, told = asyncio.Event(), asyncio.Queue()
     info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, address, "", "")
     link = WorkerLink(info, "secret", lambda *report: told.put_nowait(report), lambda _, is_up: is_up and up.set())
+    link.told = told
     try:
         async with asyncio.timeout(10):
             await up.wait()
-            link.start(leg)
-            _, key, outcome = await told.get()
-            return (key, outcome.token_id) == (("r", 0), 7)
+        yield link
     finally:
         await link.close()
+
+
+async def gets_a_token(link):
+    async with asyncio.timeout(10):
+        link.start(LEG)
+        _, key, outcome = await link.told.get()
+        return (key, outcome.token_id) == (("r", 0), 7)
+
+
+async def worker_serves(address):
+    """A new connection."""
+    async with linked(address) as link:
+        return await gets_a_token(link)
 
 
 PORTS = {
@@ -210,6 +243,46 @@ def _mangled(data, chance):
     return data
 
 
+@pytest.mark.parametrize("crumb", CRUMBS.values(), ids=CRUMBS)
+async def test_every_frame_that_asks_for_nothing_counts(crumb):
+    begun = call(head()) + frame(DATA, 0, 1, b"\0\0\1\0\0")
+    async with running(FakeRouter()) as (gateway, info), asyncio.TaskGroup() as tasks, asyncio.timeout(10):
+        tasks.create_task(http2.said_to(info.grpc_address, http2.opened(begun, crumb * 2000), 10))
+        while not gateway._connections.closed["flood"]:
+            await asyncio.sleep(0.005)
+
+
+async def test_frames_for_a_stream_that_is_over_count():
+    """h2 tells of none of them."""
+    late = (call(head()) + RESET, frame(DATA, 0, 1, b"x" * 8) * 2000)
+    async with running(FakeRouter()) as (gateway, info):
+        await http2.said_to(info.grpc_address, http2.opened(*late), 10)
+        assert gateway._connections.closed["flood"] == 1
+
+
+async def test_what_asks_for_something_is_no_flood():
+    """Calls in one piece, and commands to a worker that come faster than they are read."""
+    check = head(b"/grpc.health.v1.Health/Check")
+    calls = b"".join(
+        call(check, i) + frame(DATA, 0, i, message(b"")) + frame(DATA, END_STREAM, i) for i in range(1, 99, 2)
+    )
+    async with gateway_port() as address:
+        answer = await http2.said_to(
+            address, http2.opened(calls), 10, lambda answer: len(trailers_of(answer)) == len(range(1, 99, 2))
+        )
+        assert {fields[b"grpc-status"] for fields in trailers_of(answer)} == {b"0"}
+    handler = Handler()
+    server = WorkerServer(handler, Load, "secret")
+    async with linked(await server.start("127.0.0.1")) as link:
+        for _ in range(3000):
+            link.abort(LEG)
+        async with asyncio.timeout(20):
+            while handler.aborted < 3000:
+                await asyncio.sleep(0.01)
+    assert not server._connections.closed["flood"]
+    await server.stop()
+
+
 async def test_calls_that_are_reset_at_once_leave_nothing_behind():
     """Not even those whose task has not begun."""
     pairs = [call(head(), i) + frame(http2.RST_STREAM, 0, i, b"\0\0\0\x08") for i in range(1, 400, 2)]
@@ -258,6 +331,13 @@ async def test_an_open_call_goes_on_beside_malformed_ones():
 
 
 # ---- what is told
+
+
+def trailers_of(answer):
+    """Of every stream."""
+    decoder = Decoder()
+    heads = [dict(decoder.decode(p, raw=True)) for kind, _, _, p in http2.frames_of(answer) if kind == http2.HEADERS]
+    return [fields for fields in heads if b"grpc-status" in fields]
 
 
 def status_of(answer):
@@ -476,6 +556,61 @@ async def test_who_does_not_prove_the_token_is_told_and_its_stream_ends(answer):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call_.read()
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+DEAF = http2.PREFACE + frame(http2.SETTINGS, 0, 0, b"\0\4\0\0\0\0") + call(head(CONNECT))  # with a window of nothing
+
+
+async def test_who_does_not_take_our_proof_in_time_is_told_and_its_call_ends(monkeypatch):
+    monkeypatch.setattr("tercet.wire.worker_server.PROVE_S", 0.1)
+    async with worker_port() as address:
+        answer = await http2.said_to(address, DEAF, 10, lambda answer: status_of(answer)[1])
+        assert status_of(answer)[1] == "16"  # UNAUTHENTICATED
+
+
+async def test_strangers_make_room_and_who_has_proven_itself_does_not(monkeypatch, caplog):
+    """They hold as many calls as they like, within the time for proofs."""
+    monkeypatch.setattr("tercet.wire.worker_server.PROVE_S", 60.0)
+    monkeypatch.setattr("tercet.wire.worker_server.CONNECTIONS", ConnectionLimits(most=4, head_s=60.0, idle_s=60.0))
+    server = WorkerServer(Handler(), Load, "secret")
+    address = await server.start("127.0.0.1")
+    connections = server._connections
+
+    async def crowd(tasks):
+        """More than there is room for, all of whom have begun their calls."""
+        enough = connections.closed["evicted"] + SPARE
+        held = [tasks.create_task(http2.said_to(address, DEAF, 60)) for _ in range(4 + 2 * SPARE)]
+        while connections.closed["evicted"] < enough or connections._waiting[Phase.HEAD]:
+            await asyncio.sleep(0.005)
+        return held
+
+    async with asyncio.TaskGroup() as tasks:
+        strangers = await crowd(tasks)
+        async with linked(address) as link:
+            strangers += await crowd(tasks)
+            assert link.up
+            assert await gets_a_token(link)
+        for stranger in strangers:
+            stranger.cancel()
+    await server.stop()
+    assert not quiet(caplog)
+
+
+async def test_a_stream_that_ends_leaves_nothing_behind(caplog):
+    """Neither the link's commands, where the port refuses the call, nor the worker's, where the link goes."""
+    async with gateway_port() as address:
+        info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, address, "", "")
+        link = WorkerLink(info, "secret", lambda *_: None, lambda *_: None)
+        async with asyncio.timeout(10):
+            while not link.fault:
+                await asyncio.sleep(0.005)
+        await link.close()
+    async with worker_port() as address:
+        assert await worker_serves(address)
+        await asyncio.sleep(0.1)
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not quiet(caplog)
 
 
 class Impostor(worker_pb2_grpc.WorkerServicer):
