@@ -22,6 +22,7 @@ from tests.field.comparison import (
     assert_longest_token_holds,
     assert_same_prompt_ids,
     assert_streams_what_is_decoded,
+    streamed,
 )
 from tests.field.tokenizer_directories import MAKERS
 
@@ -29,7 +30,7 @@ CHATS = (
     [
         {"role": "user", "content": "if 1 < 2 and a<b: x [1] {y} | z <tag>"},
         {"role": "assistant", "content": "<thought>why</thought>yes"},
-        {"role": "user", "content": "é < go ⵣ ■ <"},
+        {"role": "user", "content": "é < go þ ¤ <"},
     ],
     [{"role": "user", "content": "the cat sat"}],
     [{"role": "user", "content": " Hello,  world! "}, {"role": "assistant", "content": "It's 1.\n"}] * 2
@@ -219,6 +220,20 @@ def test_a_file_that_is_wrong(name, text, tmp_path):
     if (name, text) != ("tokenizer_config.json", '{"model": {"type": "BPE"}}'):
         with pytest.raises(ModelFileCorrupt, match=name):
             load_tokenizer(ModelSpec(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "token"), [("llama class", "<0xF0>"), ("byte-level and more", "ð"), ("wordpiece cleaned", "##t")]
+)
+def test_each_token_of_a_run_costs_the_same(name, token, tmp_path):
+    """Bytes that make no character, and pieces of one long word."""
+    MAKERS[name](tmp_path)
+    ours, theirs = load_tokenizer(ModelSpec(source=str(tmp_path))), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = [theirs.convert_tokens_to_ids(token)] * 20_000
+    start = time.monotonic()
+    said = streamed(ours.detokenizer(), ids)
+    assert time.monotonic() - start < 20
+    assert said == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_many_spaces_before_a_control_token(tmp_path):
