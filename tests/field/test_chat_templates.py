@@ -9,7 +9,7 @@ import sys
 import pytest
 import transformers
 
-from tercet.errors import InvalidRequest, UnsupportedModel
+from tercet.errors import InvalidRequest, ModelError, UnsupportedModel
 from tercet.models.sources import load_tokenizer
 from tercet.spec import ModelSpec
 from tests.field.tokenizer_directories import CHATML, CHATML_TOKENS, MAKERS, byte_level, edit, save
@@ -243,6 +243,14 @@ def test_code_of_the_models_own_is_refused(tmp_path):
     made(tmp_path)
     edit(tmp_path, auto_map={"AutoTokenizer": ["code.MyTokenizer", None]})
     with pytest.raises(UnsupportedModel, match="auto_map"):
+        load_tokenizer(ModelSpec(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize("template", [5, True, {"x": "y"}])
+def test_a_template_that_is_no_text_is_refused(template, tmp_path):
+    made(tmp_path, None)
+    edit(tmp_path, chat_template=template)
+    with pytest.raises(ModelError):
         load_tokenizer(ModelSpec(source=str(tmp_path)))
 
 
