@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self, SupportsIndex
 
-LETTER, SYMBOL = "þ", "¤"  # blanks that no normalizer changes; two, since tokenizers look whether a word ends
+LETTER, SYMBOL = "ƻ", "¤"  # blanks that no case or normalizer changes; two, since tokenizers look whether a word ends
 BLANK, OWN = re.compile(f"[{LETTER}{SYMBOL}]"), re.compile(f"[^{LETTER}{SYMBOL}]+")
 KEPT = " \"'\\"  # no blanks for these, nor for what does not print: JSON and Python write some of them as two or more
 

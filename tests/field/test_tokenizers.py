@@ -30,7 +30,7 @@ CHATS = (
     [
         {"role": "user", "content": "if 1 < 2 and a<b: x [1] {y} | z <tag>"},
         {"role": "assistant", "content": "<thought>why</thought>yes"},
-        {"role": "user", "content": "é < go þ ¤ <"},
+        {"role": "user", "content": "é < go ƻ ¤ <"},
     ],
     [{"role": "user", "content": "the cat sat"}],
     [{"role": "user", "content": " Hello,  world! "}, {"role": "assistant", "content": "It's 1.\n"}] * 2

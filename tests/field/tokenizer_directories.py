@@ -259,10 +259,9 @@ def spaces_first(directory):
 
 
 def hole(directory):
-    """The vocabulary leaves out some ids."""
+    """The vocabulary leaves out some ids, so that its last ones are beyond its size."""
     state = json.loads(byte_level().to_str())
-    learned = state["model"]["vocab"]
-    state["model"]["vocab"] = {token: i if i < 300 else i + 3 for token, i in learned.items()}
+    state["model"]["vocab"] |= {"Ġthe": 420, "Ġcat": 421, "Ġon": 422}
     save(directory, tokenizers.Tokenizer.from_str(json.dumps(state)), **CHATML_TOKENS)
 
 
