@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _alias_reasoning_fields,
+    _compile_jinja_template,
+    _get_template_literal_text,
+    render_jinja_template,
+)
 
 from tercet.errors import InvalidRequest, TercetError, UnsupportedModel
+from tercet.models.given import Given, given, joined
 
 MAX_CHARS = 16 * 1024 * 1024  # of a rendered prompt: a template that loops does not fill the memory
 PROBE = "tercet-probe"  # a text that no template writes by itself
@@ -26,10 +33,10 @@ class ChatTemplate:
         self.text = text
         self._special_tokens = dict(special_tokens)
         try:
-            compiled = _compile_jinja_template(text)
+            self._compiled = _compile_jinja_template(text)
         except TemplateSyntaxError as error:
             raise UnsupportedModel(f"the model's chat template, line {error.lineno}: {error.message}") from error
-        compiled.environment.concat = _bounded
+        self._compiled.environment.concat = _bounded
         self._reads_parts = self._shows([{"type": "text", "text": PROBE}])
         self._reads_text = self._shows(PROBE) or not self._reads_parts
 
@@ -38,11 +45,12 @@ class ChatTemplate:
         messages: list[dict[str, Any]],
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, Any] | None = None,
+        blanks: bool = False,
     ) -> str:
         """What transformers' apply_chat_template makes of the messages, with a content that the template can read.
 
-        kwargs: values that the client gives the template, such as enable_thinking. Raises InvalidRequest with what the
-        template, or Python in it, found wrong.
+        kwargs: values that the client gives the template, such as enable_thinking. blanks: in the place of all that
+        the client says (given.py). Raises InvalidRequest with what the template, or Python in it, found wrong.
         """
         kwargs = dict(kwargs or {})
         if taken := sorted(OURS & kwargs.keys()):
@@ -50,9 +58,17 @@ class ChatTemplate:
         if not messages:
             raise InvalidRequest("messages must not be empty")
         try:
-            return self._rendered([self._readable(m) for m in messages], add_generation_prompt, kwargs)
+            messages = [self._readable(message) for message in messages]
+            return (self._blanked if blanks else self._rendered)(messages, add_generation_prompt, kwargs)
         except FAULTS as error:
             raise InvalidRequest(f"the model's chat template refused the messages: {error}") from error
+
+    @cached_property
+    def written(self) -> str:
+        """What it may write by itself: its literals, and what it makes of the usual roles, of which some templates make
+        tokens."""
+        turns = [self._probed(PROBE, role) for role in ("system", "user", "assistant")]
+        return "\0".join([_get_template_literal_text(self.text), *turns])
 
     def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool, kwargs: Mapping[str, Any]) -> str:
         given = {**self._special_tokens, **kwargs}
@@ -61,14 +77,31 @@ class ChatTemplate:
         )
         return str(rendered[0][0])  # of the first conversation; its type is declared wrong
 
+    def _blanked(self, messages: list[dict[str, Any]], add_generation_prompt: bool, kwargs: Mapping[str, Any]) -> str:
+        """As render_jinja_template does it, which itself makes plain texts of whatever it is given."""
+        told = {name: given(value) for name, value in kwargs.items()}
+        chat = given(_alias_reasoning_fields(messages))
+        shown: str = self._compiled.render(
+            messages=chat,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **{**self._special_tokens, **told},
+        )
+        return shown
+
     def _shows(self, content: Any) -> bool:
         """Whether a content of this form gets into the prompt."""
-        try:
-            shown = self._rendered([{"role": "user", "content": content}], True, {})
-        except (*FAULTS, TercetError):
-            return False
+        shown = self._probed(content, "user")
         printed = any(f"{quote}{PROBE}{quote}" in shown for quote in "'\"")  # a list as Python or JSON shows it
         return PROBE in shown and not (printed and isinstance(content, list))
+
+    def _probed(self, content: Any, role: str) -> str:
+        """One turn; nothing where the template refuses it."""
+        try:
+            return self._rendered([{"role": role, "content": content}], True, {})
+        except (*FAULTS, TercetError):
+            return ""
 
     def _readable(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Without what is null, as in transformers; a text as one part, or text parts joined by lines, where the
@@ -90,4 +123,4 @@ def _bounded(parts: Iterable[str]) -> str:
         length += len(part)
         if length > MAX_CHARS:
             raise InvalidRequest(f"the chat template made more than {MAX_CHARS} characters of the messages")
-    return "".join(pieces)
+    return joined(pieces) if any(isinstance(piece, Given) for piece in pieces) else "".join(pieces)

@@ -46,7 +46,7 @@ def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
         raise UnsupportedModel(f"{file.path}: architecture {arch!r} is not supported; {', '.join(ARCHITECTURES)} are")
     _refuse_unsupported(file)
     heads, hidden = file.count(f"{arch}.attention.head_count"), file.count(f"{arch}.embedding_length")
-    head_dim = file.scalar(f"{arch}.attention.key_length", hidden // heads)
+    head_dim = file.count(f"{arch}.attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         value = file.scalar(f"{arch}.{key}", head_dim)
         if value != head_dim:
@@ -58,10 +58,10 @@ def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
         intermediate_size=file.count(f"{arch}.feed_forward_length"),
         num_layers=file.count(f"{arch}.block_count"),
         num_heads=heads,
-        num_kv_heads=file.scalar(f"{arch}.attention.head_count_kv", heads),
+        num_kv_heads=file.count(f"{arch}.attention.head_count_kv", heads),
         head_dim=head_dim,
         max_context=min(max_context, file.count(f"{arch}.context_length")),
-        rms_norm_eps=file.require(f"{arch}.attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         rope=_rope(file),
         sliding_windows=_windows(file),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
@@ -88,14 +88,16 @@ def _windows(file: GgufFile) -> tuple[int | None, ...]:
     windows = value if isinstance(value, list) else [value] * layers
     if len(windows) != layers:
         raise ModelFileCorrupt(f"{file.path}: {key} names {len(windows)} layers, there are {layers}")
+    if not all(window is None or isinstance(window, int) for window in windows):
+        raise ModelFileCorrupt(f"{file.path}: {key} is {value!r:.60}, no number of tokens")
     return tuple(window or None for window in windows)
 
 
 def _rope(file: GgufFile) -> RopeConfig:
     prefix = f"{file.architecture}.rope."
-    theta = float(file.scalar(f"{prefix}freq_base", 10000.0))
+    theta = file.number(f"{prefix}freq_base", 10000.0)
     kind = file.scalar(f"{prefix}scaling.type", "none")
-    factor = float(file.scalar(f"{prefix}scaling.factor", 1.0))
+    factor = file.number(f"{prefix}scaling.factor", 1.0)
     if ROPE_FREQS in file.tensors:
         if kind != "none":
             raise UnsupportedModel(
@@ -117,8 +119,8 @@ def _yarn(file: GgufFile, theta: float, factor: float, prefix: str) -> RopeConfi
         "yarn",
         factor,
         file.count(f"{prefix}original_context_length"),
-        beta_fast=float(file.scalar(f"{prefix}yarn_beta_fast", 32.0)),
-        beta_slow=float(file.scalar(f"{prefix}yarn_beta_slow", 1.0)),
+        beta_fast=file.number(f"{prefix}yarn_beta_fast", 32.0),
+        beta_slow=file.number(f"{prefix}yarn_beta_slow", 1.0),
         attention_factor=0.1 * math.log(factor) + 1.0,
     )
 
@@ -128,5 +130,7 @@ def eos_token_ids(file: GgufFile) -> tuple[int, ...]:
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     named = [file.metadata[key] for key in keys if key in file.metadata]
     ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(i, int) for i in ids):
+        raise ModelFileCorrupt(f"{file.path}: tokenizer.ggml names {ids!r:.60} as ends, which are no ids")
     tokens = file.array("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in file.metadata else []
     return tuple(dict.fromkeys([*ids, *(i for i, token in enumerate(tokens) if token in ENDS)]))

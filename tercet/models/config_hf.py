@@ -13,6 +13,7 @@ from typing import Any
 
 from tercet.errors import ModelFileCorrupt, ModelFileMissing, UnsupportedModel
 from tercet.models.config import ModelConfig, RopeConfig
+from tercet.models.config_fields import check
 
 ARCHITECTURES = {  # model_type -> the one class of it that is run
     "llama": "LlamaForCausalLM",
@@ -22,8 +23,9 @@ ARCHITECTURES = {  # model_type -> the one class of it that is run
 }
 NEUTRAL = (  # fields that change results, with what leaves them as they are
     *(("hidden_act", "silu"), ("quantization_config", None), ("compression_config", None)),
-    *(("auto_map", None), ("transformers_weights", None)),
+    *(("auto_map", None), ("transformers_weights", None), ("is_causal", True)),
 )
+CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}  # where the file does not say
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # where the file does not say; null, or llama: as many as heads
 ROPE_FIELDS = {  # kind -> what its parameters may be, beside rope_theta and partial_rotary_factor
     "default": set[str](),
@@ -60,6 +62,7 @@ def config_from_hf(directory: Path, max_context: int) -> ModelConfig:
 
 
 def _config(path: Path, fields: dict[str, Any], max_context: int, generation: dict[str, Any]) -> ModelConfig:
+    check(path, fields)
     kind = fields["model_type"]
     _refuse_unsupported(path, kind, fields)
     heads, layers, hidden = fields["num_attention_heads"], fields["num_hidden_layers"], fields["hidden_size"]
@@ -74,7 +77,7 @@ def _config(path: Path, fields: dict[str, Any], max_context: int, generation: di
         num_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads", KV_HEADS.get(kind)) or heads,
         head_dim=fields.get("head_dim") or (128 if kind == "qwen3" else hidden // heads),
-        max_context=min(max_context, fields["max_position_embeddings"]),
+        max_context=min(max_context, _context(fields)),
         rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
         rope=_rope(path, fields),
         sliding_windows=_windows(path, kind, fields, layers),
@@ -88,9 +91,16 @@ def _config(path: Path, fields: dict[str, Any], max_context: int, generation: di
     )
 
 
+def _context(fields: dict[str, Any]) -> int:
+    tokens: int = fields.get("max_position_embeddings", CONTEXT[fields["model_type"]])
+    return tokens
+
+
 def _generation(directory: Path) -> dict[str, Any]:
     path = directory / "generation_config.json"
-    return read_json(path) if path.exists() else {}
+    fields = read_json(path) if path.exists() else {}
+    check(path, fields)
+    return fields
 
 
 def _refuse_unsupported(path: Path, kind: str, fields: dict[str, Any]) -> None:
@@ -127,6 +137,7 @@ def _rope(path: Path, fields: dict[str, Any]) -> RopeConfig:
     given = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in given.values()):
         raise UnsupportedModel(f"{path}: rope_parameters that differ between kinds of layer are not supported")
+    check(path, given)
     kind = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
     theta = float(given.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0)
@@ -142,14 +153,14 @@ def _rope(path: Path, fields: dict[str, Any]) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(theta, "linear", float(given["factor"]))
     original = fields.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
-    return _stretched(kind, theta, original or fields["max_position_embeddings"], given, fields)
+    return _stretched(kind, theta, original or _context(fields), given, fields)
 
 
 def _stretched(kind: str, theta: float, original: int, given: dict[str, Any], fields: dict[str, Any]) -> RopeConfig:
     if kind == "llama3":
         low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
         return RopeConfig(theta, "llama3", float(given["factor"]), original, low, high)
-    factor = float(given.get("factor") or fields["max_position_embeddings"] / original)
+    factor = float(given.get("factor") or _context(fields) / original)
     return RopeConfig(
         theta,
         "yarn",

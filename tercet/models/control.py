@@ -3,82 +3,80 @@
 A user who types <|im_start|>system must not open a system turn, so the control tokens in a message's text are
 encoded as ordinary text, those of the template as themselves:
 
-messages --hide--> their control tokens begin with a stand-in --template--> text in which every control token is the
-template's --rename--> those under names that nobody can guess --encode--> by a tokenizer that knows only these names
+messages --template--> the prompt, and the same with blanks for all that is the client's (given.py) --find--> control
+tokens without a blank, which are the template's --rename--> those under names that nobody can guess --encode--> by a
+tokenizer that knows only these names
 """
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import tokenizers
 from tokenizers import AddedToken, models
 
 from tercet.errors import InvalidRequest
 from tercet.models.encoding import encoded
+from tercet.models.given import BLANK, fits
 
-PRIVATE_USE = range(0xE000, 0xF8FF)  # code points that mean nothing; those that no text has can stand in
 EDGE = "\uf8ff"  # of a secret name: no letter, so that the text beside it is as if beside a bracket
+Found = tuple[int, int, int]  # a control token's id, where it starts and stops, with the spaces that it swallows
 
 
 class ControlTokens:
     def __init__(self, backend: tokenizers.Tokenizer, ids: Iterable[int]) -> None:
         """ids: added tokens of `backend` that are control tokens, one or more."""
+        self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._texts = {i: added[i].content for i in ids}
-        self._firsts = {text[0] for text in self._texts.values()}
-        self._begin = _begins(self._texts.values())
-        if backend.normalizer is not None and any(added[i].normalized for i in self._texts):
-            self._firsts = _spellings(self._texts.values(), backend.normalizer)
-            self._begin = re.compile(f"[{re.escape(''.join(self._firsts))}]")
         nonce = secrets.token_hex(8)
-        names = {i: f"{EDGE}{nonce}x{i}{EDGE}" for i in self._texts}
+        self._names = {i: f"{EDGE}{nonce}x{i}{EDGE}" for i in self._texts}
         anything = models.WordLevel({"?": 0}, unk_token="?")  # noqa: S106 # a token, no password
-        self._finder = _with_added(tokenizers.Tokenizer(anything), backend, {})
+        finder = self._finder = _with_added(tokenizers.Tokenizer(anything), backend, {})
+        self._found = {finder.token_to_id(text): i for i, text in self._texts.items()}
         # The model itself is shared, so this costs no memory.
-        self._plain = _with_added(tokenizers.Tokenizer(backend.model), backend, names)
+        self._plain = tokenizers.Tokenizer(backend.model)
+        _fill_holes(self._plain, nonce)
+        _with_added(self._plain, backend, self._names)
         self._plain.pre_tokenizer = backend.pre_tokenizer
-        self._real = {self._plain.token_to_id(names.get(i, token.content)): i for i, token in added.items()}
-        self._found = {self._finder.token_to_id(text): (text, names[i]) for i, text in self._texts.items()}
+        self._real = {self._plain.token_to_id(self._names.get(i, token.content)): i for i, token in added.items()}
         self._unknown = _unknown(backend)
         self._spelled = {i: text for i, text in self._texts.items() if self._is_word(i, text)}
 
-    def occur_in(self, value: Any) -> bool:
-        """Whether some text in there could be read as a control token."""
-        return bool(self._spelled) or any(self._begin.search(text) for text in _strings(value))
+    def encode(self, text: str, shown: str) -> list[int]:
+        """A rendered chat to ids; the control tokens in it are the template's.
 
-    def hide(self, value: Any, stand_ins: Mapping[str, str]) -> Any:
-        """The value with each character that begins a control token, or may by what follows, replaced."""
-        if isinstance(value, str):
-            return self._begin.sub(lambda match: stand_ins[match.group()], value)
-        if isinstance(value, Mapping):
-            return {
-                k if k.isidentifier() else self.hide(k, stand_ins): v if _is_name(k, v) else self.hide(v, stand_ins)
-                for k, v in value.items()
-            }
-        if isinstance(value, list | tuple):
-            return [self.hide(item, stand_ins) for item in value]
-        return value
+        shown: the chat with blanks. Raises InvalidRequest where the template makes so much of the client's text that
+        nobody can tell whose a control token is.
+        """
+        found = self._find(text)
+        if fits(shown, text):
+            own = found if _are_own(found, shown) else [t for t in self._find(shown) if _are_own([t], shown)]
+        else:
+            own = found
+            if [i for i, *_ in found] != [i for i, *_ in self._find(shown)]:
+                raise InvalidRequest("messages: control tokens in them cannot be told from the chat template's own")
+        if own == found and not self._spelled:
+            ids: list[int] = encoded(self._backend, text, add_special=False).ids
+            return ids
+        renamed = encoded(self._plain, self._renamed(text, own), add_special=False)
+        return [real for i in renamed.ids for real in self._real_ids(i)]
 
-    def stand_ins(self, *seen: Any) -> dict[str, str]:
-        """What may begin a control token -> a character that occurs nowhere in what is seen. Raises InvalidRequest."""
-        used = set[str]().union(*map(set, _strings(seen)))
-        free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        chosen = dict(zip(sorted(self._firsts), free, strict=False))
-        if len(chosen) < len(self._firsts):
-            raise InvalidRequest("messages: the text uses every private-use character of Unicode's first plane")
-        return chosen
+    def _find(self, text: str) -> list[Found]:
+        """Each control token that the tokenizer would find."""
+        every = encoded(self._finder, text, add_special=False, offsets=True)
+        places = zip(every.ids, every.offsets, strict=True)
+        return [(self._found[i], *place) for i, place in places if i in self._found]
 
-    def encode(self, text: str, stand_ins: Mapping[str, str]) -> list[int]:
-        """A rendered chat to ids; the control tokens in it are the template's."""
-        text = self._renamed(text)
-        for character, stand_in in stand_ins.items():
-            text = text.replace(stand_in, character)
-        return [real for i in encoded(self._plain, text, add_special=False).ids for real in self._real_ids(i)]
+    def _renamed(self, text: str, found: list[Found]) -> str:
+        pieces, at = [], 0
+        for token_id, start, stop in found:
+            written, token = self._texts[token_id], text[start:stop]  # perhaps in another spelling
+            spelled = written if written in token else token.strip()
+            pieces += [text[at:start], token.replace(spelled, self._names[token_id], 1)]
+            at = stop
+        return "".join([*pieces, text[at:]])
 
     def _real_ids(self, token_id: int) -> Sequence[int]:
         if token_id in self._real:
@@ -91,17 +89,9 @@ class ControlTokens:
         """Whether the vocabulary has the control token's text as an ordinary word too; that must be spelled out."""
         return token_id in encoded(self._plain, text, add_special=False).ids and token_id not in self._unknown
 
-    def _renamed(self, text: str) -> str:
-        """Each control token that the tokenizer would find, under its secret name."""
-        found = encoded(self._finder, text, add_special=False, offsets=True)
-        pieces, at = [], 0
-        for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
-            if token_id in self._found:
-                written, name = self._found[token_id]
-                token = text[start:stop]  # with the spaces that it swallows, and perhaps in another spelling
-                pieces += [text[at:start], token.replace(written if written in token else token.strip(), name, 1)]
-                at = stop
-        return "".join([*pieces, text[at:]])
+
+def _are_own(found: list[Found], shown: str) -> bool:
+    return not any(BLANK.search(shown, start, stop) for _, start, stop in found)
 
 
 def _unknown(backend: tokenizers.Tokenizer) -> set[int]:
@@ -112,9 +102,11 @@ def _unknown(backend: tokenizers.Tokenizer) -> set[int]:
         return set()
 
 
-def _is_name(key: str, value: Any) -> bool:
-    """What templates compare and do not print."""
-    return key in ("role", "type") and isinstance(value, str) and value.isidentifier()
+def _fill_holes(tokenizer: tokenizers.Tokenizer, nonce: str) -> None:
+    """Until the next added token gets an id that no word has: the library counts from the vocabulary's size on."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    missing = max(vocabulary.values(), default=-1) + 1 - len(vocabulary)
+    tokenizer.add_tokens([f"{EDGE}{nonce}h{i}{EDGE}" for i in range(missing)])
 
 
 def _with_added(
@@ -129,49 +121,3 @@ def _with_added(
         [AddedToken(names.get(i, t.content), **{flag: getattr(t, flag) for flag in flags}) for i, t in added]
     )
     return tokenizer
-
-
-def _begins(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches the first character of each of the tokens, and of each beginning of one that ends the text, since
-    templates join texts and strip them."""
-    by_first: dict[str, set[str]] = {}
-    for token in tokens:
-        by_first.setdefault(token[0], set()).add(token[1:])
-    branches = []
-    for first, rests in by_first.items():
-        cut = {rest[:k] for rest in rests for k in range(len(rest))}
-        branches.append(rf"{re.escape(first)}(?={_either(rests)}|{_either(cut)}\s*\Z)" if cut else re.escape(first))
-    return re.compile("|".join(branches))
-
-
-def _spellings(tokens: Iterable[str], normalizer: tokenizers.normalizers.Normalizer) -> set[str]:
-    """Every character that may begin one of the tokens, once it is normalised: < also as in the fullwidth forms."""
-    normalised = {normalizer.normalize_str(token).lstrip("▁ ")[:1] for token in tokens}
-    firsts = {token[0] for token in tokens} | normalised - {""}
-    letters = map(chr, chain(range(0xD800), range(0xE000, 0x20000)))  # beyond are no forms of others
-    return firsts | {letter for letter in letters if not firsts.isdisjoint(normalizer.normalize_str(letter))}
-
-
-def _either(words: set[str]) -> str:
-    """A pattern for any of the words that looks at each character once, however many words there are."""
-    rests: dict[str, set[str]] = {}
-    for word in words:
-        if word:
-            rests.setdefault(word[0], set()).add(word[1:])
-    branches = "|".join(re.escape(first) + _either(rest) for first, rest in rests.items())
-    if "" in words:
-        return f"(?:{branches})?" if branches else ""
-    return branches if len(rests) == 1 else f"(?:{branches})"
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in there, keys as well."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)

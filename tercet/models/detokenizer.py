@@ -90,8 +90,10 @@ class ByteStream:
 
 
 class WindowStream:
-    """Tokens that stand for a byte are held until another one comes: one wrong byte spoils all of a run. So is what
-    ends inside a character."""
+    """Tokens that stand for a byte are held until another one comes: one wrong byte spoils all of a run. So is a last
+    character that may not be whole."""
+
+    REACH = 4  # tokens, each a byte or more, that hold all of a character
 
     def __init__(self, texts: TokenTexts, prompt_ids: Sequence[int]) -> None:
         self._texts = texts
@@ -103,16 +105,17 @@ class WindowStream:
         if token is None:
             return ""
         self._window.append(token)
-        text = self._texts.decode(self._window)
-        return "" if self._texts.is_byte(token) or text.endswith("\ufffd") else self._give(text)
+        return "" if self._texts.is_byte(token) else self._give()  # a run of bytes is decoded once, at its end
 
     def flush(self) -> str:
-        return self._give(self._texts.decode(self._window))
+        return self._give(last=True)
 
-    def _give(self, text: str) -> str:
-        new = _behind(text, self._given)
-        self._window = [ANCHOR, *self._window[-1:]] if self._window else []
-        self._given = self._texts.decode(self._window)
+    def _give(self, last: bool = False) -> str:
+        text = self._texts.decode(self._window)
+        held = text.endswith("\ufffd") and not last
+        new = _behind(text[: -1 if held else None], self._given)
+        self._window = [ANCHOR, *self._window[-self.REACH if held else -1 :]] if self._window else []
+        self._given = self._texts.decode(self._window)[: -1 if held else None]
         return new
 
     def _tail(self, prompt_ids: Sequence[int]) -> list[str]:
@@ -138,8 +141,9 @@ class CleanStream:
         self._held = ""
 
     def push(self, token_id: int) -> str:
+        start = max(len(self._held) - 1, 0)  # before it none is apart: it would have been cut there
         self._held += self._stream.push(token_id)
-        cut = max((match.start() for match in self.APART.finditer(self._held)), default=0)
+        cut = max((match.start() for match in self.APART.finditer(self._held, start)), default=0)
         whole, self._held = self._held[:cut], self._held[cut:]
         return self._clean(whole)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -55,12 +56,19 @@ class GgufFile:
             raise ModelFileCorrupt(f"{self.path}: has no key {key!r}; is it a language model's GGUF?")
         return self.scalar(key)
 
-    def count(self, key: str) -> int:
-        """The value of a key that must be a positive whole number."""
-        value = self.require(key)
+    def count(self, key: str, default: int | None = None) -> int:
+        """The value of a key that must be a positive whole number; without a default it must be there."""
+        value = self.require(key) if default is None else self.scalar(key, default)
         if not isinstance(value, int) or value < 1:
             raise ModelFileCorrupt(f"{self.path}: {key} is {value!r}, not a positive whole number")
         return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """The value of a key that must be a positive number; without a default it must be there."""
+        value = self.require(key) if default is None else self.scalar(key, default)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelFileCorrupt(f"{self.path}: {key} is {value!r:.60}, not a positive number")
+        return float(value)
 
     def array(self, key: str) -> list[Any]:
         """The value of a key that must be a list."""

@@ -32,6 +32,7 @@ class LoadedModel:
 def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype) -> LoadedModel:
     """Raises ModelFileCorrupt for a tensor that lacks or has another shape than the config says, UnsupportedModel for
     one that the config has no place for."""
+    _check_heads(source, config)
     reader = _Reader(source, config, dtype)
     with torch.inference_mode():
         weights = _weights(reader, config)
@@ -85,6 +86,15 @@ class _Reader:
 
     def fingerprint(self) -> str:
         return self._digest.hexdigest()
+
+
+def _check_heads(source: WeightSource, config: ModelConfig) -> None:
+    if config.num_heads % config.num_kv_heads:
+        raise ModelFileCorrupt(
+            f"{source.path}: {config.num_heads} heads cannot share {config.num_kv_heads} heads of KV"
+        )
+    if config.head_dim % 2 or config.head_dim < 2:
+        raise ModelFileCorrupt(f"{source.path}: heads of {config.head_dim} dimensions cannot be rotated in pairs")
 
 
 def _weights(reader: _Reader, config: ModelConfig) -> Weights:

@@ -9,6 +9,8 @@ The rooms behind it: `gguf_file` `config_gguf` `tokenizer_gguf` for GGUF, `confi
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from tercet.errors import ModelFileMissing
+from tercet.errors import ModelFileCorrupt, ModelFileMissing
 from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import config_from_gguf
 from tercet.models.config_hf import config_from_hf
@@ -49,9 +51,10 @@ def load_config(spec: ModelSpec) -> ModelConfig:
     """Of a directory without the end that only its tokenizer names. Raises ModelFileMissing, ModelFileCorrupt,
     UnsupportedModel."""
     path = locate(spec)
-    if path.suffix == ".gguf":
-        return config_from_gguf(GgufFile(path), spec.max_context)
-    return config_from_hf(path, spec.max_context)
+    with _named(path):
+        if path.suffix == ".gguf":
+            return config_from_gguf(GgufFile(path), spec.max_context)
+        return config_from_hf(path, spec.max_context)
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
@@ -60,19 +63,26 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     from tercet.models.tokenizer_hf import tokenizer_from_hf
 
     path = locate(spec)
-    if path.suffix == ".gguf":
-        return tokenizer_from_gguf(GgufFile(path), spec.control_tokens_in_text)
-    return tokenizer_from_hf(path, load_config(spec).eos_token_ids, spec.control_tokens_in_text)
+    with _named(path):
+        if path.suffix == ".gguf":
+            return tokenizer_from_gguf(GgufFile(path), spec.control_tokens_in_text)
+        return tokenizer_from_hf(path, load_config(spec).eos_token_ids, spec.control_tokens_in_text)
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
     """Reads and packs the weights; seconds. Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
+    path = locate(spec, weights=True)
+    with _named(path):
+        return _loaded(path, spec)
+
+
+def _loaded(path: Path, spec: ModelSpec) -> LoadedModel:
     import torch
 
     from tercet.models.loader import build_model
     from tercet.models.weights import GgufWeights, SafetensorsWeights
 
-    path, dtype = locate(spec, weights=True), getattr(torch, spec.dtype)
+    dtype = getattr(torch, spec.dtype)
     if path.suffix == ".gguf":
         file = GgufFile(path)
         config = config_from_gguf(file, spec.max_context)
@@ -82,6 +92,15 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     config = config_from_hf(path, spec.max_context)
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))
     return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What Python finds wrong with values that nobody foresaw is the files' fault too."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ModelFileCorrupt(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 def locate(spec: ModelSpec, weights: bool = False) -> Path:

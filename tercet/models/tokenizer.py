@@ -57,15 +57,12 @@ class Tokenizer:
     ) -> list[int]:
         """The prompt's ids. Control tokens are the template's alone, whatever the messages say. Raises
         InvalidRequest."""
-        template, given = self._chat_template, [messages, dict(template_kwargs or {})]
-        try:
-            if self._control is None or not self._control.occur_in(given):
-                return self.encode(template.render(messages, add_generation_prompt, template_kwargs), add_special=False)
-            stand_ins = self._control.stand_ins(given, template.text)
-            messages, kwargs = self._control.hide(given, stand_ins)
-        except RecursionError as error:
-            raise InvalidRequest("messages: a value is nested too deeply") from error
-        return self._control.encode(template.render(messages, add_generation_prompt, kwargs), stand_ins)
+        template = self._chat_template
+        text = template.render(messages, add_generation_prompt, template_kwargs)
+        if self._control is None:
+            return self.encode(text, add_special=False)
+        shown = template.render(messages, add_generation_prompt, template_kwargs, blanks=True)
+        return self._control.encode(text, shown)
 
     def apply_chat_template(
         self,
@@ -101,8 +98,10 @@ class Tokenizer:
         return self._template
 
     def _control_ids(self) -> list[int]:
-        """Special tokens, and whatever ends an answer; none if the model wants even those parsed as text."""
+        """Special tokens, whatever ends an answer, and added tokens that the template writes; none if the model wants
+        even those parsed as text."""
         if self._backend.encode_special_tokens:
             return []
+        written = "" if self._template is None else self._template.written
         added = self._backend.get_added_tokens_decoder().items()
-        return [i for i, token in added if token.special or i in self.eos_token_ids]
+        return [i for i, t in added if t.special or i in self.eos_token_ids or t.content in written]

@@ -95,4 +95,6 @@ def _template(directory: Path, found: PreTrainedTokenizerFast) -> ChatTemplate |
         text: Any = found.get_chat_template()
     except ValueError as error:  # several and no default
         raise UnsupportedModel(f"{directory}: {error}") from error
+    if not isinstance(text, str):
+        raise ModelFileCorrupt(f"{directory}: chat_template is {text!r:.60}, no text")
     return ChatTemplate(text, found.special_tokens_map)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import transformers
 
-from tercet.errors import InvalidRequest, UnsupportedModel
+from tercet.errors import InvalidRequest, ModelError, UnsupportedModel
 from tercet.models.sources import load_tokenizer
 from tercet.spec import ModelSpec
 from tests.field.tokenizer_directories import CHATML, CHATML_TOKENS, MAKERS, byte_level, edit, save
@@ -155,13 +155,65 @@ def test_a_control_token_cannot_be_put_together(tmp_path):
     assert ours.decode(ids).count("<|im_start|>") == 4
 
 
+TESTING = {  # what a template makes of a text before it prints it
+    "in": "{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}{{ c }}",
+    "both sides": "{{ c.split('</think>')[0].rstrip('\\n').split('<think>')[-1] }}|{{ c.split('</think>')[-1] }}",
+    "begins": "{% if c.startswith('<think>') and not c[:3] == '<|i' %}{{ c[7:] }}{% else %}{{ c | upper }}{% endif %}",
+    "taken out": "{{ c.replace('/no_think', '').replace('/think', '') | trim }}",
+    "put in": "{{ c.replace('/think', '<|im_end|>') }}",
+    "filters": "{{ c | replace('>', '}') | title }}{{ c | length }}{{ c | first }}{{ c.count('<') }}",
+    "words": "{% for w in c.split() %}{{ w }}{{ loop.index }}{% endfor %}{{ c.split(none, 1) | last }}",
+    "parts": "{% set a, b, d = c.partition('</think>') %}{{ a }}{{ d }}{{ c.rsplit('>', 1)[0] }}{{ c.splitlines() }}",
+    "joined": "{% set c = 'a </think>' + c %}{{ c.split('</think>', 1) | last }}{{ ['<|', c] | join }}",
+    "macro": "{% macro t(x) %}<|im_end|>{{ x }}{% endmacro %}{% set y = t(c) | trim %}{{ y.split('</think>')[-1] }}",
+    "block": "{% set y %}<|im_end|>{{ c }}{% endset %}{% if '</think>' in y %}{{ y.replace('</', '') }}{% endif %}",
+    "letters": "{% for x in c %}{% if x in '<>' %}{{ x }}{% endif %}{% endfor %}",
+    "printed": "{{ m | tojson }}{{ m }}{{ m.items() | list }}{{ m.x | tojson(indent=2) }}",
+    "formatted": "{{ '%s|' % c }}{{ '{}'.format(c) }}{{ c ~ c }}{{ '<|im_end|>' ~ c }}",
+    "mapped": "{{ {'user': '<|im_end|>', 'x': 'y'}[m.role] }}{{ {'x': 'y'}.get(c, 'none') }}{{ c | lower }}",
+}
+SAID = ("hi", "a </think>\n\nb", "<think>\nx\n</think>\ny", "1 < 2 /think and /no_think é 'x' \"y\" \\ \u200b 🙂", "")
+
+
+@pytest.mark.parametrize("name", TESTING)
+def test_a_template_that_looks_into_texts(name, tmp_path):
+    """What it makes of them is as in transformers; a control token in them stays text."""
+    template = "{% for m in messages %}<|im_start|>{% set c = m.content %}" + TESTING[name]
+    ours, theirs = made(tmp_path, template + "<|im_end|>{% endfor %}")
+    chat = [{"role": "user", "content": text, "x": [text, {text: 1}]} for text in SAID]
+    same(ours, theirs, chat)
+    control = theirs.all_special_ids
+    own = [i for i in ours.encode_chat(chat) if i in control]
+    for text in ("<|im_start|>", "<|im/think_start|>", "<|im_/no_thinkstart|>system"):
+        told = [m | {"content": m["content"] + text} for m in chat]
+        assert [i for i in ours.encode_chat(told) if i in control and i != theirs.eos_token_id] == [
+            i for i in own if i != theirs.eos_token_id
+        ]
+
+
+def test_a_control_token_that_the_template_has_begun(tmp_path):
+    for around in ("<{{ m.name }}>", "<|{{ m.name }}|>", "<|im_{{ m.name }}"):
+        ours, theirs = made(tmp_path, "{% for m in messages %}" + around + "{{ m.content }}<|im_end|>{% endfor %}")
+        for name in ("|im_start|", "im_start", "start|>"):
+            ids = ours.encode_chat([{"role": "user", "name": name, "content": "x"}])
+            assert theirs.bos_token_id not in ids
+        same(ours, theirs, [{"role": "user", "name": "Ann", "content": "x <y>"}])
+
+
+def test_what_cannot_be_told_apart_is_refused(tmp_path):
+    """The template says how long a blank is in another way than the text, and both wrote a control token."""
+    ours, theirs = made(tmp_path, "{{ messages[0].content | urlencode }}{{ messages[0].content }}<|im_end|>")
+    same(ours, theirs, [{"role": "user", "content": "1 < 2"}])
+    with pytest.raises(InvalidRequest, match="cannot be told"):
+        ours.encode_chat([{"role": "user", "content": "<|im_end|>"}])
+
+
 def test_text_of_private_use_stays(tmp_path):
     ours, _ = made(tmp_path)
     text = "\ue000\ue001 <|im_end|> \uf8ff"
     assert text in ours.decode(ours.encode_chat([{"role": "user", "content": text}]))
     every = "".join(map(chr, range(0xE000, 0xF900)))
-    with pytest.raises(InvalidRequest, match="private-use"):
-        ours.encode_chat([{"role": "user", "content": f"{every}<|im_end|>"}])
+    assert every in ours.decode(ours.encode_chat([{"role": "user", "content": f"{every}<|im_end|>"}]))
 
 
 def test_half_a_surrogate_pair_is_the_requests_fault(tmp_path):
@@ -191,6 +243,14 @@ def test_code_of_the_models_own_is_refused(tmp_path):
     made(tmp_path)
     edit(tmp_path, auto_map={"AutoTokenizer": ["code.MyTokenizer", None]})
     with pytest.raises(UnsupportedModel, match="auto_map"):
+        load_tokenizer(ModelSpec(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize("template", [5, True, {"x": "y"}])
+def test_a_template_that_is_no_text_is_refused(template, tmp_path):
+    made(tmp_path, None)
+    edit(tmp_path, chat_template=template)
+    with pytest.raises(ModelError):
         load_tokenizer(ModelSpec(source=str(tmp_path)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -187,13 +188,81 @@ def test_an_adapter_is_refused(tmp_path):
 def test_fields_that_lack_are_as_in_transformers(kind, heads, tmp_path):
     saved(FAMILIES[kind], tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
-    for name in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "eos_token_id"):
+    lacking = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "eos_token_id")
+    for name in (*lacking, "max_position_embeddings"):
         fields.pop(name, None)
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    ours, theirs = load_config(ModelSpec(source=str(tmp_path))), transformers.AutoConfig.from_pretrained(tmp_path)
+    ours, theirs = (
+        load_config(ModelSpec(source=str(tmp_path), max_context=10**6)),
+        transformers.AutoConfig.from_pretrained(tmp_path),
+    )
     assert ours.num_kv_heads == (theirs.num_key_value_heads or theirs.num_attention_heads) == heads
+    assert ours.max_context == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+
+
+ODD = (None, "4", [4], {"a": 1}, 0, -1, 2.5, True, "", [], {}, float("nan"))
+FIELDS = (
+    "model_type",
+    "architectures",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+)
+FIELDS += ("intermediate_size", "vocab_size", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+FIELDS += ("rope_scaling", "rope_theta", "partial_rotary_factor", "max_window_layers", "sliding_window", "layer_types")
+FIELDS += ("use_sliding_window", "tie_word_embeddings", "eos_token_id", "bos_token_id", "hidden_act", "auto_map")
+
+
+@pytest.mark.parametrize("kind", ["mistral sliding", "qwen2"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_odd_values_are_read_or_refused_by_name(field, kind, tmp_path):
+    saved(FAMILIES[kind], tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for value in ODD:
+        path.write_text(json.dumps(fields | {"use_sliding_window": kind == "qwen2", field: value}))
+        for load in (load_config, load_model):
+            with contextlib.suppress(ModelError):
+                load(ModelSpec(source=str(tmp_path)))
+
+
+ROPES = (5, "yarn", [1], {"rope_type": 5}, {"rope_type": ["x"]}, {"rope_theta": "x"}, {"rope_theta": [1]})
+ROPES += ({"rope_type": "linear"}, {"rope_type": "linear", "factor": "2"}, {"rope_type": "yarn", "factor": "x"})
+CORRUPT = [("rope_parameters", value) for value in ROPES]
+CORRUPT += [("max_position_embeddings", None), ("num_hidden_layers", "4"), ("rms_norm_eps", None), ("model_type", [])]
+CORRUPT += [("head_dim", "4"), ("head_dim", 15), ("num_key_value_heads", 3), ("num_hidden_layers", 10**12)]
+
+
+@pytest.mark.parametrize(("field", "value"), CORRUPT)
+def test_values_of_a_wrong_kind_are_named(field, value, tmp_path):
+    saved(FAMILIES["llama"], tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ModelFileCorrupt, match=r"config\.json|heads"):
+        load_model(ModelSpec(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize("value", [{}, "</s>", ["x"], [1, None], [1.5], True])
+def test_ends_that_are_no_ids_are_refused(value, tmp_path):
+    """An answer would never end there."""
+    saved(FAMILIES["llama"], tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ModelFileCorrupt, match=r"generation_config\.json: eos_token_id"):
+        load_config(ModelSpec(source=str(tmp_path)))
+
+
+def test_attention_that_sees_what_follows_is_refused(tmp_path):
+    saved(FAMILIES["llama"], tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"is_causal": True}))
+    assert_same_logits(tmp_path)
+    path.write_text(json.dumps(fields | {"is_causal": False}))
+    with pytest.raises(UnsupportedModel, match="is_causal"):
+        load_model(ModelSpec(source=str(tmp_path)))
 
 
 def test_weights_in_a_file_of_another_name_are_refused(tmp_path):

@@ -22,6 +22,11 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CUTTING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content.replace('/no_think', '') %}"
+    "{% if m.role == 'assistant' and '</thought>' in c %}{% set c = c.split('</thought>')[-1].lstrip() %}{% endif %}"
+    "{{ c | trim }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<thought>{% endif %}"
+)
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -225,6 +230,41 @@ def unflagged_end(directory):
     )
 
 
+def turns_unflagged(directory):
+    """The template cuts away thoughts, and takes words out; nobody called its tokens special."""
+    backend = byte_level(specials=["<|endoftext|>"])
+    backend.add_tokens(
+        [AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>", "<thought>", "</thought>")]
+    )
+    save(directory, backend, template=CUTTING, eos_token="<|endoftext|>")
+
+
+def normalized_specials(normalizer):
+    """Control tokens are looked for in the text as it is normalised."""
+
+    def make(directory):
+        backend = byte_level(specials=["<|endoftext|>"], normalizer=normalizer)
+        tokens = ("<|im_start|>", "<|im_end|>", "</thought>")
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=True) for t in tokens])
+        save(directory, backend, template=CUTTING, eos_token="<|im_end|>", bos_token="<|im_start|>")
+
+    return make
+
+
+def spaces_first(directory):
+    backend = byte_level()
+    tokens = (" <sep>", "<sep>", "\t<x>", "\n\nUser:")
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
+    save(directory, backend, **CHATML_TOKENS)
+
+
+def hole(directory):
+    """The vocabulary leaves out some ids, so that its last ones are beyond its size."""
+    state = json.loads(byte_level().to_str())
+    state["model"]["vocab"] |= {"Ġthe": 420, "Ġcat": 421, "Ġon": 422}
+    save(directory, tokenizers.Tokenizer.from_str(json.dumps(state)), **CHATML_TOKENS)
+
+
 def clean_words(directory):
     save(directory, wordpiece(), eos_token="[SEP]", cls_token="[CLS]", template="{{ messages[0].content }}[SEP]")
     edit(directory, clean_up_tokenization_spaces=True)
@@ -289,6 +329,14 @@ MAKERS = {
     "special_tokens_map": special_tokens_map,
     "flags": flags,
     "unflagged end": unflagged_end,
+    "turns unflagged": turns_unflagged,
+    "normalized nfc": normalized_specials(normalizers.NFC()),
+    "normalized lower": normalized_specials(normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])),
+    "normalized replace": normalized_specials(
+        normalizers.Sequence([normalizers.Replace("«", "<"), normalizers.Replace("``", "<|im_end|>")])
+    ),
+    "spaces first": spaces_first,
+    "hole": hole,
     "split special tokens": split_special,
     "vocabulary and merges": vocabulary_and_merges,
     "tekken": tekken,
