@@ -43,7 +43,10 @@ class OffLoop:
 
     async def render(self, client: str, work: Callable[[], T]) -> T:
         """work(), which writes an answer."""
-        return await self._brief.run(client, work)
+        try:
+            return await self._brief.run(client, work)
+        finally:
+            self._trim_later()
 
     def close(self) -> None:
         if self._trim is not None:
