@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tercet.cluster import bounded
+from tercet.cluster import bounded, output
 from tercet.cluster.spec_file import load_spec
 from tercet.errors import SpecError, TercetError
 from tercet.spec import ClusterSpec
@@ -43,13 +43,14 @@ Url = Annotated[str | None, typer.Option(help="Base URL of the endpoint; default
 
 def main() -> None:
     """Entry point. A TercetError is one line on stderr, never a traceback."""
+    output.open_closed()
     code: str | int | None = 0
     try:
         app()
     except SystemExit as end:
         code = end.code
     except TercetError as error:
-        print(f"tercet: {error}", file=sys.stderr)  # noqa: T201
+        output.report(str(error))
         code = 2 if isinstance(error, SpecError) else 1
     except KeyboardInterrupt:
         code = 130
@@ -143,7 +144,7 @@ def down(
         from tercet.cluster import remote
 
         ended = remote.down(name, address, timeout)
-    typer.echo(f"cluster {ended} is down")
+    output.say(f"cluster {ended} is down")
 
 
 @app.command()
@@ -191,16 +192,12 @@ def _serve(
 ) -> None:
     from tercet.cluster.signals import Signals
 
-    signals = Signals(_report)
+    signals = Signals(output.report)
     signals.install()  # before Ray is imported, which takes its time
     from tercet.cluster.serve import serve as serve_cluster
 
-    serve_cluster(spec, signals, _report, ready, visit)
+    serve_cluster(spec, signals, output.report, ready, visit)
 
 
 def _announce(info: GatewayInfo) -> None:
-    typer.echo(f"ready: {info.http_url} (OpenAI), {info.grpc_address} (gRPC)")
-
-
-def _report(line: str) -> None:
-    typer.echo(f"tercet: {line}", err=True)
+    output.say(f"ready: {info.http_url} (OpenAI), {info.grpc_address} (gRPC)")

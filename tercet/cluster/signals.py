@@ -47,8 +47,8 @@ class Signals:
         now = time.monotonic()
         if not self.stop.is_set():
             self._first = now
+            self.stop.set()  # first, as nothing that is only said may come between
             self._report("draining; once more ends at once")
-            self.stop.set()
         elif now - self._first >= SAME_WORD_S and not self.kill.is_set():
-            self._report("ending at once")
             self.kill.set()
+            self._report("ending at once")

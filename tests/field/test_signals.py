@@ -152,3 +152,15 @@ async def test_the_same_word_twice_is_one_word(monkeypatch):
     signals._handle(signal.SIGTERM, None)
     await asyncio.sleep(0)
     assert signals.kill.is_set()
+
+
+async def test_a_signal_is_heard_though_its_word_cannot_be_written():
+    def unread(line: str) -> None:
+        raise BrokenPipeError
+
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    signals = Signals(unread)
+    signals.attach()
+    signals._handle(signal.SIGHUP, None)
+    await asyncio.sleep(0)
+    assert signals.stop.is_set()
