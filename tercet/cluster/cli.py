@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tercet.cluster import bounded, output
+from tercet.cluster import bounded, output, run_file
 from tercet.cluster.spec_file import load_spec
 from tercet.errors import SpecError, TercetError
 from tercet.spec import ClusterSpec
@@ -104,12 +104,17 @@ def serve(
 ) -> None:
     """Start a cluster and serve until Ctrl-C or `tercet down`."""
 
+    checked = load_spec(spec, settings or ())
+    if ready_file is not None and not _can_be_written(ready_file):
+        raise SpecError(f"--ready-file {ready_file}: cannot be written")
+
     def ready(info: GatewayInfo) -> None:
         _announce(info)
         if ready_file is not None:
-            ready_file.write_text(f"{info.http_url}\n")
+            with run_file.reaching(ready_file):
+                ready_file.write_text(f"{info.http_url}\n")
 
-    _serve(load_spec(spec, settings or ()), ready, None)
+    _serve(checked, ready, None)
 
 
 @app.command()
@@ -136,8 +141,6 @@ def down(
     timeout: Annotated[float, typer.Option(help="Seconds to wait until it is gone.")] = 60.0,
 ) -> None:
     """Drain a cluster that another process serves, and end it."""
-    from tercet.cluster import run_file
-
     if address is None:
         ended = run_file.end(name, timeout)
     else:
@@ -154,7 +157,6 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a running cluster's members and their loads."""
-    from tercet.cluster import run_file
     from tercet.cluster.tables import pairs_table, status_table
 
     if address is None:
@@ -181,7 +183,6 @@ def chat(
 ) -> None:
     """Talk to a running cluster."""
     from tercet.client import Client, chat_loop
-    from tercet.cluster import run_file
 
     client = Client(url or run_file.find_reachable(name).http_url)
     chat_loop(client, temperature=temperature, max_tokens=max_tokens)
@@ -197,6 +198,13 @@ def _serve(
     from tercet.cluster.serve import serve as serve_cluster
 
     serve_cluster(spec, signals, output.report, ready, visit)
+
+
+def _can_be_written(path: Path) -> bool:
+    """Without making it: who waits for it takes that for the word."""
+    if path.exists():
+        return not path.is_dir() and os.access(path, os.W_OK)
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def _announce(info: GatewayInfo) -> None:

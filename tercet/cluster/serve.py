@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tercet.cluster import bounded, local_ray, ray_address
 from tercet.cluster.controller import Controller
 from tercet.cluster.local_ray import LocalRay
-from tercet.cluster.run_file import RunFile, Served
+from tercet.cluster.run_file import RunFile, Served, reaching
 from tercet.errors import ClusterError, RayLost, TercetError
 from tercet.placement.roles import local_node, plan
 from tercet.spec import ClusterSpec
@@ -101,9 +101,10 @@ class _Serving:
         return address
 
     async def _start_ray(self, ends: AsyncExitStack) -> str:
-        ray = LocalRay(self._run_file.folder)
-        ends.push_async_callback(bounded.wait, "the end of Ray", local_ray.STOP_TIMEOUT_S, ray.stop)
-        ray.start(int(local_node(self._spec).resources["CPU"]))
+        with reaching(self._run_file.folder):
+            ray = LocalRay(self._run_file.folder)
+            ends.push_async_callback(bounded.wait, "the end of Ray", local_ray.STOP_TIMEOUT_S, ray.stop)
+            ray.start(int(local_node(self._spec).resources["CPU"]))
         self._note(ray_folder=str(ray.folder), ray_session=ray.session)
         os.environ.update(ray.environment)
         address = await bounded.wait("Ray's start", self._spec.ray.start_timeout_s, ray.address)
@@ -139,9 +140,12 @@ class _Serving:
         self._note(http_url=info.http_url)
 
     def _note(self, **known: Any) -> None:
-        """Keep the run file true."""
+        """Keep the run file true. It is for `status` and `down`: what runs does not end for it."""
         self._served = replace(self._served, **known)
-        self._run_file.write(self._served)
+        try:
+            self._run_file.write(self._served)
+        except ClusterError as error:
+            self._report(str(error))
 
 
 def _leaving(disconnect: Callable[[], None]) -> Ending:

@@ -226,7 +226,7 @@ def tercet(folder: Path, *command: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path / f"tercet-{os.getuid()}"
 
 

@@ -50,6 +50,8 @@ def test_plan_shows_every_member_and_starts_nothing():
         (["plan", "configs/local.yaml", "--set", "pools.cpu.labels.zone=a"], 1, "no node carries the labels zone=a"),
         (["plan", "configs/local.yaml", "--address", "127.0.0.1:1"], 1, "no Ray answers at 127.0.0.1:1"),
         (["serve", "configs/local.yaml", "--set", "ray.address=here"], 1, "Ray address 'here': want host:port"),
+        (["serve", "configs/local.yaml", "--ready-file=/none/x"], 2, "--ready-file /none/x: cannot be written"),
+        (["serve", "configs/local.yaml", "--ready-file=/tmp"], 2, "--ready-file /tmp: cannot be written"),
         (["down", "--name", "nobody"], 1, "no cluster named nobody is served"),
         (["status", "--name", "nobody"], 1, "no cluster named nobody is served"),
     ],
@@ -76,7 +78,7 @@ def test_the_command_imports_neither_torch_nor_ray():
 
 
 def test_a_run_file_is_a_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(ClusterError, match="no cluster is served"):
         run_file.find(None)
     with RunFile("one") as mine:
