@@ -164,3 +164,17 @@ async def test_a_signal_is_heard_though_its_word_cannot_be_written():
     signals._handle(signal.SIGHUP, None)
     await asyncio.sleep(0)
     assert signals.stop.is_set()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(170)
+def test_a_stream_hears_that_it_ends_when_the_node_below_it_dies(machine):
+    served = serve(machine, "node", *SMALL, "ray.lost_after_s=1")
+    story = Story(served, 900)
+    raylet = next(pid for pid, command in machine.left().items() if "raylet/raylet" in command)
+    began = time.monotonic()
+    os.kill(raylet, signal.SIGKILL)
+    story.join(60)
+    assert story.error is not None
+    assert "the gateway is stopping" in str(story.error)
+    assert ended(served, began) == 1
