@@ -73,6 +73,8 @@ def _options(
 def validate(spec: SpecPath, settings: Settings = None) -> None:
     """Check a spec; start nothing."""
     checked = load_spec(spec, settings or ())
+    if checked.ray.address == "local":
+        _refuse_missing_transport(checked)
     roles = ", ".join(f"{role.replicas} {name}" for name, role in checked.roles.items())
     typer.echo(f"{spec} is valid: cluster {checked.name}, topology {checked.topology}, {roles}")
 
@@ -85,6 +87,7 @@ def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> 
 
     checked = load_spec(spec, settings or ())
     if address is None:
+        _refuse_missing_transport(checked)
         nodes = [roles.local_node(checked)]
     else:
         from tercet.cluster import remote
@@ -198,6 +201,12 @@ def _serve(
     from tercet.cluster.serve import serve as serve_cluster
 
     serve_cluster(spec, signals, output.report, ready, visit)
+
+
+def _refuse_missing_transport(spec: ClusterSpec) -> None:
+    from tercet.cluster.preflight import refuse_missing_transport
+
+    refuse_missing_transport(spec)
 
 
 def _can_be_written(path: Path) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tercet.cluster import bounded, local_ray, ray_address
+from tercet.cluster import bounded, local_ray, preflight, ray_address
 from tercet.cluster.controller import Controller
 from tercet.cluster.local_ray import LocalRay
 from tercet.cluster.run_file import RunFile, Served, reaching
@@ -71,6 +71,8 @@ class _Serving:
         return True
 
     async def _start(self, ends: AsyncExitStack) -> Controller:
+        start_s = self._spec.ray.start_timeout_s
+        await bounded.wait("looking at the model", start_s, preflight.check, self._spec, self._report)
         address = await self._find_ray() or await self._start_ray(ends)
         from tercet.cluster import ray_runtime, remote  # only now: Ray reads its environment when it is imported
         from tercet.cluster.home import Home
@@ -101,6 +103,7 @@ class _Serving:
         return address
 
     async def _start_ray(self, ends: AsyncExitStack) -> str:
+        preflight.refuse_missing_transport(self._spec)
         with reaching(self._run_file.folder):
             ray = LocalRay(self._run_file.folder)
             ends.push_async_callback(bounded.wait, "the end of Ray", local_ray.STOP_TIMEOUT_S, ray.stop)

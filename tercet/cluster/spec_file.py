@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from tercet.cluster.unbuilt import refuse_unbuilt
 from tercet.cluster.yaml_tree import YamlTree, read_yaml
 from tercet.errors import ModelFileMissing, SpecError, UnsupportedSpec
-from tercet.models.source_path import source_path
+from tercet.models.source_path import PACKAGE, source_path
 from tercet.spec import ClusterSpec
 
 
@@ -40,6 +40,10 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> ClusterSpec:
 def _with_absolute_source(spec: ClusterSpec, tree: YamlTree) -> ClusterSpec:
     try:
         path = source_path(spec.model.source)
+        if spec.model.source.startswith(PACKAGE):
+            from tercet.models.sources import locate  # only now: huggingface_hub, numpy
+
+            locate(spec.model)
     except ModelFileMissing as error:
         raise ModelFileMissing(_located(tree, f"model.source: {error}")) from error
     if path is None:

@@ -52,6 +52,7 @@ def test_plan_shows_every_member_and_starts_nothing():
         (["serve", "configs/local.yaml", "--set", "ray.address=here"], 1, "Ray address 'here': want host:port"),
         (["serve", "configs/local.yaml", "--ready-file=/none/x"], 2, "--ready-file /none/x: cannot be written"),
         (["serve", "configs/local.yaml", "--ready-file=/tmp"], 2, "--ready-file /tmp: cannot be written"),
+        (["validate", "configs/local.yaml", "--set", "model.source=package:nope"], 1, "'nope' is not installed"),
         (["down", "--name", "nobody"], 1, "no cluster named nobody is served"),
         (["status", "--name", "nobody"], 1, "no cluster named nobody is served"),
     ],
@@ -102,7 +103,15 @@ def test_doctor_names_every_transport_and_what_it_lacks(monkeypatch):
     assert shown.exit_code == 0
     for cls in ALL:
         assert f"transport {cls.name}" in shown.output
-    assert "the nixl library is not installed" in shown.output
+    assert "the nixl library is not installed; or, in a checkout, `make extras`" in shown.output
+
+
+@pytest.mark.parametrize("command", [["plan"], ["validate", "--set", "ray.address=local"]])
+def test_a_transport_that_is_not_here_is_missed_where_all_workers_are_here(monkeypatch, command):
+    monkeypatch.setattr(UcxTransport, "missing", classmethod(lambda cls: "no ucxx; pip install it"))
+    args = [*command, "configs/local.yaml", "--set", "transfer.transport=ucx"]
+    shown = CliRunner().invoke(app, args)
+    assert isinstance(shown.exception, SpecError)
 
 
 def test_a_transport_that_is_not_there_is_refused_by_name(monkeypatch):
