@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from tercet.cluster import bounded
+from tercet.cluster.home import GCS
 from tercet.cluster.ray_address import resolve
 from tercet.errors import ClusterError
 from tercet.placement.roles import Node
@@ -60,7 +61,7 @@ def servers(gcs_address: str) -> dict[str, str]:
     own = ray.get_runtime_context().get_node_id()
     node = next(n for n in ray.nodes() if n["NodeID"] == own)  # type: ignore[no-untyped-call]
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-    return {"Ray's control store (GCS)": gcs_address, "the Ray node of this process": address}
+    return {GCS: gcs_address, "the Ray node of this process": address}
 
 
 def _node(found: dict[str, Any]) -> Node:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from tercet.cluster import bounded, local_ray, preflight, ray_address
 from tercet.cluster.controller import Controller
+from tercet.cluster.home import GCS, Home
 from tercet.cluster.local_ray import LocalRay
+from tercet.cluster.race import first
 from tercet.cluster.run_file import RunFile, Served, reaching
 from tercet.errors import ClusterError, RayLost, TercetError
-from tercet.placement.roles import local_node, plan
+from tercet.placement.roles import Placement, local_node, plan
 from tercet.spec import ClusterSpec
 
 if TYPE_CHECKING:
@@ -73,10 +75,25 @@ class _Serving:
     async def _start(self, ends: AsyncExitStack) -> Controller:
         start_s = self._spec.ray.start_timeout_s
         await bounded.wait("looking at the model", start_s, preflight.check, self._spec, self._report)
-        address = await self._find_ray() or await self._start_ray(ends)
-        from tercet.cluster import ray_runtime, remote  # only now: Ray reads its environment when it is imported
-        from tercet.cluster.home import Home
-        from tercet.cluster.launcher import Launcher
+        address = await self._find_ray()
+        ours = "" if address is not None else await self._start_ray(ends)
+        address = address or ours
+        # Ray itself would wait long for a server that has died, and then not say which.
+        home = Home({GCS: address}, self._spec.ray.lost_after_s, self._report, node_of=ours)
+        placement, servers = await first(self._join(address, ends), home.watch())
+        from tercet.cluster.launcher import Launcher  # only now: Ray reads its environment when it is imported
+
+        home = Home(servers, self._spec.ray.lost_after_s, self._report)
+        launcher = Launcher(self._spec, placement, secrets.token_hex(16), home)
+        workers = [w.worker_id for w in placement.workers]
+        controller = Controller(self._spec, workers, launcher, self._report, self._gateway_is_up)
+        ends.push_async_exit(self._ending(controller))
+        await controller.bring_up()
+        return controller
+
+    async def _join(self, address: str, ends: AsyncExitStack) -> tuple[Placement, dict[str, str]]:
+        """-> who runs where, and the servers of Ray that we depend on."""
+        from tercet.cluster import ray_runtime, remote
 
         await bounded.wait(f"joining the Ray at {address}", JOIN_TIMEOUT_S, ray_runtime.connect, address)
         ends.push_async_exit(_leaving(ray_runtime.disconnect))
@@ -85,13 +102,7 @@ class _Serving:
         nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray_runtime.nodes)
         placement = plan(self._spec, nodes)
         servers = await bounded.wait("asking Ray for its servers", ASK_TIMEOUT_S, ray_runtime.servers, address)
-        home = Home(servers, self._spec.ray.lost_after_s, self._report)
-        launcher = Launcher(self._spec, placement, secrets.token_hex(16), home)
-        workers = [w.worker_id for w in placement.workers]
-        controller = Controller(self._spec, workers, launcher, self._report, self._gateway_is_up)
-        ends.push_async_exit(self._ending(controller))
-        await controller.bring_up()
-        return controller
+        return placement, servers
 
     async def _find_ray(self) -> str | None:
         wanted = self._spec.ray.address

@@ -41,6 +41,11 @@ def test_plan_shows_every_member_and_starts_nothing():
     assert all(member in done.stdout for member in ("gateway", "prefill-0", "decode-0", "decode-1", "decode-2"))
 
 
+def test_plan_shows_an_address_that_can_be_used():
+    done = tercet("plan", "configs/local.yaml", "--set", "gateway.http.host=::1", COLUMNS="200")
+    assert "gateway at [::1]:8000 (HTTP) and 127.0.0.1:50051 (gRPC)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "code", "want"),
     [
