@@ -122,7 +122,7 @@ def serve(
 
 @app.command()
 def doctor() -> None:
-    """Say what of a spec this machine can run: each transport, and what it lacks."""
+    """Say what this machine can use: each transport, and what is missing for it."""
     from tercet.cluster.doctor import findings
     from tercet.cluster.tables import doctor_table
 
@@ -188,7 +188,8 @@ def chat(
     from tercet.client import Client, chat_loop
 
     client = Client(url or run_file.find_reachable(name).http_url)
-    chat_loop(client, temperature=temperature, max_tokens=max_tokens)
+    if not chat_loop(client, temperature=temperature, max_tokens=max_tokens):
+        raise typer.Exit(1)
 
 
 def _serve(

@@ -56,6 +56,12 @@ def nodes() -> list[Node]:
     return [_node(n) for n in sorted(alive, key=lambda n: (n["NodeID"] != own, n["NodeID"]))]
 
 
+def log_folder() -> str:
+    """Where the processes of this Ray write their logs on this node. Ray has no public word for it before 2.60."""
+    node: Any = ray._private.worker._global_node
+    return str(node.get_logs_dir_path())
+
+
 def servers(gcs_address: str) -> dict[str, str]:
     """Those of Ray's servers that this process depends on: what it is -> host:port."""
     own = ray.get_runtime_context().get_node_id()

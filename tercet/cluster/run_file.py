@@ -110,7 +110,7 @@ def find(name: str | None) -> Served:
     for one in running:
         if one.name == name:
             return one
-    names = ", ".join(one.name for one in running) or "none"
+    names = ", ".join(one.name for one in running)
     which = (
         f"no cluster named {name} is"
         if name
@@ -118,7 +118,7 @@ def find(name: str | None) -> Served:
         if running
         else "no cluster is"
     )
-    raise ClusterError(f"{which} served on this machine (served: {names})")
+    raise ClusterError(f"{which} served on this machine" + (f" (served: {names})" if names else ""))
 
 
 def end(name: str | None, timeout_s: float) -> str:

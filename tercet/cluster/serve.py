@@ -48,6 +48,7 @@ def serve(
     with RunFile(spec.name) as run_file:
         if not asyncio.run(_Serving(spec, signals, report, run_file).run(ready, visit)):
             raise KeyboardInterrupt
+    report(f"cluster {spec.name} is down")
 
 
 class _Serving:
@@ -66,6 +67,7 @@ class _Serving:
         async with AsyncExitStack() as ends:
             starting = asyncio.create_task(self._start(ends))
             if not await _until(starting, self._signals.stop):
+                self._report("ending before it stands")
                 return False
             controller = starting.result()
             ready(controller.gateway_info)
@@ -143,6 +145,8 @@ class _Serving:
             ending = asyncio.create_task(controller.shut_down(reason))
             if isinstance(error, RayLost):
                 self._report(f"draining: {reason}")
+            elif not reason:
+                self._report("draining; once more ends at once")
             if not await _until(ending, self._signals.kill):
                 await controller.end_now()
 

@@ -39,7 +39,7 @@ def _place(node: Node) -> str:
 
 def doctor_table(findings: Sequence[Finding]) -> Table:
     table = Table(title="what this machine can use")
-    for column in ("what", "", "why"):
+    for column in ("what", "usable", "why"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         table.add_row(finding.name, "yes" if finding.good else "no", finding.told)

@@ -58,7 +58,7 @@ def test_plan_shows_an_address_that_can_be_used():
         (["serve", "configs/local.yaml", "--ready-file=/none/x"], 2, "--ready-file /none/x: cannot be written"),
         (["serve", "configs/local.yaml", "--ready-file=/tmp"], 2, "--ready-file /tmp: cannot be written"),
         (["validate", "configs/local.yaml", "--set", "model.source=package:nope"], 1, "'nope' is not installed"),
-        (["down", "--name", "nobody"], 1, "no cluster named nobody is served"),
+        (["down", "--name", "nobody"], 1, "no cluster named nobody is served on this machine\n"),
         (["status", "--name", "nobody"], 1, "no cluster named nobody is served"),
     ],
 )
@@ -106,6 +106,7 @@ def test_doctor_names_every_transport_and_what_it_lacks(monkeypatch):
     monkeypatch.setattr(NixlTransport, "missing", classmethod(lambda cls: "the nixl library is not installed"))
     shown = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
+    assert "usable" in shown.output
     for cls in ALL:
         assert f"transport {cls.name}" in shown.output
     assert "the nixl library is not installed; or, in a checkout, `make extras`" in shown.output

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 
-from tercet.cluster import reconcile
+from tercet.cluster import launcher, reconcile
 from tercet.cluster.controller import Controller
 from tercet.cluster.launcher import Actor
 from tercet.cluster.reconcile import GATEWAY, Member, Publish, Start, State, diff
@@ -314,3 +315,10 @@ async def test_a_call_is_cancelled_also_as_its_answer_comes():
     task.cancel()
     await asyncio.wait([task], timeout=1)
     assert task.cancelled()
+
+
+def test_a_death_names_the_folder_of_its_log(monkeypatch):
+    monkeypatch.setattr(launcher, "log_folder", lambda: "/somewhere/logs")
+    assert str(launcher._death("decode-0", RayActorError())).endswith(
+        "; while Ray runs, its node keeps its log in /somewhere/logs"
+    )
