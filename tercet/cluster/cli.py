@@ -42,7 +42,7 @@ Url = Annotated[str | None, typer.Option(help="Base URL of the endpoint; default
 
 
 def main() -> None:
-    """Entry point. A TercetError is one line on stderr, never a traceback."""
+    """Entry point. A TercetError is a line on stderr, never a traceback."""
     output.open_closed()
     code: str | int | None = 0
     try:
@@ -50,7 +50,8 @@ def main() -> None:
     except SystemExit as end:
         code = end.code
     except TercetError as error:
-        output.report(str(error))
+        for line in str(error).splitlines():  # several faults of a spec; else it is one
+            output.report(line)
         code = 2 if isinstance(error, SpecError) else 1
     except KeyboardInterrupt:
         code = 130

@@ -1,6 +1,7 @@
 """Reads a cluster spec: YAML and `--set` overrides in, a checked ClusterSpec out.
 
-Every fault becomes one SpecError of one line: `configs/x.yaml:12: roles.decode.replicas: must be at least 1, got 0`.
+Faults become one SpecError, a line each, in the file's order:
+`configs/x.yaml:12: roles.decode.replicas: must be at least 1, got 0`.
 """
 
 from __future__ import annotations
@@ -56,14 +57,17 @@ def _validate(tree: YamlTree) -> ClusterSpec:
         # JSON mode, because in it a strict enum takes its value's text.
         return ClusterSpec.model_validate_json(json.dumps(tree.data))
     except ValidationError as error:
-        faults = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")  # typos first
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise SpecError(_located(tree, _explain(faults[0])) + more) from error
+        faults = sorted(map(_explain, error.errors(include_url=False)), key=lambda fault: tree.order(_path(fault)))
+        raise SpecError("\n".join(_located(tree, fault) for fault in faults)) from error
 
 
 def _located(tree: YamlTree, fault: str) -> str:
     """Put file and line before a fault that reads `dotted.path: what is wrong`."""
-    return f"{tree.where(fault.partition(':')[0].split('.'))}: {fault}"
+    return f"{tree.where(_path(fault))}: {fault}"
+
+
+def _path(fault: str) -> list[str]:
+    return fault.partition(":")[0].split(".")
 
 
 def _explain(fault: ErrorDetails) -> str:
