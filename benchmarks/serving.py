@@ -206,8 +206,14 @@ def parse_goodput(pairs: Sequence[str]) -> dict[str, float]:
 
 
 async def first_model(base_url: str) -> str:
-    async with aiohttp.ClientSession() as session, session.get(f"{base_url}/v1/models") as response:
-        return str((await response.json())["data"][0]["id"])
+    """Ends the program with a line if there is no such server."""
+    try:
+        async with aiohttp.ClientSession() as session, session.get(f"{base_url}/v1/models") as response:
+            return str((await response.json())["data"][0]["id"])
+    except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(
+            f"{base_url} names no model ({type(error).__name__}: {error}); is a server running?"
+        ) from error
 
 
 def main(

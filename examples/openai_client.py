@@ -9,7 +9,10 @@ import openai
 
 base_url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none") as client:
-    model = client.models.list().data[0].id
+    try:
+        model = client.models.list().data[0].id
+    except openai.APIConnectionError as error:
+        sys.exit(f"{base_url}: {error}")
     answer = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": "What is the capital of France?"}],

@@ -177,8 +177,12 @@ class Client:
             raise NoWorkers(f"cannot reach {self._url.geturl()}: {error}; is `tercet serve` running?") from error
 
 
-def chat_loop(client: Client, console: Console | None = None, **params: Any) -> None:
-    """Read a line, stream the answer, remember both; an empty line or the end of input ends it."""
+def chat_loop(client: Client, console: Console | None = None, **params: Any) -> bool:
+    """Read a line, stream the answer, remember both; an empty line or the end of input ends it.
+
+    -> whether every line was answered.
+    """
+    answered = True
     console = console or Console()
     history: list[dict[str, str]] = []
     console.print("Chat with the model; an empty line ends it.", style="dim")
@@ -189,6 +193,8 @@ def chat_loop(client: Client, console: Console | None = None, **params: Any) -> 
         except TercetError as error:
             history.pop()
             console.print(f"{error.code()}: {error}", style="red", markup=False)
+            answered = False
+    return answered
 
 
 def _ask(console: Console) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tercet.roles.gateway.gateway import GatewayInfo
 
 
+LOOK_EVERY_S = 0.1  # for the raylet; Ray's own look, which ends a process without a word, comes every second
+LAST_WORD_S = 2.0
 STOP_TIMEOUT_S = 5.0
 LAST_ANSWER_S = 0.5  # between the end of `stop` and that of the process, for saying so
 
@@ -31,11 +33,14 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
-async def end_with_raylet() -> None:
+async def end_with_raylet(last_word: Callable[[], Awaitable[None]] | None = None) -> None:
     """Ray may leave an async actor running when its raylet is killed; it would hold its ports and memory for ever."""
     parent = os.getppid()
     while os.getppid() == parent:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(LOOK_EVERY_S)
+    if last_word is not None:
+        asyncio.get_running_loop().call_later(LAST_WORD_S, os._exit, 1)
+        await last_word()
     os._exit(1)
 
 
@@ -84,8 +89,8 @@ class GatewayActor:
     async def start(self) -> GatewayInfo:
         from tercet.roles.gateway.gateway import Gateway
 
-        self._watch = asyncio.create_task(end_with_raylet())
         self._gateway = Gateway(self._spec, self._token)
+        self._watch = asyncio.create_task(end_with_raylet(self._gateway.stop))
         self._info = await self._gateway.start()
         return self._info
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tercet.cluster import bounded
+from tercet.cluster import bounded, output, run_file
 from tercet.cluster.spec_file import load_spec
 from tercet.errors import SpecError, TercetError
 from tercet.spec import ClusterSpec
@@ -42,14 +42,16 @@ Url = Annotated[str | None, typer.Option(help="Base URL of the endpoint; default
 
 
 def main() -> None:
-    """Entry point. A TercetError is one line on stderr, never a traceback."""
+    """Entry point. A TercetError is a line on stderr, never a traceback."""
+    output.open_closed()
     code: str | int | None = 0
     try:
         app()
     except SystemExit as end:
         code = end.code
     except TercetError as error:
-        print(f"tercet: {error}", file=sys.stderr)  # noqa: T201
+        for line in str(error).splitlines():  # several faults of a spec; else it is one
+            output.report(line)
         code = 2 if isinstance(error, SpecError) else 1
     except KeyboardInterrupt:
         code = 130
@@ -72,6 +74,8 @@ def _options(
 def validate(spec: SpecPath, settings: Settings = None) -> None:
     """Check a spec; start nothing."""
     checked = load_spec(spec, settings or ())
+    if checked.ray.address == "local":
+        _refuse_missing_transport(checked)
     roles = ", ".join(f"{role.replicas} {name}" for name, role in checked.roles.items())
     typer.echo(f"{spec} is valid: cluster {checked.name}, topology {checked.topology}, {roles}")
 
@@ -84,6 +88,7 @@ def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> 
 
     checked = load_spec(spec, settings or ())
     if address is None:
+        _refuse_missing_transport(checked)
         nodes = [roles.local_node(checked)]
     else:
         from tercet.cluster import remote
@@ -103,17 +108,22 @@ def serve(
 ) -> None:
     """Start a cluster and serve until Ctrl-C or `tercet down`."""
 
+    checked = load_spec(spec, settings or ())
+    if ready_file is not None and not _can_be_written(ready_file):
+        raise SpecError(f"--ready-file {ready_file}: cannot be written")
+
     def ready(info: GatewayInfo) -> None:
         _announce(info)
         if ready_file is not None:
-            ready_file.write_text(f"{info.http_url}\n")
+            with run_file.reaching(ready_file):
+                ready_file.write_text(f"{info.http_url}\n")
 
-    _serve(load_spec(spec, settings or ()), ready, None)
+    _serve(checked, ready, None)
 
 
 @app.command()
 def doctor() -> None:
-    """Say what of a spec this machine can run: each transport, and what it lacks."""
+    """Say what this machine can use: each transport, and what is missing for it."""
     from tercet.cluster.doctor import findings
     from tercet.cluster.tables import doctor_table
 
@@ -135,15 +145,13 @@ def down(
     timeout: Annotated[float, typer.Option(help="Seconds to wait until it is gone.")] = 60.0,
 ) -> None:
     """Drain a cluster that another process serves, and end it."""
-    from tercet.cluster import run_file
-
     if address is None:
         ended = run_file.end(name, timeout)
     else:
         from tercet.cluster import remote
 
         ended = remote.down(name, address, timeout)
-    typer.echo(f"cluster {ended} is down")
+    output.say(f"cluster {ended} is down")
 
 
 @app.command()
@@ -153,7 +161,6 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a running cluster's members and their loads."""
-    from tercet.cluster import run_file
     from tercet.cluster.tables import pairs_table, status_table
 
     if address is None:
@@ -180,10 +187,10 @@ def chat(
 ) -> None:
     """Talk to a running cluster."""
     from tercet.client import Client, chat_loop
-    from tercet.cluster import run_file
 
     client = Client(url or run_file.find_reachable(name).http_url)
-    chat_loop(client, temperature=temperature, max_tokens=max_tokens)
+    if not chat_loop(client, temperature=temperature, max_tokens=max_tokens):
+        raise typer.Exit(1)
 
 
 def _serve(
@@ -191,16 +198,25 @@ def _serve(
 ) -> None:
     from tercet.cluster.signals import Signals
 
-    signals = Signals(_report)
+    signals = Signals(output.report)
     signals.install()  # before Ray is imported, which takes its time
     from tercet.cluster.serve import serve as serve_cluster
 
-    serve_cluster(spec, signals, _report, ready, visit)
+    serve_cluster(spec, signals, output.report, ready, visit)
+
+
+def _refuse_missing_transport(spec: ClusterSpec) -> None:
+    from tercet.cluster.preflight import refuse_missing_transport
+
+    refuse_missing_transport(spec)
+
+
+def _can_be_written(path: Path) -> bool:
+    """Without making it: who waits for it takes that for the word."""
+    if path.exists():
+        return not path.is_dir() and os.access(path, os.W_OK)
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def _announce(info: GatewayInfo) -> None:
-    typer.echo(f"ready: {info.http_url} (OpenAI), {info.grpc_address} (gRPC)")
-
-
-def _report(line: str) -> None:
-    typer.echo(f"tercet: {line}", err=True)
+    output.say(f"ready: {info.http_url} (OpenAI), {info.grpc_address} (gRPC)")

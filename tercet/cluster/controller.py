@@ -18,14 +18,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tercet.cluster import reconcile
+from tercet.cluster.race import first
 from tercet.cluster.reconcile import GATEWAY, Action, Member, Publish, Start, State
 from tercet.core import WorkerInfo
-from tercet.errors import ClusterError, TercetError
+from tercet.errors import ClusterError, TercetError, WorkerLost
 from tercet.spec import ClusterSpec
 
 LOOK_EVERY_S = 0.3
 ASK_PORTS_EVERY_S = 2.0
 STOP_TIMEOUT_S = 5.0
+DEAF_AFTER_S = 3.0  # a member that is silent for so long will not drain: it is stopped, or hangs
 LAST_WORD_S = 2.0  # for telling members that they end now
 
 
@@ -119,11 +121,10 @@ class Controller:
     async def shut_down(self, reason: str = "") -> None:
         """Drain what runs, then end it all; each step has a deadline, so this ends too. Clients are told the reason."""
         await self._cancel_tasks()
-        timeout_s = self._spec.limits.drain_timeout_s
         words = (reason,) if reason else ()
-        await self._tell([GATEWAY], "drain", timeout_s, *words, timeout_s=timeout_s + STOP_TIMEOUT_S)
-        workers = [m for m in self._slots if m != GATEWAY]
-        await self._tell(workers, "drain", timeout_s, timeout_s=timeout_s + STOP_TIMEOUT_S)
+        if GATEWAY in self._alive():  # its streams need the workers, so who is silent meanwhile is ended
+            await first(self._drain(GATEWAY, *words), self._until_all_are_silent())
+        await asyncio.gather(*(self._drain(member_id) for member_id in self._alive() if member_id != GATEWAY))
         await self._stop(STOP_TIMEOUT_S)
 
     async def end_now(self) -> None:
@@ -131,8 +132,35 @@ class Controller:
         await self._cancel_tasks()
         await self._stop(LAST_WORD_S)
 
+    async def _drain(self, member_id: str, *words: str) -> None:
+        timeout_s = self._spec.limits.drain_timeout_s
+        call = self._actor(member_id).call("drain", timeout_s, *words, timeout_s=timeout_s + STOP_TIMEOUT_S)
+        await self._while_heard(member_id, call)
+
+    async def _until_all_are_silent(self) -> None:
+        """Of the workers."""
+        workers = [member_id for member_id in self._alive() if member_id != GATEWAY]
+        await asyncio.gather(*(self._while_heard(member_id, asyncio.Event().wait()) for member_id in workers))
+
+    async def _while_heard(self, member_id: str, work: Coroutine[Any, Any, Any]) -> None:
+        """Do the work unless the member says nothing meanwhile: then it is ended. A fault is named."""
+        slot, actor = self._slots[member_id], self._actor(member_id)
+        try:
+            await first(work, self._watch_health(slot, actor, DEAF_AFTER_S))
+        except TercetError as error:
+            self._report(f"while it drains: {error}")
+            if isinstance(error, WorkerLost):
+                slot.member = reconcile.lost(slot.member, str(error), time.monotonic())
+                await actor.kill()
+
     async def _stop(self, timeout_s: float) -> None:
-        await self._tell(list(self._slots), "stop", timeout_s=timeout_s)
+        """Ask all at once; who does not do it is named, and killed like all."""
+        calls = [self._actor(member_id).call("stop", timeout_s=timeout_s) for member_id in self._alive()]
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, TercetError):
+                self._report(f"stop: {outcome}")
+            elif isinstance(outcome, BaseException):
+                raise outcome
         await asyncio.gather(*(slot.actor.kill() for slot in self._slots.values() if slot.actor is not None))
         self._slots.clear()
 
@@ -171,7 +199,8 @@ class Controller:
             if member_id == GATEWAY:
                 self._gateway_is_up(slot.info)
             self._changed.set()
-            await _first_fault(self._watch_health(slot, slot.actor), self._watch_ports(slot))
+            deadline_s = self._spec.ray.health_deadline_s
+            await first(self._watch_health(slot, slot.actor, deadline_s), self._watch_ports(slot))
         except TercetError as error:
             self._lost(member_id, slot, error)
             if slot.actor is not None:
@@ -179,9 +208,10 @@ class Controller:
         finally:
             self._changed.set()
 
-    async def _watch_health(self, slot: Slot, actor: Running) -> None:
+    async def _watch_health(self, slot: Slot, actor: Running, deadline_s: float) -> None:
+        """Return never. Raises TercetError."""
         while True:
-            slot.status = await actor.call("health", timeout_s=self._spec.ray.health_deadline_s)
+            slot.status = await actor.call("health", timeout_s=deadline_s)
             self._changed.set()
             await asyncio.sleep(LOOK_EVERY_S)
 
@@ -209,26 +239,21 @@ class Controller:
 
     async def _publish(self, gateway: Slot, epochs: Mapping[str, int]) -> None:
         infos: list[WorkerInfo] = [self._slots[worker_id].info for worker_id in epochs]
-        assert gateway.actor is not None, "only a live gateway is published to"
         try:
-            await gateway.actor.call("set_workers", infos, timeout_s=self._spec.ray.health_deadline_s)
+            await self._actor(GATEWAY).call("set_workers", infos, timeout_s=self._spec.ray.health_deadline_s)
         except TercetError as error:
             self._report(f"the gateway was not told of a change: {error}")  # its health watch decides what follows
             return
         gateway.told = epochs
 
-    async def _tell(self, members: Sequence[str], method: str, *args: object, timeout_s: float) -> None:
-        """Ask all at once; who does not do it is named, and killed later like all."""
-        calls: list[Coroutine[Any, Any, Any]] = []
-        for member_id in members:
-            slot = self._slots.get(member_id)
-            if slot is not None and slot.actor is not None and slot.member.state is State.LIVE:
-                calls.append(slot.actor.call(method, *args, timeout_s=timeout_s))
-        for outcome in await asyncio.gather(*calls, return_exceptions=True):
-            if isinstance(outcome, TercetError):
-                self._report(f"{method}: {outcome}")
-            elif isinstance(outcome, BaseException):
-                raise outcome
+    def _alive(self) -> list[str]:
+        return [member_id for member_id, slot in self._slots.items() if slot.member.state is State.LIVE]
+
+    def _actor(self, member_id: str) -> Running:
+        """Of a member that was launched."""
+        actor = self._slots[member_id].actor
+        assert actor is not None
+        return actor
 
     async def _cancel_tasks(self) -> None:
         tasks = [task for task in (self._home, *(slot.task for slot in self._slots.values())) if task is not None]
@@ -237,25 +262,11 @@ class Controller:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _ready(self) -> bool:
-        live = [member_id for member_id, slot in self._slots.items() if slot.member.state is State.LIVE]
-        return len(live) == len(self._target) and bool(self._gateway.status.get("ready"))
+        return len(self._alive()) == len(self._target) and bool(self._gateway.status.get("ready"))
 
     def _why_not_ready(self) -> str:
         waiting = [f"{m} is {s.member.state}" for m, s in self._slots.items() if s.member.state is not State.LIVE]
         return "; ".join(waiting) or str(self._gateway.status.get("reason", "the gateway says nothing"))
-
-
-async def _first_fault(*works: Coroutine[Any, Any, None]) -> None:
-    """Run all until one raises; that is raised, and the others are cancelled."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _next_try(slot: Slot) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from tercet.transfer.transports import ALL
 
+EXTRAS = {"nixl", "ucx"}  # what that target installs
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -23,6 +25,8 @@ def findings() -> list[Finding]:
 
 
 def _transport(name: str, missing: str | None) -> Finding:
+    if missing is not None and name in EXTRAS:
+        missing += "; or, in a checkout, `make extras`"
     return Finding(f"transport {name}", missing is None, missing or "can be used")
 
 

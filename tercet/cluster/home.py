@@ -1,4 +1,4 @@
-"""Whether the Ray that a controller stands on still does: its control store (GCS) and the node of this process.
+"""Whether the Ray that a controller joins or stands on still does: its control store (GCS) and the node below us.
 
 Without them nothing can be started or replaced, and Ray ends processes at a time of its own. Requests need neither.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from tercet.cluster import bounded, ray_address
 from tercet.errors import RayLost
 
+GCS = "Ray's control store (GCS)"
 WATCH_EVERY_S = 1.0
 ASK_TIMEOUT_S = 2.0
 
@@ -19,8 +20,12 @@ ASK_TIMEOUT_S = 2.0
 class Home:
     """Each of Ray's servers (what it is -> host:port) may be silent for `deadline_s`; `report` hears of it at once."""
 
-    def __init__(self, servers: Mapping[str, str], deadline_s: float, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, servers: Mapping[str, str], deadline_s: float, report: Callable[[str], None], node_of: str = ""
+    ) -> None:
+        """node_of: the GCS whose node must run on this machine, while the node's address is not known yet."""
         self._servers = servers
+        self._node_of = node_of
         self._deadline_s = deadline_s
         self._report = report
 
@@ -44,6 +49,8 @@ class Home:
             answer = await bounded.wait(f"asking {name}", 2 * ASK_TIMEOUT_S, ray_address.ask, address, ASK_TIMEOUT_S)
             if answer.silent:
                 return f"{name} at {address} does not answer ({answer.status}: {answer.details})"
+        if self._node_of and not ray_address.owners(self._node_of):
+            return f"the node (raylet) of the Ray at {self._node_of} does not run"
         return ""
 
     def _tell(self, fault: str) -> None:

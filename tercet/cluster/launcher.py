@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from tercet.cluster import bounded, ports
 from tercet.cluster.actors import GatewayActor, WorkerActor
 from tercet.cluster.home import Home
-from tercet.cluster.ray_runtime import NAMESPACE
+from tercet.cluster.ray_runtime import NAMESPACE, log_folder
 from tercet.cluster.reconcile import GATEWAY
 from tercet.errors import ClusterError, TercetError, WorkerLost
 from tercet.placement.roles import Assignment, Node, Placement
@@ -178,7 +178,7 @@ def _death(member_id: str, error: RayActorError) -> TercetError:
     text = " ".join(str(error).split())
     why = re.search(r"Worker exit type: \w+|node has died|node was terminated", text)
     cause = why[0] if why else text.partition(" class_name")[0]
-    return WorkerLost(f"{member_id} died ({cause}); while Ray runs, its log is in Ray's session folder")
+    return WorkerLost(f"{member_id} died ({cause}); while Ray runs, its node keeps its log in {log_folder()}")
 
 
 def _first_line(error: BaseException) -> str:

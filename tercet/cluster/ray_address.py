@@ -140,7 +140,8 @@ def _runs_here(address: str) -> bool:
 
 def owners(address: str) -> set[int]:
     """The users whose raylets on this machine belong to the Ray at that address."""
-    return {uid for uid, arguments in _commands() if f"--gcs-address={address}".encode() in arguments}
+    wanted = f"--gcs-address={address}".encode()
+    return {uid for uid, (name, *more) in _commands() if name.endswith(b"raylet") and wanted in more}
 
 
 def _commands() -> Iterator[tuple[int, list[bytes]]]:

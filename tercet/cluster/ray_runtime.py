@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from tercet.cluster import bounded
+from tercet.cluster.home import GCS
 from tercet.cluster.ray_address import resolve
 from tercet.errors import ClusterError
 from tercet.placement.roles import Node
@@ -55,12 +56,18 @@ def nodes() -> list[Node]:
     return [_node(n) for n in sorted(alive, key=lambda n: (n["NodeID"] != own, n["NodeID"]))]
 
 
+def log_folder() -> str:
+    """Where the processes of this Ray write their logs on this node. Ray has no public word for it before 2.60."""
+    node: Any = ray._private.worker._global_node
+    return str(node.get_logs_dir_path())
+
+
 def servers(gcs_address: str) -> dict[str, str]:
     """Those of Ray's servers that this process depends on: what it is -> host:port."""
     own = ray.get_runtime_context().get_node_id()
     node = next(n for n in ray.nodes() if n["NodeID"] == own)  # type: ignore[no-untyped-call]
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-    return {"Ray's control store (GCS)": gcs_address, "the Ray node of this process": address}
+    return {GCS: gcs_address, "the Ray node of this process": address}
 
 
 def _node(found: dict[str, Any]) -> Node:

@@ -58,7 +58,7 @@ def _pick(name: str | None, address: str) -> str:
     if name in known:
         return name
     which = f"no cluster named {name}" if name else "say by --name which cluster:" if known else "no cluster"
-    raise ClusterError(f"{which} in the Ray at {address} (there: {', '.join(known) or 'none'})")
+    raise ClusterError(f"{which} in the Ray at {address}" + (f" (there: {', '.join(known)})" if known else ""))
 
 
 def _ask(cluster: str, method: str) -> Any:

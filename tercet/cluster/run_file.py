@@ -1,7 +1,8 @@
 """Which clusters are served on this machine: one file each, locked for as long as its controller lives.
 
 The lock, not the file, says that a cluster runs; so a file that a killed controller left behind means nothing, but that
-the folder of its Ray may be left behind too.
+the folder of its Ray may be left behind too. Who makes, writes, reads or removes a file holds the folder's own lock for
+that moment, so nobody sees a file half written, or takes a reader's look for a controller.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import json
 import os
 import signal
 import stat
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +49,21 @@ class RunFile:
         self._path = self.folder / f"{name}.json"
 
     def __enter__(self) -> Self:
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with reaching(self._path):
+            with _alone_in(self.folder):
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                self._lock()
+            before = _parse(os.pread(self._fd, MAX_BYTES, 0))
+        if before is not None and before.ray_folder:  # its keeper should have done it, unless that was killed too
+            keeper.clear_abandoned(Path(before.ray_folder), before.ray_session)
+        try:
+            self.write(Served(self._name, os.getpid()))
+        except ClusterError:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -58,24 +72,26 @@ class RunFile:
                 f"a cluster named {self._name} is already served on this machine; end it with "
                 f"`tercet down --name {self._name}` or serve this one with --set name=OTHER"
             ) from error
-        before = _parse(os.pread(self._fd, MAX_BYTES, 0))
-        if before is not None and before.ray_folder:  # its keeper should have done it, unless that was killed too
-            keeper.clear_abandoned(Path(before.ray_folder), before.ray_session)
-        self.write(Served(self._name, os.getpid()))
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), _alone_in(self.folder):  # without its lock the file means nothing
+            self._path.unlink()
         os.close(self._fd)
 
     def write(self, served: Served) -> None:
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps(asdict(served)).encode(), 0)
+        """Raises ClusterError, and leaves what stood there, if the disk is full."""
+        text = json.dumps(asdict(served)).encode()
+        with reaching(self._path), _alone_in(self.folder):
+            os.pwrite(self._fd, text, 0)  # before it is cut: the room that it has is kept
+            os.ftruncate(self._fd, len(text))
 
 
 def served() -> list[Served]:
     """The clusters that are served on this machine by this user, by name."""
-    return [found for path in sorted(_folder().glob("*.json")) if (found := _read(path)) is not None]
+    folder = _folder()
+    with _alone_in(folder):
+        paths = [path for path in sorted(folder.glob("*.json")) if stat.S_ISREG(path.lstat().st_mode)]
+        return [found for path in paths if (found := _read(path)) is not None]
 
 
 def find_reachable(name: str | None) -> Served:
@@ -94,7 +110,7 @@ def find(name: str | None) -> Served:
     for one in running:
         if one.name == name:
             return one
-    names = ", ".join(one.name for one in running) or "none"
+    names = ", ".join(one.name for one in running)
     which = (
         f"no cluster named {name} is"
         if name
@@ -102,7 +118,7 @@ def find(name: str | None) -> Served:
         if running
         else "no cluster is"
     )
-    raise ClusterError(f"{which} served on this machine (served: {names})")
+    raise ClusterError(f"{which} served on this machine" + (f" (served: {names})" if names else ""))
 
 
 def end(name: str | None, timeout_s: float) -> str:
@@ -124,12 +140,23 @@ def wait_gone(name: str, gone: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
+@contextlib.contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Raises ClusterError for what the system says of that path."""
+    try:
+        yield
+    except OSError as error:
+        raise ClusterError(f"{path} cannot be used: {error.strerror}") from error
+
+
 def _folder() -> Path:
-    """Where the files lie. Raises ClusterError if others may have put something there."""
-    folder = Path(tempfile.gettempdir()) / f"tercet-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
+    """Where the files lie: always in the same place, also while the disk is full. Raises ClusterError if it cannot be
+    used, or if others may have put something there."""
+    folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"tercet-{os.getuid()}"  # noqa: S108, checked below
+    with reaching(folder):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise ClusterError(f"{folder} is no folder; remove it or set TMPDIR")
     if found.st_uid != os.getuid():
@@ -140,18 +167,26 @@ def _folder() -> Path:
     return folder
 
 
-def _read(path: Path) -> Served | None:
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """For a moment: nobody holds this lock while waiting for anything."""
+    fd = os.open(folder, os.O_RDONLY)
     try:
-        with path.open("rb") as file:
-            return _parse(file.read(MAX_BYTES)) if _locked(file.fileno()) else None
-    except FileNotFoundError:  # it has just ended
-        return None
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path) -> Served | None:
+    with reaching(path), path.open("rb") as file:
+        return _parse(file.read(MAX_BYTES)) if _locked(file.fileno()) else None
 
 
 def _parse(text: bytes) -> Served | None:
     try:
         return Served(**json.loads(text))
-    except (ValueError, TypeError):  # it is just being written, or by another version
+    except (ValueError, TypeError):  # of another version, or left by one who was killed before he wrote
         return None
 
 

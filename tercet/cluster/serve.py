@@ -15,12 +15,14 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tercet.cluster import bounded, local_ray, ray_address
+from tercet.cluster import bounded, local_ray, preflight, ray_address
 from tercet.cluster.controller import Controller
+from tercet.cluster.home import GCS, Home
 from tercet.cluster.local_ray import LocalRay
-from tercet.cluster.run_file import RunFile, Served
+from tercet.cluster.race import first
+from tercet.cluster.run_file import RunFile, Served, reaching
 from tercet.errors import ClusterError, RayLost, TercetError
-from tercet.placement.roles import local_node, plan
+from tercet.placement.roles import Placement, local_node, plan
 from tercet.spec import ClusterSpec
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def serve(
     with RunFile(spec.name) as run_file:
         if not asyncio.run(_Serving(spec, signals, report, run_file).run(ready, visit)):
             raise KeyboardInterrupt
+    report(f"cluster {spec.name} is down")
 
 
 class _Serving:
@@ -64,6 +67,7 @@ class _Serving:
         async with AsyncExitStack() as ends:
             starting = asyncio.create_task(self._start(ends))
             if not await _until(starting, self._signals.stop):
+                self._report("ending before it stands")
                 return False
             controller = starting.result()
             ready(controller.gateway_info)
@@ -71,10 +75,27 @@ class _Serving:
         return True
 
     async def _start(self, ends: AsyncExitStack) -> Controller:
-        address = await self._find_ray() or await self._start_ray(ends)
-        from tercet.cluster import ray_runtime, remote  # only now: Ray reads its environment when it is imported
-        from tercet.cluster.home import Home
-        from tercet.cluster.launcher import Launcher
+        start_s = self._spec.ray.start_timeout_s
+        await bounded.wait("looking at the model", start_s, preflight.check, self._spec, self._report)
+        address = await self._find_ray()
+        ours = "" if address is not None else await self._start_ray(ends)
+        address = address or ours
+        # Ray itself would wait long for a server that has died, and then not say which.
+        home = Home({GCS: address}, self._spec.ray.lost_after_s, self._report, node_of=ours)
+        placement, servers = await first(self._join(address, ends), home.watch())
+        from tercet.cluster.launcher import Launcher  # only now: Ray reads its environment when it is imported
+
+        home = Home(servers, self._spec.ray.lost_after_s, self._report)
+        launcher = Launcher(self._spec, placement, secrets.token_hex(16), home)
+        workers = [w.worker_id for w in placement.workers]
+        controller = Controller(self._spec, workers, launcher, self._report, self._gateway_is_up)
+        ends.push_async_exit(self._ending(controller))
+        await controller.bring_up()
+        return controller
+
+    async def _join(self, address: str, ends: AsyncExitStack) -> tuple[Placement, dict[str, str]]:
+        """-> who runs where, and the servers of Ray that we depend on."""
+        from tercet.cluster import ray_runtime, remote
 
         await bounded.wait(f"joining the Ray at {address}", JOIN_TIMEOUT_S, ray_runtime.connect, address)
         ends.push_async_exit(_leaving(ray_runtime.disconnect))
@@ -83,13 +104,7 @@ class _Serving:
         nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray_runtime.nodes)
         placement = plan(self._spec, nodes)
         servers = await bounded.wait("asking Ray for its servers", ASK_TIMEOUT_S, ray_runtime.servers, address)
-        home = Home(servers, self._spec.ray.lost_after_s, self._report)
-        launcher = Launcher(self._spec, placement, secrets.token_hex(16), home)
-        workers = [w.worker_id for w in placement.workers]
-        controller = Controller(self._spec, workers, launcher, self._report, self._gateway_is_up)
-        ends.push_async_exit(self._ending(controller))
-        await controller.bring_up()
-        return controller
+        return placement, servers
 
     async def _find_ray(self) -> str | None:
         wanted = self._spec.ray.address
@@ -101,9 +116,11 @@ class _Serving:
         return address
 
     async def _start_ray(self, ends: AsyncExitStack) -> str:
-        ray = LocalRay(self._run_file.folder)
-        ends.push_async_callback(bounded.wait, "the end of Ray", local_ray.STOP_TIMEOUT_S, ray.stop)
-        ray.start(int(local_node(self._spec).resources["CPU"]))
+        preflight.refuse_missing_transport(self._spec)
+        with reaching(self._run_file.folder):
+            ray = LocalRay(self._run_file.folder)
+            ends.push_async_callback(bounded.wait, "the end of Ray", local_ray.STOP_TIMEOUT_S, ray.stop)
+            ray.start(int(local_node(self._spec).resources["CPU"]))
         self._note(ray_folder=str(ray.folder), ray_session=ray.session)
         os.environ.update(ray.environment)
         address = await bounded.wait("Ray's start", self._spec.ray.start_timeout_s, ray.address)
@@ -128,6 +145,8 @@ class _Serving:
             ending = asyncio.create_task(controller.shut_down(reason))
             if isinstance(error, RayLost):
                 self._report(f"draining: {reason}")
+            elif not reason:
+                self._report("draining; once more ends at once")
             if not await _until(ending, self._signals.kill):
                 await controller.end_now()
 
@@ -139,9 +158,12 @@ class _Serving:
         self._note(http_url=info.http_url)
 
     def _note(self, **known: Any) -> None:
-        """Keep the run file true."""
+        """Keep the run file true. It is for `status` and `down`: what runs does not end for it."""
         self._served = replace(self._served, **known)
-        self._run_file.write(self._served)
+        try:
+            self._run_file.write(self._served)
+        except ClusterError as error:
+            self._report(str(error))
 
 
 def _leaving(disconnect: Callable[[], None]) -> Ending:

@@ -47,8 +47,7 @@ class Signals:
         now = time.monotonic()
         if not self.stop.is_set():
             self._first = now
-            self._report("draining; once more ends at once")
             self.stop.set()
         elif now - self._first >= SAME_WORD_S and not self.kill.is_set():
+            self.kill.set()  # first, as nothing that is only said may come between
             self._report("ending at once")
-            self.kill.set()

@@ -1,6 +1,7 @@
 """Reads a cluster spec: YAML and `--set` overrides in, a checked ClusterSpec out.
 
-Every fault becomes one SpecError of one line: `configs/x.yaml:12: roles.decode.replicas: must be at least 1, got 0`.
+Faults become one SpecError, a line each, in the file's order:
+`configs/x.yaml:12: roles.decode.replicas: must be at least 1, got 0`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic_core import ErrorDetails
 from tercet.cluster.unbuilt import refuse_unbuilt
 from tercet.cluster.yaml_tree import YamlTree, read_yaml
 from tercet.errors import ModelFileMissing, SpecError, UnsupportedSpec
-from tercet.models.source_path import source_path
+from tercet.models.source_path import PACKAGE, source_path
 from tercet.spec import ClusterSpec
 
 
@@ -40,6 +41,10 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> ClusterSpec:
 def _with_absolute_source(spec: ClusterSpec, tree: YamlTree) -> ClusterSpec:
     try:
         path = source_path(spec.model.source)
+        if spec.model.source.startswith(PACKAGE):
+            from tercet.models.sources import locate  # only now: huggingface_hub, numpy
+
+            locate(spec.model)
     except ModelFileMissing as error:
         raise ModelFileMissing(_located(tree, f"model.source: {error}")) from error
     if path is None:
@@ -52,14 +57,17 @@ def _validate(tree: YamlTree) -> ClusterSpec:
         # JSON mode, because in it a strict enum takes its value's text.
         return ClusterSpec.model_validate_json(json.dumps(tree.data))
     except ValidationError as error:
-        faults = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")  # typos first
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise SpecError(_located(tree, _explain(faults[0])) + more) from error
+        faults = sorted(map(_explain, error.errors(include_url=False)), key=lambda fault: tree.order(_path(fault)))
+        raise SpecError("\n".join(_located(tree, fault) for fault in faults)) from error
 
 
 def _located(tree: YamlTree, fault: str) -> str:
     """Put file and line before a fault that reads `dotted.path: what is wrong`."""
-    return f"{tree.where(fault.partition(':')[0].split('.'))}: {fault}"
+    return f"{tree.where(_path(fault))}: {fault}"
+
+
+def _path(fault: str) -> list[str]:
+    return fault.partition(":")[0].split(".")
 
 
 def _explain(fault: ErrorDetails) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tercet.placement.roles import Node, Placement, own_labels
 from tercet.spec import ClusterSpec
+from tercet.wire.connections import address
 
 if TYPE_CHECKING:
     from tercet.cluster.doctor import Finding
@@ -18,7 +19,7 @@ def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
     http, grpc = spec.gateway.http, spec.gateway.grpc
     table = Table(
         title=f"cluster {spec.name}: {spec.model.source}, {spec.model.dtype}, topology {spec.topology}",
-        caption=f"gateway at {http.host}:{http.port} (HTTP) and {grpc.host}:{grpc.port} (gRPC)",
+        caption=f"gateway at {address(http.host, http.port)} (HTTP) and {address(grpc.host, grpc.port)} (gRPC)",
     )
     for column in ("member", "pool", "node", "takes", "KV cache"):
         table.add_column(column, overflow="fold")
@@ -38,7 +39,7 @@ def _place(node: Node) -> str:
 
 def doctor_table(findings: Sequence[Finding]) -> Table:
     table = Table(title="what this machine can use")
-    for column in ("what", "", "why"):
+    for column in ("what", "usable", "why"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         table.add_row(finding.name, "yes" if finding.good else "no", finding.told)

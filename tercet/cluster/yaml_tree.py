@@ -33,10 +33,15 @@ class YamlTree:
 
     def where(self, path: Sequence[str]) -> str:
         """Origin of `path`, or of its nearest ancestor that was written down."""
-        for end in range(len(path), 0, -1):
-            if tuple(path[:end]) in self.origins:
-                return self.origins[tuple(path[:end])]
-        return self.source
+        return self.origins.get(self._written(path), self.source)
+
+    def order(self, path: Sequence[str]) -> int:
+        """Grows from the file's first key to its last one, and on through the settings."""
+        return [(), *self.origins].index(self._written(path))
+
+    def _written(self, path: Sequence[str]) -> KeyPath:
+        ancestors = (tuple(path[:end]) for end in range(len(path), 0, -1))
+        return next((ancestor for ancestor in ancestors if ancestor in self.origins), ())
 
     def override(self, setting: str, is_text: Callable[[KeyPath], bool]) -> None:
         """Apply one `key.path=value` as Helm does: the value is YAML, or what stands there where the key wants a text;

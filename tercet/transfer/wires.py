@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import uuid
+from urllib.parse import urlsplit
 
 from tercet.errors import PeerDown, PeerMismatch
 
@@ -24,20 +25,28 @@ def host_id() -> str:
 
 def listen_tcp(host: str) -> tuple[socket.socket, str]:
     """host: an address, with or without `:port`; without, a free one."""
-    name, _, wanted = host.partition(":")
-    sock = socket.create_server((name, int(wanted or 0)), backlog=64)
+    name, wanted = _split(host)
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
+    sock = socket.create_server((name, wanted), family=family, backlog=64)
     bound, port = sock.getsockname()[:2]
-    return sock, f"{bound}:{port}"
+    return sock, f"[{bound}]:{port}" if family == socket.AF_INET6 else f"{bound}:{port}"
 
 
 def dial_tcp(address: str, timeout_s: float) -> socket.socket:
-    host, port = address.rsplit(":", 1)
     try:
-        sock = socket.create_connection((host, int(port)), timeout=timeout_s)
+        sock = socket.create_connection(_split(address), timeout=timeout_s)
     except OSError as error:
         raise PeerDown(f"no transfer connection to {address}: {error}") from error
     tune_tcp(sock)
     return sock
+
+
+def _split(address: str) -> tuple[str, int]:
+    """host, host:port, [IPv6]:port or an IPv6 alone; port 0 if it names none."""
+    if address.count(":") > 1 and not address.startswith("["):
+        return address, 0
+    found = urlsplit(f"//{address}")
+    return found.hostname or "", found.port or 0
 
 
 def tune_tcp(sock: socket.socket) -> None:

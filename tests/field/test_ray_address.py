@@ -74,10 +74,14 @@ def node_of() -> Iterator[Callable[..., None]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(address: str, user: int | None = None) -> None:
-        command = ["/bin/sh", "-c", "read line", f"--gcs-address={address}"]
-        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, user=user))
+        begin("raylet", address, user)
         until(lambda: ray_address.owners(address))  # its command line shows a moment after it runs
 
+    def begin(name: str, address: str, user: int | None = None) -> None:
+        command = [name, "-c", "read line", f"--gcs-address={address}"]
+        started.append(subprocess.Popen(command, executable="/bin/sh", stdin=subprocess.PIPE, user=user))
+
+    start.begin = begin
     yield start
     for process in started:
         process.communicate(b"\n")
@@ -124,6 +128,12 @@ def test_a_ray_that_another_user_runs_is_passed_over(says, node_of, half_ray):
     node_of(half_ray, user=NOBODY)
     assert found()[0] is None
     assert ray_address.owners(half_ray) == {NOBODY}
+
+
+def test_an_agent_that_outlives_its_node_is_no_node(node_of):
+    node_of.begin("python", "127.0.0.1:1")
+    node_of("127.0.0.1:2")
+    assert ray_address.owners("127.0.0.1:1") == set()
 
 
 def of_another_user(path: Path) -> None:
@@ -226,7 +236,7 @@ def tercet(folder: Path, *command: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path / f"tercet-{os.getuid()}"
 
 

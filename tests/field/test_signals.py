@@ -86,6 +86,7 @@ def test_a_stream_ends_whole_when_every_process_is_told_to_end(machine):
     began = time.monotonic()
     assert (story.error, story.tokens) == (None, 60)
     assert ended(served, began) == 0
+    assert served.log.endswith("tercet: draining; once more ends at once\ntercet: cluster all is down\n")
 
 
 @pytest.mark.ray
@@ -123,6 +124,7 @@ def test_a_signal_before_it_stands_leaves_nothing(
     send(served, number)
     assert ended(served, began) == 130
     assert "ready" not in served.log
+    assert "ending before it stands" in served.log
 
 
 def test_a_signal_before_anything_has_begun_is_an_interruption():
@@ -147,8 +149,37 @@ async def test_the_same_word_twice_is_one_word(monkeypatch):
     signals._handle(signal.SIGTERM, None)
     signals._handle(signal.SIGINT, None)
     await asyncio.sleep(0)
-    assert (signals.stop.is_set(), signals.kill.is_set(), len(told)) == (True, False, 1)
+    assert (signals.stop.is_set(), signals.kill.is_set()) == (True, False)
     monkeypatch.setattr("tercet.cluster.signals.SAME_WORD_S", 0.0)
     signals._handle(signal.SIGTERM, None)
     await asyncio.sleep(0)
     assert signals.kill.is_set()
+    assert len(told) == 1
+
+
+async def test_a_signal_is_heard_though_its_word_cannot_be_written(monkeypatch):
+    def unread(line: str) -> None:
+        raise BrokenPipeError
+
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    signals = Signals(unread)
+    signals.attach()
+    monkeypatch.setattr("tercet.cluster.signals.SAME_WORD_S", 0.0)
+    for _ in range(2):
+        signals._handle(signal.SIGHUP, None)
+        await asyncio.sleep(0)
+    assert (signals.stop.is_set(), signals.kill.is_set()) == (True, True)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(170)
+def test_a_stream_hears_that_it_ends_when_the_node_below_it_dies(machine):
+    served = serve(machine, "node", *SMALL, "ray.lost_after_s=1")
+    story = Story(served, 900)
+    raylet = next(pid for pid, command in machine.left().items() if "raylet/raylet" in command)
+    began = time.monotonic()
+    os.kill(raylet, signal.SIGKILL)
+    story.join(60)
+    assert story.error is not None
+    assert "the gateway is stopping" in str(story.error)
+    assert ended(served, began) == 1

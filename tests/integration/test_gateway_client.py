@@ -97,7 +97,9 @@ async def test_the_chat_loop_remembers_what_was_said(client, router, monkeypatch
     lines = iter(["hi", "x" * 500, "and now?", ""])
     console = Console(file=io.StringIO(), width=200)
     monkeypatch.setattr(console, "input", lambda _: next(lines))
-    await asyncio.to_thread(chat_loop, client, console, max_tokens=3)
+    assert not await asyncio.to_thread(chat_loop, client, console, max_tokens=3)  # one was not answered
     out = console.file.getvalue()
     assert "context_too_long" in out  # and that line is forgotten
     assert bytes(router.requests[1].token_ids) == b"<u>hi<a>The<u>and now?<a>"
+    lines = iter(["hi", ""])
+    assert await asyncio.to_thread(chat_loop, client, console, max_tokens=3)

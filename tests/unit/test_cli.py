@@ -41,6 +41,11 @@ def test_plan_shows_every_member_and_starts_nothing():
     assert all(member in done.stdout for member in ("gateway", "prefill-0", "decode-0", "decode-1", "decode-2"))
 
 
+def test_plan_shows_an_address_that_can_be_used():
+    done = tercet("plan", "configs/local.yaml", "--set", "gateway.http.host=::1", COLUMNS="200")
+    assert "gateway at [::1]:8000 (HTTP) and 127.0.0.1:50051 (gRPC)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "code", "want"),
     [
@@ -50,7 +55,10 @@ def test_plan_shows_every_member_and_starts_nothing():
         (["plan", "configs/local.yaml", "--set", "pools.cpu.labels.zone=a"], 1, "no node carries the labels zone=a"),
         (["plan", "configs/local.yaml", "--address", "127.0.0.1:1"], 1, "no Ray answers at 127.0.0.1:1"),
         (["serve", "configs/local.yaml", "--set", "ray.address=here"], 1, "Ray address 'here': want host:port"),
-        (["down", "--name", "nobody"], 1, "no cluster named nobody is served"),
+        (["serve", "configs/local.yaml", "--ready-file=/none/x"], 2, "--ready-file /none/x: cannot be written"),
+        (["serve", "configs/local.yaml", "--ready-file=/tmp"], 2, "--ready-file /tmp: cannot be written"),
+        (["validate", "configs/local.yaml", "--set", "model.source=package:nope"], 1, "'nope' is not installed"),
+        (["down", "--name", "nobody"], 1, "no cluster named nobody is served on this machine\n"),
         (["status", "--name", "nobody"], 1, "no cluster named nobody is served"),
     ],
 )
@@ -76,7 +84,7 @@ def test_the_command_imports_neither_torch_nor_ray():
 
 
 def test_a_run_file_is_a_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(ClusterError, match="no cluster is served"):
         run_file.find(None)
     with RunFile("one") as mine:
@@ -98,9 +106,18 @@ def test_doctor_names_every_transport_and_what_it_lacks(monkeypatch):
     monkeypatch.setattr(NixlTransport, "missing", classmethod(lambda cls: "the nixl library is not installed"))
     shown = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
+    assert "usable" in shown.output
     for cls in ALL:
         assert f"transport {cls.name}" in shown.output
-    assert "the nixl library is not installed" in shown.output
+    assert "the nixl library is not installed; or, in a checkout, `make extras`" in shown.output
+
+
+@pytest.mark.parametrize("command", [["plan"], ["validate", "--set", "ray.address=local"]])
+def test_a_transport_that_is_not_here_is_missed_where_all_workers_are_here(monkeypatch, command):
+    monkeypatch.setattr(UcxTransport, "missing", classmethod(lambda cls: "no ucxx; pip install it"))
+    args = [*command, "configs/local.yaml", "--set", "transfer.transport=ucx"]
+    shown = CliRunner().invoke(app, args)
+    assert isinstance(shown.exception, SpecError)
 
 
 def test_a_transport_that_is_not_there_is_refused_by_name(monkeypatch):

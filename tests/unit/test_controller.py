@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 
-from tercet.cluster import reconcile
+from tercet.cluster import launcher, reconcile
 from tercet.cluster.controller import Controller
 from tercet.cluster.launcher import Actor
 from tercet.cluster.reconcile import GATEWAY, Member, Publish, Start, State, diff
@@ -87,15 +89,25 @@ class FakeMember:
     async def call(self, method: str, *args: object, timeout_s: float) -> Any:
         await asyncio.sleep(0)
         self._world.calls.append((self.name, method))
+        if self.name in self._world.stopped:
+            return await self._silence(method, timeout_s)
         if self.fault is not None:
             raise self.fault
         if method == "drain" and self._member_id == GATEWAY:
             self._world.drained.append(args)
+            for name in self._world.stopped:  # a stream waits for it
+                await self._world.ended(name)
         if method == "set_workers":
             self._world.told = args[0]
         if method == "health" and self._member_id == GATEWAY:
             return {"ready": len(self._world.told) == 2, "stop_requested": self._world.stop_requested}
         return self.name  # stands for the info that `start` gives
+
+    async def _silence(self, method: str, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._world.ended(self.name)
+        raise WorkerLost(f"{self.name} did not answer {method}")
 
     async def kill(self) -> None:
         self._world.killed.append(self.name)
@@ -112,6 +124,10 @@ class FakeStarter:
         self.refuse: TercetError | None = None
         self.lost = asyncio.Event()  # Ray
         self.silent: set[str] = set()  # whose ports do not answer
+        self.stopped: set[str] = set()  # who says nothing until it is killed
+
+    async def ended(self, name: str) -> None:
+        await until(lambda: name in self.killed)
 
     async def watch_home(self) -> None:
         await self.lost.wait()
@@ -184,6 +200,23 @@ async def test_shut_down_drains_the_gateway_first_and_kills_all():
     assert set(told[1:3]) == {("prefill-0@1", "drain"), ("decode-0@1", "drain")}
     assert {method for _, method in told[3:]} == {"stop"}
     assert sorted(starter.killed) == ["decode-0@1", "gateway@1", "prefill-0@1"]
+
+
+@pytest.mark.parametrize("stopped", ["gateway@1", "decode-0@1"])
+async def test_who_is_silent_while_the_cluster_drains_is_not_waited_for(monkeypatch, stopped):
+    monkeypatch.setattr("tercet.cluster.controller.DEAF_AFTER_S", 0.01)
+    starter, reports = FakeStarter(), []
+    cluster = controller(starter, reports)
+    await cluster.bring_up()
+    starter.stopped = {stopped}
+    starter.calls.clear()
+    async with asyncio.timeout(cluster._spec.limits.drain_timeout_s):
+        await cluster.shut_down()
+    assert reports[-1] == f"while it drains: {stopped} did not answer health"
+    assert starter.killed[0] == stopped
+    others = {"gateway@1", "prefill-0@1", "decode-0@1"} - {stopped}
+    assert {name for name, method in starter.calls if method == "drain"} >= others
+    assert {name for name, method in starter.calls if method == "stop"} == others
 
 
 @pytest.mark.parametrize("fault", [ModelFileMissing("x.gguf: no such file"), ClusterError("port 8000 is in use")])
@@ -282,3 +315,10 @@ async def test_a_call_is_cancelled_also_as_its_answer_comes():
     task.cancel()
     await asyncio.wait([task], timeout=1)
     assert task.cancelled()
+
+
+def test_a_death_names_the_folder_of_its_log(monkeypatch):
+    monkeypatch.setattr(launcher, "log_folder", lambda: "/somewhere/logs")
+    assert str(launcher._death("decode-0", RayActorError())).endswith(
+        "; while Ray runs, its node keeps its log in /somewhere/logs"
+    )

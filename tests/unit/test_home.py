@@ -57,3 +57,9 @@ async def test_a_server_that_comes_back_in_time_is_no_loss(silent):
         assert told[-1] == "Ray answers again"
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_node_that_ends_while_it_is_joined_is_a_loss_of_its_name(silent, monkeypatch):
+    monkeypatch.setattr(ray_address, "owners", lambda address: set())
+    with pytest.raises(RayLost, match=r"Ray is lost: the node \(raylet\) of the Ray at 127\.0\.0\.1:1 does not run"):
+        await Home({}, 0.0, lambda line: None, node_of="127.0.0.1:1").watch()

@@ -4,13 +4,14 @@ import asyncio
 import gzip
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.serving import Outcome, Target, main, parse_goodput, report, run
+from benchmarks.serving import Outcome, Target, first_model, main, parse_goodput, report, run
 from benchmarks.workload import paced, random_requests, trace_requests
 from tercet.errors import WorkerLost
 from tests.fakes.gateway import running
@@ -125,6 +126,15 @@ async def test_the_command_writes_json(tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     assert (result["completed"], result["model_id"], result["total_output_tokens"]) == (5, "fake-model", 20)
     assert result["request_goodput"] == result["request_throughput"]
+
+
+@pytest.mark.parametrize("server", ["nobody", "no OpenAI"])
+async def test_without_a_server_it_ends_in_a_line(server):
+    async with running(FakeRouter()) as (_, info):
+        url = "http://127.0.0.1:1" if server == "nobody" else f"{info.http_url}/health?"
+        with pytest.raises(SystemExit, match=f"{re.escape(url)} names no model") as ended:
+            await first_model(url)
+    assert "\n" not in str(ended.value)
 
 
 @pytest.mark.parametrize("pair", ["ttft", "ttft:soon", "itl:5"])

@@ -79,6 +79,17 @@ def test_one_line_names_place_and_value(tmp_path, old, new, want):
     assert f"{path}{want}" in fault(path)
 
 
+def test_several_faults_are_a_line_each_in_the_order_of_the_file(tmp_path):
+    text = SPEC.replace("name: small", "name: Small!").replace("replicas: 2", "replicas: 0\n    pol: x")
+    path = write(tmp_path, "topologie: pd\n" + text)
+    with pytest.raises(SpecError) as caught:
+        load_spec(path, ["model.dtype=int3"])
+    starts = [f"{path}:1: topologie: unknown key", f"{path}:2: name: must", f"{path}:10: roles.decode.replicas: must"]
+    starts += [f"{path}:11: roles.decode.pol: unknown key", "--set model.dtype=int3: model.dtype: must be"]
+    lines = str(caught.value).splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+
+
 @pytest.mark.parametrize(
     ("content", "want"),
     [

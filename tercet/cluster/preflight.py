@@ -1,0 +1,36 @@
+"""What this machine can say of a spec at once, and would else be heard a minute later, when Ray and members start."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from tercet.models.sources import load_config
+from tercet.spec import ClusterSpec, ListenSpec
+from tercet.transfer import transports
+from tercet.wire.connections import EVERYWHERE, port_error
+
+
+def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
+    """What the gateway needs, since it always runs here. Raises ClusterError for its ports, ModelError."""
+    for name, listen in (("http", spec.gateway.http), ("grpc", spec.gateway.grpc)):
+        try:
+            _bind(listen)
+        except OSError as error:
+            raise port_error(listen.port, listen.host, error, f"free it or set gateway.{name}.port") from error
+    wanted, held = spec.model.max_context, load_config(spec.model).max_context
+    if held < wanted:
+        report(f"model.max_context is {wanted}, but the model has {held} positions: {held} are served")
+
+
+def refuse_missing_transport(spec: ClusterSpec) -> None:
+    """For workers that all run on this machine. Raises SpecError."""
+    if spec.transfer.transport != transports.AUTO:
+        transports.usable(spec.transfer.transport)
+
+
+def _bind(listen: ListenSpec) -> None:
+    dual = listen.host == EVERYWHERE and socket.has_dualstack_ipv6()
+    found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, _, _, _, where in found:
+        socket.create_server(where, family=family, dualstack_ipv6=dual).close()
