@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import multiprocessing
 import resource
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,9 @@ def _serve(pipe: Connection, max_context: int, delay_s: float, files: int | None
 
     async def work() -> None:
         model = dataclasses.replace(load_served_model(ModelSpec()), max_context=max_context)
-        gateway = Gateway(spec(**limits), "token", FakeRouter(delay_s=delay_s), model)
+        router = FakeRouter(delay_s=delay_s)
+        router.requests = deque(maxlen=0)  # it would keep every prompt
+        gateway = Gateway(spec(**limits), "token", router, model)
         info = await gateway.start()
         pipe.send((info.http_url, info.grpc_address))
         await asyncio.Event().wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, MutableSequence, Sequence
 
 from tercet.core import (
     Done,
@@ -36,7 +36,7 @@ class FakeRouter:
         self.gate: asyncio.Event | None = None
         self.error: TercetError | None = None
         self.error_after = 0
-        self.requests: list[GenerateRequest] = []
+        self.requests: MutableSequence[GenerateRequest] = []
         self.running = 0
         self.aborted: list[str] = []
         self.ended: list[str] = []

@@ -1,0 +1,247 @@
+"""Every command that the documents, the docstrings and the Makefile give is run by a test, as a user would type it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.machine import BIN, ROOT, Machine, Served, free_port, is_ready, new_machine, until
+from tests.tiny import tiny_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(170)]
+
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = dict(re.findall(r"^([a-z][a-z-]*):([^#=\n]*)", MAKEFILE, re.MULTILINE))  # target -> prerequisites
+COMMAND = re.compile(r"^    ((?:make|tercet|curl|ray|python) (?:.*\\\n)*.*)$", re.MULTILINE)
+MEASURED = re.compile(r"`(python -m [^`]*)`")
+MAKE = "make", "-o", ".venv/.stamp"  # a Makefile younger than the environment would have it installed anew
+
+HERE, CLI = "tests/field/test_commands.py", "tests/unit/test_cli.py"
+CLUSTER = "tests/integration/test_ray_cluster.py"
+ON_TINY = f"{HERE}:test_what_the_readme_types_against_a_served_cluster"
+# command -> the test that runs it. A benchmark stands here by its module: the figures themselves take long.
+RUN_BY = {
+    "make test": ".ci/run",
+    **dict.fromkeys(("make lint", "make types", "make imports", "make proto-check", "make pytest"), "Makefile:test"),
+    **dict.fromkeys(("make setup", "make extras"), "Makefile:pytest"),
+    "make help": f"{HERE}:test_make_help_names_every_target_for_users",
+    "make clean": f"{HERE}:test_make_clean_removes_what_was_made_and_nothing_else",
+    "make proto": f"{HERE}:test_make_proto_writes_what_is_committed",
+    "make demo": f"{HERE}:test_make_demo_answers_and_says_what_each_stage_took",
+    "make serve": ON_TINY,
+    "make bench": ON_TINY,
+    "make soak": f"{HERE}:test_a_long_command_in_short",
+    "tercet chat": ON_TINY,
+    "tercet status": ON_TINY,
+    "tercet down": ON_TINY,
+    "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
+    """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'""": ON_TINY,
+    "python -m benchmarks.serving": ON_TINY,
+    "tercet validate SPEC": f"{CLI}:test_version_and_validate",
+    "tercet plan SPEC": f"{CLI}:test_plan_shows_every_member_and_starts_nothing",
+    **dict.fromkeys(
+        (
+            "tercet serve configs/local.yaml",
+            "tercet serve configs/local.yaml --set model.dtype=float32 --set gateway.http.port=18000",
+        ),
+        f"{CLUSTER}:test_ctrl_c_ends_a_local_ray_without_a_trace",
+    ),
+    "ray job submit --address http://127.0.0.1:8265 --working-dir . -- tercet serve configs/local.yaml": (
+        f"{CLUSTER}:test_the_same_file_goes_through_ray_job_submit"
+    ),
+    "python -m benchmarks.engine": (
+        "tests/unit/test_engine_benchmark.py:test_the_command_measures_both_with_the_same_tokens"
+    ),
+    "python -m benchmarks.transfer": (
+        "tests/unit/test_transfer_benchmark.py:test_the_command_moves_and_compares_every_byte"
+    ),
+    **dict.fromkeys(
+        (
+            "python -m tests.soak",
+            "python -m benchmarks.gateway",
+            "python -m benchmarks.topologies",
+            "python -m benchmarks.transfer_tail",
+        ),
+        f"{HERE}:test_a_long_command_in_short",
+    ),
+}
+
+
+def commands_in(text: str) -> list[str]:
+    """Each on one line, without what is said beside it."""
+    found = []
+    for command in COMMAND.findall(text):
+        joined = re.sub(r"\\\n\s*", "", command)
+        found += re.split(r"\s{3,}|\s+#", joined)[0].split(" | ")
+    return found
+
+
+def documented() -> set[str]:
+    texts = [README, *(path.read_text() for path in ROOT.glob("docs/**/*.md"))]
+    modules = [path for folder in ("benchmarks", "tests", "tercet", "proto") for path in ROOT.glob(f"{folder}/**/*.py")]
+    texts += [ast.get_docstring(ast.parse(path.read_text()), clean=False) or "" for path in modules]
+    commands = {command for text in texts for command in commands_in(text)} | {f"make {target}" for target in TARGETS}
+    commands |= set(MEASURED.findall((ROOT / "benchmarks/RESULTS.md").read_text()))
+    return {" ".join(c.split()[:3]) if c.startswith("python -m") else c for c in commands}
+
+
+def test_every_command_is_run_by_a_test():
+    assert documented() == set(RUN_BY)
+    for where in set(RUN_BY.values()):
+        file, _, name = where.partition(":")
+        if file == "Makefile":
+            assert name in TARGETS
+        elif name:
+            assert f"def {name}(" in (ROOT / file).read_text(), where
+    assert "exec make test" in (ROOT / ".ci/run").read_text()
+    for command, where in RUN_BY.items():
+        if where.startswith("Makefile:"):
+            target = where.partition(":")[2]
+            assert command.removeprefix("make ") in TARGETS[target].split() or command == "make setup"
+    assert "setup" in TARGETS["extras"].split()
+
+
+# ---- commands that start nothing
+
+
+def test_make_help_names_every_target_for_users():
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in told.splitlines()} == set(TARGETS) - {
+        "proto-check",
+        "pytest",
+    }  # parts of `test`
+
+
+def test_make_clean_removes_what_was_made_and_nothing_else(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for made in (".venv/bin", ".mypy_cache", ".pytest_cache", "tercet.egg-info", "tercet"):
+        (tmp_path / made).mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "tercet"}
+
+
+def test_make_proto_writes_what_is_committed(tmp_path):
+    for part in ("proto", "tercet/wire/gen"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    generated = [path for path in (tmp_path / "tercet/wire/gen").iterdir() if path.name != "__init__.py"]
+    for path in generated:
+        path.unlink()
+    subprocess.run([*MAKE, "proto"], cwd=tmp_path, check=True, capture_output=True)
+    assert generated
+    for path in generated:
+        assert path.read_bytes() == (ROOT / path.relative_to(tmp_path)).read_bytes(), path.name
+
+
+# ---- commands around a cluster
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    made = new_machine()
+    yield made
+    made.clear()
+
+
+@pytest.fixture(scope="module")
+def spec(machine: Machine) -> tuple[Path, int]:
+    """A spec of a small random model, and its HTTP port."""
+    port, path = free_port(), machine.folder / "tiny.yaml"
+    small = {"cpus": 0.25, "pool": "cpu", "kv": {"blocks": 160}}
+    written = {
+        "name": "typed",
+        "model": {"source": tiny_model(), "dtype": "float32", "max_context": 1024},
+        "topology": "pd",
+        "pools": {"cpu": {"accelerator": "cpu"}},
+        "roles": {"prefill": small, "decode": small},
+        "gateway": {"http": {"port": port}, "grpc": {"port": 0}},
+        "ray": {"address": "local"},
+    }
+    path.write_text(yaml.safe_dump(written))
+    return path, port
+
+
+def test_make_demo_answers_and_says_what_each_stage_took(machine, spec):
+    done = machine.run(*MAKE, "demo", f"SPEC={spec[0]}")
+    assert done.returncode == 0, done.stderr
+    for stage in ("queue", "prefill", "transfer", "decode"):
+        assert stage in done.stdout
+    assert not machine.left()
+
+
+def test_what_the_readme_types_against_a_served_cluster(machine, spec):
+    path, port = spec
+    process = machine.start(*MAKE, "serve", f"SPEC={path}")
+    served = Served(machine, process, "typed", port)
+    until(lambda: process.poll() is not None or is_ready(served.client()), 90)
+    assert process.poll() is None, served.log
+
+    def typed(command: str, text: str = "") -> str:
+        own = command.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        done = machine.run(*shlex.split(own), text=text)
+        assert done.returncode == 0, (own, done.stdout, done.stderr)
+        return done.stdout
+
+    (curl,) = (c for c in RUN_BY if c.startswith("curl"))
+    assert json.loads(typed(curl))["choices"][0]["message"]["content"]
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert typed(shlex.join([sys.executable, "-c", block.replace(":8000", f":{port}")])).strip()
+    assert "decode-0" in typed("tercet status")
+    assert typed("tercet chat", "Hello\n\n").strip()
+    loads = "--num-prompts 4 --input-len 20 --output-len 4 --vocab-size 256"
+    for line in (c for c in commands_in(module_docstring("benchmarks/serving.py")) if "--trace" not in c):
+        own = line if "--base-url" in line else f"{line} --base-url http://127.0.0.1:8000"
+        assert "output throughput" in typed(f"{own} {loads}".replace("python", sys.executable, 1))
+    asked = f"--base-url http://127.0.0.1:{port} {loads}"
+    assert "output throughput" in typed(shlex.join([*MAKE, "bench", f"ARGS={asked}"]))
+    assert typed("tercet down") == "cluster typed is down\n"
+    assert process.wait(30) == 0, served.log
+    until(lambda: not machine.left(), 20)
+
+
+def module_docstring(file: str) -> str:
+    return ast.get_docstring(ast.parse((ROOT / file).read_text()), clean=False) or ""
+
+
+# ---- commands whose figures take long, in their shortest form
+
+SHORT = {
+    "soak": [*MAKE, "soak", "ARGS=--minutes 0.1"],
+    "gateway": [str(BIN / "python"), "-m", "benchmarks.gateway", "--rounds", "1", "--tokens", "4"],
+    "topologies": [str(BIN / "python"), "-m", "benchmarks.topologies", "--rounds", "1", "--prompts", "1"],
+    "transfer_tail": [str(BIN / "python"), "-m", "benchmarks.transfer_tail", "--rounds", "1", "--only", "tcp"],
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_long_command_in_short(name):
+    if name == "transfer_tail" and not can_make_namespaces():
+        pytest.skip("network namespaces cannot be made here")
+    machine = new_machine()
+    try:
+        done = machine.run(*SHORT[name], seconds=160)
+        assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
+        assert not machine.left()
+    finally:
+        machine.clear()
+
+
+def can_make_namespaces() -> bool:
+    with contextlib.suppress(OSError):
+        made = subprocess.run(["ip", "netns", "add", "tercet-probe"], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "del", "tercet-probe"], check=False, capture_output=True)
+        return made.returncode == 0
+    return False
