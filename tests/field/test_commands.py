@@ -26,6 +26,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z][a-z-]*):([^#=\n]*)", MAKEFILE, re.MULTILINE))  # target -> prerequisites
 COMMAND = re.compile(r"^    ((?:make|tercet|curl|ray|python) (?:.*\\\n)*.*)$", re.MULTILINE)
 MEASURED = re.compile(r"`(python -m [^`]*)`")
+PARTS = {"proto-check", "pytest", "pytest-ray", "pytest-rest"}  # of `test`, which nobody types
 MAKE = "make", "-o", ".venv/.stamp"  # a Makefile younger than the environment would have it installed anew
 
 HERE, CLI = "tests/field/test_commands.py", "tests/unit/test_cli.py"
@@ -36,6 +37,8 @@ RUN_BY = {
     "make test": ".ci/run",
     **dict.fromkeys(("make lint", "make types", "make imports", "make proto-check", "make pytest"), "Makefile:test"),
     **dict.fromkeys(("make setup", "make extras"), "Makefile:pytest"),
+    **dict.fromkeys(("make pytest-ray", "make pytest-rest"), "Makefile:pytest"),
+    "make slow": f"{HERE}:test_make_slow_finds_what_takes_long",
     "make help": f"{HERE}:test_make_help_names_every_target_for_users",
     "make clean": f"{HERE}:test_make_clean_removes_what_was_made_and_nothing_else",
     "make proto": f"{HERE}:test_make_proto_writes_what_is_committed",
@@ -109,19 +112,28 @@ def test_every_command_is_run_by_a_test():
     for command, where in RUN_BY.items():
         if where.startswith("Makefile:"):
             target = where.partition(":")[2]
-            assert command.removeprefix("make ") in TARGETS[target].split() or command == "make setup"
-    assert "setup" in TARGETS["extras"].split()
+            assert re.search(rf"^{target}:.*\n?.*\b{command.removeprefix('make ')}\b", MAKEFILE, re.MULTILINE), command
 
 
 # ---- commands that start nothing
 
 
 def test_make_help_names_every_target_for_users():
-    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {line.split()[0] for line in told.splitlines()} == set(TARGETS) - {
-        "proto-check",
-        "pytest",
-    }  # parts of `test`
+    told = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert {line.split()[0] for line in told.splitlines()} == set(TARGETS) - PARTS
+
+
+def test_make_slow_finds_what_takes_long():
+    done = subprocess.run(
+        [*MAKE, "slow", "ARGS=--collect-only -q tests/integration/test_token_exact.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "[1]" in done.stdout
 
 
 def test_make_clean_removes_what_was_made_and_nothing_else(tmp_path):
@@ -219,18 +231,20 @@ def module_docstring(file: str) -> str:
 # ---- commands whose figures take long, in their shortest form
 
 SHORT = {
-    "soak": [*MAKE, "soak", "ARGS=--minutes 0.1"],
+    "soak": [*MAKE, "soak", "ARGS=--minutes 0.1 --transports tcp"],
     "gateway": [str(BIN / "python"), "-m", "benchmarks.gateway", "--rounds", "1", "--tokens", "4"],
     "topologies": [str(BIN / "python"), "-m", "benchmarks.topologies", "--rounds", "1", "--prompts", "1"],
     "transfer_tail": [str(BIN / "python"), "-m", "benchmarks.transfer_tail", "--rounds", "1", "--only", "tcp"],
 }
 
+MARKS = {"topologies": pytest.mark.slow}  # two clusters with the real model
 
-@pytest.mark.parametrize("name", SHORT)
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in SHORT])
 def test_a_long_command_in_short(name):
     if name == "transfer_tail" and not can_make_namespaces():
         pytest.skip("network namespaces cannot be made here")
-    machine = new_machine()
+    machine = new_machine(PATH=f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin")
     try:
         done = machine.run(*SHORT[name], seconds=160)
         assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
@@ -240,6 +254,8 @@ def test_a_long_command_in_short(name):
 
 
 def can_make_namespaces() -> bool:
+    if shutil.which("tc", path="/usr/sbin:/sbin:/usr/bin") is None:
+        return False
     with contextlib.suppress(OSError):
         made = subprocess.run(["ip", "netns", "add", "tercet-probe"], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "del", "tercet-probe"], check=False, capture_output=True)

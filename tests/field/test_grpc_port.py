@@ -311,9 +311,12 @@ async def test_a_connection_that_is_refused_leaves_nothing_behind():
             await asyncio.sleep(0.005)
         (guard,) = gateway._connections._all
         server = guard._inner._handler._server
+        asked = http2.opened(call(head()), frame(DATA, END_STREAM, 1, message(HI)))
         for _ in range(5):
-            await http2.said_to(info.grpc_address, http2.opened(), 5)
-        assert len(server.open) == 1
+            answer = await http2.said_to(info.grpc_address, asked, 10, lambda answer: status_of(answer)[1])
+            assert status_of(answer)[1] == EXHAUSTED
+        while len(server.open) > 1:
+            await asyncio.sleep(0.005)
         held.cancel()
 
 

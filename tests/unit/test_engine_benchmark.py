@@ -37,12 +37,12 @@ def test_speeds_and_agreement():
 def test_the_command_measures_both_with_the_same_tokens(tmp_path):
     app, file = typer.Typer(), tmp_path / "result.json"
     app.command()(main)
-    args = ["--dtype", "float32", "--repeats", "2", "--shrink", "32", "--json", str(file)]
+    args = ["--dtype", "float32", "--repeats", "1", "--shrink", "32", "--json", str(file)]
     run = CliRunner().invoke(app, args)
     assert run.exit_code == 0, run.output
     assert "GFLOPS" in run.stdout
     written = json.loads(file.read_text())
-    assert len(written["rounds"]) == 2
+    assert len(written["rounds"]) == 1
     assert written["commit"]
     result = written["result"]
     for measure in WORKLOADS:
