@@ -52,8 +52,12 @@ class Running:
         self._thread = threading.Thread(target=self.engine.run, daemon=True)
         self._thread.start()
 
-    def add(self, number: int, token_ids: Rows[int], params: SamplingParams = GREEDY) -> Sequence:
-        sequence = Sequence(Ticket(f"r{number}", 0, 1), list(token_ids), len(token_ids), params)
+    def add(
+        self, number: int, token_ids: Rows[int], params: SamplingParams = GREEDY, num_prompt: int | None = None
+    ) -> Sequence:
+        """num_prompt: how many of the ids are the prompt, if some were sampled already."""
+        prompt = len(token_ids) if num_prompt is None else num_prompt
+        sequence = Sequence(Ticket(f"r{number}", 0, 1), list(token_ids), prompt, params)
         self.engine.add(sequence)
         return sequence
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +22,7 @@ CONTEXT = 2048
 def tiny_model() -> str:
     """-> a Hugging Face directory with config, weights and a tokenizer whose tokens are bytes."""
     directory = Path(tempfile.mkdtemp(prefix="tercet-tiny-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     save_tiny_model(directory)
     return str(directory)
 
