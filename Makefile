@@ -8,7 +8,7 @@ SPEC ?= configs/local.yaml
 EXTRAS := ucxx-cu12==0.52.0 libucxx-cu12==0.52.0 'libucx-cu12<1.22' nixl==1.5.1 nixl-cu12==1.5.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint types imports proto proto-check pytest pytest-ray pytest-rest slow soak bench clean setup extras
+.PHONY: help demo serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench clean setup extras
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,14 +37,15 @@ proto: setup  ## Generate tercet/wire/gen from proto/
 proto-check: setup
 	$(BIN)/python proto/generate.py --check
 
-pytest: setup extras  # in two halves, one a core: what starts Ray, and the rest
-	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-ray pytest-rest
+pytest: setup extras  # in two halves, one a core: whole clusters, and the rest
+	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest
 
-pytest-ray:
+pytest-clusters:
 	$(BIN)/python -m pytest -m "ray and not slow"
+	$(BIN)/python -m pytest -m "not slow" tests/chaos
 
 pytest-rest:
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "not ray and not slow" --ignore=tests/chaos
 
 slow: setup extras  ## The tests that take many minutes and are no part of `test`
 	$(BIN)/python -m pytest -m slow $(ARGS)

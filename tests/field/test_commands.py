@@ -26,7 +26,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z][a-z-]*):([^#=\n]*)", MAKEFILE, re.MULTILINE))  # target -> prerequisites
 COMMAND = re.compile(r"^    ((?:make|tercet|curl|ray|python) (?:.*\\\n)*.*)$", re.MULTILINE)
 MEASURED = re.compile(r"`(python -m [^`]*)`")
-PARTS = {"proto-check", "pytest", "pytest-ray", "pytest-rest"}  # of `test`, which nobody types
+PARTS = {"proto-check", "pytest", "pytest-clusters", "pytest-rest"}  # of `test`, which nobody types
 MAKE = "make", "-o", ".venv/.stamp"  # a Makefile younger than the environment would have it installed anew
 
 HERE, CLI = "tests/field/test_commands.py", "tests/unit/test_cli.py"
@@ -37,7 +37,7 @@ RUN_BY = {
     "make test": ".ci/run",
     **dict.fromkeys(("make lint", "make types", "make imports", "make proto-check", "make pytest"), "Makefile:test"),
     **dict.fromkeys(("make setup", "make extras"), "Makefile:pytest"),
-    **dict.fromkeys(("make pytest-ray", "make pytest-rest"), "Makefile:pytest"),
+    **dict.fromkeys(("make pytest-clusters", "make pytest-rest"), "Makefile:pytest"),
     "make slow": f"{HERE}:test_make_slow_finds_what_takes_long",
     "make help": f"{HERE}:test_make_help_names_every_target_for_users",
     "make clean": f"{HERE}:test_make_clean_removes_what_was_made_and_nothing_else",
