@@ -106,16 +106,16 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     strikes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    memory: dict[int, list[tuple[float, float]]] = field(default_factory=dict)  # pid -> (seconds, MB)
+    memory: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # process -> (seconds, MB)
 
-    def grown(self) -> dict[int, float]:
+    def grown(self) -> dict[str, float]:
         """MB that a process which lived for a minute or more has grown by between its first and last quarter."""
         grown = {}
-        for pid, samples in self.memory.items():
+        for process, samples in self.memory.items():
             if samples[-1][0] - samples[0][0] >= 60:
                 quarter = len(samples) // 4
                 first, last = samples[quarter : 2 * quarter], samples[-quarter:]
-                grown[pid] = max(mb for _, mb in last) - max(mb for _, mb in first)
+                grown[process] = max(mb for _, mb in last) - max(mb for _, mb in first)
         return grown
 
 
@@ -289,9 +289,11 @@ class Soak:
     async def _watch(self) -> None:
         """Memory of each process; shared memory counts, as the caches are bounded and soon touched."""
         while True:
-            for pid in (*self.served.workers(), *self.served.gateways()):
+            named = {pid: f"worker {pid}" for pid in self.served.workers()}
+            named |= {pid: f"gateway {pid}" for pid in self.served.gateways()}
+            for pid, name in named.items():
                 with contextlib.suppress(OSError, StopIteration):
-                    self.tally.memory.setdefault(pid, []).append((time.monotonic(), rss_mb(pid)))
+                    self.tally.memory.setdefault(name, []).append((time.monotonic(), rss_mb(pid)))
             await asyncio.sleep(2.0)
 
     async def _blocks(self) -> dict[str, dict[str, float]]:
@@ -361,7 +363,7 @@ async def soak(transport: str, seconds: float, seed: int, folder: Path) -> bool:
     print(f"  strikes   {dict(tally.strikes)}")
     grown = tally.grown()
     print(f"  memory    grown by MB: {sorted(round(mb, 1) for mb in grown.values())}")
-    too_much = [f"process {pid} has grown by {mb:.0f} MB" for pid, mb in grown.items() if mb > GROWTH_MB]
+    too_much = [f"{name} has grown by {mb:.0f} MB" for name, mb in grown.items() if mb > GROWTH_MB]
     for line in (*tally.wrong[:20], *too_much):
         print(f"  WRONG     {line[:400]}")
     return not tally.wrong and not too_much and tally.outcomes["answered"] > 0

@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 from tercet.cluster import bounded
 from tercet.core import WorkerInfo
 from tercet.errors import WorkerLost
-from tercet.wire import knock
+from tercet.wire import connections, knock
 
 if TYPE_CHECKING:
     from tercet.roles.gateway.gateway import GatewayInfo
 
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104, compared, not bound
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104, compared, not bound
 
 Asked = tuple[str, Callable[[str, float], str], str]  # what it is, how it is asked, where
 
@@ -61,8 +61,7 @@ def _http(url: str, timeout_s: float) -> str:
 
 def _grpc(address: str, timeout_s: float) -> str:
     """Any status will do: a worker knows no health service and says so."""
-    host, port = _split(address)
-    answer = knock.ask(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", timeout_s)
+    answer = knock.ask(connections.address(*_split(address)), timeout_s)
     return f"{answer.status}: {answer.details}" if answer.silent else ""
 
 
