@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -127,10 +128,11 @@ class Pair(Receiving):
 
 
 class Flipping(Outlet):
-    """Flips a bit of the next writes on their way, after their digests were taken; the source is whole again behind."""
+    """Flips a bit of the next writes on their way, after their digests were taken. The cache stays as it is: another
+    link may read the same block for the answer to a RESEND before this write has returned."""
 
-    def __init__(self, real: Outlet, flips: list[int]) -> None:
-        self._real, self._flips = real, flips
+    def __init__(self, real: Outlet, region: Region, flips: list[int]) -> None:
+        self._real, self._region, self._flips = real, region, flips
 
     def write(self, channel: Any, parcel: Parcel) -> None:
         flip = None
@@ -140,11 +142,16 @@ class Flipping(Outlet):
         if flip is None:
             self._real.write(channel, parcel)
             return
-        view = parcel.views[0]
-        place = flip % len(view)
-        view[place] ^= 16
-        self._real.write(channel, parcel)
-        view[place] ^= 16
+        self._real.write(channel, self._flipped(parcel, flip))
+
+    def _flipped(self, parcel: Parcel, flip: int) -> Parcel:
+        (at, to, size), *rest = parcel.runs
+        if parcel.source is self._region.view:  # NIXL writes from registered memory only, so the copy lies in it too
+            scratch = self._region.layout.total_bytes
+            self._region.memory[scratch : scratch + size] = parcel.source[at : at + size]
+            parcel = replace(parcel, source=self._region.memory, runs=[(scratch, to, size), *rest])
+        parcel.views[0][flip % size] ^= 16
+        return parcel
 
     def close(self) -> None:
         self._real.close()
@@ -154,7 +161,7 @@ def flipping(name: str, flips: list[int]) -> Transport:
     """A transport whose next writes are corrupted, one for each number in `flips`."""
     transport = CLASSES[name]()
     real = transport.outlet
-    transport.outlet = lambda ask: Flipping(real(ask), flips)  # type: ignore[method-assign]
+    transport.outlet = lambda ask: Flipping(real(ask), ask.region, flips)  # type: ignore[method-assign]
     return transport
 
 
