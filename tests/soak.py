@@ -47,7 +47,8 @@ TIMEOUT_S = 60.0  # of a request; nothing here takes as long unless it hangs
 GRACE_S = 10.0  # behind its deadline
 CLIENTS = 24
 WORKERS = 4
-GROWTH_MB = 64  # of a process that lives, between its first and its last quarter
+WARM_S = 60  # until then a new worker grows: its cache is touched for the first time, its kernels are made
+GROWTH_MB = 32  # of a process that is warm
 ROUNDING, ROUNDINGS = 1e-5, 200  # of a logit, relative to the largest, in float32; draws that are tried with it
 EXPLAINED = {"worker_lost", "no_workers", "overloaded"}  # what kills may do to a request
 
@@ -109,13 +110,14 @@ class Tally:
     memory: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # process -> (seconds, MB)
 
     def grown(self) -> dict[str, float]:
-        """MB that a process which lived for a minute or more has grown by between its first and last quarter."""
+        """MB that a process has grown by since it was warm, if it has lived for as long again."""
         grown = {}
         for process, samples in self.memory.items():
-            if samples[-1][0] - samples[0][0] >= 60:
-                quarter = len(samples) // 4
-                first, last = samples[quarter : 2 * quarter], samples[-quarter:]
-                grown[process] = max(mb for _, mb in last) - max(mb for _, mb in first)
+            born, died = samples[0][0], samples[-1][0]
+            if died - born >= 2 * WARM_S:
+                warm = [mb for at, mb in samples if WARM_S <= at - born < 1.5 * WARM_S]
+                late = [mb for at, mb in samples if died - at < 0.5 * WARM_S]
+                grown[process] = max(late) - max(warm, default=0.0)
         return grown
 
 
