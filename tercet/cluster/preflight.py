@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tercet.models.sources import load_config
 from tercet.spec import ClusterSpec, ListenSpec
 from tercet.transfer import transports
-from tercet.wire.connections import EVERYWHERE, port_error
+from tercet.wire.connections import EVERYWHERE, listen_error
 
 
 def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
@@ -17,7 +17,7 @@ def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
         try:
             _bind(listen)
         except OSError as error:
-            raise port_error(listen.port, listen.host, error, f"free it or set gateway.{name}.port") from error
+            raise listen_error(listen.host, listen.port, error, f"gateway.{name}") from error
     wanted, held = spec.model.max_context, load_config(spec.model).max_context
     if held < wanted:
         report(f"model.max_context is {wanted}, but the model has {held} positions: {held} are served")

@@ -75,7 +75,8 @@ class RunFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         with contextlib.suppress(OSError), _alone_in(self.folder):  # without its lock the file means nothing
-            self._path.unlink()
+            if os.path.samestat(self._path.lstat(), os.fstat(self._fd)):  # else ours was removed: this is another's
+                self._path.unlink()
         os.close(self._fd)
 
     def write(self, served: Served) -> None:
@@ -185,9 +186,12 @@ def _read(path: Path) -> Served | None:
 
 def _parse(text: bytes) -> Served | None:
     try:
-        return Served(**json.loads(text))
-    except (ValueError, TypeError):  # of another version, or left by one who was killed before he wrote
+        found = Served(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):  # of another version, or left by one who was killed before he wrote
         return None
+    texts, numbers = (found.name, found.ray_address, found.http_url, found.ray_folder), (found.pid, found.ray_session)
+    fits = all(isinstance(text, str) for text in texts) and all(isinstance(number, int) for number in numbers)
+    return found if fits and isinstance(found.ray_environment, dict) else None
 
 
 def _locked(fd: int) -> bool:

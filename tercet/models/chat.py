@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError, pass_eval_context
+from jinja2.filters import make_attrgetter
+from jinja2.nodes import EvalContext
 from transformers.utils.chat_template_utils import (
     _alias_reasoning_fields,
     _compile_jinja_template,
@@ -16,12 +18,11 @@ from transformers.utils.chat_template_utils import (
 )
 
 from tercet.errors import InvalidRequest, TercetError, UnsupportedModel
-from tercet.models.given import Given, given, joined
+from tercet.models.given import given, joined
 
 MAX_CHARS = 16 * 1024 * 1024  # of a rendered prompt: a template that loops does not fill the memory
 PROBE = "tercet-probe"  # a text that no template writes by itself
 OURS = {"messages", *inspect.signature(render_jinja_template).parameters} - {"kwargs"}  # not a client's to set
-FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)  # what Jinja lets out
 
 
 class ChatTemplate:
@@ -36,7 +37,10 @@ class ChatTemplate:
             self._compiled = _compile_jinja_template(text)
         except TemplateSyntaxError as error:
             raise UnsupportedModel(f"the model's chat template, line {error.lineno}: {error.message}") from error
-        self._compiled.environment.concat = _bounded
+        environment = self._compiled.environment
+        environment.concat = _bounded
+        environment.filters["join"] = _join
+        self._compiled.root_render_func.__globals__["str_join"] = _concatenated  # what `~` is compiled to
         self._reads_parts = self._shows([{"type": "text", "text": PROBE}])
         self._reads_text = self._shows(PROBE) or not self._reads_parts
 
@@ -60,7 +64,9 @@ class ChatTemplate:
         try:
             messages = [self._readable(message) for message in messages]
             return (self._blanked if blanks else self._rendered)(messages, add_generation_prompt, kwargs)
-        except FAULTS as error:
+        except TercetError:
+            raise
+        except Exception as error:  # a template is a program, and Jinja lets out whatever its Python raises
             raise InvalidRequest(f"the model's chat template refused the messages: {error}") from error
 
     @cached_property
@@ -100,7 +106,7 @@ class ChatTemplate:
         """One turn; nothing where the template refuses it."""
         try:
             return self._rendered([{"role": role, "content": content}], True, {})
-        except (*FAULTS, TercetError):
+        except Exception:  # noqa: BLE001  # as in `render`
             return ""
 
     def _readable(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,4 +129,16 @@ def _bounded(parts: Iterable[str]) -> str:
         length += len(part)
         if length > MAX_CHARS:
             raise InvalidRequest(f"the chat template made more than {MAX_CHARS} characters of the messages")
-    return joined(pieces) if any(isinstance(piece, Given) for piece in pieces) else "".join(pieces)
+    return joined(pieces)
+
+
+def _concatenated(parts: Iterable[Any]) -> str:
+    return joined(map(str, parts))
+
+
+@pass_eval_context
+def _join(context: EvalContext, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    """Jinja's filter of that name; in its place, since it makes plain texts of what is given."""
+    if attribute is not None:
+        value = map(make_attrgetter(context.environment, attribute), value)
+    return joined(map(str, value), str(d))

@@ -10,8 +10,9 @@ tokenizer that knows only these names
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 from tokenizers import AddedToken, models
@@ -42,20 +43,22 @@ class ControlTokens:
         self._plain.pre_tokenizer = backend.pre_tokenizer
         self._real = {self._plain.token_to_id(self._names.get(i, token.content)): i for i, token in added.items()}
         self._unknown = _unknown(backend)
+        self._pairs = {pair for text in self._texts.values() for pair in self._pairs_of(text)}
         self._spelled = {i: text for i, text in self._texts.items() if self._is_word(i, text)}
 
-    def encode(self, text: str, shown: str) -> list[int]:
+    def encode(self, text: str, shown: str, said: Iterable[str]) -> list[int]:
         """A rendered chat to ids; the control tokens in it are the template's.
 
-        shown: the chat with blanks. Raises InvalidRequest where the template makes so much of the client's text that
-        nobody can tell whose a control token is.
+        shown: the chat with blanks. said: each text of the client's. Raises InvalidRequest where the template makes so
+        much of the client's text that nobody can tell whose a control token is.
         """
         found = self._find(text)
         if fits(shown, text):
             own = found if _are_own(found, shown) else [t for t in self._find(shown) if _are_own([t], shown)]
         else:
             own = found
-            if [i for i, *_ in found] != [i for i, *_ in self._find(shown)]:
+            same = [i for i, *_ in found] == [i for i, *_ in self._find(shown)]
+            if not same or any(map(self._may_be_of_a_token, said)):
                 raise InvalidRequest("messages: control tokens in them cannot be told from the chat template's own")
         if own == found and not self._spelled:
             ids: list[int] = encoded(self._backend, text, add_special=False).ids
@@ -85,9 +88,27 @@ class ControlTokens:
             return [t.id for character in self._spelled[token_id] for t in self._plain.model.tokenize(character)]
         return (token_id,)
 
+    def _may_be_of_a_token(self, text: str) -> bool:
+        """Whether a template that cuts and joins texts might make a control token of this one, or of a part of it."""
+        return any(pair in spelling for spelling in self._spellings(text) for pair in self._pairs)
+
+    def _pairs_of(self, text: str) -> Iterator[str]:
+        """Neighbours in a control token's text that are rare elsewhere; of a plain word, all of it."""
+        for spelling in self._spellings(text):
+            pairs = [a + b for a, b in itertools.pairwise(spelling) if not (_is_wordlike(a) and _is_wordlike(b))]
+            yield from pairs or [spelling]
+
+    def _spellings(self, text: str) -> tuple[str, ...]:
+        normalizer = self._backend.normalizer
+        return (text,) if normalizer is None else (text, normalizer.normalize_str(text))
+
     def _is_word(self, token_id: int, text: str) -> bool:
         """Whether the vocabulary has the control token's text as an ordinary word too; that must be spelled out."""
         return token_id in encoded(self._plain, text, add_special=False).ids and token_id not in self._unknown
+
+
+def _is_wordlike(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def _are_own(found: list[Found], shown: str) -> bool:

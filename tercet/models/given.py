@@ -22,10 +22,11 @@ class Given(str):
     __slots__ = ("_plain",)
     _plain: str
 
-    def __new__(cls, shown: str, plain: str) -> Self:
-        """shown: `plain` with blanks in the place of what is the client's."""
+    def __new__(cls, shown: str, plain: str | None = None) -> Self:
+        """shown: `plain` with blanks in the place of what is the client's. plain: None for what Jinja has made of one,
+        of which nothing else is known."""
         self = super().__new__(cls, shown)
-        self._plain = plain
+        self._plain = shown if plain is None else plain
         return self
 
     def __str__(self) -> str:
@@ -41,10 +42,10 @@ class Given(str):
         return (self[i] for i in range(len(self)))
 
     def __add__(self, other: str) -> Given:
-        return joined([self, other])
+        return _woven([self, other])
 
     def __radd__(self, other: str) -> Given:
-        return joined([other, self])
+        return _woven([other, self])
 
     def lstrip(self, chars: str | None = None) -> Given:
         return self[len(self) - len(self._plain.lstrip(_plain(chars))) :]
@@ -66,7 +67,7 @@ class Given(str):
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Given:
         if not old:
             return _all_of_it(self._plain.replace(old, _plain(new), count))
-        return joined(self.split(old, count), new)
+        return _woven([*self.split(old, count)], new)
 
 
 def _as_plain(name: str) -> Callable[..., Any]:
@@ -95,10 +96,24 @@ def given(value: Any) -> Any:
     return value
 
 
-def joined(pieces: Iterable[str], between: str = "") -> Given:
-    """The pieces as one text, each with its own blanks."""
+def said(value: Any) -> Iterator[str]:
+    """Every text that `given` would blank."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from said(key)
+            yield from () if _is_role(key, item) else said(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from said(item)
+
+
+def joined(pieces: Iterable[str], between: str = "") -> str:
+    """The pieces as one text, each with its own blanks, if any has some."""
     pieces = list(pieces)
-    return Given(str.join(between, pieces), _plain(between).join(map(_plain, pieces)))
+    blanked = any(isinstance(piece, Given) for piece in (between, *pieces))
+    return _woven(pieces, between) if blanked else between.join(pieces)
 
 
 def fits(shown: str, text: str) -> bool:
@@ -106,6 +121,10 @@ def fits(shown: str, text: str) -> bool:
     if _plain(shown) == text:
         return True
     return len(shown) == len(text) and all(text.startswith(run.group(), run.start()) for run in OWN.finditer(shown))
+
+
+def _woven(pieces: list[str], between: str = "") -> Given:
+    return Given(str.join(between, pieces), _plain(between).join(map(_plain, pieces)))
 
 
 def _all_of_it(text: str) -> Given:

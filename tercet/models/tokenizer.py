@@ -15,6 +15,7 @@ from tercet.models.chat import ChatTemplate
 from tercet.models.control import ControlTokens
 from tercet.models.detokenizer import ByteStream, CleanStream, Detokenizer, TokenTexts, WindowStream
 from tercet.models.encoding import encoded
+from tercet.models.given import said
 from tercet.models.longest_token import longest_token
 
 
@@ -62,7 +63,7 @@ class Tokenizer:
         if self._control is None:
             return self.encode(text, add_special=False)
         shown = template.render(messages, add_generation_prompt, template_kwargs, blanks=True)
-        return self._control.encode(text, shown)
+        return self._control.encode(text, shown, said((messages, template_kwargs or {})))
 
     def apply_chat_template(
         self,

@@ -8,7 +8,8 @@ finds no room. A connection that is being served is closed only when its client 
 could have. When as many are served as may be, some more are let in: who asks for health hears it, and whoever wants
 more is told why not.
 
-Whatever a client sends, it gets AT_ONCE bytes of attention; then it is the others' turn.
+Whatever a client sends, in a turn of the loop it gets as many bytes read as are worked through in TURN_S, by what its
+last ones took; then it is the others' turn.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import resource
 import select
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +32,9 @@ from tercet.errors import ClusterError, Overloaded, RequestTimeout, TercetError
 
 SPARE_FILES = 256  # descriptors left to everything else; asyncio accepts 100 at a time before one is closed
 MOST_FILES = 65536  # what is asked of the system; more would serve nobody
-AT_ONCE = 16 * 1024  # bytes of one connection that are worked through in a turn of the loop
+AT_ONCE = 16 * 1024  # bytes of one connection that are read in a turn of the loop, at most
+AT_LEAST = 64
+TURN_S = 1e-3  # of the processor, for one connection
 SWEEP_S = 1.0  # deadlines are looked at so often
 BACKLOG = 100
 SPARE = 16  # connections beyond the bound
@@ -61,6 +65,7 @@ class Guarded(Protocol):
     """What a guard needs of the protocol behind it, besides being an asyncio.Protocol."""
 
     opens: Phase  # HEAD: the client must speak at once, as in HTTP/2
+    at_first: int  # bytes that are read in the first turn
 
     def farewell(self, error: TercetError | None) -> bytes:
         """The last bytes to the client; None: the connection was only idle. Also called before connection_made."""
@@ -171,6 +176,8 @@ class Guard(asyncio.BufferedProtocol):
         self._phase: Phase | None = None
         self._served = 0  # requests
         self._watched = 0
+        self._portion = self._guarded.at_first  # bytes that are read at once
+        self._to_come_s = 0.0  # of work that they have begun
         self._unsent = 0  # bytes, when it was last looked at
         self._unread_since: float | None = None  # what has come is not read
         self._lost = False
@@ -193,6 +200,10 @@ class Guard(asyncio.BufferedProtocol):
         """The connection's opening is complete (HTTP/2)."""
         if self._phase is Phase.HEAD:
             self._enter(Phase.IDLE)
+
+    def begun(self, seconds: float) -> None:
+        """What was read has begun work that will take about so long, later."""
+        self._to_come_s += seconds
 
     def fault(self, reason: str) -> None:
         """Count a connection that the inner protocol ends."""
@@ -259,13 +270,17 @@ class Guard(asyncio.BufferedProtocol):
         self._inner.connection_made(transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._connections.buffer
+        return self._connections.buffer[: self._portion]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._phase is Phase.IDLE and self._guarded.opens is Phase.IDLE:
             self._enter(Phase.HEAD)
         self._unread_since = None
-        self._inner.data_received(bytes(self._connections.buffer[:nbytes]))
+        data, start, self._to_come_s = bytes(self._connections.buffer[:nbytes]), time.thread_time(), 0.0
+        self._inner.data_received(data)
+        took = time.thread_time() - start + self._to_come_s
+        fitting = int(nbytes * TURN_S / took) if took > TURN_S else 2 * self._portion
+        self._portion = min(max(fitting, AT_LEAST), AT_ONCE)
 
     def eof_received(self) -> bool | None:
         return self._inner.eof_received()
@@ -297,9 +312,13 @@ def most_connections(wanted: int) -> int:
     return min(wanted, max(FEWEST, room))
 
 
-def port_error(port: int, host: str, error: OSError, hint: str) -> ClusterError:
-    """An OSError of `listen` by the name of the port."""
+def listen_error(host: str, port: int, error: OSError, setting: str = "") -> ClusterError:
+    """An OSError of `listen`, by what is wrong. setting: the spec's key of host and port, if it has one."""
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        hint = f"; set {setting}.host" if setting else ""
+        return ClusterError(f"{host} is no address of this machine ({error.strerror}){hint}")
     what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error})"
+    hint = f"free it or set {setting}.port" if setting else "a free one is needed"
     return ClusterError(f"port {port} on {host} {what}; {hint}")
 
 

@@ -125,6 +125,7 @@ class _Client(AbstractHandler):
         call = Call(stream, headers, server.bodies, max_bytes, self.http2.earn, server.offload, self._served)
         try:
             if refusal := _refusal(headers):
+                self.http2.refused()
                 await stream.send_headers(refusal, end_stream=True)
                 return
             method, watching = server.methods.get(headers.get(b":path", b""), (_UNKNOWN, False))
@@ -152,7 +153,10 @@ class _Client(AbstractHandler):
         except TimeoutError:
             self._failed(call, DeadlineExceeded("the call's deadline has passed"))
         except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
-            self._failed(call, as_named(error, call.id))
+            named = as_named(error, call.id)
+            if named.http_status < 500:
+                self.http2.refused()
+            self._failed(call, named)
         finally:
             self._server.watchers.pop(task, None)
 

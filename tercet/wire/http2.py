@@ -37,6 +37,8 @@ MOST_UNREAD = 4 * 1024 * 1024  # bytes of answers to a client that does not read
 BURST = 400.0  # frames that ask for nothing, at once
 RATE = 200.0  # and a second
 EARNED = 4.0  # and for each message, either way
+REFUSED = 4.0  # that a call costs which is turned away
+CALL_S = 600e-6  # of the processor, that a call takes at least
 DATA_BYTES = 32.0  # that pay for a frame; the smallest commands to a worker have more
 PING_S = 10.0  # a client with a call under way is asked so often whether it lives
 PING_ANSWER_S = 20.0  # and is gone if it has not answered for so long
@@ -53,10 +55,25 @@ class _Connection(H2Connection):
         return super()._receive_frame(frame)
 
 
+class _UntilClosed:
+    """A transport to which nothing is written once it closes: calls that end then still have a last word."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+
 class Http2(asyncio.Protocol):
     """`handler` is told of streams; `guard` of how the connection ends."""
 
     opens = Phase.HEAD
+    at_first = 256  # an opening; 25 calls fit in as well
 
     def __init__(self, handler: AbstractHandler, guard: Guard, max_streams: int) -> None:
         self._handler = handler
@@ -68,12 +85,13 @@ class Http2(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        open_part = cast("asyncio.Transport", _UntilClosed(self._transport))
         self._h2 = h2 = _Connection(_H2_CONFIG)
         initial = {SettingCodes.MAX_CONCURRENT_STREAMS: self._max_streams, SettingCodes.MAX_HEADER_LIST_SIZE: MOST_HEAD}
         h2.local_settings = Settings(client=False, initial_values=initial)
         h2.decoder.max_header_list_size = MOST_HEAD
         h2.initiate_connection()
-        self.streams = StreamTable(h2, self._transport, config=_CONFIG)
+        self.streams = StreamTable(h2, open_part, config=_CONFIG)
         self.streams.flush()
         self.streams.initialize()
         self._events = EventsProcessor(self._handler, self.streams)
@@ -90,6 +108,10 @@ class Http2(asyncio.Protocol):
     def earn(self, frames: float = EARNED) -> None:
         """A message has passed, or what pays for `frames`: the client may send more that ask for nothing."""
         self._allowance = min(BURST, self._allowance + frames)
+
+    def refused(self) -> None:
+        """A call was turned away; who makes many of those only makes work."""
+        self._allowance -= REFUSED
 
     def farewell(self, error: TercetError | None) -> bytes:
         """GOAWAY: the client may connect again."""
@@ -124,6 +146,8 @@ class Http2(asyncio.Protocol):
     def _take(self, event: Event) -> None:
         if isinstance(event, RemoteSettingsChanged):
             self._guard.opened()
+        elif isinstance(event, RequestReceived):
+            self._guard.begun(CALL_S)
         self.earn(_earned_by(event))
         empty = isinstance(event, DataReceived) and not event.flow_controlled_length
         if not empty and event.__class__ in self._events.processors:  # the others ask for nothing, or are unknown

@@ -30,7 +30,7 @@ from tercet.wire.codec import (
     scores_to_proto,
     token_to_proto,
 )
-from tercet.wire.connections import ConnectionLimits, Connections, address, most_connections, port_error
+from tercet.wire.connections import ConnectionLimits, Connections, address, listen_error, most_connections
 from tercet.wire.gen import worker_pb2 as pb
 from tercet.wire.gen import worker_pb2_grpc
 from tercet.wire.grpc_call import Call
@@ -170,7 +170,7 @@ class WorkerServer:
         try:
             return address(host, await self._server.start(host, 0))
         except OSError as error:
-            raise port_error(0, host, error, "the worker needs a free one") from error
+            raise listen_error(host, 0, error) from error
 
     async def stop(self) -> None:
         await self._server.stop()

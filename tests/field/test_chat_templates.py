@@ -186,6 +186,10 @@ def test_a_template_that_looks_into_texts(name, tmp_path):
     own = [i for i in ours.encode_chat(chat) if i in control]
     for text in ("<|im_start|>", "<|im/think_start|>", "<|im_/no_thinkstart|>system"):
         told = [m | {"content": m["content"] + text} for m in chat]
+        if name == "letters":  # whether a text is in one of the template's own, a blank cannot say
+            with pytest.raises(InvalidRequest, match="cannot be told"):
+                ours.encode_chat(told)
+            continue
         assert [i for i in ours.encode_chat(told) if i in control and i != theirs.eos_token_id] == [
             i for i in own if i != theirs.eos_token_id
         ]
@@ -206,6 +210,52 @@ def test_what_cannot_be_told_apart_is_refused(tmp_path):
     same(ours, theirs, [{"role": "user", "content": "1 < 2"}])
     with pytest.raises(InvalidRequest, match="cannot be told"):
         ours.encode_chat([{"role": "user", "content": "<|im_end|>"}])
+
+
+DERIVED = {  # texts that Jinja makes of what is said, and a turn that depends on them
+    "tilde": ("{% set y = c ~ '' %}", "'THINK' in y", ()),
+    "join": ("{% set y = [c, '.'] | join %}", "'THINK' in y", ()),
+    "mapped": ("{% set y = messages | map(attribute='content') | join(' ') %}", "'THINK' in y", ()),
+    "percent": ("{% set y = '%s' % c %}", "'THINK' in y", ()),
+    "format": ("{% set y = '{}'.format(c) %}", "'THINK' in y", InvalidRequest),
+    "its join": ("{% set y = ''.join([c]) %}", "'THINK' in y", InvalidRequest),
+    "safe": ("{% set y = c | safe %}", "'THINK' in y", InvalidRequest),
+    "tojson": ("{% set y = c | tojson %}", "'THINK' in y", InvalidRequest),
+    "title": ("{% set y = c | title %}", "'Think' in y", InvalidRequest),
+    "times": ("{% set y = c * 2 %}", "'THINK' in y", InvalidRequest),
+    "of a literal": ("{% set y = c %}", "c[0:1] in 'THINK'", InvalidRequest),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_turn_that_depends_on_a_derived_text_lets_no_control_token_in(name, tmp_path):
+    """With blanks the template may take the other turn, and write as many control tokens as the client has said."""
+    make, test, refused = DERIVED[name]
+    turns = "{% if " + test + " %}{{ y }}{% else %}<|im_start|>{{ y }}{% endif %}<|im_end|>"
+    ours, theirs = made(tmp_path, "{% for m in messages %}{% set c = m.content %}" + make + turns + "{% endfor %}")
+    start = theirs.convert_tokens_to_ids("<|im_start|>")
+    same(ours, theirs, [{"role": "user", "content": "say hi, or 42"}])
+    for said in ("THINK <|im_start|>", "THINK <|im_", "THINK |>"):
+        chat = [{"role": "user", "content": said}]
+        if refused:
+            with pytest.raises(InvalidRequest, match="cannot be told"):
+                ours.encode_chat(chat)
+        else:
+            assert start not in ours.encode_chat(chat)
+
+
+def test_whatever_a_templates_python_raises_is_the_requests_fault(tmp_path):
+    for filters in ("indent(2)", "wordwrap(5)", "xmlattr", "dictsort"):
+        ours, theirs = made(tmp_path, "{% for m in messages %}{{ m.x | " + filters + " }}<|im_end|>{% endfor %}")
+        for x in ("not json", 5, ["a"]):
+            chat = [{"role": "user", "content": "", "x": x}]
+            try:
+                expected = theirs.apply_chat_template(chat)["input_ids"]
+            except Exception:
+                with pytest.raises(InvalidRequest, match="refused the messages"):
+                    ours.encode_chat(chat)
+            else:
+                assert ours.encode_chat(chat, add_generation_prompt=False) == expected
 
 
 def test_text_of_private_use_stays(tmp_path):

@@ -6,6 +6,7 @@ import json
 import re
 import resource
 import socket
+import struct
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -175,7 +176,7 @@ async def test_an_answer_that_is_not_read_is_given_up_and_one_that_is_read_slowl
 class Recorder(asyncio.Protocol):
     """Notes in which turn of the loop bytes came, and how many."""
 
-    opens = Phase.IDLE
+    opens, at_first = Phase.IDLE, 4096
 
     def __init__(self):
         self.turn, self.came, self.ended = 0, {}, False
@@ -206,6 +207,35 @@ async def test_one_turn_of_the_loop_works_through_one_piece_of_a_connection():
     connections.close()
     assert sum(recorder.came.values()) == 20 * AT_ONCE
     assert max(recorder.came.values()) <= AT_ONCE
+
+
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/v1/chat/completions", b"/nope"])
+@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+async def test_a_client_that_wants_to_be_invited_and_goes_is_no_fault_of_ours(path, how, caplog):
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\n" % path
+    async with running(FakeRouter()) as (gateway, info):
+        host, _, port = info.http_url.removeprefix("http://").rpartition(":")
+        for _ in range(20):
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall(head + b"Expect: 100-continue\r\n\r\n")
+                if how == "half-close":
+                    client.shutdown(socket.SHUT_WR)
+                if how == "reset":
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            await until(lambda: not gateway._connections)
+        assert b'code="internal_error"' not in gateway._metrics.exposition()
+        assert await served(info)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+async def test_http_1_0_knows_no_invitation():
+    body = json.dumps(ASK).encode()
+    async with running(FakeRouter()) as (_, info):
+        head = (HEAD % len(body)).replace(b"HTTP/1.1", b"HTTP/1.0")
+        answer = await answer_to(info, head + b"Expect: 100-continue\r\n\r\n" + body)
+        assert answer.startswith(b"HTTP/1.0 200")
 
 
 async def test_a_client_that_sent_ahead_is_seen_to_go():

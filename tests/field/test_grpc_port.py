@@ -3,9 +3,11 @@
 import asyncio
 import gc
 import gzip
+import itertools
 import logging
 import random
 import zlib
+from collections import Counter
 from contextlib import asynccontextmanager
 
 import grpc
@@ -16,7 +18,7 @@ from hpack import Decoder
 
 from tercet import secret
 from tercet.core import Load, Role, SamplingParams, TokenEvent, WorkerInfo
-from tercet.wire import codec
+from tercet.wire import codec, connections
 from tercet.wire.codec import Leg, leg_to_proto
 from tercet.wire.connections import SPARE, ConnectionLimits, Phase
 from tercet.wire.gen import inference_pb2 as pb
@@ -26,7 +28,7 @@ from tercet.wire.worker_server import WorkerServer
 from tests import http2
 from tests.fakes.gateway import running
 from tests.fakes.router import FakeRouter
-from tests.http2 import DATA, END_HEADERS, END_STREAM, call, frame, head, message
+from tests.http2 import DATA, END_HEADERS, END_STREAM, PING, call, frame, head, message
 
 WHOLE = END_HEADERS | END_STREAM
 CONNECT = b"/tercet.v1.Worker/Connect"
@@ -250,6 +252,35 @@ async def test_every_frame_that_asks_for_nothing_counts(crumb):
         tasks.create_task(http2.said_to(info.grpc_address, http2.opened(begun, crumb * 2000), 10))
         while not gateway._connections.closed["flood"]:
             await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("method", [{"_method": b"GET"}, {"path": b"/no/such"}], ids=["no gRPC", "unknown"])
+async def test_calls_that_are_turned_away_count(method):
+    """Each is a task, headers and a reset: dear for us, and cheap for who sends them."""
+    calls = [call(head(**method), i, WHOLE) for i in range(1, 2001, 2)]
+    async with running(FakeRouter()) as (gateway, info), asyncio.TaskGroup() as tasks, asyncio.timeout(10):
+        tasks.create_task(http2.said_to(info.grpc_address, http2.opened(*calls), 10))
+        while not gateway._connections.closed["flood"]:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("kind", ["pings", "calls"])
+async def test_who_takes_too_long_is_read_in_small_pieces(kind, monkeypatch):
+    """However much it sends at once. Here everything takes too long."""
+    monkeypatch.setattr(connections, "TURN_S", 0.0)
+    calls = [call(head(_method=b"GET"), i, WHOLE) for i in range(1, 161, 2)]
+    data = http2.opened(*(calls if kind == "calls" else [frame(PING, 0, 0, b"12345678")] * 380))
+    turns = Counter()
+    async with running(FakeRouter()) as (gateway, info):
+        client = asyncio.create_task(http2.said_to(info.grpc_address, data, 1))
+        while not client.done():
+            for guard in gateway._connections._all:
+                if guard._inner._h2 is not None:
+                    turns[guard._inner._h2.frames] += 1
+            await asyncio.sleep(0)
+    steps = sorted(turns)
+    assert steps[-1] >= 80
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 26
 
 
 async def test_frames_for_a_stream_that_is_over_count():

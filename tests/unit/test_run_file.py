@@ -66,6 +66,37 @@ def test_the_next_one_is_not_removed_with_the_last():
     assert at_once(serve, serve) == []
 
 
+def test_who_took_the_name_of_a_removed_file_keeps_it(folder):
+    """As after something has cleaned the folder for temporary files."""
+    with contextlib.ExitStack() as later:
+        with RunFile("one"):
+            (folder / "one.json").unlink()
+            later.enter_context(RunFile("one"))
+        assert [found.name for found in run_file.served()] == ["one"]
+    assert run_file.served() == []
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"[" * 60000,
+        b"[1]",
+        b"\xff\xfe{",
+        b'{"name": 5, "pid": 1}',
+        b'{"name": "one", "pid": "x"}',
+        b'{"name": "one", "pid": 1, "ray_folder": 7}',
+        b'{"name": "one", "pid": 1, "ray_folder": "/x", "ray_session": "a"}',
+        b'{"name": "one", "pid": 1, "ray_environment": []}',
+        b'{"name": "one", "pid": 1, "new": 1}',
+    ],
+)
+def test_what_cannot_be_read_was_left_by_nobody(folder, left):
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / "one.json").write_bytes(left)
+    with RunFile("one"):
+        assert [found.pid for found in run_file.served()] == [os.getpid()]
+
+
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.symlink_to("else"), os.mkfifo])
 def test_what_is_no_run_file_is_no_cluster_and_in_the_way_of_one(folder, make):
     folder.mkdir(mode=0o700)

@@ -18,7 +18,6 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tercet.core import WorkerInfo
-from tercet.errors import ClusterError
 from tercet.metrics import Metrics
 from tercet.models.sources import load_config, load_tokenizer, served_name
 from tercet.roles.gateway.ask import Backend, ServedModel
@@ -31,9 +30,9 @@ from tercet.roles.gateway.http_generation import Generation
 from tercet.roles.gateway.http_server import protocols_of
 from tercet.roles.gateway.readiness import POLL_S, Readiness
 from tercet.roles.router import Router
-from tercet.spec import ClusterSpec, LimitsSpec, ListenSpec, ModelSpec
+from tercet.spec import ClusterSpec, LimitsSpec, ModelSpec
 from tercet.wire.bodies import Bodies, BodyLimits
-from tercet.wire.connections import ConnectionLimits, Connections, address, most_connections, port_error
+from tercet.wire.connections import ConnectionLimits, Connections, address, listen_error, most_connections
 from tercet.wire.gen import inference_pb2_grpc
 from tercet.wire.grpc_call import Call
 from tercet.wire.grpc_server import GrpcLimits, GrpcServer
@@ -141,7 +140,7 @@ class Gateway:
         try:
             server = await self._connections.listen(listen.host, listen.port, protocols_of(runner, metrics.failed))
         except OSError as error:
-            raise _port_error("http", listen, error) from error
+            raise listen_error(listen.host, listen.port, error, "gateway.http") from error
         stack.callback(server.close)
         host = "127.0.0.1" if listen.host in WILDCARDS else listen.host
         return f"http://{address(host, server.sockets[0].getsockname()[1])}"
@@ -159,7 +158,7 @@ class Gateway:
         try:
             port = await server.start(listen.host, listen.port)
         except OSError as error:
-            raise _port_error("grpc", listen, error) from error
+            raise listen_error(listen.host, listen.port, error, "gateway.grpc") from error
         self._start_task(stack, asyncio.create_task(self._follow(checker)))
         return address(listen.host, port)
 
@@ -198,7 +197,3 @@ def _body_limits(limits: LimitsSpec, connections: int) -> BodyLimits:
 def _connection_limits(limits: LimitsSpec) -> ConnectionLimits:
     most = most_connections(limits.max_connections)
     return ConnectionLimits(most, limits.head_timeout_s, limits.idle_timeout_s)
-
-
-def _port_error(name: str, listen: ListenSpec, error: OSError) -> ClusterError:
-    return port_error(listen.port, listen.host, error, f"free it or set gateway.{name}.port")

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from functools import partial
 from urllib.parse import quote
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 
 from tercet.errors import Cancelled, InvalidRequest, TercetError, UnsupportedMedia, as_named
 from tercet.roles.gateway.clients import client_of
@@ -52,6 +52,8 @@ class Generation:
         if request.headers[hdrs.EXPECT].lower() != "100-continue":
             raise InvalidRequest("Expect: nothing but 100-continue is understood")
         self._check_head(request)
+        if request.version < HttpVersion11:  # it knows no 100
+            return
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the answer has not begun
 

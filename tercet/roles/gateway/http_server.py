@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from aiohttp import StreamReader, web
+from aiohttp import ClientConnectionResetError, StreamReader, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from tercet.errors import (
@@ -49,6 +49,7 @@ class HttpProtocol(web.RequestHandler):
 
     __slots__ = ("_body", "_came", "_count", "guard")
     opens = Phase.IDLE
+    at_first = 4096  # most requests are not larger
 
     def __init__(self, server: web.Server, guard: Guard, count: _Count) -> None:
         loop = asyncio.get_running_loop()
@@ -125,6 +126,8 @@ class Boundary:
             raise
         except web.HTTPException as error:
             return self._failed(_of_router(error, request), request_id, _allowed(error))
+        except ClientConnectionResetError:  # what aiohttp raises for a write to a client that has gone
+            return self._failed(Cancelled("the client has gone"), request_id)
         except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
             return self._failed(as_named(error, request_id), request_id)
 
