@@ -153,10 +153,7 @@ class _Client(AbstractHandler):
         except TimeoutError:
             self._failed(call, DeadlineExceeded("the call's deadline has passed"))
         except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
-            named = as_named(error, call.id)
-            if named.http_status < 500:
-                self.http2.refused()
-            self._failed(call, named)
+            self._failed(call, as_named(error, call.id))
         finally:
             self._server.watchers.pop(task, None)
 
@@ -170,6 +167,8 @@ class _Client(AbstractHandler):
             yield
 
     def _failed(self, call: Call, error: TercetError) -> None:
+        if error.http_status < 500:
+            self.http2.refused()
         self._server.on_failure(type(error))
         call.fail(error)
 
