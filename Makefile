@@ -37,15 +37,17 @@ proto: setup  ## Generate tercet/wire/gen from proto/
 proto-check: setup
 	$(BIN)/python proto/generate.py --check
 
-pytest: setup extras  # in two halves, one a core: whole clusters, and the rest
+APART = tests/chaos tests/integration/test_lengths.py
+
+pytest: setup extras  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest
 
 pytest-clusters:
 	$(BIN)/python -m pytest -m "ray and not slow"
-	$(BIN)/python -m pytest -m "not slow" tests/chaos
+	$(BIN)/python -m pytest -m "not ray and not slow" $(APART)
 
 pytest-rest:
-	$(BIN)/python -m pytest -m "not ray and not slow" --ignore=tests/chaos
+	$(BIN)/python -m pytest -m "not ray and not slow" $(addprefix --ignore=,$(APART))
 
 slow: setup extras  ## The tests that take many minutes and are no part of `test`
 	$(BIN)/python -m pytest -m slow $(ARGS)
