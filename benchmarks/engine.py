@@ -38,8 +38,8 @@ from tercet.errors import WorkerLost
 from tercet.models.config import ModelConfig
 from tercet.models.sources import load_model, locate
 from tercet.spec import ModelSpec, RoleSpec
-from tercet.transfer.messages import Ticket
-from tercet.transfer.region import Region
+from tercet.transfer.memory.region import Region
+from tercet.transfer.protocol.messages import Ticket
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 READ_BYTES = 5 << 28  # 1.25 GiB, far more than any cache holds

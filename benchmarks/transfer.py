@@ -28,7 +28,7 @@ from benchmarks.engine import facts
 from benchmarks.transfer_pairs import SIDES, Running, SideLost, layout_of
 from benchmarks.transfer_report import goals, table
 from benchmarks.transfer_rivals import SOURCE, TARGET, Job
-from tercet.transfer.region import Region
+from tercet.transfer.memory.region import Region
 
 POOL = 256 << 20  # bytes, of each side
 SHAPES = {"1 x 64 MiB": (1, 64 << 20), "256 x 256 KiB": (256, 256 << 10), "4096 x 16 KiB": (4096, 16 << 10)}

@@ -16,13 +16,13 @@ import numpy as np
 
 from benchmarks.transfer_libraries import RIVALS
 from benchmarks.transfer_rivals import SOURCE, TARGET, Job, Side, timed
-from tercet.transfer import inbound, outbound
-from tercet.transfer.layout import KvLayout
-from tercet.transfer.messages import Commit, Ticket
-from tercet.transfer.receiver import KvReceiver
-from tercet.transfer.region import SCRATCH, Region
-from tercet.transfer.sender import KvSender
-from tercet.transfer.transport import MoverConfig, Transport
+from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.memory.region import SCRATCH, Region
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.transports.contract import MoverConfig, Transport
 
 SMALL = "handover"  # one request of 16 tokens, SmolLM2's shape
 HANDOVER = KvLayout(layers=30, blocks=8, block_size=16, kv_heads=3, head_dim=64, dtype="bfloat16")
@@ -133,7 +133,7 @@ class Ours(Side):
 
 def transport_of(name: str) -> type[Transport]:
     """Raises ImportError if there is no such transport (yet), or what it needs is not installed."""
-    module = importlib.import_module(f"tercet.transfer.{TRANSPORTS[name]}")
+    module = importlib.import_module(f"tercet.transfer.transports.{TRANSPORTS[name]}")
     return next(cls for cls in vars(module).values() if isinstance(cls, type) and getattr(cls, "name", None) == name)
 
 

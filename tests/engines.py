@@ -15,8 +15,8 @@ from tercet.kernels.linear import LinearPacker, PackedLinear
 from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
 from tercet.spec import KvSpec, ModelSpec, RoleSpec, SchedulerSpec
-from tercet.transfer.messages import Ticket
-from tercet.transfer.region import Region
+from tercet.transfer.memory.region import Region
+from tercet.transfer.protocol.messages import Ticket
 from tests.tiny import CONTEXT, tiny_model
 
 SIZE = 16

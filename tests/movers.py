@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from tercet.errors import TercetError
-from tercet.transfer import inbound, outbound
-from tercet.transfer.layout import KvLayout
-from tercet.transfer.messages import Commit, Ticket
-from tercet.transfer.receiver import KvReceiver
-from tercet.transfer.region import Region
-from tercet.transfer.sender import KvSender
-from tercet.transfer.transport import MoverConfig, Outlet, Parcel, Transport
-from tercet.transfer.transports import ALL
+from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.memory.region import Region
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.transports.contract import MoverConfig, Outlet, Parcel, Transport
+from tercet.transfer.transports.table import ALL
 
 LAYOUT = KvLayout(layers=3, blocks=8, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
 EPOCH = 7

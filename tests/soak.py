@@ -38,8 +38,8 @@ from tercet.engine.runner import Runner, kv_layout
 from tercet.engine.sampler import sample
 from tercet.engine.scheduler import Chunk, Step
 from tercet.engine.sequence import Sequence
-from tercet.transfer.messages import Ticket
-from tercet.transfer.region import Region
+from tercet.transfer.memory.region import Region
+from tercet.transfer.protocol.messages import Ticket
 from tests.engines import SIZE, Running, load_tiny
 from tests.tiny import VOCAB, tiny_model
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tercet.transfer.transports import ALL
+from tercet.transfer.transports.table import ALL
 
 EXTRAS = {"nixl", "ucx"}  # what that target installs
 

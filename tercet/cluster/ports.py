@@ -39,7 +39,7 @@ def _ports(info: WorkerInfo | GatewayInfo) -> Iterator[Asked]:
         return
     yield "gRPC", _grpc, info.rpc_address
     if info.transfer_endpoint:
-        from tercet.transfer.transport import Endpoint  # only now: numpy
+        from tercet.transfer.transports.contract import Endpoint  # only now: numpy
 
         for address in Endpoint.decode(info.transfer_endpoint).tcp:
             yield "transfer", _tcp, address

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tercet.models.sources import load_config
 from tercet.spec import ClusterSpec, ListenSpec
-from tercet.transfer import transports
+from tercet.transfer.transports import table as transports
 from tercet.wire.connections import EVERYWHERE, listen_error
 
 

@@ -19,8 +19,8 @@ from tercet.engine.sequence import Sequence
 from tercet.errors import EngineFault
 from tercet.models.batch import PrefillChunk, StepBatch
 from tercet.models.transformer import Transformer
-from tercet.transfer.layout import KvLayout
-from tercet.transfer.region import Region
+from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.memory.region import Region
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

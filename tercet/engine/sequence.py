@@ -17,7 +17,7 @@ from typing import Protocol
 
 from tercet.core import FinishReason, PromptScore, SamplingParams
 from tercet.engine.blocks import chain_hash
-from tercet.transfer.messages import Ticket
+from tercet.transfer.protocol.messages import Ticket
 
 
 class Phase(enum.Enum):

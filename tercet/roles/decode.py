@@ -15,9 +15,9 @@ from tercet.core import Done, StageTimes, TokenEvent
 from tercet.engine.engine import Faulted, Sampled, Scored, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.legs import ActiveLeg, LegRole
-from tercet.transfer.inbound import Committed, Complete, Failed, Quiesced
-from tercet.transfer.messages import Commit, Ticket
-from tercet.transfer.receiver import Event, KvReceiver
+from tercet.transfer.mover.receiver import Event, KvReceiver
+from tercet.transfer.protocol.inbound import Committed, Complete, Failed, Quiesced
+from tercet.transfer.protocol.messages import Commit, Ticket
 
 
 @dataclass(eq=False)

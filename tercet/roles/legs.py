@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tercet.engine.engine import Engine, StepReport
 from tercet.engine.sequence import Sequence
 from tercet.errors import DeadlineExceeded, Overloaded, TercetError
-from tercet.transfer.messages import Ticket
+from tercet.transfer.protocol.messages import Ticket
 from tercet.wire.codec import Leg
 from tercet.wire.worker_server import ReportStream
 

@@ -18,10 +18,10 @@ from tercet.engine.engine import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
 from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
 from tercet.roles.legs import ActiveLeg, LegRole
-from tercet.transfer.messages import Commit, Ticket
-from tercet.transfer.outbound import Failed, Granted, OpDone, Released
-from tercet.transfer.sender import Event, KvSender
-from tercet.transfer.transport import Endpoint
+from tercet.transfer.mover.sender import Event, KvSender
+from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.protocol.outbound import Failed, Granted, OpDone, Released
+from tercet.transfer.transports.contract import Endpoint
 
 MEET_AGAIN_S = 1.0
 DIALERS = 16  # a first contact may block for some seconds

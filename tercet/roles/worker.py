@@ -21,11 +21,11 @@ from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
 from tercet.roles.prefill import Prefill
 from tercet.spec import ClusterSpec
-from tercet.transfer.receiver import KvReceiver
-from tercet.transfer.region import Region
-from tercet.transfer.sender import KvSender
-from tercet.transfer.transport import MoverConfig
-from tercet.transfer.transports import usable
+from tercet.transfer.memory.region import Region
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.transports.contract import MoverConfig
+from tercet.transfer.transports.table import usable
 from tercet.wire.worker_server import WorkerServer
 
 STUCK_S = 60.0  # a step that runs longer than any step should: the worker is unhealthy

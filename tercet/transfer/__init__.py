@@ -1,1 +1,26 @@
-"""The KV mover: a protocol without I/O (inbound, outbound), layouts, and one file a transport."""
+"""The KV mover: how a block of KV gets from a prefill worker's cache into a decode worker's.
+
+    prefill engine     sender, outbound                   receiver, inbound      decode engine
+          │                   │                                   │ <───admit(blocks)─── │  blocks are leased
+          │ ───────open─────> │ ───────────OFFER(units)─────────> │                      │
+          │ <─────Granted──── │ <───GRANT(first unit, blocks)──── │                      │
+     a layer is computed      │                                   │                      │
+          │ ───push(layer)──> │ loader: a parcel of the block,    │                      │
+          │                   │ with its digests; outlet:         │                      │
+          │                   │ ──────────DATA, bytes───────────> │ inlet and lander:    │
+          │                   │                                   │ placed, verified     │
+          │                   │ <──RESEND, if a digest is wrong── │                      │
+          │ ─commit(token)──> │ when the last write has ended:    │                      │
+          │                   │ ──────COMMIT(bytes, token)──────> │ ─────Committed─────> │  first token out
+          │                   │                                   │ ─────Complete──────> │  blocks are owned
+          │ <Released,OpDone─ │ <────────────RELEASE───────────── │                      │
+     source blocks free
+
+Floors, held by import-linter, each imports only those behind it:
+
+    mover       both ends, with their threads: sender and receiver, who dials and who accepts, loader and lander
+    transports  what a way to move bytes must do (contract.py), and one file each
+    links       sockets that carry frames
+    protocol    the messages and the two state machines (outbound, inbound): no I/O, no thread, no clock
+    memory      layouts, the region that holds a cache, gathering and digesting
+"""

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from tercet.errors import TercetError
-from tercet.transfer import inbound
-from tercet.transfer.region import Region
+from tercet.transfer.memory.region import Region
+from tercet.transfer.protocol import inbound
 from tests.movers import CLASSES, LAYOUT, Receiving, fill, ticket_of
 
 LEASE_S = 1.5

@@ -13,8 +13,8 @@ from tercet.cluster.ports import ask_ports
 from tercet.core import Load, Role, WorkerInfo
 from tercet.errors import WorkerLost
 from tercet.roles.gateway.gateway import GatewayInfo
-from tercet.transfer.acceptor import Acceptor
-from tercet.transfer.transport import Endpoint, MoverConfig
+from tercet.transfer.mover.acceptor import Acceptor
+from tercet.transfer.transports.contract import Endpoint, MoverConfig
 from tercet.wire.worker_server import WorkerServer
 from tests.fakes.gateway import running
 from tests.fakes.router import FakeRouter

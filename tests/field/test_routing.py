@@ -13,7 +13,7 @@ import pytest
 from tercet.core import Role, TokenEvent
 from tercet.errors import EngineFault, InvalidRequest, WorkerLost
 from tercet.spec import ClusterSpec, SchedulerSpec
-from tercet.transfer.transport import Endpoint
+from tercet.transfer.transports.contract import Endpoint
 from tests.helpers import LocalCluster, cluster, request_of, spec_of
 from tests.tiny import VOCAB, tiny_model
 

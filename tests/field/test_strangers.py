@@ -11,10 +11,10 @@ import msgpack
 import pytest
 
 from tercet import secret
-from tercet.transfer import messages, proof
-from tercet.transfer.messages import HEADER, MAGIC, Hello
-from tercet.transfer.transport import Endpoint
-from tercet.transfer.wires import dial_tcp
+from tercet.transfer.links.wires import dial_tcp
+from tercet.transfer.protocol import messages, proof
+from tercet.transfer.protocol.messages import HEADER, MAGIC, Hello
+from tercet.transfer.transports.contract import Endpoint
 from tests.movers import LAYOUT, Pair, Receiving, ticket_of
 
 

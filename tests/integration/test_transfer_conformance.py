@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 
 from tercet import secret
 from tercet.errors import LeaseExpired, PeerDown, PeerMismatch, TercetError
-from tercet.transfer import inbound, messages, outbound, proof
-from tercet.transfer.channel import Mailbox
-from tercet.transfer.layout import Units
-from tercet.transfer.loader import Loader
-from tercet.transfer.messages import Data, Heartbeat, Hello, Ticket, Welcome, encode
-from tercet.transfer.pack import Cells, Scratch, pieces_of
-from tercet.transfer.receiver import KvReceiver
-from tercet.transfer.sender import KvSender
-from tercet.transfer.transport import Endpoint, Transport
-from tercet.transfer.wires import dial_tcp, dial_unix
+from tercet.transfer.links.channel import Mailbox
+from tercet.transfer.links.wires import dial_tcp, dial_unix
+from tercet.transfer.memory.layout import Units
+from tercet.transfer.memory.pack import Cells, Scratch, pieces_of
+from tercet.transfer.mover.loader import Loader
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.protocol import inbound, messages, outbound, proof
+from tercet.transfer.protocol.messages import Data, Heartbeat, Hello, Ticket, Welcome, encode
+from tercet.transfer.transports.contract import Endpoint, Transport
 from tests.movers import CLASSES, EPOCH, LAYOUT, Pair, Receiving, commit_of, config, flipping, ticket_of
 
 NAMES = [
@@ -342,7 +342,7 @@ def test_a_peer_that_does_not_match_is_refused_by_name(name, changes, layout, na
 
 
 def test_another_protocol_version_is_refused_by_name(pair, monkeypatch):
-    monkeypatch.setattr("tercet.transfer.dialer.VERSION", messages.VERSION + 1)
+    monkeypatch.setattr("tercet.transfer.mover.dialer.VERSION", messages.VERSION + 1)
     with pytest.raises(PeerMismatch, match=f"transfer protocol {messages.VERSION + 1} at prefill-0"):
         pair.open(ticket_of(), 1)
 

@@ -17,12 +17,13 @@ from tercet.engine.sequence import Sequence
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
 from tercet.roles import prefill as roles
 from tercet.roles.prefill import Prefill
-from tercet.transfer import acceptor, dialer, inbound
-from tercet.transfer.channel import Channel
-from tercet.transfer.layout import KvLayout
-from tercet.transfer.messages import Commit, encode
-from tercet.transfer.transport import Endpoint, pair_of
-from tercet.transfer.transports import ALL
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.mover import acceptor, dialer
+from tercet.transfer.protocol import inbound
+from tercet.transfer.protocol.messages import Commit, encode
+from tercet.transfer.transports.contract import Endpoint, pair_of
+from tercet.transfer.transports.table import ALL
 from tests.movers import CLASSES, LAYOUT, Pair, commit_of, ticket_of
 
 

@@ -14,9 +14,9 @@ from tercet.cluster import run_file
 from tercet.cluster.cli import app
 from tercet.cluster.run_file import RunFile, Served
 from tercet.errors import ClusterError, SpecError
-from tercet.transfer.nixl import NixlTransport
-from tercet.transfer.transports import ALL, usable
-from tercet.transfer.ucx import UcxTransport
+from tercet.transfer.transports.nixl import NixlTransport
+from tercet.transfer.transports.table import ALL, usable
+from tercet.transfer.transports.ucx import UcxTransport
 
 ROOT = Path(__file__).parents[2]
 TERCET = Path(sys.executable).parent / "tercet"

@@ -19,7 +19,7 @@ from tercet.engine.scheduler import Scheduler
 from tercet.engine.sequence import Phase, Sequence
 from tercet.errors import EngineFault, Overloaded
 from tercet.spec import KvSpec, RoleSpec, SchedulerSpec
-from tercet.transfer.messages import Ticket
+from tercet.transfer.protocol.messages import Ticket
 from tests.fakes.runner import VOCAB, FakeRunner, contents, next_token
 
 SIZE = 8

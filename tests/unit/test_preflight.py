@@ -12,7 +12,7 @@ from tercet.cluster.signals import Signals
 from tercet.core import Role
 from tercet.errors import ClusterError, SpecError
 from tercet.spec import ClusterSpec, GatewaySpec, ListenSpec, ModelSpec, RaySpec, RoleSpec, TransferSpec
-from tercet.transfer.ucx import UcxTransport
+from tercet.transfer.transports.ucx import UcxTransport
 from tests.tiny import CONTEXT, tiny_model
 
 

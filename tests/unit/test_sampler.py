@@ -15,7 +15,7 @@ from tercet.core import SamplingParams
 from tercet.engine import sampler
 from tercet.engine.sequence import Sequence
 from tercet.errors import EngineFault
-from tercet.transfer.messages import Ticket
+from tercet.transfer.protocol.messages import Ticket
 
 VOCAB = 500
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.errors import PeerMismatch
-from tercet.transfer import digest
-from tercet.transfer.digest import digests_in_place, digests_of
-from tercet.transfer.layout import ITEMSIZE, KvLayout, Pair, Units, plan
-from tercet.transfer.pack import Cells, Scratch, convert, pieces_of
+from tercet.transfer.memory import digest
+from tercet.transfer.memory.digest import digests_in_place, digests_of
+from tercet.transfer.memory.layout import ITEMSIZE, KvLayout, Pair, Units, plan
+from tercet.transfer.memory.pack import Cells, Scratch, convert, pieces_of
 
 DEGREES = (1, 2, 3, 4, 8)
 SIZES = (8, 16, 32, 64, 128, 256)

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 
 from tercet.errors import TercetError
-from tercet.transfer import inbound, outbound
-from tercet.transfer.layout import KvLayout
-from tercet.transfer.messages import Commit, Ticket
-from tercet.transfer.nixl import NixlTransport, _direct
-from tercet.transfer.receiver import KvReceiver
-from tercet.transfer.region import Region
-from tercet.transfer.sender import KvSender
-from tercet.transfer.transport import MoverConfig
-from tercet.transfer.ucx import UcxTransport
+from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.memory.region import Region
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.transports.contract import MoverConfig
+from tercet.transfer.transports.nixl import NixlTransport, _direct
+from tercet.transfer.transports.ucx import UcxTransport
 
 LAYOUT = KvLayout(layers=3, blocks=8, block_size=16, kv_heads=8, head_dim=64, dtype="float32")
 TICKET = Ticket("r", 0, 7)

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.errors import LeaseExpired, TransferError
-from tercet.transfer import inbound, outbound
-from tercet.transfer.effects import Send
-from tercet.transfer.fake import LAYERS, FakeLink
-from tercet.transfer.layout import KvLayout, Pair
-from tercet.transfer.messages import Commit, Grant, Heartbeat, Offer, Resend, Ticket
+from tercet.transfer.memory.layout import KvLayout, Pair
+from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol.effects import Send
+from tercet.transfer.protocol.fake import LAYERS, FakeLink
+from tercet.transfer.protocol.messages import Commit, Grant, Heartbeat, Offer, Resend, Ticket
 
 TICKETS = [Ticket(f"r{n}", 0, 1) for n in range(3)]
 SOURCE = {t: [10 * n, 10 * n + 1] for n, t in enumerate(TICKETS)}

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import pytest
 
-from tercet.transfer import inbound, outbound
-from tercet.transfer.arrivals import Arrivals
-from tercet.transfer.fake import LAYERS, FakeLink, Move
-from tercet.transfer.inbound import Inbound
-from tercet.transfer.messages import AbortAck, Ticket
-from tercet.transfer.outbound import Outbound
+from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol.arrivals import Arrivals
+from tercet.transfer.protocol.fake import LAYERS, FakeLink, Move
+from tercet.transfer.protocol.inbound import Inbound
+from tercet.transfer.protocol.messages import AbortAck, Ticket
+from tercet.transfer.protocol.outbound import Outbound
 
 SEEDS = 3000
 STEPS = 120

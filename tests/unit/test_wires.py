@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tercet.transfer.wires import dial_tcp, listen_tcp
+from tercet.transfer.links.wires import dial_tcp, listen_tcp
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tercet.errors import LeaseExpired, Overloaded, PeerDown, TercetError, TransferError, from_wire
-from tercet.transfer.effects import Peer, Send
-from tercet.transfer.layout import Pair, Units
-from tercet.transfer.messages import (
+from tercet.transfer.memory.layout import Pair, Units
+from tercet.transfer.protocol.effects import Peer, Send
+from tercet.transfer.protocol.messages import (
     Abort,
     AbortAck,
     Commit,

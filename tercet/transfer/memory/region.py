@@ -6,7 +6,7 @@ import fcntl
 import mmap
 import os
 
-from tercet.transfer.layout import KvLayout
+from tercet.transfer.memory.layout import KvLayout
 
 SCRATCH = 1 << 20  # bytes behind the cache, in which links are measured; no KV ever lies there
 

@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.errors import DigestMismatch, LeaseExpired, PeerDown, TercetError, TransferError, from_wire
-from tercet.transfer.arrivals import Arrivals, Landing
-from tercet.transfer.effects import Peer, Send
-from tercet.transfer.layout import Pair
-from tercet.transfer.messages import (
+from tercet.transfer.memory.layout import Pair
+from tercet.transfer.protocol.arrivals import Arrivals, Landing
+from tercet.transfer.protocol.effects import Peer, Send
+from tercet.transfer.protocol.messages import (
     Abort,
     AbortAck,
     Commit,

@@ -17,12 +17,13 @@ from functools import partial
 from tercet import secret
 from tercet.core import PairState
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
-from tercet.transfer import proof
-from tercet.transfer.channel import Channel, Mailbox
-from tercet.transfer.layout import Pair
-from tercet.transfer.messages import VERSION, Goodbye, Hello, Probe, ProbeAck
-from tercet.transfer.region import SCRATCH, Region
-from tercet.transfer.transport import (
+from tercet.transfer.links.channel import Channel, Mailbox
+from tercet.transfer.links.wires import dial_tcp, dial_unix, host_id
+from tercet.transfer.memory.layout import Pair
+from tercet.transfer.memory.region import SCRATCH, Region
+from tercet.transfer.protocol import proof
+from tercet.transfer.protocol.messages import VERSION, Goodbye, Hello, Probe, ProbeAck
+from tercet.transfer.transports.contract import (
     HANDSHAKE_S,
     Ask,
     Endpoint,
@@ -34,7 +35,6 @@ from tercet.transfer.transport import (
     accept_welcome,
     pair_of,
 )
-from tercet.transfer.wires import dial_tcp, dial_unix, host_id
 
 QUIET = 4096  # pairs that are over and that a worker has yet to be told of
 MAX_QUIET = 64  # of them in one HELLO

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tercet.errors import ProtocolViolation
-from tercet.transfer.channel import Channel
-from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport
 
 if TYPE_CHECKING:
-    from tercet.transfer.torch_group import Group
+    from tercet.transfer.transports.torch_group import Group
 
 
 class TorchTransport(Transport):
@@ -28,7 +28,7 @@ class TorchTransport(Transport):
     def __init__(self) -> None:
         # Not with this module, since who does not use it starts seconds sooner; nor with the first link, which has
         # only the lease to come up.
-        from tercet.transfer.torch_group import Group
+        from tercet.transfer.transports.torch_group import Group
 
         self._group: type[Group] = Group
 

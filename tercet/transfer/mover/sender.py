@@ -17,12 +17,13 @@ from functools import partial
 
 from tercet.core import PairState
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
-from tercet.transfer.channel import Channel, Mailbox, join_all
-from tercet.transfer.dialer import Dialer, Peer
-from tercet.transfer.effects import Send
-from tercet.transfer.loader import Loader
-from tercet.transfer.messages import Commit, Goodbye, Ticket
-from tercet.transfer.outbound import (
+from tercet.transfer.links.channel import Channel, Mailbox, join_all
+from tercet.transfer.memory.region import Region
+from tercet.transfer.mover.dialer import Dialer, Peer
+from tercet.transfer.mover.loader import Loader
+from tercet.transfer.protocol.effects import Send
+from tercet.transfer.protocol.messages import Commit, Goodbye, Ticket
+from tercet.transfer.protocol.outbound import (
     MAX_UNSEEN_WRITE,
     MAX_WRITE,
     Cut,
@@ -35,8 +36,7 @@ from tercet.transfer.outbound import (
     Released,
     Write,
 )
-from tercet.transfer.region import Region
-from tercet.transfer.transport import HANDSHAKE_S, STOP_S, MoverConfig, Outlet, Transport
+from tercet.transfer.transports.contract import HANDSHAKE_S, STOP_S, MoverConfig, Outlet, Transport
 
 Event = Granted | Failed | Released | OpDone
 

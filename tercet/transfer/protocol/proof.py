@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tercet import secret
 from tercet.errors import PeerMismatch
-from tercet.transfer.messages import Hello, Welcome, encode
+from tercet.transfer.protocol.messages import Hello, Welcome, encode
 
 Proven = Hello | Welcome
 _Proven = TypeVar("_Proven", Hello, Welcome)

@@ -16,8 +16,8 @@ and what is no frame of ours raises ProtocolViolation: the connection is closed,
     ABORT_ACK P>D  proof that P writes no more
     GOODBYE   P>D  proof that P writes no more for any ticket of this connection
 
-KV is counted in units (transfer/layout.py). DATA and PROBE travel on a pair's data links, and a COMMIT may follow the
-last DATA there; all else travels on its control link.
+KV is counted in units (transfer/memory/layout.py). DATA and PROBE travel on a pair's data links, and a COMMIT may
+follow the last DATA there; all else travels on its control link.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Ticket(NamedTuple):
 @dataclass(frozen=True)
 class Challenge:
     version: int
-    nonce: bytes  # that the HELLO's proof answers (transfer/proof.py)
+    nonce: bytes  # that the HELLO's proof answers (transfer/protocol/proof.py)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Data:
     index: int  # first granted unit in this message
     count: int  # how many of them, in each layer
     resend: int  # number of the RESEND that asked for it, 0: none did
-    packed: bool  # the bytes come in packed order (transfer/pack.py), to be scattered
+    packed: bool  # the bytes come in packed order (transfer/memory/pack.py), to be scattered
     digests: bytes  # u64 each, [layers, count, heads]; empty where integrity is off
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from tercet.transfer.messages import Message
+from tercet.transfer.protocol.messages import Message
 
 Peer = Hashable  # a connection
 

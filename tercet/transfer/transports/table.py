@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tercet.errors import SpecError
-from tercet.transfer.nixl import NixlTransport
-from tercet.transfer.shm import ShmTransport
-from tercet.transfer.tcp import TcpTransport
-from tercet.transfer.torch_pg import TorchTransport
-from tercet.transfer.transport import Transport
-from tercet.transfer.ucx import UcxTransport
+from tercet.transfer.transports.contract import Transport
+from tercet.transfer.transports.nixl import NixlTransport
+from tercet.transfer.transports.shm import ShmTransport
+from tercet.transfer.transports.tcp import TcpTransport
+from tercet.transfer.transports.torch_pg import TorchTransport
+from tercet.transfer.transports.ucx import UcxTransport
 
 ALL: tuple[type[Transport], ...] = (ShmTransport, NixlTransport, TcpTransport, UcxTransport, TorchTransport)
 AUTO = "auto"

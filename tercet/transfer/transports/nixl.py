@@ -28,9 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
-from tercet.transfer.channel import Channel
-from tercet.transfer.pack import Memory
-from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport, library_errors
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.memory.pack import Memory
+from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport, library_errors
 
 INSTALL = "pip install --no-deps nixl nixl-cu12"
 SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, since only these calls drive the library

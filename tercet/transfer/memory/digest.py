@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from tercet.transfer.pack import Cells, Memory, Scratch, pieces_of
+from tercet.transfer.memory.pack import Cells, Memory, Scratch, pieces_of
 
 Digests = NDArray[np.uint64]
 AT_ONCE = 256 << 10  # bytes that are gathered for their digests: they stay in a core's cache

@@ -18,14 +18,14 @@ from functools import partial
 import numpy as np
 
 from tercet.errors import TercetError
-from tercet.transfer import inbound as receiving
-from tercet.transfer import outbound as sending
-from tercet.transfer.arrivals import Landing
-from tercet.transfer.effects import Send
-from tercet.transfer.inbound import Inbound, Terms
-from tercet.transfer.layout import KvLayout, Pair
-from tercet.transfer.messages import Commit, Data, Message, Ticket
-from tercet.transfer.outbound import Outbound, Write
+from tercet.transfer.memory.layout import KvLayout, Pair
+from tercet.transfer.protocol import inbound as receiving
+from tercet.transfer.protocol import outbound as sending
+from tercet.transfer.protocol.arrivals import Landing
+from tercet.transfer.protocol.effects import Send
+from tercet.transfer.protocol.inbound import Inbound, Terms
+from tercet.transfer.protocol.messages import Commit, Data, Message, Ticket
+from tercet.transfer.protocol.outbound import Outbound, Write
 
 LAYERS = 2
 LEASE_S = 10.0

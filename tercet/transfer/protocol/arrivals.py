@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tercet.transfer.layout import Pair, Units
-from tercet.transfer.messages import Data
+from tercet.transfer.memory.layout import Pair, Units
+from tercet.transfer.protocol.messages import Data
 
 
 @dataclass(frozen=True)

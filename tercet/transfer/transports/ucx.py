@@ -25,9 +25,9 @@ from typing import Any
 import msgpack
 
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
-from tercet.transfer.channel import Channel
-from tercet.transfer.messages import ProbeAck
-from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport, library_errors
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.protocol.messages import ProbeAck
+from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport, library_errors
 
 INSTALL = "pip install --no-deps ucxx-cu12 libucxx-cu12 'libucx-cu12<1.22'"
 CONFIG = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tercet.transfer.digest import digests_in_place, digests_of
-from tercet.transfer.layout import Pair, plan
-from tercet.transfer.messages import Data
-from tercet.transfer.outbound import Write
-from tercet.transfer.pack import Bytes, Cells, Memory, Scratch, convert, pieces_of
-from tercet.transfer.region import Region
-from tercet.transfer.transport import Parcel, Transport
+from tercet.transfer.memory.digest import digests_in_place, digests_of
+from tercet.transfer.memory.layout import Pair, plan
+from tercet.transfer.memory.pack import Bytes, Cells, Memory, Scratch, convert, pieces_of
+from tercet.transfer.memory.region import Region
+from tercet.transfer.protocol.messages import Data
+from tercet.transfer.protocol.outbound import Write
+from tercet.transfer.transports.contract import Parcel, Transport
 
 
 class Loader:

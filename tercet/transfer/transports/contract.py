@@ -7,7 +7,7 @@ Two workers are a *pair*: one control link for messages, and data links that car
 
 Both are made while the link's HELLO and WELCOME pass; the WELCOME carries a `blob` for it. All methods raise PeerDown
 when the link breaks and ProtocolViolation on what makes no sense. `one_sided` says who places the bytes: if the writer
-does, only its word, its proven death or a fence can quiesce a ticket (transfer/inbound.py).
+does, only its word, its proven death or a fence can quiesce a ticket (transfer/protocol/inbound.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
-from tercet.transfer import proof
-from tercet.transfer.channel import Channel
-from tercet.transfer.layout import KvLayout, Pair, Run
-from tercet.transfer.messages import VERSION, Challenge, Data, Hello, Probe, Refuse, Welcome
-from tercet.transfer.pack import Memory
-from tercet.transfer.region import Region
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.memory.layout import KvLayout, Pair, Run
+from tercet.transfer.memory.pack import Memory
+from tercet.transfer.memory.region import Region
+from tercet.transfer.protocol import proof
+from tercet.transfer.protocol.messages import VERSION, Challenge, Data, Hello, Probe, Refuse, Welcome
 
 HANDSHAKE_S = 5.0
 STOP_S = 2.0  # how long the end of a mover waits for its threads

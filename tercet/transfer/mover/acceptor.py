@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from tercet import secret
 from tercet.errors import Overloaded, PeerDown, PeerMismatch, ProtocolViolation
-from tercet.transfer.channel import Channel
-from tercet.transfer.messages import VERSION, Challenge, Hello, Refuse
-from tercet.transfer.transport import HANDSHAKE_S, MoverConfig, check_hello
-from tercet.transfer.wires import listen_tcp, listen_unix
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.links.wires import listen_tcp, listen_unix
+from tercet.transfer.protocol.messages import VERSION, Challenge, Hello, Refuse
+from tercet.transfer.transports.contract import HANDSHAKE_S, MoverConfig, check_hello
 
 MAX_HELLO = 8192
 MAX_CONNECTIONS = 1024

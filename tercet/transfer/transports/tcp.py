@@ -3,7 +3,8 @@ packed, where that makes few large pieces of many small ones.
 
 Copies: one into the kernel, one out; packed: one more on each side, which a digest takes anyway. Cancel is exact: the
 receiver places the bytes, so a ticket that is over is fenced as soon as no landing is under way. Nothing has to be
-pumped. Silent peers are noticed by TCP_USER_TIMEOUT and keepalive (transfer/wires.py), not by the kernel's defaults.
+pumped. Silent peers are noticed by TCP_USER_TIMEOUT and keepalive (transfer/links/wires.py), not by the kernel's
+defaults.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tercet.errors import ProtocolViolation
-from tercet.transfer.channel import Channel
-from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport
 
 
 class TcpTransport(Transport):

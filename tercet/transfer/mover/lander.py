@@ -8,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.errors import ProtocolViolation
-from tercet.transfer.arrivals import Landing
-from tercet.transfer.channel import Channel
-from tercet.transfer.digest import digests_in_place, digests_of
-from tercet.transfer.inbound import Terms
-from tercet.transfer.layout import Pair, Units, plan
-from tercet.transfer.messages import Data
-from tercet.transfer.pack import Bytes, Cells, Memory, Scratch, pieces_of
-from tercet.transfer.region import Region
-from tercet.transfer.transport import Inlet
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.memory.digest import digests_in_place, digests_of
+from tercet.transfer.memory.layout import Pair, Units, plan
+from tercet.transfer.memory.pack import Bytes, Cells, Memory, Scratch, pieces_of
+from tercet.transfer.memory.region import Region
+from tercet.transfer.protocol.arrivals import Landing
+from tercet.transfer.protocol.inbound import Terms
+from tercet.transfer.protocol.messages import Data
+from tercet.transfer.transports.contract import Inlet
 
 
 class Lander:

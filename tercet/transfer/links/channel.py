@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from tercet.errors import PeerDown, ProtocolViolation
-from tercet.transfer.messages import HEADER, MAX_BODY, Data, Message, Probe, decode_body, decode_header, encode
-from tercet.transfer.wires import BUFFER
+from tercet.transfer.links.wires import BUFFER
+from tercet.transfer.protocol.messages import HEADER, MAX_BODY, Data, Message, Probe, decode_body, decode_header, encode
 
 IOV_MAX = 1024  # buffers of one vectored call, Linux limit
 OUTBOX = 8192  # frames that a peer may leave unread; more, and it is treated as gone

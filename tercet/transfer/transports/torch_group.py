@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's stubs lack it
 
 from tercet.errors import PeerDown
-from tercet.transfer.pack import Memory
-from tercet.transfer.transport import Ask
+from tercet.transfer.memory.pack import Memory
+from tercet.transfer.transports.contract import Ask
 
 RECEIVER, SENDER = 0, 1
 

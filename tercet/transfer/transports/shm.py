@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tercet.errors import ProtocolViolation
-from tercet.transfer.channel import Channel
-from tercet.transfer.transport import Ask, Inlet, Outlet, Parcel, Transport
-from tercet.transfer.wires import vet_unix
+from tercet.transfer.links.channel import Channel
+from tercet.transfer.links.wires import vet_unix
+from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport
 
 
 class ShmTransport(Transport):

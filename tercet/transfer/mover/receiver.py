@@ -20,16 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
-from tercet.transfer import proof
-from tercet.transfer.acceptor import Acceptor
-from tercet.transfer.channel import Channel, Mailbox, join_all
-from tercet.transfer.effects import Send
-from tercet.transfer.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced, Terms
-from tercet.transfer.lander import Lander
-from tercet.transfer.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Ticket, Welcome
-from tercet.transfer.region import SCRATCH, Region
-from tercet.transfer.transport import STOP_S, Ask, Endpoint, Inlet, MoverConfig, Transport, pair_of
-from tercet.transfer.wires import host_id, tune_tcp, vet_unix
+from tercet.transfer.links.channel import Channel, Mailbox, join_all
+from tercet.transfer.links.wires import host_id, tune_tcp, vet_unix
+from tercet.transfer.memory.region import SCRATCH, Region
+from tercet.transfer.mover.acceptor import Acceptor
+from tercet.transfer.mover.lander import Lander
+from tercet.transfer.protocol import proof
+from tercet.transfer.protocol.effects import Send
+from tercet.transfer.protocol.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced, Terms
+from tercet.transfer.protocol.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Ticket, Welcome
+from tercet.transfer.transports.contract import STOP_S, Ask, Endpoint, Inlet, MoverConfig, Transport, pair_of
 
 Event = Committed | Complete | Failed | Quiesced
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tercet.transfer.layout import KvLayout, Pair, Units
+from tercet.transfer.memory.layout import KvLayout, Pair, Units
 
 Bytes = NDArray[np.uint8]
 Memory = memoryview
