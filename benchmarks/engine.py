@@ -31,9 +31,11 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 from tercet.core import SamplingParams
-from tercet.engine.engine import Engine, Sampled
-from tercet.engine.runner import Runner, kv_layout
+from tercet.engine.executor import LocalExecutor
+from tercet.engine.loop import Engine
+from tercet.engine.runner import Runner
 from tercet.engine.sequence import Sequence as EngineSequence
+from tercet.engine.state import Sampled
 from tercet.errors import WorkerLost
 from tercet.models.config import ModelConfig
 from tercet.models.sources import load_model, locate
@@ -90,9 +92,9 @@ class Tercet:
     def __init__(self, spec: ModelSpec, threads: int) -> None:
         loaded, role = load_model(spec), RoleSpec(threads=threads)
         self.config = loaded.config
-        region = Region(kv_layout(loaded.model, role.kv.blocks, role.kv.block_size, spec.dtype))
-        runner = Runner(loaded.model, region)
-        self._engine = Engine(runner, role, self.config.max_context, self.config.eos_token_ids, 1, self._on_sampled)
+        region = Region(loaded.model.kv_layout(role.kv.blocks, role.kv.block_size))
+        executor = LocalExecutor(Runner(loaded.model, region))
+        self._engine = Engine(executor, role, self.config.max_context, self.config.eos_token_ids, 1, self._on_sampled)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

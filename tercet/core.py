@@ -51,6 +51,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens so far change the next one's scores."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     @cached_property
     def stop_set(self) -> frozenset[int]:
         return frozenset(self.stop_token_ids)

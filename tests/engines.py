@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 from tercet.core import SamplingParams
-from tercet.engine.engine import Engine, Faulted, StepReport
-from tercet.engine.runner import Runner, kv_layout
+from tercet.engine.executor import Executor, LocalExecutor
+from tercet.engine.loop import Engine
+from tercet.engine.runner import PushBlocks, Runner
 from tercet.engine.sequence import Sequence
+from tercet.engine.state import Faulted, StepReport
 from tercet.kernels.linear import LinearPacker, PackedLinear
 from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
@@ -38,15 +41,23 @@ class Running:
     """An engine on its thread; `done` gets (sequence, its tokens or the fault) when one is over."""
 
     def __init__(
-        self, loaded: LoadedModel, budget: int = 512, blocks: int = 640, max_running: int = 16, prefix: bool = False
+        self,
+        loaded: LoadedModel,
+        budget: int = 512,
+        blocks: int = 640,
+        max_running: int = 16,
+        prefix: bool = False,
+        push: PushBlocks | None = None,
+        executor: Callable[[Runner], Executor] = LocalExecutor,
     ) -> None:
-        self.region = Region(kv_layout(loaded.model, blocks, SIZE, "float32"))
-        self.runner = Runner(loaded.model, self.region)
+        self.region = Region(loaded.model.kv_layout(blocks, SIZE))
+        self.runner = Runner(loaded.model, self.region, push)
         spec = RoleSpec(
             scheduler=SchedulerSpec(token_budget=budget, max_running=max_running, max_waiting=512),
             kv=KvSpec(blocks=blocks, block_size=SIZE, prefix_cache=prefix),
         )
-        self.engine = Engine(self.runner, spec, CONTEXT, (), 128, self._report)
+        self.executor = executor(self.runner)
+        self.engine = Engine(self.executor, spec, CONTEXT, (), 128, self._report)
         self.outputs: dict[Sequence, list[int]] = {}
         self.done: queue.Queue[tuple[Sequence, list[int] | Exception]] = queue.Queue()
         self._thread = threading.Thread(target=self.engine.run, daemon=True)
@@ -68,7 +79,7 @@ class Running:
                 continue
             tokens = self.outputs.setdefault(item.sequence, [])
             tokens.append(item.token.token_id)
-            if item.token.finish is not None or item.sequence.handoff is not None:
+            if item.token.finish is not None or item.sequence.hand_over:
                 self.done.put((item.sequence, tokens))
 
     def stop(self) -> None:
@@ -85,11 +96,11 @@ class Handover:
     """`run` computes prompts at `prefill` and decodes them at `decode`."""
 
     def __init__(self, loaded: LoadedModel, budget: int = 512) -> None:
-        self.prefill, self.decode = Running(loaded, budget), Running(loaded)
+        self.prefill, self.decode = Running(loaded, budget, push=self._push), Running(loaded)
         self._targets: dict[Ticket, tuple[Sequence, list[int]]] = {}
 
-    def push(self, ticket: Ticket, layer: int, first: int, blocks: list[int]) -> None:
-        """`tercet.engine.sequence.Handoff`, on the prefill engine's thread."""
+    def _push(self, ticket: Ticket, layer: int, first: int, blocks: Rows[int]) -> None:
+        """On the prefill engine's thread."""
         target, pushed = self._targets[ticket]
         source, destination = self.prefill.runner.kv_cache[layer], self.decode.runner.kv_cache[layer]
         for index, block in enumerate(blocks, first):
@@ -121,7 +132,7 @@ class Handover:
         target = Sequence(ticket, list(prompt), len(prompt), params)
         self.decode.engine.reserve(target)
         self._targets[ticket] = (target, [])
-        self.prefill.engine.add(Sequence(ticket, list(prompt), len(prompt), params, handoff=self))
+        self.prefill.engine.add(Sequence(ticket, list(prompt), len(prompt), params, hand_over=True))
 
     def stop(self) -> None:
         self.prefill.stop()

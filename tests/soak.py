@@ -34,10 +34,9 @@ import torch
 import yaml
 
 from tercet.core import SamplingParams
-from tercet.engine.runner import Runner, kv_layout
+from tercet.engine.plan import Draw, Piece, StepPlan
+from tercet.engine.runner import Runner
 from tercet.engine.sampler import sample
-from tercet.engine.scheduler import Chunk, Step
-from tercet.engine.sequence import Sequence
 from tercet.transfer.memory.region import Region
 from tercet.transfer.protocol.messages import Ticket
 from tests.engines import SIZE, Running, load_tiny
@@ -159,16 +158,14 @@ class Reference:
 
     def _ties(self, prompt: list[int], told: list[int], at: int, params: SamplingParams) -> bool:
         """Whether rounding, as another batch or another cut of the prompt brings it, may give the token told[at]."""
-        sequence = Sequence(Ticket("tie", 0, 1), prompt + told[:at], len(prompt), params)
-        sequence.blocks = list(range(-(-len(sequence.token_ids) // SIZE)))
-        runner = Runner(
-            self._loaded.model, Region(kv_layout(self._loaded.model, len(sequence.blocks), SIZE, "float32"))
-        )
-        batch, _ = runner._batch(Step(chunks=(Chunk(sequence, len(sequence.token_ids), last=True),)))
+        tokens, draw = prompt + told[:at], Draw(params, at, prompt, told[:at])
+        blocks = list(range(-(-len(tokens) // SIZE)))
+        runner = Runner(self._loaded.model, Region(self._loaded.model.kv_layout(len(blocks), SIZE)))
+        batch = runner._batch(StepPlan(chunks=[Piece(Ticket("tie", 0, 1), tokens, 0, blocks, draw)]))
         logits = self._loaded.model.forward(batch, runner.kv_cache)
         noise = torch.randn(ROUNDINGS, logits.shape[1], generator=torch.Generator().manual_seed(at))
         rows = logits + ROUNDING * logits.abs().max() * noise
-        return told[at] in {event.token_id for event in sample(rows, [sequence] * ROUNDINGS)}  # type: ignore[union-attr]
+        return told[at] in {event.token_id for event in sample(rows, [draw] * ROUNDINGS)}  # type: ignore[union-attr]
 
 
 class Soak:

@@ -1,4 +1,4 @@
-"""Draw the next token of each sequence from its logits.
+"""Draw next tokens from logits.
 
 A draw is a race: each token t has the time E(t) / p(t), where E(t) is exponential and a function of (seed, output
 position, t) alone, and the first one is drawn; that gives token t with probability p(t) (the Gumbel-max trick). So the
@@ -6,7 +6,7 @@ sampler state that travels with a request is its seed and its tokens: whichever 
 request is retried, it is the same. And since each token has a random number of its own, a logit that differs by
 rounding changes the draw only where two tokens all but tie, not whenever the sum before it moved (decision 005).
 
-Shapes: logits [R, vocab] float32, one row a sequence.
+Shapes: logits [R, vocab] float32, one row a draw.
 Order, as in vLLM V1: penalties, temperature, min-p, top-k, top-p. Logprobs are those of the raw logits.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tercet.core import PromptScore, SamplingParams, TokenEvent
-from tercet.engine.sequence import Sequence
+from tercet.engine.plan import Draw
 from tercet.errors import EngineFault
 
 Bits = npt.NDArray[np.uint32]
@@ -30,13 +30,13 @@ Bits = npt.NDArray[np.uint32]
 NOT_FINITE = EngineFault("the model's logits are not finite numbers: no token can be drawn")
 
 
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[TokenEvent | EngineFault]:
+def sample(logits: Tensor, draws: Rows[Draw]) -> list[TokenEvent | EngineFault]:
     """One token a row, or why there is none."""
     usable = logits.amax(dim=-1).isfinite().tolist()  # NaN, if a row has one
     likeliest = _argmax(logits)
     return [
-        _sample_row(logits[row], int(likeliest[row]), sequence) if usable[row] else NOT_FINITE
-        for row, sequence in enumerate(sequences)
+        _sample_row(logits[row], int(likeliest[row]), draw) if usable[row] else NOT_FINITE
+        for row, draw in enumerate(draws)
     ]
 
 
@@ -54,42 +54,38 @@ def _argmax(x: Tensor) -> npt.NDArray[np.int64]:
     return np.asarray(x.numpy().argmax(axis=-1))
 
 
-def _sample_row(row: Tensor, likeliest: int, sequence: Sequence) -> TokenEvent | EngineFault:
-    params = sequence.params
-    plain = params.greedy and not _penalised(params)
-    token = likeliest if plain else _draw(row, sequence)
+def _sample_row(row: Tensor, likeliest: int, draw: Draw) -> TokenEvent | EngineFault:
+    params = draw.params
+    token = likeliest if params.greedy and not params.penalises else _draw(row, draw)
     if token is None:
         return NOT_FINITE
     return TokenEvent(token) if params.logprobs is None else _with_logprobs(row, token, params.logprobs)
 
 
-def _penalised(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-
-
-def _draw(row: Tensor, sequence: Sequence) -> int | None:
+def _draw(row: Tensor, draw: Draw) -> int | None:
     """None: a penalty has made a score larger than float32 holds."""
-    params = sequence.params
-    scores = penalise(row, sequence.token_ids, sequence.num_prompt, params)
+    params = draw.params
+    scores = penalise(row, draw)
     if not scores.amax().isfinite():
         return None
     if not params.greedy:
         scores = truncated((scores - scores.amax()) / params.temperature, params)
-        scores = scores - exponentials(params.seed or 0, sequence.num_output, len(row)).log_()
+        scores = scores - exponentials(params.seed or 0, draw.position, len(row)).log_()
     return int(_argmax(scores))
 
 
-def penalise(row: Tensor, token_ids: Rows[int], num_prompt: int, params: SamplingParams) -> Tensor:
+def penalise(row: Tensor, draw: Draw) -> Tensor:
     """Repetition penalty over all tokens (CTRL, arXiv:1909.05858, section 4.1); presence and frequency over output."""
-    if not _penalised(params):
+    params = draw.params
+    if not params.penalises:
         return row
     row = row.clone()
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(token_ids)), device=row.device)
+        seen = torch.tensor(sorted({*draw.prompt, *draw.output}), device=row.device)
         scores = row[seen]
         row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
-    output = torch.tensor(token_ids[num_prompt:], dtype=torch.int64, device=row.device)
-    if len(output):
+    if draw.output:
+        output = torch.tensor(draw.output, dtype=torch.int64, device=row.device)
         ids, counts = torch.unique(output, return_counts=True)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     return row

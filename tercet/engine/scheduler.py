@@ -1,14 +1,14 @@
-"""What the next step computes: every running decode first, then prefill chunks in order of arrival, under one token
-budget (Sarathi-Serve, arXiv:2403.02310, section 4). When blocks run out, the latest arrival is preempted and later
-recomputed."""
+"""What the next step computes: every running decode that fits, then chunks of prompts. Who comes first, and who gives
+way when blocks run out, is the policy's choice (engine/policy.py); who is preempted is later recomputed."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tercet.engine.blocks import BlockPool, Hold
+from tercet.engine.policy import Policy
+from tercet.engine.prefix import PrefixIndex
 from tercet.engine.sequence import Phase, Sequence
 
 
@@ -32,19 +32,15 @@ class Step:
     def sequences(self) -> tuple[Sequence, ...]:
         return (*self.decodes, *(chunk.sequence for chunk in self.chunks))
 
-    def parts(self) -> Iterator[tuple[Sequence, Step]]:
-        """Each sequence's share as a step of its own."""
-        yield from ((sequence, Step(decodes=(sequence,))) for sequence in self.decodes)
-        yield from ((chunk.sequence, Step(chunks=(chunk,))) for chunk in self.chunks)
-
 
 @dataclass
 class Scheduler:
-    """Not thread-safe: the engine holds its lock around each call."""
+    """Not thread-safe."""
 
     pool: BlockPool
+    index: PrefixIndex
+    policy: Policy
     block_size: int
-    token_budget: int
     max_running: int
     running: list[Sequence] = field(default_factory=list)  # in order of arrival
     waiting: deque[Sequence] = field(default_factory=deque)
@@ -53,7 +49,7 @@ class Scheduler:
     def schedule(self) -> Step:
         """Choose the next step and allocate its blocks."""
         step = self._choose()
-        while not step and len(self.running) > 1 and self._preempt_latest():
+        while not step and len(self.running) > 1 and self._preempt():
             step = self._choose()  # half-done prompts held each other's blocks
         return step
 
@@ -69,14 +65,14 @@ class Scheduler:
         return len(self.running) + sum(self._blocks_of(len(s.token_ids)) for s in self.waiting)
 
     def _choose(self) -> Step:
-        # The latest arrival is preempted first, so one that was chosen before a later one stays chosen.
-        decodes = [s for s in list(self.running) if s.phase is Phase.DECODING and self._fit(s, 1)]
-        budget = max(1, self.token_budget - len(decodes))  # decodes alone must not starve the prompts
+        fitting = [s for s in list(self.running) if s.phase is Phase.DECODING and self._fit(s, 1)]
+        decodes = [s for s in fitting if s.phase is Phase.DECODING]  # none that gave way to a later one
+        budget = self.policy.prompt_tokens(len(decodes))
         chunks: list[Chunk] = []
         for sequence in [s for s in self.running if s.phase is Phase.PREFILLING]:
             budget -= self._chunk(sequence, budget, chunks)
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
+            sequence = self.policy.next(self.waiting)
             if not self._start(sequence):
                 break
             budget -= self._chunk(sequence, budget, chunks)
@@ -86,22 +82,23 @@ class Scheduler:
         """Move a waiting sequence to running, on top of what the prefix cache has; False if it must wait."""
         # The last token's logits must be computed, and where the prompt's own are wanted, all of them.
         reusable = 0 if sequence.wants_scores else (len(sequence.token_ids) - 1) // self.block_size
-        matched = self.pool.match(sequence.extend_hashes(self.block_size)[:reusable])
+        matched = self.index.find(sequence.extend_hashes(self.block_size)[:reusable])
+        self.pool.share(matched)
         rest = self._blocks_of(len(sequence.token_ids)) - len(matched)
-        must_fit = bool(self.running) or sequence.handoff is not None
+        must_fit = bool(self.running) or sequence.hand_over
         if rest > self.pool.available and must_fit:
             self.pool.release(matched, Hold.OWNED)
             return False
         sequence.blocks = matched
         sequence.computed = len(matched) * self.block_size
         sequence.published = len(matched)
-        if sequence.handoff is not None:
+        if sequence.hand_over:
             # All at once: what is being sent can't be preempted, so two of them must not wait for each other.
             sequence.blocks = matched + self.pool.allocate(rest, Hold.OWNED)
         if not sequence.num_output:
             sequence.cached_tokens = sequence.computed
             sequence.scores = []
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.phase = Phase.PREFILLING
         return True
@@ -120,23 +117,23 @@ class Scheduler:
 
     def _push_of(self, sequence: Sequence, length: int, last: bool) -> range:
         """Blocks that a chunk completes, and with the last chunk the partial block too."""
-        if sequence.handoff is None:
+        if not sequence.hand_over:
             return range(0)
         end = sequence.computed + length
         complete = self._blocks_of(end) if last else end // self.block_size
         return range(sequence.pushed_blocks, max(sequence.pushed_blocks, complete))
 
     def _fit(self, sequence: Sequence, length: int) -> bool:
-        """Give the sequence blocks for `length` more tokens, preempting later arrivals if it must."""
+        """Give the sequence blocks for `length` more tokens, preempting others if it must."""
         while self._missing(sequence, length) > self.pool.available:
-            if not self._preempt_latest() or sequence not in self.running:
+            if not self._preempt() or sequence.phase is Phase.WAITING:
                 return False
         sequence.blocks += self.pool.allocate(self._missing(sequence, length), Hold.OWNED)
         return True
 
-    def _preempt_latest(self) -> bool:
-        """Send the latest arrival whose blocks nobody else reads back to waiting; it will be recomputed."""
-        victim = next((s for s in reversed(self.running) if s.handoff is None), None)
+    def _preempt(self) -> bool:
+        """Send one whose blocks nobody else reads back to waiting; it will be recomputed."""
+        victim = next((s for s in self.policy.victims(self.running) if not s.hand_over), None)
         if victim is None:
             return False
         self.running.remove(victim)

@@ -1,22 +1,25 @@
 """One request inside an engine: its tokens, its blocks, and how far its KV is computed.
 
-RESERVED (decode worker waits for KV) ──join──────────┐
+QUARANTINED ──proof that nobody writes──> OVER
+   ^
+   │ handover failed
+RESERVED (a decode worker waits for KV) ──join────────┐
                                                       v
 WAITING ──scheduled──> PREFILLING ──last chunk──> DECODING ──last token──> OVER
    ^                       │                          │
    └───────preempted───────┴──────────────────────────┘
 
-A sequence with a handoff is OVER with its last chunk: it is decoded elsewhere. Any phase ends in OVER by an abort.
+A sequence that is handed over is OVER with its last chunk: it is decoded elsewhere. WAITING, PREFILLING and DECODING
+end in OVER by an abort or a fault, too.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from tercet.core import FinishReason, PromptScore, SamplingParams
-from tercet.engine.blocks import chain_hash
+from tercet.engine.prefix import chain_hash
 from tercet.transfer.protocol.messages import Ticket
 
 
@@ -25,14 +28,8 @@ class Phase(enum.Enum):
     PREFILLING = enum.auto()  # runs; its tokens are computed in chunks
     DECODING = enum.auto()  # runs; only its newest token is still to be computed
     RESERVED = enum.auto()  # its KV is on its way from another worker
+    QUARANTINED = enum.auto()  # failed, but the other worker may still write into its blocks
     OVER = enum.auto()  # finished, failed or aborted; the engine computes it no further
-
-
-class Handoff(Protocol):
-    """Where a prefill-only sequence's KV goes. Called on the engine thread, layer by layer, while it computes."""
-
-    def push(self, ticket: Ticket, layer: int, first: int, blocks: list[int]) -> None:
-        """Prompt blocks from index `first` on stand complete in `blocks` of `layer`. Pushing them again is harmless."""
 
 
 @dataclass(eq=False)
@@ -41,18 +38,16 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     num_prompt: int
     params: SamplingParams
-    handoff: Handoff | None = None  # set: compute the prompt, hand its KV over, sample one token, be done
+    hand_over: bool = False  # compute the prompt, hand its KV over, sample one token, be done
 
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose KV stands in `blocks`
     cached_tokens: int = 0  # of the prompt, served by the prefix cache
     scores: list[PromptScore] = field(default_factory=list)  # of the prompt's tokens but the first, if wanted
-    pushed_blocks: int = 0  # handed over already
+    pushed_blocks: int = 0  # handed over already, or not wanted
     hashes: list[bytes] = field(default_factory=list)  # chained, of the full blocks
     published: int = 0  # blocks offered to the prefix cache
-    in_step: bool = False  # a forward pass is reading and writing its blocks right now
-    sending: bool = False  # a transfer reads its blocks: they stay until OpDone
     arrived: float = 0.0  # time.monotonic()
     first_scheduled: float | None = None
 

@@ -24,6 +24,7 @@ from tercet.kernels.rope import apply_rope
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
 from tercet.models.rope import rope_table
+from tercet.transfer.memory.layout import KvLayout
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Transformer:
         self._compute_dtype = compute_dtype(self.dtype)
         self._rope = rope_table(config)
         self._windows: list[Window] = list(dict.fromkeys(config.sliding_windows))
+
+    def kv_layout(self, blocks: int, block_size: int) -> KvLayout:
+        """Of a KV cache for this model."""
+        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        return KvLayout(config.num_layers, blocks, block_size, config.num_kv_heads, config.head_dim, dtype)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:

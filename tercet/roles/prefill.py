@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tercet.core import Done, FinishReason, PairState, TokenEvent
-from tercet.engine.engine import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
+from tercet.engine.state import Faulted, Scored, StepReport
 from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
 from tercet.roles.legs import ActiveLeg, LegRole
 from tercet.transfer.mover.sender import Event, KvSender
@@ -146,7 +146,7 @@ class Prefill(LegRole):
         active = outgoing.active
         if active.sequence.over:
             return
-        active.sequence.handoff = self.sender
+        active.sequence.hand_over = True
         active.sequence.pushed_blocks = first_block
         try:
             self.engine.add(active.sequence)

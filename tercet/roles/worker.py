@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 
 from tercet.core import Load, Role, WorkerInfo
-from tercet.engine.engine import Engine
-from tercet.engine.runner import Runner, kv_layout
+from tercet.engine.executor import LocalExecutor
+from tercet.engine.loop import Engine
+from tercet.engine.runner import Runner
 from tercet.errors import ClusterError, WorkerLost
 from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
@@ -50,11 +51,11 @@ class Worker:
         spec = self._spec.roles[self._role]
         torch.set_num_threads(spec.threads)
         loaded = await loop.run_in_executor(None, load_model, self._spec.model)
-        layout = kv_layout(loaded.model, spec.kv.blocks, spec.kv.block_size, self._spec.model.dtype)
-        region = self._region = Region(layout)
+        region = self._region = Region(loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size))
         endpoint = self._make_role(loop, loaded, region)
+        runner = Runner(loaded.model, region, self._sender.push if self._sender is not None else None)
         self.engine = Engine(
-            Runner(loaded.model, region),
+            LocalExecutor(runner),
             spec,
             min(self._spec.model.max_context, loaded.config.max_context),
             loaded.config.eos_token_ids,

@@ -6,11 +6,11 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable
+from collections.abc import Sequence as Rows
 
 from tercet.core import TokenEvent
-from tercet.engine.runner import Computed
-from tercet.engine.scheduler import Step
-from tercet.engine.sequence import Sequence
+from tercet.engine.plan import Piece, PieceResult, StepPlan, StepResult, pack, unpack
+from tercet.transfer.protocol.messages import Ticket
 
 VOCAB = 50
 
@@ -25,17 +25,20 @@ def contents(token_ids: list[int]) -> list[int]:
 
 
 class FakeRunner:
-    """`memory` is the KV cache: (block, offset) -> what stands for the tokens up to the one whose KV is there."""
+    """`memory` is the KV cache: (block, offset) -> what stands for the tokens up to the one whose KV is there. A plan
+    brings only the new tokens, so the fake remembers those before them by their ticket."""
 
     vocab_size = VOCAB
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, push: Callable[[Ticket, int, int, Rows[int]], None] = lambda *_: None) -> None:
         self.block_size = block_size
         self.layers_done = 0
         self.memory: dict[tuple[int, int], int] = {}
+        self.tokens: dict[Ticket, list[int]] = {}  # whoever puts a request in says which
         self.largest = 0  # tokens of one step
-        self.fails: Callable[[Step], bool] = lambda _: False
+        self.fails: Callable[[StepPlan], bool] = lambda _: False
         self.broken = False
+        self._push = push
         self._wrong: AssertionError | None = None
 
     def check(self) -> None:
@@ -44,38 +47,33 @@ class FakeRunner:
         if self._wrong is not None:  # it is no request's fault
             raise self._wrong
 
-    def run(self, step: Step) -> Computed:
+    def run(self, plan: StepPlan) -> StepResult:
         try:
-            return self._run(step)
+            return self._run(unpack(pack(plan)))
         except AssertionError as error:
             self._wrong = error
             raise
 
-    def _run(self, step: Step) -> Computed:
-        assert len(set(step.sequences)) == len(step.sequences), "a sequence twice in one step"
-        if self.broken or self.fails(step):
+    def _run(self, plan: StepPlan) -> StepResult:
+        assert len({piece.ticket for piece in plan.pieces}) == len(plan.pieces), "a sequence twice in one step"
+        if self.broken or self.fails(plan):
             raise RuntimeError("this step fails")
         self.layers_done += 1
-        self.largest = max(self.largest, len(step.decodes) + sum(chunk.length for chunk in step.chunks))
-        for sequence in step.decodes:
-            self._compute(sequence, len(sequence.token_ids) - 1, len(sequence.token_ids))
-        for chunk in step.chunks:
-            end = chunk.sequence.computed + chunk.length
-            self._compute(chunk.sequence, chunk.sequence.computed, end)
-            assert chunk.last == (end == len(chunk.sequence.token_ids))
-            self._push(chunk.sequence, chunk.push)
-        sampled = [*step.decodes, *(chunk.sequence for chunk in step.chunks if chunk.last)]
-        return Computed({sequence: TokenEvent(next_token(sequence.token_ids)) for sequence in sampled})
+        self.largest = max(self.largest, sum(len(piece.token_ids) for piece in plan.pieces))
+        for piece in plan.decodes:
+            assert len(piece.token_ids) == 1
+            assert piece.draw is not None
+        return list(map(self._compute, plan.pieces))
 
-    def _compute(self, sequence: Sequence, start: int, end: int) -> None:
-        assert sequence.computed == start, "KV is computed with a gap before it"
-        for position, content in enumerate(contents(sequence.token_ids[:end])):
-            at = sequence.blocks[position // self.block_size], position % self.block_size
-            if position >= start:
+    def _compute(self, piece: Piece) -> PieceResult:
+        tokens = self.tokens[piece.ticket]
+        assert tokens[piece.start : piece.end] == list(piece.token_ids), "other tokens than those of the sequence"
+        assert (piece.draw is not None) == (piece.end == len(tokens)), "a token is drawn behind the last one only"
+        for position, content in enumerate(contents(tokens[: piece.end])):
+            at = piece.blocks[position // self.block_size], position % self.block_size
+            if position >= piece.start:
                 self.memory[at] = content
             assert self.memory.get(at) == content, f"block {at[0]} holds another sequence's KV"
-
-    def _push(self, sequence: Sequence, indices: range) -> None:
-        if indices:
-            blocks = sequence.blocks[indices.start : indices.stop]
-            sequence.handoff.push(sequence.ticket, 0, indices.start, blocks)
+        if piece.push is not None:
+            self._push(piece.ticket, 0, piece.push.first, piece.push.blocks)
+        return PieceResult() if piece.draw is None else PieceResult((TokenEvent(next_token(tokens)),))

@@ -144,15 +144,15 @@ async def test_a_fault_of_one_sequence_ends_that_sequence(where, monkeypatch):
     """The forward pass raises whenever a marked token is in the batch; all others go on, in the same batch too."""
     async with cluster(tiny(decoders=1)) as made:
         alone = [await tokens_of(made, prompt(40, n), max_tokens=30) for n in range(6)]
-        model = made.workers[where].engine._runner._model
-        forward, marked = type(model).forward, prompt(33, 111)
+        model = made.workers[where].engine._executor._runner._model
+        hidden, marked = type(model).hidden, prompt(33, 111)
 
         def fails(self, batch, cache, on_layer=None):
             if self is model and _has(batch, marked, decoding=where == "decode-0"):
                 raise RuntimeError("a kernel that cannot do this")
-            return forward(self, batch, cache, on_layer)
+            return hidden(self, batch, cache, on_layer)
 
-        monkeypatch.setattr(type(model), "forward", fails)
+        monkeypatch.setattr(type(model), "hidden", fails)
         answers = [asyncio.create_task(tokens_of(made, prompt(40, n), max_tokens=30)) for n in range(6)]
         with pytest.raises(EngineFault, match="a kernel that cannot do this"):
             await tokens_of(made, marked, max_tokens=30)
@@ -169,16 +169,16 @@ def _has(batch, marked: list[int], *, decoding: bool) -> bool:
 async def test_logits_that_are_no_numbers_end_their_request(monkeypatch):
     async with cluster(tiny(decoders=1)) as made:
         alone = await tokens_of(made, prompt(40), max_tokens=20)
-        model = made.workers["decode-0"].engine._runner._model
-        forward = type(model).forward
+        model = made.workers["decode-0"].engine._executor._runner._model
+        hidden = type(model).hidden
 
         def poisoned(self, batch, cache, on_layer=None):
-            logits = forward(self, batch, cache, on_layer)
+            rows = hidden(self, batch, cache, on_layer)
             if self is model:
-                logits[: batch.num_decodes][batch.decode_context_lens == 35] = float("nan")
-            return logits
+                rows[: batch.num_decodes][batch.decode_context_lens == 35] = float("nan")
+            return rows
 
-        monkeypatch.setattr(type(model), "forward", poisoned)
+        monkeypatch.setattr(type(model), "hidden", poisoned)
         other = asyncio.create_task(tokens_of(made, prompt(40), max_tokens=20))
         with pytest.raises(EngineFault, match="not finite"):
             await tokens_of(made, prompt(33, 9), max_tokens=20)
@@ -191,8 +191,9 @@ async def test_a_request_that_kills_workers_is_not_carried_to_a_third(caplog, mo
         deadly = prompt(21, 77)
         for name, worker in made.workers.items():
             if name.startswith("prefill"):
-                run = worker.engine._isolated.run
-                monkeypatch.setattr(worker.engine._isolated, "run", lambda step, run=run: _die_of(step, deadly, run))
+                executor = worker.engine._executor
+                run = executor.execute
+                monkeypatch.setattr(executor, "execute", lambda plan, run=run: _die_of(plan, deadly, run))
         with caplog.at_level(logging.ERROR), pytest.raises(WorkerLost, match="2 workers that died"):
             await tokens_of(made, deadly)
         assert "was on board when these died: prefill-" in caplog.text
@@ -203,10 +204,10 @@ async def test_a_request_that_kills_workers_is_not_carried_to_a_third(caplog, mo
             del made.workers[name]  # for the leak oracle: what is dead owes nothing
 
 
-def _die_of(step, deadly, run):
-    if any(sequence.token_ids == deadly for sequence in step.sequences):
+def _die_of(plan, deadly, run):
+    if any(list(piece.token_ids) == deadly for piece in plan.pieces):
         raise SystemExit("the process is gone")
-    return run(step)
+    return run(plan)
 
 
 async def test_workers_that_are_set_at_once_end_as_the_last_word_says(monkeypatch):

@@ -59,12 +59,12 @@ async def test_kv_bytes_are_those_that_prefill_computed(transport):
         source = made.workers["prefill-0"].engine
         destination = made.workers["decode-0"].engine
         full = len(prompt) // 16
-        hashes = list(source._pool._block_of)[:full]
-        assert set(hashes) <= set(destination._pool._block_of)
+        hashes = list(source._state._index._block_of)[:full]
+        assert set(hashes) <= set(destination._state._index._block_of)
         assert len(hashes) == full
         for digest in hashes:
-            ours = source._runner.kv_cache[:, source._pool._block_of[digest]]
-            theirs = destination._runner.kv_cache[:, destination._pool._block_of[digest]]
+            ours = source._executor._runner.kv_cache[:, source._state._index._block_of[digest]]
+            theirs = destination._executor._runner.kv_cache[:, destination._state._index._block_of[digest]]
             assert ours.view(dtype=ours.dtype).equal(theirs)
             assert ours.abs().sum() > 0
 
@@ -72,7 +72,7 @@ async def test_kv_bytes_are_those_that_prefill_computed(transport):
 async def test_only_missing_blocks_are_sent():
     async with cluster(spec_of("pd", decoders=1)) as made:
         prompt = [rng.randrange(100, 40000) for _ in range(64)]
-        block = made.workers["decode-0"].engine._runner.kv_cache[0, 0].nbytes * 30
+        block = made.workers["decode-0"].engine._executor._runner.kv_cache[0, 0].nbytes * 30
         first = (await made.generate(prompt, max_tokens=2))[1]
         assert first.times.kv_bytes == 4 * block
         assert first.times.transport == "shm"
@@ -121,8 +121,8 @@ async def test_preemption_changes_no_token(topology):
         expected = await tokens_of(made, prompts, max_tokens=60, ignore_eos=True)
     async with cluster(spec_of(topology, decoders=1, kv__blocks=12)) as made:
         assert await tokens_of(made, prompts, max_tokens=60, ignore_eos=True) == expected
-        scheduler = next(w for name, w in made.workers.items() if not name.startswith("prefill")).engine._scheduler
-        assert scheduler.preemptions > 0
+        decoding = next(worker for name, worker in made.workers.items() if not name.startswith("prefill"))
+        assert decoding.engine.load().preemptions > 0
 
 
 async def test_a_broken_worker_is_passed_over():
@@ -201,7 +201,7 @@ async def test_a_transfer_that_dies_half_way_resumes_behind_the_last_whole_block
         monkeypatch.setattr(Loader, "parcel", parcel)
         events, done = await made.generate(prompt, max_tokens=4, ignore_eos=True)
         assert (len(broken), done.attempts, len(senders)) == (1, 2, prefills)
-        block = made.workers["decode-0"].engine._runner.kv_cache[0, 0].nbytes * 30
+        block = made.workers["decode-0"].engine._executor._runner.kv_cache[0, 0].nbytes * 30
         assert done.times.kv_bytes == 3 * block  # of 7: four had landed
         again, _ = await made.generate(prompt, max_tokens=4, ignore_eos=True)
         assert [e.token_id for e in events] == [e.token_id for e in again]

@@ -101,7 +101,7 @@ async def test_a_cluster(topology, at_once, expected):
     async with cluster(spec_of(topology, decoders=1, source=tiny_model())) as made:
         for budget in (1, 16, 100, 512):
             for worker in made.workers.values():
-                worker.engine._scheduler.token_budget = budget
+                worker.engine._state._scheduler.policy._token_budget = budget
             lengths = sorted(around_multiples(budget, min(LONGEST, 8 * budget)))
             got = await answers(made, lengths, at_once)
             assert got == {length: expected[length] for length in lengths}, budget

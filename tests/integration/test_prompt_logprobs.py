@@ -68,7 +68,7 @@ async def test_a_preempted_prompt_is_scored_once(reference):
             await asyncio.gather(*(events_of(made, p, max_tokens=60) for p in prompts)), prompts, strict=True
         ):
             assert_scores(events, prompt, reference)
-        assert made.workers["aggregated-0"].engine._scheduler.preemptions > 0
+        assert made.workers["aggregated-0"].engine._state._scheduler.preemptions > 0
 
 
 async def test_a_second_attempt_tells_them_no_second_time(reference, monkeypatch):
@@ -100,7 +100,7 @@ async def test_tokens_wait_for_scores_that_come_late(monkeypatch, reference):
 
 async def test_scores_that_are_no_numbers_end_the_request(monkeypatch):
     async with cluster(spec_of("pd", decoders=1, source=tiny_model())) as made:
-        model = made.workers["prefill-0"].engine._runner._model
+        model = made.workers["prefill-0"].engine._executor._runner._model
         logits = type(model).logits
         monkeypatch.setattr(
             type(model),

@@ -1,4 +1,4 @@
-"""The block ledger by itself, against a plain model of it: who holds what, what is cached, and who is woken."""
+"""The block ledger and the prefix index, against a plain model of both: who holds what, what is found, who is woken."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections import Counter
 
 import pytest
 
-from tercet.engine.blocks import BlockPool, Hold, chain_hash
+from tercet.engine.blocks import BlockPool, Hold
+from tercet.engine.prefix import PrefixIndex, chain_hash
 from tercet.errors import Overloaded
+
+
+def pool_and_index(total: int) -> tuple[BlockPool, PrefixIndex]:
+    index = PrefixIndex()
+    return BlockPool(total, index), index
 
 
 def hashes(*tokens: int) -> list[bytes]:
@@ -20,7 +26,7 @@ def hashes(*tokens: int) -> list[bytes]:
 
 
 def test_allocation_takes_all_or_nothing():
-    pool = BlockPool(4, prefix_cache=True)
+    pool = BlockPool(4, PrefixIndex())
     pool.allocate(3, Hold.OWNED)
     with pytest.raises(Overloaded, match="2 KV blocks are needed, 1 of 4 are free"):
         pool.allocate(2, Hold.LEASED)
@@ -29,58 +35,59 @@ def test_allocation_takes_all_or_nothing():
 
 
 def test_a_prefix_is_matched_block_by_block():
-    pool = BlockPool(8, prefix_cache=True)
+    pool, index = pool_and_index(8)
     chain = hashes(1, 2, 3)
     blocks = pool.allocate(3, Hold.OWNED)
     for block, digest in zip(blocks, chain, strict=True):
-        pool.publish(block, digest)
-    assert pool.match(chain) == blocks
-    assert pool.match(hashes(1, 2, 9)) == blocks[:2]
-    assert pool.match(hashes(2, 2, 3)) == []  # a block stands for all that comes before it, too
+        index.publish(block, digest)
+    assert index.find(chain) == blocks
+    assert index.find(hashes(1, 2, 9)) == blocks[:2]
+    assert index.find(hashes(2, 2, 3)) == []  # a block stands for all that comes before it, too
     pool.check_integrity()
 
 
 def test_a_cached_block_lives_until_it_is_the_oldest_and_needed():
-    pool = BlockPool(3, prefix_cache=True)
+    pool, index = pool_and_index(3)
     blocks = pool.allocate(3, Hold.OWNED)
     for block, digest in zip(blocks, hashes(1, 2, 3), strict=True):
-        pool.publish(block, digest)
+        index.publish(block, digest)
     pool.release(blocks, Hold.OWNED)
     assert pool.available == 3
     [taken] = pool.allocate(1, Hold.OWNED)
     assert taken == blocks[2]  # the end of a chain is worth the least
-    assert pool.match(hashes(1, 2, 3)) == blocks[:2]
+    assert index.find(hashes(1, 2, 3)) == blocks[:2]
     pool.check_integrity()
 
 
 def test_what_is_worth_nothing_is_taken_first():
-    pool = BlockPool(3, prefix_cache=True)
+    pool, index = pool_and_index(3)
     cached, plain = pool.allocate(1, Hold.OWNED), pool.allocate(1, Hold.OWNED)
-    pool.publish(cached[0], hashes(1)[0])
+    index.publish(cached[0], hashes(1)[0])
     pool.release(cached, Hold.OWNED)
     pool.release(plain, Hold.OWNED)
     assert pool.allocate(2, Hold.OWNED) == [plain[0], 2]
 
 
-def test_no_cache_without_prefix_cache():
-    pool = BlockPool(2, prefix_cache=False)
+def test_nothing_is_found_where_the_index_is_off():
+    index = PrefixIndex(enabled=False)
+    pool = BlockPool(2, index)
     [block] = pool.allocate(1, Hold.OWNED)
-    pool.publish(block, hashes(1)[0])
-    assert pool.match(hashes(1)) == []
+    index.publish(block, hashes(1)[0])
+    assert index.find(hashes(1)) == []
 
 
 def test_what_is_unpublished_is_matched_no_more():
-    pool = BlockPool(2, prefix_cache=True)
+    pool, index = pool_and_index(2)
     [block] = pool.allocate(1, Hold.OWNED)
-    pool.publish(block, hashes(1)[0])
-    pool.unpublish([block, block])
-    assert pool.match(hashes(1)) == []
+    index.publish(block, hashes(1)[0])
+    index.forget([block, block])
+    assert index.find(hashes(1)) == []
     pool.check_integrity()
 
 
 @pytest.mark.parametrize("hold", list(Hold))
 def test_every_hold_is_given_back_by_its_own_name(hold):
-    pool = BlockPool(2, prefix_cache=True)
+    pool = BlockPool(2, PrefixIndex())
     blocks = pool.allocate(1, hold)
     for other in set(Hold) - {hold}:
         with pytest.raises(AssertionError):
@@ -99,7 +106,8 @@ class Model:
         self.rng = random.Random(seed)
         self.total = self.rng.randrange(2, 12)
         self.woken = 0
-        self.pool = BlockPool(self.total, prefix_cache=self.rng.random() < 0.8, on_free=self.wake)
+        self.index = PrefixIndex(enabled=self.rng.random() < 0.8)
+        self.pool = BlockPool(self.total, self.index, self.wake)
         self.held: list[tuple[int, Hold]] = []
 
     def wake(self) -> None:
@@ -133,17 +141,18 @@ class Model:
         self.held += [(block, hold) for block in taken]
 
     def match(self) -> None:
-        found = self.pool.match(hashes(*(self.rng.randrange(3) for _ in range(3))))
+        found = self.index.find(hashes(*(self.rng.randrange(3) for _ in range(3))))
+        self.pool.share(found)
         self.held += [(block, Hold.OWNED) for block in found]
 
     def publish(self) -> None:
         if self.held:
             chain = hashes(*(self.rng.randrange(3) for _ in range(self.rng.randrange(1, 4))))
-            self.pool.publish(self.rng.choice(self.held)[0], chain[-1])
+            self.index.publish(self.rng.choice(self.held)[0], chain[-1])
 
     def unpublish(self) -> None:
         if self.held:
-            self.pool.unpublish([self.rng.choice(self.held)[0]])
+            self.index.forget([self.rng.choice(self.held)[0]])
 
     def move(self) -> None:
         if self.held:

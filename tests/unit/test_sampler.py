@@ -13,15 +13,14 @@ from transformers.generation import logits_process as hf
 
 from tercet.core import SamplingParams
 from tercet.engine import sampler
-from tercet.engine.sequence import Sequence
+from tercet.engine.plan import Draw
 from tercet.errors import EngineFault
-from tercet.transfer.protocol.messages import Ticket
 
 VOCAB = 500
 
 
-def sequence_of(params, prompt=(3, 5, 5, 9), output=(7, 7, 7, 3)):
-    return Sequence(Ticket("r", 0, 1), [*prompt, *output], len(prompt), params)
+def draw_of(params, prompt=(3, 5, 5, 9), output=(7, 7, 7, 3)):
+    return Draw(params, len(output), prompt, output)
 
 
 def rows(count, seed=0, scale=3.0):
@@ -29,7 +28,7 @@ def rows(count, seed=0, scale=3.0):
 
 
 def draw(row, params, output=(7, 7, 7, 3)):
-    [event] = sampler.sample(row.unsqueeze(0), [sequence_of(params, output=output)])
+    [event] = sampler.sample(row.unsqueeze(0), [draw_of(params, output=output)])
     assert not isinstance(event, EngineFault), event
     return event.token_id
 
@@ -76,11 +75,11 @@ def test_what_is_left_to_draw_from(filters, temperature):
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 2.0])
 def test_repetition_penalty(penalty):
     params = SamplingParams(repetition_penalty=penalty)
-    sequence = sequence_of(params)
+    wanted = draw_of(params)
     for row in rows(10):
-        ids = torch.tensor([sequence.token_ids])
+        ids = torch.tensor([[*wanted.prompt, *wanted.output]])
         expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(ids, row.unsqueeze(0).clone())[0]
-        torch.testing.assert_close(sampler.penalise(row, sequence.token_ids, sequence.num_prompt, params), expected)
+        torch.testing.assert_close(sampler.penalise(row, wanted), expected)
 
 
 def test_presence_and_frequency_penalties_count_output_alone():
@@ -90,7 +89,7 @@ def test_presence_and_frequency_penalties_count_output_alone():
     expected = row.clone()
     for token, count in Counter((7, 7, 7, 3)).items():
         expected[token] -= count * 0.25 + 0.7
-    torch.testing.assert_close(sampler.penalise(row, sequence_of(params).token_ids, 4, params), expected)
+    torch.testing.assert_close(sampler.penalise(row, draw_of(params)), expected)
 
 
 def test_all_penalties_in_the_order_of_vllm():
@@ -205,7 +204,7 @@ BAD = [
 def test_logits_that_are_no_numbers_are_a_fault_of_their_row_alone(bad, params):
     good = rows(1)[0]
     wanted = SamplingParams(**({"temperature": 1.0, "seed": 5} | params))
-    events = sampler.sample(torch.stack([good, bad, good]), [sequence_of(wanted) for _ in range(3)])
+    events = sampler.sample(torch.stack([good, bad, good]), [draw_of(wanted) for _ in range(3)])
     assert isinstance(events[1], EngineFault)
     assert not isinstance(events[0], EngineFault)
     assert events[0].token_id == events[2].token_id == draw(good, wanted)
@@ -224,15 +223,15 @@ def test_the_likeliest_token_is_left_whatever_top_p_is(params):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_penalty_beyond_float32_is_a_fault(temperature):
     row = rows(1)[0] * 1e37
-    wanted = sequence_of(SamplingParams(temperature=temperature, repetition_penalty=0.01, seed=1))
-    wanted.token_ids = [int(row.argmax())]
+    wanted = draw_of(SamplingParams(temperature=temperature, repetition_penalty=0.01, seed=1))
+    wanted = wanted._replace(prompt=[int(row.argmax())])
     [event] = sampler.sample(row.unsqueeze(0), [wanted])
     assert isinstance(event, EngineFault)
 
 
 def test_more_logprobs_than_the_vocabulary_has():
     row = torch.tensor([[1.0, 2.0, 0.5]])
-    [event] = sampler.sample(row, [sequence_of(SamplingParams(temperature=0.0, logprobs=20), (0,), ())])
+    [event] = sampler.sample(row, [draw_of(SamplingParams(temperature=0.0, logprobs=20), (0,), ())])
     assert [i for i, _ in event.top_logprobs] == [1, 0, 2]
     assert len(sampler.score(row, [0], 20)[0][1]) == 3
 
@@ -248,7 +247,7 @@ def test_a_masked_token_is_never_drawn():
 def test_logprobs_are_those_of_the_raw_logits(count):
     params = SamplingParams(temperature=0.5, top_k=3, repetition_penalty=1.5, seed=4, logprobs=count)
     for row in rows(10):
-        [event] = sampler.sample(row.unsqueeze(0), [sequence_of(params)])
+        [event] = sampler.sample(row.unsqueeze(0), [draw_of(params)])
         expected = row.double().log_softmax(-1)
         assert event.logprob == pytest.approx(float(expected[event.token_id]), abs=1e-4)
         top = expected.topk(count)
@@ -260,6 +259,6 @@ def test_a_row_does_not_depend_on_its_batch():
     params = [
         SamplingParams(temperature=t, seed=s, top_p=p) for s, (t, p) in enumerate([(0.7, 0.9), (1.0, 1.0), (0.0, 1.0)])
     ]
-    together = sampler.sample(rows(3), [sequence_of(p) for p in params])
-    alone = [sampler.sample(row.unsqueeze(0), [sequence_of(p)])[0] for row, p in zip(rows(3), params, strict=True)]
+    together = sampler.sample(rows(3), [draw_of(p) for p in params])
+    alone = [sampler.sample(row.unsqueeze(0), [draw_of(p)])[0] for row, p in zip(rows(3), params, strict=True)]
     assert [e.token_id for e in together] == [e.token_id for e in alone]

@@ -12,11 +12,14 @@ from collections.abc import Callable
 
 import pytest
 
-from tercet.core import SamplingParams
+from tercet.core import FinishReason, SamplingParams, TokenEvent
 from tercet.engine.blocks import BlockPool, Hold
-from tercet.engine.engine import Engine, Faulted
+from tercet.engine.executor import LocalExecutor
+from tercet.engine.loop import Engine
+from tercet.engine.plan import PieceResult, StepPlan
 from tercet.engine.scheduler import Scheduler
 from tercet.engine.sequence import Phase, Sequence
+from tercet.engine.state import EngineState, Faulted, StepReport
 from tercet.errors import EngineFault, Overloaded
 from tercet.spec import KvSpec, RoleSpec, SchedulerSpec
 from tercet.transfer.protocol.messages import Ticket
@@ -36,24 +39,6 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class Condition:
-    """Stands for the engine's condition: whether a sleeper would have been woken."""
-
-    def __init__(self, lock) -> None:
-        self._lock = lock
-        self.woken = False
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def notify(self) -> None:
-        assert self._lock.locked(), "notified without the lock"
-        self.woken = True
-
-
 class Simulation:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
@@ -64,11 +49,11 @@ class Simulation:
             kv=KvSpec(blocks=blocks, block_size=SIZE, prefix_cache=rng.random() < 0.7),
             scheduler=SchedulerSpec(token_budget=budget, max_running=running, max_waiting=4),
         )
-        self.runner = FakeRunner(SIZE)
-        self.engine = Engine(self.runner, spec, CONTEXT, (STOP,), rng.choice([2, 8]), self.report)
-        self.condition = self.engine._work = Condition(self.engine._lock)
-        self.engine._pool._on_free = self.condition.notify
-        self.budget = budget
+        self.runner = FakeRunner(SIZE, self.push)
+        self.executor = LocalExecutor(self.runner)
+        self.woken = False
+        self.engine = EngineState(spec, CONTEXT, (STOP,), rng.choice([2, 8]), self.wake)
+        self.now = 0.0
         self.made: list[Sequence] = []
         self.got: dict[Sequence, list[int]] = {}
         self.faulted: set[Sequence] = set()
@@ -79,13 +64,16 @@ class Simulation:
         self.asleep = False
         self.finishing = False
 
+    def wake(self) -> None:
+        self.woken = True
+
     # ---- what the roles do
 
     def push(self, ticket: Ticket, layer: int, first: int, blocks: list[int]) -> None:
         assert first == len(self.pushed[ticket]), "a block was left out or pushed twice"
         self.pushed[ticket] += blocks
 
-    def report(self, report) -> None:
+    def report(self, report: StepReport) -> None:
         for item in report:
             if isinstance(item, Faulted):
                 self.faulted.add(item.sequence)
@@ -98,21 +86,23 @@ class Simulation:
         params = SamplingParams(max_tokens=rng.choice([1, 2, 9, 60]), ignore_eos=True)
         sequence = Sequence(Ticket(f"r{len(self.made)}", 0, 1), prompt, len(prompt), params)
         self.made.append(sequence)
+        self.runner.tokens[sequence.ticket] = sequence.token_ids
+        self.now += 1
         return sequence
 
     def add(self) -> None:
         sequence = self.new()
         try:
-            self.engine.add(sequence)
+            self.engine.add(sequence, self.now)
         except Overloaded:
             self.made.pop()
 
     def hand_over(self) -> None:
         sequence = self.new()
-        sequence.handoff = self
+        sequence.hand_over = True
         self.pushed[sequence.ticket] = []
         try:
-            self.engine.add(sequence)
+            self.engine.add(sequence, self.now)
             self.sending.append(sequence)
         except Overloaded:
             self.made.pop()
@@ -168,31 +158,31 @@ class Simulation:
 
     def step(self) -> None:
         """The loop's next turn; while a step runs, verbs come in between."""
-        with self.engine._lock:
-            step = self.engine._begin_step()
-        self.asleep = not step
+        self.woken = False
+        plan = self.engine.plan(self.now)
+        self.asleep = not plan.pieces
         if self.asleep:
-            self.condition.woken = False
             return
         for _ in range(0 if self.finishing else self.rng.randrange(3)):
             self.rng.choice((self.abort, self.join, self.op_done))()
-        self.engine._run(step)
+        result = self.executor.execute(plan)
+        for _ in range(0 if self.finishing else self.rng.randrange(2)):
+            self.rng.choice((self.abort, self.join, self.op_done))()
+        self.report(self.engine.commit(result))
 
     def check(self) -> None:
         self.engine.check_integrity()
         for sequence in self.sending:
             for block in self.pushed[sequence.ticket]:
                 assert self.engine._pool._held(block), "a block that is being sent is free"
-        if self.asleep and not self.condition.woken:
-            with self.engine._lock:
-                step = self.engine._scheduler.schedule()
-            assert not step, "there is something to do, and nobody wakes the engine"
+        if self.asleep and not self.woken:
+            assert not self.engine.plan(self.now).pieces, "there is something to do, and nobody wakes the engine"
 
     def run(self) -> None:
         adds = (self.add,), (self.hand_over,), (self.reserve, self.reserve), (self.add, self.hand_over, self.reserve)
         verbs = (*self.rng.choice(adds), self.join, self.fail, self.quiesce, self.op_done, self.abort)
         for _ in range(60):
-            if self.asleep and not self.condition.woken:
+            if self.asleep and not self.woken:
                 self.rng.choice(verbs)()
             else:
                 self.rng.choice((self.step, self.step, *verbs))()
@@ -205,7 +195,7 @@ class Simulation:
         for _ in range(3000):
             for verb in (self.join, self.quiesce, self.op_done):
                 verb()
-            if not (self.asleep and not self.condition.woken):
+            if not (self.asleep and not self.woken):
                 self.step()
             elif not (self.reserved or self.quarantined or any(s.over for s in self.sending)):
                 break
@@ -215,7 +205,7 @@ class Simulation:
             assert sequence.phase is Phase.OVER, f"{sequence.ticket} is left {sequence.phase}"
             if sequence in self.faulted:
                 continue
-            if sequence.handoff is not None:
+            if sequence.hand_over:
                 assert self.got[sequence] == [next_token(sequence.token_ids)]
                 assert len(self.pushed[sequence.ticket]) == -(-len(sequence.token_ids) // SIZE), (
                     "blocks were not pushed"
@@ -251,12 +241,12 @@ def test_no_interleaving_breaks_the_engine():
 
 def test_every_end_is_reached():
     seen = {"preempted": 0, "cached": 0, "joined": 0, "handed over": 0, "asleep": 0, "quarantined": 0}
-    for seed in range(300):
+    for seed in range(400):
         simulation = Simulation(seed)
         simulation.run()
         seen["preempted"] += simulation.engine._scheduler.preemptions
         seen["cached"] += sum(s.cached_tokens > 0 for s in simulation.made)
-        seen["handed over"] += sum(s.handoff is not None and s in simulation.got for s in simulation.made)
+        seen["handed over"] += sum(s.hand_over and s in simulation.got for s in simulation.made)
         seen["joined"] += len(simulation.got)
         seen["asleep"] += simulation.asleep
         seen["quarantined"] += len(simulation.faulted)
@@ -291,11 +281,11 @@ def forgets_to_wake(real: Callable) -> Callable:
 
 def wakes_nobody_when_a_place_is_free(real: Callable) -> Callable:
     def abort(self, sequence):
-        notify, self._work.notify = self._work.notify, lambda: None
+        notify, self._on_work = self._on_work, lambda: None
         try:
             real(self, sequence)
         finally:
-            self._work.notify = notify
+            self._on_work = notify
 
     return abort
 
@@ -343,10 +333,9 @@ def leaks_the_match_of_who_must_wait(real: Callable) -> Callable:
 
 def leaks_the_hits_of_a_failed_handover(_: Callable) -> Callable:
     def quarantine(self, sequence):
-        with self._lock:
-            self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.QUARANTINED)
-            self._reserved.remove(sequence)
-            sequence.phase = Phase.OVER
+        self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.QUARANTINED)
+        self._reserved.remove(sequence)
+        sequence.phase = Phase.QUARANTINED
 
     return quarantine
 
@@ -355,13 +344,14 @@ def matches_the_whole_prompt(_: Callable) -> Callable:
     """Then there is no token left whose logits are computed."""
 
     def start(self, sequence):
-        matched = self.pool.match(sequence.extend_hashes(self.block_size))
+        matched = self.index.find(sequence.extend_hashes(self.block_size))
+        self.pool.share(matched)
         rest = self._blocks_of(len(sequence.token_ids)) - len(matched)
-        if rest > self.pool.available and (self.running or sequence.handoff):
+        if rest > self.pool.available and (self.running or sequence.hand_over):
             self.pool.release(matched, Hold.OWNED)
             return False
         sequence.blocks, sequence.computed, sequence.published = matched, len(matched) * self.block_size, len(matched)
-        if sequence.handoff is not None:
+        if sequence.hand_over:
             sequence.blocks = matched + self.pool.allocate(rest, Hold.OWNED)
         self.waiting.popleft()
         self.running.append(sequence)
@@ -373,7 +363,7 @@ def matches_the_whole_prompt(_: Callable) -> Callable:
 
 def pushes_only_full_blocks(_: Callable) -> Callable:
     def push_of(self, sequence, length, last):
-        if sequence.handoff is None:
+        if not sequence.hand_over:
             return range(0)
         return range(sequence.pushed_blocks, (sequence.computed + length) // self.block_size)
 
@@ -407,16 +397,16 @@ def decodes_behind_the_end(_: Callable) -> Callable:
 MUTANTS = [
     (Scheduler, "_choose", infers_decoding_from_one_pending_token),
     (BlockPool, "release", forgets_to_wake),
-    (Engine, "abort", wakes_nobody_when_a_place_is_free),
-    (Engine, "_retire", frees_what_a_step_reads),
-    (Engine, "_give_back", frees_what_is_being_sent),
-    (Engine, "_publish", publishes_what_is_not_computed),
+    (EngineState, "abort", wakes_nobody_when_a_place_is_free),
+    (EngineState, "_retire", frees_what_a_step_reads),
+    (EngineState, "_give_back", frees_what_is_being_sent),
+    (EngineState, "_publish", publishes_what_is_not_computed),
     (Scheduler, "_start", leaks_the_match_of_who_must_wait),
-    (Engine, "quarantine", leaks_the_hits_of_a_failed_handover),
+    (EngineState, "quarantine", leaks_the_hits_of_a_failed_handover),
     (Scheduler, "_start", matches_the_whole_prompt),
     (Scheduler, "_push_of", pushes_only_full_blocks),
     (BlockPool, "move", joins_without_its_blocks),
-    (Engine, "release", releases_a_lease_twice),
+    (EngineState, "release", releases_a_lease_twice),
     (Sequence, "finish_reason", decodes_behind_the_end),
 ]
 
@@ -430,102 +420,131 @@ def test_each_mutant_is_caught(cls, name, mutant, monkeypatch):
 # ---- single cases
 
 
-def engine_of(blocks: int = 20, budget: int = 16, running: int = 4) -> tuple[Engine, FakeRunner, list]:
-    spec = RoleSpec(
-        kv=KvSpec(blocks=blocks, block_size=SIZE),
-        scheduler=SchedulerSpec(token_budget=budget, max_running=running, max_waiting=8),
-    )
-    runner, reports = FakeRunner(SIZE), []
-    return Engine(runner, spec, CONTEXT, (STOP,), 8, reports.extend), runner, reports
+class Alone:
+    """An engine state, stepped by hand."""
+
+    def __init__(self, blocks: int = 20, budget: int = 16, running: int = 4) -> None:
+        spec = RoleSpec(
+            kv=KvSpec(blocks=blocks, block_size=SIZE),
+            scheduler=SchedulerSpec(token_budget=budget, max_running=running, max_waiting=8),
+        )
+        self.runner = FakeRunner(SIZE)
+        self.state = EngineState(spec, CONTEXT, (STOP,), 8, lambda: None)
+        self.reports: StepReport = []
+
+    def add(self, number: int, prompt: list[int], max_tokens: int = 5) -> Sequence:
+        sequence = sequence_of(number, prompt, max_tokens)
+        self.runner.tokens[sequence.ticket] = sequence.token_ids
+        self.state.add(sequence, 0.0)
+        return sequence
+
+    def step(self) -> StepPlan:
+        plan = self.state.plan(0.0)
+        if plan.pieces:
+            self.reports += self.state.commit(LocalExecutor(self.runner).execute(plan))
+        return plan
+
+    def run(self) -> None:
+        while self.step().pieces:
+            pass
+
+    def all_free(self) -> bool:
+        load = self.state.load()
+        return load.blocks_free == load.blocks_total
+
+    def fails_on(self, token: int) -> None:
+        """Every step with a sequence that begins with this token."""
+        tokens = self.runner.tokens
+        self.runner.fails = lambda plan: any(tokens[piece.ticket][0] == token for piece in plan.pieces)
 
 
 def sequence_of(number: int, prompt: list[int], max_tokens: int = 5) -> Sequence:
-    return Sequence(Ticket(f"r{number}", 0, 1), prompt, len(prompt), SamplingParams(max_tokens=max_tokens))
-
-
-def run_until_idle(engine: Engine) -> None:
-    while True:
-        with engine._lock:
-            step = engine._begin_step()
-        if not step:
-            return
-        engine._run(step)
+    return Sequence(Ticket(f"r{number}", 0, 1), list(prompt), len(prompt), SamplingParams(max_tokens=max_tokens))
 
 
 def test_a_newcomer_does_not_take_what_the_preempted_wait_for():
-    engine, _, _ = engine_of(blocks=8, running=8)
+    engine = Alone(blocks=8, running=8)
     for number in range(3):
-        engine.add(sequence_of(number, [number] * 20, max_tokens=40))
-    while not engine._scheduler.waiting:
-        with engine._lock:
-            step = engine._begin_step()
-        engine._run(step)
-    waiting = engine._scheduler.waiting[0]
-    assert engine._pool.available > 0
+        engine.add(number, [number] * 20, max_tokens=40)
+    while not engine.state._scheduler.waiting:
+        engine.step()
+    waiting = engine.state._scheduler.waiting[0]
+    assert engine.state._pool.available > 0
     with pytest.raises(Overloaded, match="for requests that are here already"):
-        engine.reserve(sequence_of(9, [1] * 8))
-    run_until_idle(engine)
+        engine.state.reserve(sequence_of(9, [1] * 8))
+    engine.run()
     assert waiting.phase is Phase.OVER
 
 
 def test_one_sequence_at_fault_ends_and_the_others_go_on():
-    engine, runner, reports = engine_of()
-    runner.fails = lambda step: any(s.token_ids[0] == 3 for s in step.sequences)
-    prompts = {n: [n] * 9 for n in (1, 2, 3, 4)}
-    for number, prompt in prompts.items():
-        engine.add(sequence_of(number, list(prompt)))
-    run_until_idle(engine)
-    faults = [item for item in reports if isinstance(item, Faulted)]
+    engine = Alone()
+    engine.fails_on(3)
+    for number in (1, 2, 3, 4):
+        engine.add(number, [number] * 9)
+    engine.run()
+    faults = [item for item in engine.reports if isinstance(item, Faulted)]
     assert [item.sequence.ticket.request_id for item in faults] == ["r3"]
     assert isinstance(faults[0].error, EngineFault)
     assert "this step fails" in str(faults[0].error)
     for number in (1, 2, 4):
-        got = [i.token.token_id for i in reports if not isinstance(i, Faulted) and i.sequence.ticket[0] == f"r{number}"]
-        assert got == expected(prompts[number], 5)
-    assert engine.load().blocks_free == engine.load().blocks_total
+        reports = [i for i in engine.reports if not isinstance(i, Faulted) and i.sequence.ticket[0] == f"r{number}"]
+        assert [item.token.token_id for item in reports] == expected([number] * 9, 5)
+    assert engine.all_free()
 
 
 def test_what_a_faulty_sequence_computed_is_no_prefix_for_others():
-    engine, runner, _ = engine_of(budget=8)
-    runner.fails = lambda step: any(s.computed >= 16 for s in step.sequences)
-    engine.add(sequence_of(1, [1] * 20))
-    run_until_idle(engine)
-    runner.fails = lambda _: False
-    again = sequence_of(2, [1] * 20)
-    engine.add(again)
-    run_until_idle(engine)
+    engine = Alone(budget=8)
+    engine.runner.fails = lambda plan: any(piece.start >= 16 for piece in plan.pieces)
+    engine.add(1, [1] * 20)
+    engine.run()
+    engine.runner.fails = lambda _: False
+    again = engine.add(2, [1] * 20)
+    engine.run()
     assert again.cached_tokens == 0
 
 
 @pytest.mark.parametrize("running", [1, 8])
 def test_however_many_are_at_fault_the_engine_lives(running):
     """One after the other, or all of a step."""
-    engine, runner, reports = engine_of(running=running, budget=100)
-    runner.fails = lambda step: any(s.token_ids[0] == 3 for s in step.sequences)
+    engine = Alone(running=running, budget=100)
+    engine.fails_on(3)
     for number in range(8):
-        engine.add(sequence_of(number, [3, number]))
-    run_until_idle(engine)
-    assert [type(item) for item in reports] == [Faulted] * 8
-    reports.clear()
-    engine.add(sequence_of(9, [1, 2]))
-    run_until_idle(engine)
-    assert len(reports) == 5
-    assert engine.load().blocks_free == engine.load().blocks_total
+        engine.add(number, [3, number])
+    engine.run()
+    assert [type(item) for item in engine.reports] == [Faulted] * 8
+    engine.reports.clear()
+    engine.add(9, [1, 2])
+    engine.run()
+    assert len(engine.reports) == 5
+    assert engine.all_free()
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_an_engine_that_is_broken_dies(number):
     """Else it would fail request after request behind a good health."""
-    engine, runner, _ = engine_of()
-    runner.broken = True
+    engine = Alone()
+    engine.runner.broken = True
     for at in range(number):
-        engine.add(sequence_of(at, [at] * 5))
+        engine.add(at, [at] * 5)
     with pytest.raises(RuntimeError, match="the model fails"):
-        run_until_idle(engine)
+        engine.run()
+
+
+def test_a_step_may_bring_several_tokens():
+    """As a draft that was accepted would: all are taken, up to the one that ends the sequence."""
+    engine = Alone()
+    sequence = engine.add(1, [1, 2, 3], max_tokens=3)
+    engine.state.plan(0.0)
+    tokens = [TokenEvent(token) for token in (5, 6, 7, 8)]
+    report = engine.state.commit([PieceResult(tokens)])
+    assert [item.token.token_id for item in report] == [5, 6, 7]
+    assert [item.token.finish for item in report] == [None, None, FinishReason.LENGTH]
+    assert sequence.token_ids == [1, 2, 3, 5, 6, 7]
+    assert engine.all_free()
 
 
 def test_ids_that_the_model_does_not_have():
-    engine, _, _ = engine_of()
+    engine = Engine(LocalExecutor(FakeRunner(SIZE)), RoleSpec(), CONTEXT, (STOP,), 8, id)
     engine.check_ids(range(VOCAB))
     for ids in ([VOCAB], [0, -1], [2**31, 0]):
         with pytest.raises(Exception, match="outside the model's vocabulary"):
@@ -534,12 +553,10 @@ def test_ids_that_the_model_does_not_have():
 
 def test_decodes_do_not_starve_prompts():
     """More decodes than the budget has tokens: a prompt still gets on."""
-    engine, runner, _ = engine_of(blocks=80, budget=2, running=8)
+    engine = Alone(blocks=80, budget=2, running=8)
     for number in range(6):
-        engine.add(sequence_of(number, [number], max_tokens=60))
+        engine.add(number, [number], max_tokens=60)
     for _ in range(20):
-        with engine._lock:
-            step = engine._begin_step()
-        engine._run(step)
-    assert all(s.phase is not Phase.WAITING for s in engine._scheduler.running)
-    assert runner.largest <= 6
+        engine.step()
+    assert all(s.phase is not Phase.WAITING for s in engine.state._scheduler.running)
+    assert engine.runner.largest <= 6

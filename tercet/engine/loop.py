@@ -1,0 +1,127 @@
+"""The engine's thread: plan, execute, commit, report; and its lock, behind which roles reach the state.
+
+The lock is a leaf (nothing else is locked under it), and it is not held while a step runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from tercet.core import FinishReason, Load
+from tercet.engine.executor import Executor
+from tercet.engine.plan import StepPlan
+from tercet.engine.sequence import Sequence
+from tercet.engine.state import EngineState, StepReport
+from tercet.errors import InvalidRequest
+from tercet.spec import RoleSpec
+
+
+class Engine:
+    def __init__(
+        self,
+        executor: Executor,
+        spec: RoleSpec,
+        max_context: int,
+        eos_token_ids: tuple[int, ...],
+        quarantine_blocks: int,
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        """on_step: what a step has brought; called on the engine's thread."""
+        self._executor = executor
+        self._on_step = on_step
+        self._work = threading.Condition()
+        self._state = EngineState(spec, max_context, eos_token_ids, quarantine_blocks, self._work.notify)
+        self._stopping = False
+        self.step_started: float | None = None  # time.monotonic() of the step that is running; health looks at it
+        self.failure: BaseException | None = None  # what ended the loop, if it died
+
+    # ---- verbs of EngineState, from any thread
+
+    def add(self, sequence: Sequence) -> None:
+        with self._work:
+            self._state.add(sequence, time.monotonic())
+
+    def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
+        with self._work:
+            return self._state.reserve(sequence)
+
+    def join(self, sequence: Sequence, first_token: int) -> None:
+        with self._work:
+            self._state.join(sequence, first_token)
+
+    def quarantine(self, sequence: Sequence) -> None:
+        with self._work:
+            self._state.quarantine(sequence)
+
+    def release(self, sequence: Sequence, verified: int = 0) -> None:
+        with self._work:
+            self._state.release(sequence, verified)
+
+    def abort(self, sequence: Sequence) -> None:
+        with self._work:
+            self._state.abort(sequence)
+
+    def op_done(self, sequence: Sequence) -> None:
+        with self._work:
+            self._state.op_done(sequence)
+
+    def load(self) -> Load:
+        with self._work:
+            return self._state.load()
+
+    def check_integrity(self) -> None:
+        with self._work:
+            self._state.check_integrity()
+
+    # ---- what needs no lock
+
+    def finish_after(self, sequence: Sequence, token_id: int) -> tuple[FinishReason, int | None] | None:
+        return self._state.finish_after(sequence, token_id)
+
+    def check_ids(self, token_ids: Iterable[int]) -> None:
+        """Raises InvalidRequest for an id that the embedding has no row for, wherever it comes from."""
+        size = self._executor.vocab_size
+        wrong = next((token for token in token_ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise InvalidRequest(f"token id {wrong} is outside the model's vocabulary (0 to {size - 1})")
+
+    @property
+    def computed(self) -> int:
+        """How much has been computed so far, in layers of steps; it grows while the engine works. Any thread."""
+        return self._executor.layers_done
+
+    # ---- the thread
+
+    def run(self) -> None:
+        """Until `stop`. A fault ends the loop and stands in `failure`: the worker is then unhealthy and replaced."""
+        try:
+            while (plan := self._next_plan()) is not None:
+                self._run(plan)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def stop(self) -> None:
+        with self._work:
+            self._stopping = True
+            self._work.notify()
+
+    def _next_plan(self) -> StepPlan | None:
+        """Waits for one; None: the engine stops."""
+        with self._work:
+            while not self._stopping:
+                plan = self._state.plan(time.monotonic())
+                if plan.pieces:
+                    return plan
+                self._work.wait()
+            return None
+
+    def _run(self, plan: StepPlan) -> None:
+        self.step_started = time.monotonic()
+        result = self._executor.execute(plan)
+        with self._work:
+            report = self._state.commit(result)
+        self.step_started = None
+        self._on_step(report)

@@ -1,0 +1,303 @@
+"""What a worker's engine knows and decides: verbs by which roles put requests in and take them out, and the two halves
+of a step, `plan` and `commit`. No thread, no lock, no clock, no torch: engine/loop.py brings those.
+
+Verbs may come between `plan` and `commit`. Blocks that a step touches are given back only behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tercet.core import FinishReason, Load, PromptLogprobs, TokenEvent
+from tercet.engine.blocks import BlockPool, Hold
+from tercet.engine.plan import Draw, Piece, PieceResult, Push, StepPlan, StepResult
+from tercet.engine.policy import FirstComeFirstServed
+from tercet.engine.prefix import PrefixIndex
+from tercet.engine.scheduler import Chunk, Scheduler, Step
+from tercet.engine.sequence import Phase, Sequence
+from tercet.errors import EngineFault, Overloaded
+from tercet.spec import RoleSpec
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sequence got its next token; `token.finish` says why it is over, if it is."""
+
+    sequence: Sequence
+    token: TokenEvent
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Faulted:
+    """A sequence's own step failed, and ended it."""
+
+    sequence: Sequence
+    error: EngineFault
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The logprobs of a whole prompt, as its request wanted; the first token follows."""
+
+    sequence: Sequence
+    scores: PromptLogprobs
+
+
+StepReport = list[Sampled | Faulted | Scored]
+
+
+class EngineState:
+    """Not thread-safe."""
+
+    def __init__(
+        self,
+        spec: RoleSpec,
+        max_context: int,
+        eos_token_ids: tuple[int, ...],
+        quarantine_blocks: int,
+        on_work: Callable[[], None],
+    ) -> None:
+        """on_work: called whenever `plan` may find more to do than the last time."""
+        self._max_running = spec.scheduler.max_running
+        self._max_active = spec.scheduler.max_running + spec.scheduler.max_waiting
+        self._block_size = spec.kv.block_size
+        self._max_context = max_context
+        self._eos = eos_token_ids
+        self._quarantine_blocks = quarantine_blocks
+        self._on_work = on_work
+        self._index = PrefixIndex(enabled=spec.kv.prefix_cache)
+        self._pool = BlockPool(spec.kv.blocks, self._index, on_work)
+        policy = FirstComeFirstServed(spec.scheduler.token_budget)
+        self._scheduler = Scheduler(self._pool, self._index, policy, self._block_size, self._max_running)
+        self._reserved: set[Sequence] = set()  # their KV is on its way
+        self._sending: set[Sequence] = set()  # a transfer reads their blocks, until `op_done`
+        self._step = Step()  # planned, not yet committed
+
+    # ---- verbs
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """Queue a sequence whose prompt is computed here. Raises Overloaded when too many are."""
+        active = len(self._scheduler.running) + len(self._scheduler.waiting)
+        if active >= self._max_active:
+            raise Overloaded(f"{active} requests are running or waiting already")
+        sequence.arrived = now
+        if sequence.hand_over:
+            self._sending.add(sequence)
+        self._scheduler.waiting.append(sequence)
+        self._on_work()
+
+    def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
+        """Hold blocks for a prompt whose KV another worker will write. -> (blocks that the prefix index has, blocks
+        leased for the rest). Raises Overloaded when the batch, the pool or the quarantine is full."""
+        self._require_room()
+        hits = self._index.find(sequence.extend_hashes(self._block_size))
+        self._pool.share(hits)
+        missing = -(-len(sequence.token_ids) // self._block_size) - len(hits)
+        # Who runs needs a next block, or is preempted at once; and who was preempted came first.
+        if missing + self._scheduler.claims > self._pool.available:
+            free = self._pool.available
+            self._pool.release(hits, Hold.OWNED)
+            raise Overloaded(
+                f"{missing} KV blocks are needed, {free} are free, "
+                f"{self._scheduler.claims} of them for requests that are here already"
+            )
+        leased = self._pool.allocate(missing, Hold.LEASED)
+        sequence.blocks = hits + leased
+        sequence.published = len(hits)
+        sequence.phase = Phase.RESERVED
+        self._reserved.add(sequence)
+        return len(hits), leased
+
+    def join(self, sequence: Sequence, first_token: int) -> None:
+        """The KV of a reserved sequence has landed and is verified: decode it from its first token on, unless it is
+        over with that one already."""
+        self._reserved.remove(sequence)
+        self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.OWNED)
+        sequence.computed = len(sequence.token_ids)
+        self._publish(sequence)
+        sequence.token_ids.append(first_token)
+        if self._finish_of(sequence) is None:
+            sequence.phase = Phase.DECODING
+            self._scheduler.running.append(sequence)
+            self._on_work()
+        else:
+            self._retire(sequence)
+
+    def quarantine(self, sequence: Sequence) -> None:
+        """A reserved sequence failed, but its writer may still write: keep its leased blocks until `release`."""
+        if sequence in self._reserved:
+            self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.QUARANTINED)
+            self._pool.release(sequence.blocks[: sequence.published], Hold.OWNED)
+            self._reserved.remove(sequence)
+            sequence.phase = Phase.QUARANTINED
+
+    def release(self, sequence: Sequence, verified: int = 0) -> None:
+        """It is proven that nobody writes into the blocks of a reserved or quarantined sequence any more. The first
+        `verified` of the leased ones hold their tokens' KV, so that another attempt need not fetch them again."""
+        written = sequence.blocks[sequence.published :]
+        hashes = sequence.extend_hashes(self._block_size)[sequence.published :]
+        for block, digest in zip(written[:verified], hashes, strict=False):
+            self._index.publish(block, digest)
+        if sequence in self._reserved:
+            self._reserved.remove(sequence)
+            self._pool.release(written, Hold.LEASED)
+            self._pool.release(sequence.blocks[: sequence.published], Hold.OWNED)
+        else:
+            assert sequence.phase is Phase.QUARANTINED
+            self._pool.release(written, Hold.QUARANTINED)
+        sequence.blocks, sequence.phase = [], Phase.OVER
+
+    def abort(self, sequence: Sequence) -> None:
+        """Stop computing a sequence that was added or joined; its blocks are free once no step and no transfer reads
+        them."""
+        if sequence.phase in (Phase.WAITING, Phase.PREFILLING, Phase.DECODING):
+            self._retire(sequence)
+
+    def op_done(self, sequence: Sequence) -> None:
+        """The transfer out of a handed-over sequence's blocks has ended."""
+        self._sending.discard(sequence)
+        if sequence.over and sequence not in self._step.sequences:
+            self._pool.release(sequence.blocks, Hold.IN_FLIGHT)
+            sequence.blocks = []
+
+    def finish_after(self, sequence: Sequence, token_id: int) -> tuple[FinishReason, int | None] | None:
+        """Why `sequence` would be over with `token_id` as its next token, with the id that stops it, if it does."""
+        return sequence.finish_reason_of(token_id, sequence.num_output + 1, self._eos, self._max_context)
+
+    def load(self) -> Load:
+        counts = self._pool.counts()
+        return Load(
+            running=len(self._scheduler.running) + len(self._reserved),
+            waiting=len(self._scheduler.waiting),
+            blocks_total=self._pool.total,
+            blocks_free=counts[None],
+            blocks_owned=counts[Hold.OWNED],
+            blocks_leased=counts[Hold.LEASED],
+            blocks_in_flight=counts[Hold.IN_FLIGHT],
+            blocks_quarantined=counts[Hold.QUARANTINED],
+            preemptions=self._scheduler.preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        self._pool.check_integrity()
+
+    # ---- steps
+
+    def plan(self, now: float) -> StepPlan:
+        """The next step, its blocks allocated; empty if there is nothing to do. `commit` follows."""
+        self._step = self._scheduler.schedule()
+        for sequence in self._step.sequences:
+            sequence.first_scheduled = sequence.first_scheduled or now
+        return StepPlan(
+            tuple(self._piece(sequence, sequence.computed, 1, draws=True) for sequence in self._step.decodes),
+            tuple(map(self._piece_of, self._step.chunks)),
+        )
+
+    def commit(self, result: StepResult) -> StepReport:
+        """Advance what was computed, append the tokens, retire what is over; a sequence at fault ends here."""
+        step, self._step = self._step, Step()
+        for sequence in step.decodes:
+            sequence.computed += 1
+        for chunk in step.chunks:
+            chunk.sequence.computed += chunk.length
+            chunk.sequence.pushed_blocks = max(chunk.sequence.pushed_blocks, chunk.push.stop)
+        report: StepReport = []
+        for sequence, piece in zip(step.sequences, result, strict=True):
+            report += self._take(sequence, piece)
+        return report
+
+    def _piece_of(self, chunk: Chunk) -> Piece:
+        sequence, end = chunk.sequence, chunk.sequence.computed + chunk.length
+        piece = self._piece(sequence, sequence.computed, chunk.length, draws=chunk.last)
+        if chunk.push:
+            blocks = sequence.blocks[chunk.push.start : chunk.push.stop]
+            piece = piece._replace(push=Push(chunk.push.start, blocks, end % self._block_size if chunk.last else 0))
+        if sequence.wants_scores:
+            follow = sequence.token_ids[sequence.computed + 1 : end + 1]
+            piece = piece._replace(follow=follow, most_likely=sequence.params.prompt_logprobs or 0)
+        return piece
+
+    def _piece(self, sequence: Sequence, start: int, length: int, *, draws: bool) -> Piece:
+        end = start + length
+        blocks = sequence.blocks[: -(-end // self._block_size)]
+        return Piece(
+            sequence.ticket, sequence.token_ids[start:end], start, blocks, _draw_of(sequence) if draws else None
+        )
+
+    def _take(self, sequence: Sequence, piece: PieceResult) -> StepReport:
+        """What a step has brought a sequence that may be over meanwhile."""
+        if piece.fault is not None:
+            self._index.forget(sequence.blocks)
+        elif not sequence.over:
+            self._publish(sequence)
+        if sequence.over:
+            self._give_back(sequence)
+            return []
+        if piece.fault is not None:
+            self._retire(sequence)
+            return [Faulted(sequence, piece.fault)]
+        report: StepReport = []
+        sequence.scores += piece.scores
+        if piece.tokens and sequence.wants_scores:
+            report.append(Scored(sequence, PromptLogprobs(tuple(sequence.scores))))
+        for token in piece.tokens:
+            report.append(sampled := self._append(sequence, token))
+            if sampled.token.finish is not None:
+                break
+        return report
+
+    def _append(self, sequence: Sequence, token: TokenEvent) -> Sampled:
+        if sequence.hand_over:
+            self._retire(sequence)
+            return Sampled(sequence, token)
+        sequence.token_ids.append(token.token_id)
+        sequence.phase = Phase.DECODING
+        over = self._finish_of(sequence)
+        if over is None:
+            return Sampled(sequence, token)
+        self._retire(sequence)
+        return Sampled(sequence, replace(token, finish=over[0]), over[1])
+
+    def _finish_of(self, sequence: Sequence) -> tuple[FinishReason, int | None] | None:
+        return sequence.finish_reason(self._eos, self._max_context)
+
+    # ---- blocks
+
+    def _require_room(self) -> None:
+        active = len(self._scheduler.running) + len(self._scheduler.waiting) + len(self._reserved)
+        if active >= self._max_running:
+            raise Overloaded(f"{active} requests are running already")
+        quarantined = self._pool.counts()[Hold.QUARANTINED]
+        if quarantined >= self._quarantine_blocks:
+            raise Overloaded(f"{quarantined} KV blocks are in quarantine, the bound is {self._quarantine_blocks}")
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer the blocks that have become full to later prompts."""
+        full = min(sequence.computed // self._block_size, len(sequence.extend_hashes(self._block_size)))
+        for index in range(sequence.published, full):
+            self._index.publish(sequence.blocks[index], sequence.hashes[index])
+        sequence.published = max(sequence.published, full)
+
+    def _retire(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.OVER
+        self._scheduler.remove(sequence)
+        self._on_work()  # it leaves a place in the batch
+        if sequence not in self._step.sequences:
+            self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if sequence in self._sending:
+            self._pool.move(sequence.blocks, Hold.OWNED, Hold.IN_FLIGHT)
+            return
+        self._pool.release(sequence.blocks, Hold.OWNED)
+        sequence.blocks = []
+
+
+def _draw_of(sequence: Sequence) -> Draw:
+    params = sequence.params
+    if not params.penalises:
+        return Draw(params, sequence.num_output)
+    prompt, output = sequence.token_ids[: sequence.num_prompt], sequence.token_ids[sequence.num_prompt :]
+    return Draw(params, sequence.num_output, prompt, output)
