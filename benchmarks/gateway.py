@@ -29,11 +29,10 @@ from rich.table import Table
 
 from benchmarks.serving import Target, run
 from benchmarks.workload import random_requests
-from tercet.core import Done, FinishReason, Load, Role, TokenEvent, WorkerInfo
+from tercet.core import Done, FinishReason, Leg, Load, Role, TokenEvent, WorkerInfo
 from tercet.models.sources import served_name
 from tercet.roles.gateway.gateway import Gateway
 from tercet.spec import ClusterSpec
-from tercet.wire.codec import Leg
 from tercet.wire.worker_server import ReportStream, WorkerServer
 
 TOKEN = "benchmark"  # noqa: S105  # both sides run here

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tercet.errors import InvalidRequest
+from tercet.errors import InvalidRequest, TercetError
 
 GREEDY_BELOW = 1e-5  # temperature; as in vLLM, since dividing by less leaves no number worth a draw
 MOST_LOGPROBS = 20  # of the likeliest tokens, as in the OpenAI API
@@ -144,6 +144,37 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Leg:
+    """What one worker is to do for one attempt at a request."""
+
+    request_id: str
+    attempt: int
+    epoch: int  # of the worker that decodes
+    kind: str  # aggregated, prefill, decode
+    token_ids: tuple[int, ...]  # the prompt, then what an earlier attempt has emitted
+    num_prompt: int
+    params: SamplingParams
+    timeout_s: float
+    peer: str = ""  # prefill: the decode worker's transfer endpoint
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The worker that decodes has taken the leg in: it holds blocks or a place in the queue."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """The worker did not take the leg."""
+
+    reason: str
+
+
+Outcome = Admitted | PromptLogprobs | TokenEvent | Done | Rejection | TercetError
+LegKey = tuple[str, int]  # request id, attempt
+
+
+@dataclass(frozen=True)
 class PairState:
     """What a prefill worker knows of its way to a decode worker."""
 
@@ -156,7 +187,7 @@ class PairState:
 
 @dataclass(frozen=True)
 class Load:
-    """What a worker says of itself with every report; the router's food."""
+    """What a worker says of itself with every report; an input to routing decisions."""
 
     running: int = 0
     waiting: int = 0

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 
 from tercet.core import Done, GenerateRequest, Role, SamplingParams, TokenEvent
-from tercet.roles.router import Router
+from tercet.roles.router.router import Router
 from tercet.roles.worker import Worker
 from tercet.spec import ClusterSpec
 

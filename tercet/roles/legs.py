@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tercet.core import Leg
 from tercet.engine.loop import Engine
 from tercet.engine.sequence import Sequence
 from tercet.engine.state import StepReport
 from tercet.errors import DeadlineExceeded, Overloaded, TercetError
 from tercet.transfer.protocol.messages import Ticket
-from tercet.wire.codec import Leg
 from tercet.wire.worker_server import ReportStream
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from tercet.core import (
     Done,
     FinishReason,
+    Leg,
     Load,
     PairState,
     PromptLogprobs,
@@ -26,21 +27,6 @@ LEG_NAMES = {pb.LEG_AGGREGATED: "aggregated", pb.LEG_PREFILL: "prefill", pb.LEG_
 LEG_NUMBERS = {name: number for number, name in LEG_NAMES.items()}
 _LOAD_FIELDS = tuple(name for name in Load.__dataclass_fields__ if name != "pairs")
 _PAIR_FIELDS = tuple(PairState.__dataclass_fields__)
-
-
-@dataclass(frozen=True)
-class Leg:
-    """What one worker is to do for one attempt at a request."""
-
-    request_id: str
-    attempt: int
-    epoch: int  # of the worker that decodes
-    kind: str  # aggregated, prefill, decode
-    token_ids: tuple[int, ...]  # the prompt, then what an earlier attempt has emitted
-    num_prompt: int
-    params: SamplingParams
-    timeout_s: float
-    peer: str = ""  # prefill: the decode worker's transfer endpoint
 
 
 def leg_to_proto(leg: Leg) -> pb.Command:

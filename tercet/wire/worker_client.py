@@ -7,18 +7,16 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 
 import grpc
 
 from tercet import secret
-from tercet.core import Done, Load, PromptLogprobs, TokenEvent, WorkerInfo
-from tercet.errors import PeerMismatch, TercetError, from_wire
+from tercet.core import Admitted, Leg, LegKey, Load, Outcome, Rejection, WorkerInfo
+from tercet.errors import PeerMismatch, from_wire
 from tercet.wire.codec import (
     GATEWAY,
     NONCE_METADATA,
     WORKER,
-    Leg,
     done_from_proto,
     leg_to_proto,
     load_from_proto,
@@ -45,45 +43,31 @@ OPTIONS = [
 ]
 
 
-@dataclass(frozen=True)
-class Admitted:
-    """The worker that decodes has taken the leg in: it holds blocks or a place in the queue."""
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """The worker did not take the leg."""
-
-    reason: str
-
-
-Outcome = Admitted | PromptLogprobs | TokenEvent | Done | Rejection | TercetError
-LegKey = tuple[str, int]  # request id, attempt
 _Outbox = asyncio.Queue[pb.Command | None]  # None: the stream has ended
 
 
 class WorkerLink:
-    """One worker as the router sees it. Event loop only.
+    """The stream to one worker. Event loop only.
 
-    on_report(link, key, outcome): a leg's next event, in order.
-    on_change(link, up): the stream came up or was lost; what was under way on it is over.
+    on_report(key, outcome): a leg's next event, in order.
+    on_load(load): what the worker says of itself.
+    on_change(fault): None: the stream came up. Else it was lost, perhaps by that fault, with what was under way on it.
     """
 
     def __init__(
         self,
         info: WorkerInfo,
         cluster_token: str,
-        on_report: Callable[[WorkerLink, LegKey, Outcome], None],
-        on_change: Callable[[WorkerLink, bool], None],
+        on_report: Callable[[LegKey, Outcome], None],
+        on_load: Callable[[Load], None],
+        on_change: Callable[[str | None], None],
     ) -> None:
         self.info = info
-        self.load = Load()
         self.up = False
-        self.outstanding_legs = 0  # what the router has put on it
-        self.outstanding_tokens = 0
         self.fault = ""  # why the last stream ended
         self._token = cluster_token
         self._on_report = on_report
+        self._on_load = on_load
         self._on_change = on_change
         self._outbox: _Outbox = asyncio.Queue()
         self._last_word = 0.0
@@ -144,7 +128,7 @@ class WorkerLink:
             outbox.put_nowait(None)  # a call that has ended by itself would wait for commands for ever
             if self.up:
                 self.up = False
-                self._on_change(self, False)
+                self._on_change(self.fault)
 
     def _prove(self, challenge: pb.Challenge, ours: bytes) -> pb.Prove:
         """The answer to the worker's first word. Raises PeerMismatch if that does not prove the secret."""
@@ -161,13 +145,13 @@ class WorkerLink:
 
     def _take(self, reports: pb.Reports) -> None:
         self._last_word = time.monotonic()
-        self.load = load_from_proto(reports.load)
+        self._on_load(load_from_proto(reports.load))
         if not self.up:
             self.up = True
-            self._on_change(self, True)
+            self._on_change(None)
         for report in reports.reports:
             key = (report.ticket.request_id, report.ticket.attempt)
-            self._on_report(self, key, _outcome(report))
+            self._on_report(key, _outcome(report))
 
 
 async def _commands(outbox: _Outbox) -> AsyncIterator[pb.Command]:

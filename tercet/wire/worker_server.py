@@ -16,14 +16,13 @@ from typing import Protocol
 import grpc
 
 from tercet import secret
-from tercet.core import Done, Load, PromptLogprobs, TokenEvent
+from tercet.core import Done, Leg, Load, PromptLogprobs, TokenEvent
 from tercet.errors import TercetError
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.codec import (
     GATEWAY,
     NONCE_METADATA,
     WORKER,
-    Leg,
     done_to_proto,
     leg_from_proto,
     load_to_proto,

@@ -15,7 +15,7 @@ import pytest
 
 from tercet.core import Done, Role, TokenEvent, WorkerInfo
 from tercet.errors import NoWorkers
-from tercet.roles.router import Router
+from tercet.roles.router.router import Router
 from tests.helpers import TOKEN, LocalCluster, request_of, spec_of
 
 PROMPT = [(7 * n) % 30000 + 100 for n in range(40)]
@@ -98,7 +98,7 @@ async def kill_in_mid_stream(made: Processes, expected: list[int]) -> None:
     """SIGKILL the worker that decodes; the stream goes on elsewhere without a lost or repeated token."""
     stream = made.router.generate(request_of(PROMPT, max_tokens=24, ignore_eos=True, temperature=0.8, seed=3))
     tokens = [(await anext(stream)).token_id for _ in range(6)]
-    attempt = next(iter(made.router._attempts.values()))
+    attempt = next(iter(made.router._decisions._running.values())).attempt
     victim = attempt.plan.decode.info.worker_id
     made.signal(victim, signal.SIGKILL)
     rest, done = await collect(stream)
@@ -119,7 +119,7 @@ async def test_workers_die_and_requests_live(made):
     # SIGKILL of a prefill worker in the middle of a long prompt: retried on the other one.
     task = asyncio.create_task(collect(made.router.generate(request_of(LONG[5:], max_tokens=4))))
     await asyncio.sleep(0.4)
-    attempt = next(iter(made.router._attempts.values()))
+    attempt = next(iter(made.router._decisions._running.values())).attempt
     victim = attempt.plan.prefill.info.worker_id
     made.signal(victim, signal.SIGKILL)
     tokens, done = await task

@@ -17,9 +17,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 from hpack import Decoder
 
 from tercet import secret
-from tercet.core import Load, Role, SamplingParams, TokenEvent, WorkerInfo
+from tercet.core import Leg, Load, Role, SamplingParams, TokenEvent, WorkerInfo
 from tercet.wire import codec, connections
-from tercet.wire.codec import Leg, leg_to_proto
+from tercet.wire.codec import leg_to_proto
 from tercet.wire.connections import SPARE, ConnectionLimits, Phase
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -162,7 +162,7 @@ async def linked(address):
     """The gateway's own link; `told` is what comes over it."""
     up, told = asyncio.Event(), asyncio.Queue()
     info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, address, "", "")
-    link = WorkerLink(info, "secret", lambda *report: told.put_nowait(report), lambda _, is_up: is_up and up.set())
+    link = WorkerLink(info, "secret", lambda *said: told.put_nowait(said), id, lambda fault: fault is None and up.set())
     link.told = told
     try:
         async with asyncio.timeout(10):
@@ -175,7 +175,7 @@ async def linked(address):
 async def gets_a_token(link):
     async with asyncio.timeout(10):
         link.start(LEG)
-        _, key, outcome = await link.told.get()
+        key, outcome = await link.told.get()
         return (key, outcome.token_id) == (("r", 0), 7)
 
 
@@ -634,7 +634,7 @@ async def test_a_stream_that_ends_leaves_nothing_behind(caplog):
     """Neither the link's commands, where the port refuses the call, nor the worker's, where the link goes."""
     async with gateway_port() as address:
         info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, address, "", "")
-        link = WorkerLink(info, "secret", lambda *_: None, lambda *_: None)
+        link = WorkerLink(info, "secret", lambda *_: None, id, id)
         async with asyncio.timeout(10):
             while not link.fault:
                 await asyncio.sleep(0.005)
@@ -677,7 +677,7 @@ async def test_a_worker_that_does_not_prove_the_token_gets_no_request(first):
     await server.start()
     changes = []
     info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, f"127.0.0.1:{port}", "", "")
-    link = WorkerLink(info, "secret", lambda *_: None, lambda _, up: changes.append(up))
+    link = WorkerLink(info, "secret", lambda *_: None, id, changes.append)
     try:
         async with asyncio.timeout(10):
             while not link.fault:
@@ -695,7 +695,9 @@ async def test_what_cannot_be_read_ends_one_stream_and_the_next_is_a_new_try(cap
     async with worker_port() as address:
         taken = []
         info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, address, "", "")
-        link = WorkerLink(info, "secret", lambda *_: None, lambda _, up: taken.append(up) or 1 / (len(taken) - 1))
+        link = WorkerLink(
+            info, "secret", lambda *_: None, id, lambda fault: taken.append(fault is None) or 1 / (len(taken) - 1)
+        )
         try:
             async with asyncio.timeout(10):
                 while taken != [True, False, True]:

@@ -63,11 +63,11 @@ async def test_a_prefill_worker_is_free_again_when_its_leg_is_over():
         streams = [made.router.generate(request_of(prompt(20, n), max_tokens=1500, ignore_eos=True)) for n in range(4)]
         for stream in streams:  # each has begun before the next one asks
             await anext(stream)
-        prefill = next(link for link in made.router._links.values() if link.info.role is Role.PREFILL)
+        [prefill] = made.router._directory.up(Role.PREFILL)
         async with asyncio.timeout(5):
-            while prefill.outstanding_legs:  # though nobody reads the streams
+            while prefill.legs:  # though nobody reads the streams
                 await asyncio.sleep(0.01)
-        assert prefill.outstanding_tokens == 0
+        assert prefill.tokens == 0
         assert await asyncio.wait_for(tokens_of(made, prompt(30), max_tokens=3), 5)
         for stream in streams:
             await stream.aclose()
@@ -76,7 +76,7 @@ async def test_a_prefill_worker_is_free_again_when_its_leg_is_over():
 @pytest.mark.parametrize("prefills", [1, 2])
 async def test_a_decode_worker_that_cannot_be_reached_fails_nobody(prefills):
     async with cluster(tiny(prefills=prefills, limits__retries=2)) as made:
-        infos = [link.info for link in made.router._links.values()]
+        infos = [view.info for view in made.router._directory.views.values()]
         lost = next(info for info in infos if info.worker_id == "decode-0")
         endpoint = Endpoint.decode(lost.transfer_endpoint)
         nowhere = replace(endpoint, unix="nobody", tcp=["127.0.0.1:1"]).encode()
@@ -125,7 +125,7 @@ async def test_a_request_that_ends_in_line_leaves_its_place():
         await first.aclose()
         async with asyncio.timeout(10):
             assert all(len(tokens) == 2 for tokens in await asyncio.gather(*waiting[3:]))
-        assert made.router._line.head() is None
+        assert made.router._decisions._line.head() is None
 
 
 @pytest.mark.parametrize("topology", ["pd", "aggregated"])
@@ -213,10 +213,11 @@ def _die_of(plan, deadly, run):
 async def test_workers_that_are_set_at_once_end_as_the_last_word_says(monkeypatch):
     """Closing a link takes a while; what a later call has set meanwhile stays."""
     async with cluster(tiny()) as made:
-        infos = {link.info.worker_id: link.info for link in made.router._links.values()}
+        infos = {name: view.info for name, view in made.router._directory.views.items()}
         without = [info for name, info in infos.items() if name != "decode-0"]
         await asyncio.gather(made.router.set_workers(without), made.router.set_workers(list(infos.values())))
-        assert set(made.router._links) == set(infos)
+        assert set(made.router._directory.views) == set(infos)
+        assert {view.info.worker_id for view in made.router._links} == set(infos)
         async with asyncio.timeout(5):
             while len(made.router.loads()) < len(infos):
                 await asyncio.sleep(0.01)
@@ -229,13 +230,15 @@ async def test_workers_that_are_set_at_once_end_as_the_last_word_says(monkeypatc
 async def test_a_client_pays_once_for_each_token_however_often_it_is_begun(monkeypatch):
     async with cluster(tiny("aggregated", decoders=2)) as made:
         router, charged = made.router, []
-        monkeypatch.setattr(router._line, "charge", lambda client, tokens: charged.append(tokens))
+        monkeypatch.setattr(router._decisions._line, "charge", lambda client, tokens: charged.append(tokens))
         stream = router.generate(request_of(prompt(20), max_tokens=60, ignore_eos=True))
         told = 0
         async for event in stream:
             told += isinstance(event, TokenEvent)
             if told == 10 and len(charged) == 0:
-                router._on_change(next(iter(router._attempts.values())).plan.decode, up=False)
+                decode = next(iter(router._decisions._running.values())).attempt.plan.decode
+                router._carry_out(router._decisions.on_down(decode, "", time.monotonic()))
+                router._carry_out(router._decisions.on_up(decode, time.monotonic()))
         assert len(charged) > 1
         assert sum(charged) == told == 60
 
@@ -244,12 +247,14 @@ async def test_a_client_pays_once_for_each_token_however_often_it_is_begun(monke
 async def test_a_cancelled_request_is_not_planned_as_room_comes(monkeypatch, turns):
     async with cluster(tiny("aggregated", decoders=1, scheduler__max_running=1)) as made:
         router, planned = made.router, []
-        choose = router._choose
-        monkeypatch.setattr(router, "_choose", lambda history: None)
+        decisions = router._decisions
+        choose = decisions._choose
+        monkeypatch.setattr(decisions, "_choose", lambda history: None)
         waiting = asyncio.create_task(anext(router.generate(request_of(prompt(5), max_tokens=2))))
         await asyncio.sleep(0.05)
-        monkeypatch.setattr(router, "_choose", lambda history: planned.append(1) or choose(history))
-        router._room.set()
+        monkeypatch.setattr(decisions, "_choose", lambda history: planned.append(1) or choose(history))
+        decisions._refused = None
+        router._carry_out(decisions._plan(time.monotonic()))
         for _ in range(turns):
             await asyncio.sleep(0)
         waiting.cancel()

@@ -68,7 +68,7 @@ class Path:
 async def linked(address: str) -> AsyncIterator[asyncio.Queue[bool]]:
     changes: asyncio.Queue[bool] = asyncio.Queue()
     info = WorkerInfo("decode-0", Role.DECODE, 1, address, "", "")
-    link = WorkerLink(info, TOKEN, lambda *_: None, lambda _, up: changes.put_nowait(up))
+    link = WorkerLink(info, TOKEN, lambda *_: None, id, lambda fault: changes.put_nowait(fault is None))
     yield changes
     await link.close()
 

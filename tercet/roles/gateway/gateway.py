@@ -29,7 +29,7 @@ from tercet.roles.gateway.http_api import HttpApi
 from tercet.roles.gateway.http_generation import Generation
 from tercet.roles.gateway.http_server import protocols_of
 from tercet.roles.gateway.readiness import POLL_S, Readiness
-from tercet.roles.router import Router
+from tercet.roles.router.router import Router
 from tercet.spec import ClusterSpec, LimitsSpec, ModelSpec
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.connections import ConnectionLimits, Connections, address, listen_error, most_connections

@@ -6,24 +6,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 
-from tercet.core import Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
+from tercet.core import (
+    Admitted,
+    Done,
+    FinishReason,
+    GenerateRequest,
+    Leg,
+    LegKey,
+    Outcome,
+    PromptLogprobs,
+    Rejection,
+    TokenEvent,
+)
 from tercet.errors import Overloaded, ProtocolViolation, TercetError
-from tercet.roles.plans import Plan
-from tercet.wire.codec import Leg
-from tercet.wire.worker_client import Admitted, LegKey, Outcome, Rejection, WorkerLink
+from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.policy import Plan
 
 
 class Busy(Exception):  # never leaves the router
     """A worker had no room after all."""
 
-    def __init__(self, link: WorkerLink) -> None:
-        self.link = link
+    def __init__(self, worker: WorkerView) -> None:
+        self.worker = worker
 
 
 class Failed(Exception):  # likewise
     """The attempt is over. reporter: whose word that is; None: the deadline's."""
 
-    def __init__(self, reporter: WorkerLink | None, error: TercetError) -> None:
+    def __init__(self, reporter: WorkerView | None, error: TercetError) -> None:
         self.reporter, self.error = reporter, error
 
 
@@ -53,7 +63,7 @@ class Told:
 class Attempt:
     key: LegKey
     plan: Plan
-    legs: dict[WorkerLink, Leg]  # those that have not ended
+    legs: dict[WorkerView, Leg]  # those that have not ended
     committed: bool = False  # a token came, so the prefill worker has done its part
     lacks_scores: bool = False  # the prompt's logprobs, which come before all tokens, are still to come
     held: list[TokenEvent | Done] = field(default_factory=list)  # came before them
@@ -66,17 +76,17 @@ class Attempt:
             params = replaced(params, prompt_logprobs=None)
         tokens = (*request.token_ids, *(event.token_id for event in told.tokens))
         base = Leg(*key, decoder.epoch, "", tokens, len(request.token_ids), params, request.deadline - now)
-        legs = {link: replaced(base, kind=link.info.role.value) for link in plan.links}
+        legs = {view: replaced(base, kind=view.info.role.value) for view in plan.workers}
         if plan.prefill is not plan.decode:
             legs[plan.prefill] = replaced(legs[plan.prefill], peer=decoder.transfer_endpoint)
         return cls(key, plan, legs, lacks_scores=params.prompt_logprobs is not None)
 
-    def next(self, link: WorkerLink | None, outcome: Outcome) -> Sequence[Event]:
+    def next(self, view: WorkerView | None, outcome: Outcome) -> Sequence[Event]:
         """What a report is to the request. Raises Busy or Failed if it ends the attempt."""
         if isinstance(outcome, PromptLogprobs):
             self.lacks_scores = False
             return [outcome, *self.held]
-        event = self._event(link, outcome)
+        event = self._event(view, outcome)
         if event is None:
             return ()
         if self.lacks_scores:
@@ -84,18 +94,18 @@ class Attempt:
             return ()
         return (event,)
 
-    def _event(self, link: WorkerLink | None, outcome: Outcome) -> TokenEvent | Done | None:
+    def _event(self, view: WorkerView | None, outcome: Outcome) -> TokenEvent | Done | None:
         if isinstance(outcome, Admitted):
             return None
         if isinstance(outcome, TokenEvent):
             self.committed = True
             return outcome
-        if link is self.plan.decode or link is None:
-            return self._decode_ended(link, outcome)
-        self._prefill_ended(link, outcome)
+        if view is self.plan.decode or view is None:
+            return self._decode_ended(view, outcome)
+        self._prefill_ended(view, outcome)
         return None
 
-    def _decode_ended(self, link: WorkerLink | None, outcome: Outcome) -> Done:
+    def _decode_ended(self, view: WorkerView | None, outcome: Outcome) -> Done:
         if isinstance(outcome, Done):
             return outcome
         if isinstance(outcome, Rejection):
@@ -103,15 +113,15 @@ class Attempt:
         if isinstance(outcome, Overloaded):  # the prefill worker had no room after all
             raise Busy(self.plan.prefill)
         assert isinstance(outcome, TercetError)
-        raise Failed(link, outcome)
+        raise Failed(view, outcome)
 
-    def _prefill_ended(self, link: WorkerLink, outcome: Outcome) -> None:
+    def _prefill_ended(self, view: WorkerView, outcome: Outcome) -> None:
         """Once the first token is here, only the decode worker can say whether the KV has landed."""
         if isinstance(outcome, Done) and self.lacks_scores:
-            raise Failed(link, ProtocolViolation(f"{link.info.worker_id} has not told the prompt's logprobs"))
+            raise Failed(view, ProtocolViolation(f"{view.info.worker_id} has not told the prompt's logprobs"))
         if isinstance(outcome, Rejection):
             raise Busy(self.plan.prefill)
         if isinstance(outcome, Overloaded):  # the decode worker turned its offer down
             raise Busy(self.plan.decode)
         if isinstance(outcome, TercetError) and (self.lacks_scores or not self.committed):
-            raise Failed(link, outcome)
+            raise Failed(view, outcome)

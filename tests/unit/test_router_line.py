@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from tercet.roles.line import QUANTUM, Line, Place
+from tercet.roles.router.line import QUANTUM, Line, Place
 
 
 def joined(line: Line, client: str, tokens: int = 10) -> Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tercet.core import PairState
-from tercet.roles.pairs import slow_pair
+from tercet.roles.router.pairs import slow_pair
 
 FAST, SLOW = PairState("decode-0", "tcp", 2e9, 1e-4), PairState("decode-1", "tcp", 1e6, 1e-4)
 BROKEN = PairState("decode-1", fault="connection refused")

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
-from tercet.core import Load, PairState
+from tercet.core import Load, PairState, Role, WorkerInfo
 from tercet.errors import DigestMismatch, LeaseExpired, PeerDown, PeerUnreachable, WorkerLost
-from tercet.roles.plans import History, Plan, choose
+from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.policy import History, Plan, choose, score_of
 
 
-def link(name, tokens=0, pairs=()):
-    return SimpleLink(info=SimpleNamespace(worker_id=name, epoch=1), load=Load(pairs=pairs), outstanding_tokens=tokens)
+def view(name, tokens=0, pairs=()):
+    info = WorkerInfo(name, Role.PREFILL if name[0] == "p" else Role.DECODE, 1, "", "", "")
+    return WorkerView(info, Load(pairs=pairs), up=True, tokens=tokens)
 
 
-class SimpleLink(SimpleNamespace):
-    __hash__ = object.__hash__
+def plan_of(prefill, decode):
+    return Plan(prefill, decode, score_of(prefill, decode, History()))
 
 
 def names(plan):
     return (plan.prefill.info.worker_id, plan.decode.info.worker_id)
 
 
-P = [link("p0"), link("p1", 50)]
-D = [link("d0"), link("d1", 50)]
+P = [view("p0"), view("p1", 50)]
+D = [view("d0"), view("d1", 50)]
 
 
 def chosen(history, prefills=P, decodes=D):
@@ -45,10 +45,10 @@ def test_nobody_has_room():
 
 
 def test_one_worker_that_does_both():
-    both = [link("a0", 5), link("a1")]
+    both = [view("a0", 5), view("a1")]
     plan = choose(both, both, History())
     assert names(plan) == ("a1", "a1")
-    assert len(plan.links) == 1
+    assert len(plan.workers) == 1
 
 
 def test_a_busy_worker_is_passed_over_until_none_is_left():
@@ -60,7 +60,7 @@ def test_a_busy_worker_is_passed_over_until_none_is_left():
 
 
 def test_a_pair_with_a_known_fault_is_the_last_choice():
-    cut_off = [link("p0", pairs=(PairState("d0", fault="no route"),)), link("p1", 99)]
+    cut_off = [view("p0", pairs=(PairState("d0", fault="no route"),)), view("p1", 99)]
     assert names(choose(cut_off[:1], D, History())) == ("p0", "d1")
     assert names(choose(cut_off, D[:1], History())) == ("p1", "d0")
     assert names(choose(cut_off[:1], D[:1], History())) == ("p0", "d0")  # there is no other
@@ -77,42 +77,42 @@ def test_a_decode_worker_that_cannot_be_reached_is_not_asked_again(prefills):
 def test_a_prefill_worker_that_reaches_nobody_is_not_asked_for_ever():
     """Whoever is cut off, with two of each a healthy pair is found with the next attempt."""
     history = History()
-    history.failed(Plan(P[0], D[0]), P[0], PeerUnreachable("no route"))
+    history.failed(plan_of(P[0], D[0]), P[0], PeerUnreachable("no route"))
     assert names(chosen(history)) == ("p1", "d1")
 
 
 @pytest.mark.parametrize("error", [PeerDown("gone"), LeaseExpired("silent"), DigestMismatch("corrupt")])
 def test_a_worker_that_keeps_kv_is_asked_again_once(error):
     history = History()
-    history.failed(Plan(P[0], D[0]), D[0], error)
+    history.failed(plan_of(P[0], D[0]), D[0], error)
     assert names(chosen(history)) == ("p1", "d0")
-    history.failed(Plan(P[1], D[0]), D[0], error)
+    history.failed(plan_of(P[1], D[0]), D[0], error)
     assert chosen(history).decode is D[1]
 
 
 def test_with_one_prefill_worker_the_kept_one_is_asked_again_after_a_pause():
     history = History()
-    history.failed(Plan(P[0], D[0]), D[0], PeerDown("the link broke"))
+    history.failed(plan_of(P[0], D[0]), D[0], PeerDown("the link broke"))
     assert choose(P[:1], D, history) is None
     assert names(choose(P[:1], D, history)) == ("p0", "d0")
-    history.failed(Plan(P[0], D[0]), D[0], PeerDown("the link broke"))
+    history.failed(plan_of(P[0], D[0]), D[0], PeerDown("the link broke"))
     assert names(chosen(history, P[:1])) == ("p0", "d1")
 
 
 def test_a_kept_worker_without_room_is_not_waited_for():
     history = History()
-    history.failed(Plan(P[0], D[0]), D[0], PeerDown("the link broke"))
+    history.failed(plan_of(P[0], D[0]), D[0], PeerDown("the link broke"))
     assert names(choose(P, D[1:], history)) == ("p1", "d1")
 
 
 @pytest.mark.parametrize("lost", ["prefill", "decode"])
 def test_who_died_is_to_blame(lost):
     history = History()
-    plan = Plan(P[0], D[0])
+    plan = plan_of(P[0], D[0])
     dead = getattr(plan, lost)
     history.failed(plan, dead, WorkerLost("killed"))
     again = chosen(history)
-    assert dead not in again.links
+    assert dead not in again.workers
     assert history.deaths == [f"{dead.info.worker_id} (epoch 1)"]
     if lost == "prefill":
         assert again.decode is D[0]  # what had landed there is used

@@ -1,0 +1,349 @@
+"""What the router does, as a state machine: verbs and reports in, effects out. No I/O, no clock, no randomness.
+
+    submit ─> line ─> plan ─legs started─> tokens ... Done
+               ^        │
+               │        ├─ rejected: the other leg is cancelled, the busy worker is passed over; the request goes back
+               │        │  to its place in the line, and nobody behind it is planned before it has been admitted
+               └────────┴─ failed or lost: likewise, and the new attempt goes on behind the last token that came
+
+Requests wait in one line (line.py) while no worker has room: what was put on each worker is counted here, so that its
+REJECT is the exception (its blocks ran out). Which workers a request gets: policy.py.
+
+A new attempt sends prompt + emitted tokens as its prompt; the sampler depends only on seed and position
+(engine/sampler.py), so no token is lost or repeated.
+
+Time comes in as `now`, time.monotonic(); `wake_at` says when `tick` is due.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tercet.core import (
+    Admitted,
+    Done,
+    GenerateRequest,
+    Leg,
+    LegKey,
+    Load,
+    Outcome,
+    PromptLogprobs,
+    Role,
+    TokenEvent,
+    WorkerInfo,
+)
+from tercet.errors import DeadlineExceeded, NoWorkers, TercetError, TransferError, WorkerLost
+from tercet.roles.router.attempt import Attempt, Busy, Event, Failed, Told
+from tercet.roles.router.directory import Directory, Incarnation, WorkerView
+from tercet.roles.router.line import Line, Place
+from tercet.roles.router.policy import History, Plan, choose
+from tercet.spec import LimitsSpec
+
+ROOM_S = 0.2  # at the latest after so long the first in line looks again whether a worker has room
+MAX_DEATHS = 2  # a request that was on board of so many workers when they died is not tried on a third
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Ongoing:
+    """A request from its submission to its end."""
+
+    request: GenerateRequest
+    name: str  # of its tickets: clients use their ids again
+    place: Place
+    give_up: float  # at the latest then it waits no more for a role that nobody has
+    told: Told = field(default_factory=Told)
+    history: History = field(default_factory=History)
+    attempt: Attempt | None = None  # while it runs
+    attempts: int = 0
+    failures: int = 0
+    before: int = 0  # tokens that were told before this attempt
+    over: bool = False
+
+
+@dataclass(frozen=True)
+class StartLeg:
+    worker: WorkerView
+    leg: Leg
+
+
+@dataclass(frozen=True)
+class AbortLeg:
+    worker: WorkerView
+    leg: Leg
+
+
+@dataclass(frozen=True)
+class Introduce:
+    """Have a prefill worker connect to decode workers, so that no request waits for a handshake."""
+
+    worker: WorkerView
+    endpoints: list[str]
+
+
+@dataclass(frozen=True)
+class Tell:
+    """The request's next event."""
+
+    ongoing: Ongoing
+    event: Event
+
+
+@dataclass(frozen=True)
+class End:
+    """The request is over: with `Done`, which was told, or with an error."""
+
+    ongoing: Ongoing
+    error: TercetError | None
+
+
+RouterEffect = StartLeg | AbortLeg | Introduce | Tell | End
+
+
+class Decisions:
+    """Not thread-safe. Every verb returns the effects to be carried out, in their order."""
+
+    def __init__(self, roles: Sequence[Role], capacity: Mapping[Role, int], limits: LimitsSpec) -> None:
+        """roles: that a request passes, in order; one if a worker does all. capacity: legs that a worker takes."""
+        self._limits = limits
+        self.directory = Directory(roles, capacity)
+        self.proven: set[tuple[Incarnation, Incarnation]] = set()  # pairs through which a request has passed
+        self._line = Line()
+        self._places: dict[int, Ongoing] = {}  # number of a place -> who has it; until the request's end
+        self._running: dict[LegKey, Ongoing] = {}
+        self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, number of a place)
+        self._refused: Place | None = None  # the first in line, for whom nobody had room
+        self._look_at = 0.0  # it is looked at again then, or when there is more room
+
+    # ---- requests
+
+    def submit(self, request: GenerateRequest, name: str, now: float) -> tuple[Ongoing, list[RouterEffect]]:
+        """name: unique among all tickets."""
+        place = self._line.place(request.client, len(request.token_ids))
+        ongoing = Ongoing(request, name, place, self._patience(request, now))
+        self._places[place.number] = ongoing
+        if request.deadline <= now:
+            return ongoing, self._end(ongoing, DeadlineExceeded("the request's deadline has passed already"))
+        heapq.heappush(self._deadlines, (request.deadline, place.number))
+        self._line.join(place)
+        return ongoing, self._plan(now)
+
+    def cancel(self, ongoing: Ongoing, now: float) -> list[RouterEffect]:
+        """Nobody waits for it any more. Harmless once it is over."""
+        if ongoing.over:
+            return []
+        return [*self._close(ongoing), *self._plan(now)]
+
+    def wake_at(self) -> float | None:
+        """When `tick` is due; None: nobody waits for a time."""
+        while self._deadlines and self._deadlines[0][1] not in self._places:
+            heapq.heappop(self._deadlines)
+        due = [self._deadlines[0][0]] if self._deadlines else []
+        return min([*due, self._look_at] if self._refused is not None else due, default=None)
+
+    def tick(self, now: float) -> list[RouterEffect]:
+        effects: list[RouterEffect] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            ongoing = self._places.get(heapq.heappop(self._deadlines)[1])
+            if ongoing is None:
+                continue
+            if ongoing.attempt is None:
+                effects += self._end(ongoing, DeadlineExceeded("no worker had room until the request's deadline"))
+            else:
+                late = DeadlineExceeded(f"request {ongoing.request.request_id} ran out of time")
+                effects += self._take(ongoing, None, late, now)
+        return effects + self._plan(now)
+
+    # ---- workers
+
+    def set_workers(
+        self, workers: Iterable[WorkerInfo]
+    ) -> tuple[list[WorkerView], list[WorkerView], list[RouterEffect]]:
+        """Make `workers` the live set. -> (views that are new, views that are gone, effects). What runs on those that
+        are gone goes on until `on_down`."""
+        new, gone = self.directory.replace(workers)
+        return new, gone, self._introduce()
+
+    def on_up(self, worker: WorkerView, now: float) -> list[RouterEffect]:
+        worker.up = True
+        self._refused = None
+        return [*self._introduce(), *self._plan(now)]
+
+    def on_down(self, worker: WorkerView, fault: str, now: float) -> list[RouterEffect]:
+        """Its stream has ended, and with it what was under way there."""
+        worker.up = False
+        lost = WorkerLost(f"{worker.info.worker_id} (epoch {worker.info.epoch}) was lost: {fault or 'stream closed'}")
+        effects: list[RouterEffect] = []
+        for ongoing in [o for o in self._running.values() if o.attempt is not None and worker in o.attempt.legs]:
+            self._leg_ended(ongoing, worker)
+            effects += self._take(ongoing, worker, lost, now)
+        return effects + self._plan(now)
+
+    def on_load(self, worker: WorkerView, load: Load) -> None:
+        worker.load = load
+
+    def on_report(self, worker: WorkerView, key: LegKey, outcome: Outcome, now: float) -> list[RouterEffect]:
+        """The next event of a leg, in order."""
+        ongoing = self._running.get(key)
+        if ongoing is None:  # a late word of an attempt that is over
+            return []
+        if isinstance(outcome, Admitted):
+            ongoing.place.holds = False  # those behind it may be planned now
+            self._leave(ongoing.place, planned=True)
+            return self._plan(now)
+        if isinstance(outcome, TokenEvent | PromptLogprobs):
+            return self._take(ongoing, worker, outcome, now)
+        self._leg_ended(ongoing, worker)
+        return [*self._take(ongoing, worker, outcome, now), *self._plan(now)]
+
+    # ---- the line
+
+    def _plan(self, now: float) -> list[RouterEffect]:
+        """Start attempts from the front of the line on, as far as there is room."""
+        effects: list[RouterEffect] = []
+        while (place := self._line.head()) is not None:
+            ongoing = self._places[place.number]
+            if place is self._refused and now < self._look_at:
+                break  # nothing has changed
+            self._refused = None
+            if ongoing.attempt is not None:
+                break  # it holds its place until it has been admitted
+            plan = self._choose(ongoing.history)
+            if plan is not None:
+                effects += self._begin(ongoing, plan, now)
+            elif (missing := self.directory.missing_roles()) and now > ongoing.give_up:
+                effects += self._end(ongoing, NoWorkers(f"no live worker of role {', '.join(missing)}"))
+            else:
+                self._refused, self._look_at = place, now + ROOM_S
+                break
+        return effects
+
+    def _choose(self, history: History) -> Plan | None:
+        directory = self.directory
+        firsts = directory.with_room(directory.first)
+        lasts = firsts if directory.first is directory.last else directory.with_room(directory.last)
+        return choose(firsts, lasts, history)
+
+    def _leave(self, place: Place, *, planned: bool) -> None:
+        if place.stands:
+            self._line.leave(place, planned=planned)
+        if place is self._refused:
+            self._refused = None
+
+    def _patience(self, request: GenerateRequest, now: float) -> float:
+        return min(request.deadline, now + self._limits.worker_wait_s)
+
+    # ---- attempts
+
+    def _begin(self, ongoing: Ongoing, plan: Plan, now: float) -> list[RouterEffect]:
+        """Start every leg of the plan."""
+        key = (ongoing.name, ongoing.attempts)
+        attempt = ongoing.attempt = Attempt.of(key, ongoing.request, ongoing.told, plan, now)
+        self._running[key] = ongoing
+        ongoing.attempts += 1
+        ongoing.before = len(ongoing.told.tokens)
+        if not ongoing.place.holds:
+            self._leave(ongoing.place, planned=True)
+        for worker, leg in attempt.legs.items():
+            worker.tokens += len(leg.token_ids)
+            worker.legs += 1
+        return [StartLeg(worker, leg) for worker, leg in attempt.legs.items()]
+
+    def _take(self, ongoing: Ongoing, worker: WorkerView | None, outcome: Outcome, now: float) -> list[RouterEffect]:
+        """What a report is to the request. worker: whose report it is; None: the deadline's."""
+        assert ongoing.attempt is not None
+        effects: list[RouterEffect] = []
+        try:
+            for event in ongoing.attempt.next(worker, outcome):
+                if isinstance(event, Done):
+                    self.proven.add(ongoing.attempt.plan.incarnations)
+                    return [*effects, *self._done(ongoing, event, ongoing.failures + 1)]
+                ongoing.told.add(event)
+                effects.append(Tell(ongoing, event))
+        except Busy as busy:
+            ongoing.history.busy.add(busy.worker)
+            ongoing.place.holds = True
+            effects += self._again(ongoing, now)
+        except Failed as failed:
+            effects += self._failed(ongoing, failed, now)
+        return effects
+
+    def _failed(self, ongoing: Ongoing, failed: Failed, now: float) -> list[RouterEffect]:
+        """Another attempt, unless there is a reason against it."""
+        assert ongoing.attempt is not None
+        ongoing.failures += 1
+        if (finish := ongoing.told.finish) is not None:  # only the word that it was the last was lost
+            return self._done(ongoing, Done(finish), ongoing.failures)
+        history, error = ongoing.history, failed.error
+        history.failed(ongoing.attempt.plan, failed.reporter, error)
+        if not isinstance(error, WorkerLost | TransferError):
+            return self._end(ongoing, error)
+        if len(history.deaths) >= MAX_DEATHS:
+            name = ongoing.request.request_id
+            log.error("request %s was on board when these died: %s", name, ", ".join(history.deaths))
+            died = f"{error}; the request was on board of {len(history.deaths)} workers that died"
+            return self._end(ongoing, WorkerLost(died))
+        if ongoing.failures > self._limits.retries:
+            return self._end(ongoing, error)
+        return self._again(ongoing, now)
+
+    def _again(self, ongoing: Ongoing, now: float) -> list[RouterEffect]:
+        """Back to its place in the line; whoever calls this plans."""
+        effects = self._stop(ongoing)
+        ongoing.give_up = self._patience(ongoing.request, now)
+        if not ongoing.place.stands:
+            self._line.join(ongoing.place)
+        return [*effects, *self._plan(now)]
+
+    def _done(self, ongoing: Ongoing, done: Done, attempts: int) -> list[RouterEffect]:
+        assert ongoing.attempt is not None
+        workers = tuple((w.info.role.value, w.info.worker_id) for w in reversed(ongoing.attempt.plan.workers))
+        told = Tell(ongoing, replace(done, workers=workers, attempts=attempts))
+        return [*self._close(ongoing), told, End(ongoing, None)]
+
+    def _end(self, ongoing: Ongoing, error: TercetError) -> list[RouterEffect]:
+        return [*self._close(ongoing), End(ongoing, error)]
+
+    def _close(self, ongoing: Ongoing) -> list[RouterEffect]:
+        """It is over: off the books and out of the line."""
+        effects = self._stop(ongoing)
+        ongoing.over = True
+        self._leave(ongoing.place, planned=False)
+        del self._places[ongoing.place.number]
+        return effects
+
+    def _stop(self, ongoing: Ongoing) -> list[RouterEffect]:
+        """Take the attempt off the books, if one runs; abort the legs that have not ended."""
+        attempt, ongoing.attempt = ongoing.attempt, None
+        if attempt is None:
+            return []
+        del self._running[attempt.key]
+        legs = list(attempt.legs.items())
+        for worker, leg in legs:
+            self._free(worker, leg)
+        attempt.legs.clear()
+        self._line.charge(ongoing.place.client, len(ongoing.told.tokens) - ongoing.before)
+        return [AbortLeg(worker, leg) for worker, leg in legs if worker.up]
+
+    def _leg_ended(self, ongoing: Ongoing, worker: WorkerView) -> None:
+        """Take a leg off the books, if it stands there: its worker has room for another one."""
+        assert ongoing.attempt is not None
+        leg = ongoing.attempt.legs.pop(worker, None)
+        if leg is not None:
+            self._free(worker, leg)
+
+    def _free(self, worker: WorkerView, leg: Leg) -> None:
+        worker.tokens -= len(leg.token_ids)
+        worker.legs -= 1
+        self._refused = None  # there is more room
+
+    def _introduce(self) -> list[RouterEffect]:
+        directory = self.directory
+        if directory.first is directory.last:
+            return []
+        endpoints = [view.info.transfer_endpoint for view in directory.up(directory.last)]
+        return [Introduce(view, endpoints) for view in directory.up(directory.first)]

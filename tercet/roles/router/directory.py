@@ -1,0 +1,65 @@
+"""Who lives, and what the router knows of each. No I/O."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tercet.core import Load, PairState, Role, WorkerInfo
+
+Incarnation = tuple[str, int]  # worker id, epoch
+
+
+@dataclass(eq=False)
+class WorkerView:
+    """One incarnation of a worker, as decisions see it."""
+
+    info: WorkerInfo
+    load: Load = field(default_factory=Load)  # as it last said itself
+    up: bool = False  # its stream stands
+    legs: int = 0  # that the router has put on it and that have not ended
+    tokens: int = 0  # of their prompts
+
+    @property
+    def incarnation(self) -> Incarnation:
+        return self.info.worker_id, self.info.epoch
+
+    @property
+    def pairs(self) -> tuple[PairState, ...]:
+        return self.load.pairs
+
+
+class Directory:
+    def __init__(self, roles: Sequence[Role], capacity: Mapping[Role, int]) -> None:
+        """roles: that a request passes, in order; one if a worker does all. capacity: legs that a worker takes."""
+        self.first, self.last = roles[0], roles[-1]
+        self._roles = tuple(roles)
+        self._capacity = capacity
+        self.views: dict[str, WorkerView] = {}  # worker id -> its live incarnation
+
+    def replace(self, workers: Iterable[WorkerInfo]) -> tuple[list[WorkerView], list[WorkerView]]:
+        """Make `workers` the live set. -> (those that are new, those that are gone)."""
+        wanted = {info.worker_id: info for info in workers}
+        gone = [view for view in self.views.values() if wanted.get(view.info.worker_id) != view.info]
+        for view in gone:
+            del self.views[view.info.worker_id]
+        new = [WorkerView(info) for worker_id, info in wanted.items() if worker_id not in self.views]
+        self.views |= {view.info.worker_id: view for view in new}
+        return new, gone
+
+    def up(self, role: Role) -> list[WorkerView]:
+        return [view for view in self.views.values() if view.up and view.info.role is role]
+
+    def with_room(self, role: Role) -> list[WorkerView]:
+        most = self._capacity[role]
+        return [view for view in self.up(role) if view.legs < most]
+
+    def missing_roles(self) -> list[str]:
+        """Roles without a live worker."""
+        return [role.value for role in self._roles if not self.up(role)]
+
+    def live_pairs(self) -> set[tuple[Incarnation, Incarnation]]:
+        firsts, lasts = self.up(self.first), self.up(self.last)
+        pairs = itertools.product(firsts, lasts) if self.first is not self.last else zip(firsts, firsts, strict=True)
+        return {(one.incarnation, other.incarnation) for one, other in pairs}

@@ -1,0 +1,151 @@
+"""Which workers serve an attempt. Pure: views of workers and what a request has been through in, a plan out, with the
+score that it won by."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tercet.core import Role
+from tercet.errors import PeerUnreachable, TercetError, TransferError, WorkerLost
+from tercet.roles.router.directory import Incarnation, WorkerView
+from tercet.spec import SchedulerSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The workers of one attempt; the same one twice where one does both."""
+
+    prefill: WorkerView
+    decode: WorkerView
+    score: Score
+
+    @property
+    def workers(self) -> tuple[WorkerView, ...]:
+        """The decoding one first, since it admits first."""
+        return (self.decode,) if self.prefill is self.decode else (self.decode, self.prefill)
+
+    @property
+    def incarnations(self) -> tuple[Incarnation, Incarnation]:
+        return self.prefill.incarnation, self.decode.incarnation
+
+
+@dataclass
+class History:
+    """What a request has been through, as far as the choice of its next workers goes."""
+
+    busy: set[WorkerView] = field(default_factory=set)  # had no room when they were asked in this round
+    strikes: Counter[WorkerView] = field(default_factory=Counter)  # failures that each had a part in
+    failures: Counter[tuple[WorkerView, WorkerView]] = field(default_factory=Counter)  # of each pair
+    keep: WorkerView | None = None  # holds KV of an earlier attempt, and is asked again, once
+    kept: bool = False
+    last: tuple[WorkerView, WorkerView] | None = None  # the pair whose handover has just failed
+    deaths: list[str] = field(default_factory=list)  # workers that died with the request on board
+
+    @property
+    def is_blank(self) -> bool:
+        """Nothing of it weighs on a pair."""
+        return self.keep is None and not self.strikes and not self.failures
+
+    def failed(self, plan: Plan, reporter: WorkerView | None, error: TercetError) -> None:
+        """Blame who is at fault, which need not be who said so."""
+        keep, self.keep = self.keep, None
+        self.last = plan.prefill, plan.decode
+        self.failures[self.last] += 1
+        if isinstance(error, WorkerLost) and reporter is not None:
+            self.strikes[reporter] += 2
+            self.deaths.append(f"{reporter.info.worker_id} (epoch {reporter.info.epoch})")
+            self.keep = plan.decode if reporter is not plan.decode and not self.kept else None
+        elif isinstance(error, PeerUnreachable):  # either may be the one that is cut off
+            self.strikes.update(plan.workers)
+        elif isinstance(error, TransferError):
+            # What landed at the decode worker and was verified need not be sent again: the other one is blamed first.
+            self.strikes[plan.prefill] += 1
+            if self.kept or keep is plan.decode:
+                self.strikes[plan.decode] += 1
+            else:
+                self.keep = plan.decode
+        self.kept = self.kept or self.keep is not None
+
+
+class Score(NamedTuple):
+    """Of a pair of workers; the least wins, and what stands first counts first."""
+
+    not_kept: bool  # another decode worker holds KV of an earlier attempt
+    failures: int  # of this pair, with this request
+    strikes: int  # of both workers, with this request
+    faulty: bool  # the prefill worker says that it cannot reach the decode worker
+    prefill: tuple[int, int, str]  # pressure
+    decode: tuple[int, int, str]
+
+
+def choose(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], history: History) -> Plan | None:
+    """The pair that has failed the least, with the fewest strikes and no known fault between them, then the least
+    loaded; the worker that keeps KV before all others. None: those that have room have just said that they have none,
+    or there is no other pair than the one that has just failed; so a new round begins after a pause.
+
+    prefills, decodes: those that live and have room; the same list where one worker does both.
+    """
+    for views in (prefills, decodes):
+        if views and history.busy.issuperset(views):
+            history.busy.difference_update(views)
+            return None
+    first = [view for view in prefills if view not in history.busy]
+    last = first if prefills is decodes else [view for view in decodes if view not in history.busy]
+    best = _best(first, last, history)
+    if best is not None and (best.prefill, best.decode) == history.last:
+        history.last = best = None
+    return best
+
+
+def _best(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], history: History) -> Plan | None:
+    if prefills is decodes:
+        pairs = [(view, view) for view in prefills]
+    elif history.is_blank:  # then the two are chosen one by one, unless a fault stands between them
+        pairs = _least_loaded(prefills, decodes)
+    else:
+        pairs = list(itertools.product(prefills, decodes))
+    scored = [(score_of(prefill, decode, history), prefill, decode) for prefill, decode in pairs]
+    if not scored:
+        return None
+    score, prefill, decode = min(scored, key=lambda scored: scored[0])
+    return Plan(prefill, decode, score)
+
+
+def _least_loaded(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView]) -> list[tuple[WorkerView, WorkerView]]:
+    """Of all pairs those of which one is the best, for a request that nothing has happened to."""
+    if not prefills or not decodes:
+        return []
+    prefill, decode = min(prefills, key=pressure), min(decodes, key=pressure)
+    if not is_faulty(prefill, decode):
+        return [(prefill, decode)]
+    return list(itertools.product(prefills, decodes))
+
+
+def score_of(prefill: WorkerView, decode: WorkerView, history: History) -> Score:
+    return Score(
+        decode is not history.keep,
+        history.failures[prefill, decode],
+        sum(history.strikes[view] for view in {prefill, decode}),
+        is_faulty(prefill, decode),
+        pressure(prefill),
+        pressure(decode),
+    )
+
+
+def is_faulty(prefill: WorkerView, decode: WorkerView) -> bool:
+    """Whether the prefill worker says that it cannot reach the decode worker."""
+    return any(pair.fault and pair.worker_id == decode.info.worker_id for pair in prefill.pairs)
+
+
+def capacity(role: Role, scheduler: SchedulerSpec) -> int:
+    """Legs that a worker takes at once (engine.reserve, engine.add)."""
+    return scheduler.max_running + (0 if role is Role.DECODE else scheduler.max_waiting)
+
+
+def pressure(view: WorkerView) -> tuple[int, int, str]:
+    """What the router itself has put on a worker is fresher than what the worker reports."""
+    return view.tokens, view.load.running + view.load.waiting, view.info.worker_id

@@ -1,0 +1,139 @@
+"""Carry out what is decided: one stream a worker, one timer, one queue of events a request. Event loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+
+from tercet.core import Done, GenerateRequest, LegKey, Load, Outcome, WorkerInfo
+from tercet.errors import TercetError
+from tercet.roles.router.attempt import Event
+from tercet.roles.router.decisions import AbortLeg, Decisions, End, Introduce, Ongoing, RouterEffect, StartLeg, Tell
+from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.pairs import slow_pair
+from tercet.roles.router.policy import capacity
+from tercet.spec import ROLES_OF, ClusterSpec
+from tercet.wire.worker_client import WorkerLink
+
+_Heard = asyncio.Queue[Event | TercetError]
+
+
+class Router:
+    def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
+        roles = ROLES_OF[spec.topology]
+        self._min_bandwidth = spec.transfer.min_bandwidth
+        self._token = cluster_token
+        self._decisions = Decisions(
+            roles, {role: capacity(role, spec.roles[role].scheduler) for role in roles}, spec.limits
+        )
+        self._directory = self._decisions.directory
+        self._links: dict[WorkerView, WorkerLink] = {}
+        self._heard: dict[Ongoing, _Heard] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ---- the control path
+
+    async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
+        """Make `workers` the live set: connect to new incarnations, drop those that are gone."""
+        new, gone, effects = self._decisions.set_workers(workers)
+        for view in new:
+            self._links[view] = self._link(view)
+        self._carry_out(effects)
+        for view in gone:  # at last, since others may set the workers meanwhile
+            await self._links[view].close()
+            del self._links[view]
+
+    async def close(self) -> None:
+        await self.set_workers([])
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def loads(self) -> dict[str, Load]:
+        return {worker_id: view.load for worker_id, view in self._directory.views.items() if view.up}
+
+    def missing_roles(self) -> list[str]:
+        """Roles of the topology without a live worker."""
+        return self._directory.missing_roles()
+
+    def is_ready(self) -> bool:
+        return bool(self._directory.live_pairs() & self._decisions.proven) and not self.slow_pair()
+
+    def slow_pair(self) -> str:
+        """Why the first pair that misses transfer.min_bandwidth does; empty if none does."""
+        directory = self._directory
+        if directory.first is directory.last:
+            return ""
+        pairs = {view.info.worker_id: view.pairs for view in directory.up(directory.first)}
+        return slow_pair(pairs, [view.info.worker_id for view in directory.up(directory.last)], self._min_bandwidth)
+
+    # ---- the data path
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """The prompt's logprobs if they are wanted, tokens as they come, then Done. Raises TercetError. Closing the
+        generator aborts the request at once."""
+        name = f"{request.request_id}.{secrets.token_hex(4)}"  # clients reuse ids; a ticket must be unique
+        ongoing, effects = self._decisions.submit(request, name, time.monotonic())
+        heard = self._heard[ongoing] = _Heard()
+        try:
+            self._carry_out(effects)
+            while True:
+                event = await heard.get()
+                if isinstance(event, TercetError):
+                    raise event
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            del self._heard[ongoing]
+            self._carry_out(self._decisions.cancel(ongoing, time.monotonic()))
+
+    def _carry_out(self, effects: Iterable[RouterEffect]) -> None:
+        for effect in effects:
+            match effect:
+                case StartLeg(view, leg):
+                    self._links[view].start(leg)
+                case AbortLeg(view, leg):
+                    self._links[view].abort(leg)
+                case Introduce(view, endpoints):
+                    self._links[view].meet(endpoints)
+                case Tell(ongoing, event):
+                    self._tell(ongoing, event)
+                case End(ongoing, TercetError() as error):
+                    self._tell(ongoing, error)
+        self._arm()
+
+    def _tell(self, ongoing: Ongoing, event: Event | TercetError) -> None:
+        if ongoing in self._heard:
+            self._heard[ongoing].put_nowait(event)
+
+    def _arm(self) -> None:
+        """The timer, for when something is due."""
+        due = self._decisions.wake_at()
+        if self._timer is not None:
+            if due is not None and self._timer.when() == due and not self._timer.cancelled():
+                return
+            self._timer.cancel()
+        self._timer = None if due is None else asyncio.get_running_loop().call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._carry_out(self._decisions.tick(time.monotonic()))
+
+    # ---- what the links say
+
+    def _link(self, view: WorkerView) -> WorkerLink:
+        decisions = self._decisions
+
+        def on_report(key: LegKey, outcome: Outcome) -> None:
+            self._carry_out(decisions.on_report(view, key, outcome, time.monotonic()))
+
+        def on_load(load: Load) -> None:
+            decisions.on_load(view, load)
+
+        def on_change(fault: str | None) -> None:
+            now = time.monotonic()
+            self._carry_out(decisions.on_up(view, now) if fault is None else decisions.on_down(view, fault, now))
+
+        return WorkerLink(view.info, self._token, on_report, on_load, on_change)

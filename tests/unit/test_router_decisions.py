@@ -1,0 +1,536 @@
+"""The router's state machine under seeded interleavings, with workers that reject, fail, die and come back, and a clock
+that moves only when it is told to.
+
+Whatever happens: each request ends once, its tokens come in order without loss or repetition, no worker gets more than
+it takes, requests of a client begin in their order, and who waits is looked at again. The mutants at the end put faults
+back; each must be caught.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from tercet.core import (
+    Admitted,
+    Done,
+    FinishReason,
+    GenerateRequest,
+    Leg,
+    Outcome,
+    Rejection,
+    Role,
+    SamplingParams,
+    TokenEvent,
+    WorkerInfo,
+)
+from tercet.errors import (
+    DeadlineExceeded,
+    DigestMismatch,
+    EngineFault,
+    NoWorkers,
+    Overloaded,
+    PeerDown,
+    PeerUnreachable,
+    TercetError,
+    WorkerLost,
+)
+from tercet.roles.router import decisions as module
+from tercet.roles.router.attempt import Attempt, Told
+from tercet.roles.router.decisions import (
+    ROOM_S,
+    AbortLeg,
+    Decisions,
+    End,
+    Introduce,
+    Ongoing,
+    StartLeg,
+    Tell,
+)
+from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.line import Line
+from tercet.roles.router.policy import History
+from tercet.spec import LimitsSpec
+
+RETRIES = 2
+FAULTS = (PeerDown, PeerUnreachable, DigestMismatch)  # of a handover
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request as its client sees it."""
+
+    ongoing: Ongoing
+    tokens: list[int] = field(default_factory=list)
+    ends: list[TercetError | None] = field(default_factory=list)
+    begun: list[int] = field(default_factory=list)  # attempts
+    legs: dict[WorkerView, Leg] = field(default_factory=dict)  # that run, of its newest attempt
+    lost: set[WorkerView] = field(default_factory=set)  # died with it on board
+    refusals: int = 0  # words that a worker has no room
+    turned_away: bool = False  # the last such word came behind the last that it was admitted
+    admitted: bool = False  # this attempt
+    unreachable: set[WorkerView] = field(default_factory=set)  # the pair that cannot reach each other
+    blamed: set[WorkerView] = field(default_factory=set)  # had a part in an attempt that failed
+    cancelled: bool = False
+
+
+class Simulation:
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        self.roles = rng.choice([(Role.PREFILL, Role.DECODE)] * 3 + [(Role.AGGREGATED,)])
+        self.capacity = {role: rng.choice([1, 2, 3]) for role in self.roles}
+        limits = LimitsSpec(retries=RETRIES, worker_wait_s=2.0)
+        self.router = Decisions(self.roles, self.capacity, limits)
+        self.now = 100.0
+        self.epochs: dict[str, int] = {}
+        self.count = {role: rng.choice([1, 2, 3]) for role in self.roles}
+        self.asked: dict[str, Asked] = {}  # by the name of its tickets
+        self.gone: set[WorkerView] = set()  # not announced any more, but their streams have not ended yet
+        self.pending: list[tuple[WorkerView, tuple[str, int], Outcome]] = []  # words on their way, in order of a worker
+        self.finishing = False
+        self.seen = {"retried": 0, "rejected": 0, "out of time": 0, "nobody": 0, "done": 0, "died": 0, "failed": 0}
+        for role in self.roles:
+            for number in range(self.count[role]):
+                self.epochs[f"{role.value}-{number}"] = 1
+        self.announce()
+        for view in list(self.router.directory.views.values()):
+            self.do(self.router.on_up(view, self.now))
+
+    # ---- what the I/O around it does
+
+    def announce(self) -> None:
+        infos = [
+            WorkerInfo(name, Role(name.split("-")[0]), epoch, "", f"at {name} {epoch}", "")
+            for name, epoch in self.epochs.items()
+        ]
+        _, gone, effects = self.router.set_workers(infos)
+        self.gone |= set(gone)
+        self.do(effects)
+
+    def do(self, effects) -> None:
+        for effect in effects:
+            match effect:
+                case StartLeg(view, leg):
+                    self.start(view, leg)
+                case AbortLeg(view, leg):
+                    assert self.asked[leg.request_id].legs.pop(view) is leg, "a leg is aborted that does not run"
+                case Introduce(view, _):
+                    assert view.info.role is Role.PREFILL
+                case Tell(ongoing, event):
+                    self.tell(self.asked[ongoing.name], event)
+                case End(ongoing, error):
+                    self.asked[ongoing.name].ends.append(error)
+
+    def start(self, view: WorkerView, leg: Leg) -> None:
+        assert view.up, "a leg for a worker that is down"
+        assert leg.request_id in self.asked, "begun before it was submitted"
+        asked = self.asked[leg.request_id]
+        assert leg.attempt not in asked.begun[:-1], "an old attempt"
+        if asked.begun[-1:] != [leg.attempt]:
+            assert not asked.legs, "two attempts at once"
+            self.in_order(asked)
+            asked.begun.append(leg.attempt)
+            asked.admitted = False
+            assert len(asked.begun) - 1 - asked.refusals <= RETRIES, "more attempts than retries"
+        assert view not in asked.lost, "a worker that it died on"
+        assert list(leg.token_ids) == [*asked.ongoing.request.token_ids, *asked.tokens], "tokens lost or repeated"
+        asked.legs[view] = leg
+        if set(asked.legs) == asked.unreachable and not asked.refusals:
+            others = set(self.others_than(asked.unreachable)) - asked.blamed
+            assert not others, "two that cannot reach each other are asked again"
+        running = sum(view in other.legs for other in self.asked.values())
+        assert running <= self.capacity[view.info.role], "more legs than the worker takes"
+
+    def others_than(self, pair: set[WorkerView]) -> list[WorkerView]:
+        """Who could have been asked instead of one of them."""
+        return [
+            view
+            for view in self.router.directory.views.values()
+            if view.up and view not in pair
+            if sum(view in other.legs for other in self.asked.values()) < self.capacity[view.info.role]
+        ]
+
+    def in_order(self, asked: Asked) -> None:
+        """Whoever of the client came before has begun, or is over."""
+        mine = asked.ongoing.place
+        for other in self.asked.values():
+            place = other.ongoing.place
+            if place.client == mine.client and place.number < mine.number and not other.ongoing.over:
+                assert other.begun or other.cancelled, "a later request of a client was begun first"
+                assert not other.turned_away, "begun before one that was turned away"
+
+    def tell(self, asked: Asked, event) -> None:
+        assert not asked.ends, "told behind its end"
+        if isinstance(event, TokenEvent):
+            assert event.token_id == len(asked.tokens), "a token lost or repeated"
+            asked.tokens.append(event.token_id)
+            return
+        assert isinstance(event, Done)
+        assert len(asked.tokens) == asked.ongoing.request.params.max_tokens, "done before its last token"
+        assert not asked.legs or set(asked.legs) == {asked.ongoing.attempt}, "legs run on behind the end"
+        self.seen["done"] += 1
+
+    # ---- clients
+
+    def submit(self) -> None:
+        if len(self.asked) > 40:
+            return
+        name, client = f"r{len(self.asked)}", self.rng.choice("aab")
+        ids = tuple(range(500, 500 + self.rng.choice([1, 3, 60])))
+        params = SamplingParams(max_tokens=self.rng.choice([1, 2, 5]))
+        deadline = self.now + self.rng.choice([-1.0, 0.5, 3.0, 30.0, 30.0])
+        request = GenerateRequest(name, ids, params, deadline, client)
+        held: list[Ongoing] = []
+        real = module.Ongoing
+
+        def note(*args):  # its effects come with it, so it must be known before they are carried out
+            held.append(real(*args))
+            self.asked[name] = Asked(held[0])
+            return held[0]
+
+        module.Ongoing = note
+        try:
+            ongoing, effects = self.router.submit(request, name, self.now)
+        finally:
+            module.Ongoing = real
+        assert ongoing is held[0]
+        self.do(effects)
+
+    def cancel(self) -> None:
+        live = [asked for asked in self.asked.values() if not asked.ends and not asked.cancelled]
+        if live:
+            asked = self.rng.choice(live)
+            asked.cancelled = True
+            self.do(self.router.cancel(asked.ongoing, self.now))
+            assert not asked.legs, "legs run on though nobody waits"
+
+    # ---- workers
+
+    def say(self) -> None:
+        """A leg's next word, as a worker of its role may say it."""
+        running = [(view, leg) for asked in self.asked.values() for view, leg in asked.legs.items() if view.up]
+        if not running:
+            return
+        view, leg = self.rng.choice(running)
+        asked = self.asked[leg.request_id]
+        outcome = self.next_word(view, leg, asked)
+        if outcome is None:
+            return
+        if isinstance(outcome, Admitted):
+            asked.admitted, asked.turned_away = True, False
+        elif isinstance(outcome, (Rejection, Overloaded)):
+            asked.refusals += 1
+            asked.turned_away = True
+        elif isinstance(outcome, TercetError) and not (leg.kind == "prefill" and asked.ongoing.attempt.committed):
+            pair = asked.ongoing.attempt.plan.workers
+            asked.blamed |= set(pair)
+            asked.unreachable = set(pair) if isinstance(outcome, PeerUnreachable) else set()
+        if not isinstance(outcome, (Admitted, TokenEvent)):
+            del asked.legs[view]
+        self.do(self.router.on_report(view, (leg.request_id, leg.attempt), outcome, self.now))
+
+    def next_word(self, view: WorkerView, leg: Leg, asked: Asked) -> Outcome | None:
+        chance = 1.0 if self.finishing else self.rng.random()
+        attempt = asked.ongoing.attempt
+        assert attempt is not None, "legs without an attempt"
+        if leg.kind == "prefill":
+            if chance < 0.05:
+                return Rejection("no room")
+            if chance < 0.12:
+                return self.rng.choice([*FAULTS, EngineFault, Overloaded])("said by the prefill worker")
+            return Done(FinishReason.LENGTH) if attempt.committed else None
+        if not asked.admitted:
+            if chance < 0.15:
+                self.seen["rejected"] += 1
+                return Rejection("no blocks")
+            return Admitted()
+        if chance < 0.06:
+            return self.rng.choice([*FAULTS, EngineFault])("said by the decode worker")
+        if chance < 0.1 and leg.kind == "decode":
+            return Overloaded("the prefill worker had no room")
+        if len(asked.tokens) < asked.ongoing.request.params.max_tokens:
+            last = len(asked.tokens) + 1 == asked.ongoing.request.params.max_tokens
+            return TokenEvent(len(asked.tokens), finish=FinishReason.LENGTH if last else None)
+        return Done(FinishReason.LENGTH)
+
+    def late(self) -> None:
+        """A word of an attempt that is over."""
+        old = [asked for asked in self.asked.values() if asked.begun]
+        views = list(self.router.directory.views.values())
+        if old and views:
+            asked = self.rng.choice(old)
+            number = self.rng.choice(asked.begun[:-1] or [99])
+            outcome = self.rng.choice([TokenEvent(77), Done(FinishReason.STOP), Rejection(""), PeerDown("late")])
+            self.do(self.router.on_report(self.rng.choice(views), (asked.ongoing.name, number), outcome, self.now))
+
+    def die(self) -> None:
+        """A stream ends; its worker comes back as a new incarnation, or the stream as it was."""
+        up = [view for view in self.router.directory.views.values() if view.up]
+        if up and not self.finishing:
+            view = self.rng.choice(up)
+            again = self.rng.random() < 0.4
+            self.down(view, lost=not again)
+            if not again:
+                self.epochs[view.info.worker_id] += 1
+                self.announce()
+
+    def down(self, view: WorkerView, lost: bool) -> None:
+        for asked in self.asked.values():
+            if asked.legs.pop(view, None) is None:
+                continue
+            asked.unreachable = set()
+            asked.blamed |= {view}
+            if lost:
+                asked.lost.add(view)
+                self.seen["died"] += 1
+        self.do(self.router.on_down(view, "killed", self.now))
+
+    def replace(self) -> None:
+        """A worker is announced anew before its old stream has ended."""
+        if not self.finishing:
+            self.epochs[self.rng.choice(list(self.epochs))] += 1
+            self.announce()
+
+    def part(self) -> None:
+        if self.gone:
+            view = self.rng.choice(sorted(self.gone, key=lambda view: view.info.worker_id))
+            self.gone.remove(view)
+            if view.up:
+                self.down(view, lost=True)
+
+    def rise(self) -> None:
+        down = [view for view in self.router.directory.views.values() if not view.up]
+        if down:
+            self.do(self.router.on_up(self.rng.choice(down), self.now))
+
+    # ---- time
+
+    def wait(self) -> None:
+        """Until something is due, or for a moment; `tick` comes when it was asked for."""
+        due = self.router.wake_at()
+        until = self.now + self.rng.choice([0.01, 0.1, 1.0])
+        while due is not None and due <= until:
+            self.now = max(self.now, due)
+            self.do(self.router.tick(self.now))
+            after = self.router.wake_at()
+            assert after is None or after > self.now, "it asks to be woken at once, again and again"
+            due = after
+        self.now = until
+
+    # ---- what must hold
+
+    def check(self) -> None:
+        views = {*self.router.directory.views.values(), *self.gone}
+        for view in views:
+            legs = [asked.legs[view] for asked in self.asked.values() if view in asked.legs]
+            assert view.legs == len(legs), f"{view.legs} legs are booked, {len(legs)} run"
+            assert view.tokens == sum(len(leg.token_ids) for leg in legs), "tokens are booked that nobody computes"
+        waiting = [a for a in self.asked.values() if not a.ongoing.over and a.ongoing.attempt is None]
+        due = self.router.wake_at()
+        if waiting:
+            assert due is not None, "somebody waits, and nothing will wake it"
+        head = self.router._line.head()
+        if head is not None and self.router._places[head.number].attempt is None:
+            assert due <= self.now + ROOM_S + 1e-9, "the first in line is not looked at again"
+        for asked in self.asked.values():
+            assert len(asked.ends) <= 1, "a request ended twice"
+            assert asked.ongoing.over == bool(asked.ends or asked.cancelled)
+            if not asked.ongoing.over:
+                assert self.now <= asked.ongoing.request.deadline + 1.0, "out of time, and goes on"
+
+    def run(self) -> None:
+        verbs = [self.submit] * 4 + [self.say] * 12 + [self.wait] * 2
+        verbs += [self.cancel, self.late, self.die, self.part, self.rise, self.rise, self.replace]
+        for _ in range(200):
+            self.rng.choice(verbs)()
+            self.check()
+        self.finish()
+
+    def finish(self) -> None:
+        """No new request and no fault: all that is here ends."""
+        self.finishing = True
+        for _ in range(2000):
+            if all(asked.ongoing.over for asked in self.asked.values()):
+                break
+            for verb in (self.part, self.rise, self.say, self.say, self.say):
+                verb()
+            if self.rng.random() < 0.2:
+                self.wait()
+            self.check()
+        else:
+            raise AssertionError("the router does not come to rest")
+        for asked in self.asked.values():
+            assert not asked.legs, "legs run on"
+            if asked.cancelled:
+                continue
+            [error] = asked.ends
+            kinds = {DeadlineExceeded: "out of time", NoWorkers: "nobody", type(None): "retried"}
+            kind = kinds.get(type(error), "failed")
+            self.seen[kind] += kind != "retried" or len(asked.begun) > 1
+            assert error is None or isinstance(
+                error, (*FAULTS, DeadlineExceeded, NoWorkers, WorkerLost, EngineFault)
+            ), f"an error that nobody made: {error!r}"
+        assert self.router.wake_at() is None
+        assert not self.router._places
+        assert not self.router._running
+        assert self.router._line.head() is None
+
+
+SEEDS = 2000
+
+
+def failing_seed(seeds: int = SEEDS) -> int | None:
+    for seed in range(seeds):
+        try:
+            Simulation(seed).run()
+        except (AssertionError, KeyError, AttributeError, ValueError):
+            return seed
+    return None
+
+
+def test_no_interleaving_breaks_the_router():
+    for seed in range(SEEDS):
+        try:
+            Simulation(seed).run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def test_every_end_is_reached():
+    seen: dict[str, int] = {}
+    for seed in range(300):
+        simulation = Simulation(seed)
+        simulation.run()
+        seen = {kind: seen.get(kind, 0) + count for kind, count in simulation.seen.items()}
+    assert min(seen.values()) > 30, seen
+
+
+# ---- mutants: (where, method, what it does wrong)
+
+
+def books_a_leg_twice(real: Callable) -> Callable:
+    def begin(self, ongoing, plan, now):
+        effects = real(self, ongoing, plan, now)
+        plan.decode.legs += 1
+        return effects
+
+    return begin
+
+
+def forgets_to_take_a_leg_off(_: Callable) -> Callable:
+    return lambda self, ongoing, worker: ongoing.attempt.legs.pop(worker, None)
+
+
+def sends_the_rejected_to_the_back(real: Callable) -> Callable:
+    def again(self, ongoing, now):
+        old, ongoing.place = ongoing.place, self._line.place(ongoing.place.client, ongoing.place.tokens)
+        self._leave(old, planned=False)
+        self._places[ongoing.place.number] = self._places.pop(old.number)
+        return real(self, ongoing, now)
+
+    return again
+
+
+def plans_others_before_the_rejected_is_admitted(real: Callable) -> Callable:
+    def begin(self, ongoing, plan, now):
+        ongoing.place.holds = False
+        return real(self, ongoing, plan, now)
+
+    return begin
+
+
+def asks_the_worker_at_fault_again(_: Callable) -> Callable:
+    def failed(self, plan, reporter, error):
+        self.last = None
+
+    return failed
+
+
+def leaves_legs_running(real: Callable) -> Callable:
+    def stop(self, ongoing):
+        real(self, ongoing)
+        return []
+
+    return stop
+
+
+def takes_the_word_of_an_old_attempt(real: Callable) -> Callable:
+    def on_report(self, worker, key, outcome, now):
+        newest = next((k for k in self._running if k[0] == key[0]), key)
+        return real(self, worker, newest, outcome, now)
+
+    return on_report
+
+
+def forgets_who_was_on_a_worker_that_died(_: Callable) -> Callable:
+    def on_down(self, worker, fault, now):
+        worker.up = False
+        return []
+
+    return on_down
+
+
+def forgets_deadlines(_: Callable) -> Callable:
+    return lambda self, now: self._plan(now)
+
+
+def repeats_what_was_told(real: Callable) -> Callable:
+    def of(key, request, told, plan, now):
+        return real(key, request, Told(), plan, now)
+
+    return staticmethod(of)
+
+
+def wakes_nobody_who_waits_for_room(_: Callable) -> Callable:
+    return lambda self: self._deadlines[0][0] if self._deadlines else None
+
+
+def keeps_the_place_of_who_has_gone(real: Callable) -> Callable:
+    def leave(self, place, *, planned):
+        if planned:
+            real(self, place, planned=planned)
+
+    return leave
+
+
+def tries_for_ever(real: Callable) -> Callable:
+    def failed(self, ongoing, failure, now):
+        ongoing.failures = -1
+        return real(self, ongoing, failure, now)
+
+    return failed
+
+
+def serves_the_last_first(_: Callable) -> Callable:
+    def head(self):
+        waiting = [place for client in self._clients.values() for place in client.waiting]
+        return max(waiting, default=None)
+
+    return head
+
+
+MUTANTS = [
+    (Decisions, "_begin", books_a_leg_twice),
+    (Decisions, "_leg_ended", forgets_to_take_a_leg_off),
+    (Decisions, "_again", sends_the_rejected_to_the_back),
+    (Decisions, "_begin", plans_others_before_the_rejected_is_admitted),
+    (History, "failed", asks_the_worker_at_fault_again),
+    (Decisions, "_stop", leaves_legs_running),
+    (Decisions, "on_report", takes_the_word_of_an_old_attempt),
+    (Decisions, "on_down", forgets_who_was_on_a_worker_that_died),
+    (Decisions, "tick", forgets_deadlines),
+    (Attempt, "of", repeats_what_was_told),
+    (Decisions, "wake_at", wakes_nobody_who_waits_for_room),
+    (Decisions, "_leave", keeps_the_place_of_who_has_gone),
+    (Decisions, "_failed", tries_for_ever),
+    (Line, "head", serves_the_last_first),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "mutant"), MUTANTS, ids=[m.__name__ for _, _, m in MUTANTS])
+def test_each_mutant_is_caught(cls, name, mutant, monkeypatch):
+    monkeypatch.setattr(cls, name, mutant(getattr(cls, name)))
+    assert failing_seed() is not None
