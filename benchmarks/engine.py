@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
-from tercet.core import SamplingParams
+from tercet.core import SamplingParams, Ticket
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
@@ -41,7 +41,6 @@ from tercet.models.config import ModelConfig
 from tercet.models.sources import load_model, locate
 from tercet.spec import ModelSpec, RoleSpec
 from tercet.transfer.memory.region import Region
-from tercet.transfer.protocol.messages import Ticket
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 READ_BYTES = 5 << 28  # 1.25 GiB, far more than any cache holds

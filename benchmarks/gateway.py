@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.serving import Target, run
 from benchmarks.workload import random_requests
-from tercet.core import Done, FinishReason, Leg, Load, Role, TokenEvent, WorkerInfo
+from tercet.core import Done, FinishReason, Leg, Load, Role, Ticket, TokenEvent, WorkerInfo
 from tercet.models.sources import served_name
 from tercet.roles.gateway.gateway import Gateway
 from tercet.spec import ClusterSpec
@@ -50,24 +50,24 @@ class SayingWorker:
     """A LegHandler that says a token for each of its legs at each step."""
 
     def __init__(self) -> None:
-        self._legs: dict[str, tuple[Leg, ReportStream, int]] = {}  # request id -> leg, its stream, tokens said
+        self._legs: dict[Ticket, tuple[Leg, ReportStream, int]] = {}  # its leg, its stream, tokens said
 
     def start(self, leg: Leg, stream: ReportStream) -> None:
-        self._legs[leg.request_id] = (leg, stream, 0)
+        self._legs[leg.ticket] = (leg, stream, 0)
 
-    def abort(self, request_id: str, attempt: int, epoch: int) -> None:
-        self._legs.pop(request_id, None)
+    def abort(self, ticket: Ticket) -> None:
+        self._legs.pop(ticket, None)
 
     def disconnected(self, stream: ReportStream) -> None:
         self._legs.clear()
 
     def step(self) -> None:
-        for request_id, (leg, stream, said) in list(self._legs.items()):
+        for ticket, (leg, stream, said) in list(self._legs.items()):
             last = said + 1 == leg.params.max_tokens
             stream.token(leg, TokenEvent(1000 + said, finish=FinishReason.LENGTH if last else None))
-            self._legs[request_id] = (leg, stream, said + 1)
+            self._legs[ticket] = (leg, stream, said + 1)
             if last:
-                del self._legs[request_id]
+                del self._legs[ticket]
                 stream.finished(leg, Done(FinishReason.LENGTH))
 
 

@@ -16,12 +16,13 @@ import numpy as np
 
 from benchmarks.transfer_libraries import RIVALS
 from benchmarks.transfer_rivals import SOURCE, TARGET, Job, Side, timed
+from tercet.core import Ticket
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import SCRATCH, Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.transports.contract import MoverConfig, Transport
 
 SMALL = "handover"  # one request of 16 tokens, SmolLM2's shape
@@ -127,7 +128,7 @@ class Ours(Side):
 
     def await_event(self, kind: type) -> None:
         while not isinstance(event := self.events.get(timeout=PATIENCE_S), kind):
-            if isinstance(event, inbound.Failed | outbound.Failed):
+            if isinstance(event, inbound.ReceiveFailed | outbound.SendFailed):
                 raise event.error
 
 

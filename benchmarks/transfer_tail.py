@@ -30,12 +30,13 @@ from rich.table import Table
 
 from benchmarks.engine import facts
 from benchmarks.transfer_pairs import TRANSPORTS, transport_of
+from tercet.core import Ticket
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.transports.contract import MoverConfig
 
 LAYOUT = KvLayout(layers=30, blocks=64, block_size=16, kv_heads=4, head_dim=64, dtype="bfloat16")

@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from tercet.errors import InvalidRequest, TercetError
 
@@ -143,13 +144,19 @@ class Done:
     attempts: int = 1
 
 
+class Ticket(NamedTuple):
+    """One attempt at a request, and the handover of its KV to one incarnation of a decode worker."""
+
+    request_id: str  # unique, unlike a client's
+    attempt: int
+    epoch: int  # of the worker that decodes
+
+
 @dataclass(frozen=True)
 class Leg:
     """What one worker is to do for one attempt at a request."""
 
-    request_id: str
-    attempt: int
-    epoch: int  # of the worker that decodes
+    ticket: Ticket
     kind: str  # aggregated, prefill, decode
     token_ids: tuple[int, ...]  # the prompt, then what an earlier attempt has emitted
     num_prompt: int
@@ -171,7 +178,6 @@ class Rejection:
 
 
 Outcome = Admitted | PromptLogprobs | TokenEvent | Done | Rejection | TercetError
-LegKey = tuple[str, int]  # request id, attempt
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
-from tercet.core import SamplingParams
+from tercet.core import SamplingParams, Ticket
 from tercet.engine.executor import Executor, LocalExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.runner import PushBlocks, Runner
@@ -19,7 +19,6 @@ from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
 from tercet.spec import KvSpec, ModelSpec, RoleSpec, SchedulerSpec
 from tercet.transfer.memory.region import Region
-from tercet.transfer.protocol.messages import Ticket
 from tests.tiny import CONTEXT, tiny_model
 
 SIZE = 16

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from tercet.core import Ticket
 from tercet.errors import TercetError
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.transports.contract import MoverConfig, Outlet, Parcel, Transport
 from tercet.transfer.transports.table import ALL
 

@@ -33,12 +33,11 @@ import aiohttp
 import torch
 import yaml
 
-from tercet.core import SamplingParams
+from tercet.core import SamplingParams, Ticket
 from tercet.engine.plan import Draw, Piece, StepPlan
 from tercet.engine.runner import Runner
 from tercet.engine.sampler import sample
 from tercet.transfer.memory.region import Region
-from tercet.transfer.protocol.messages import Ticket
 from tests.engines import SIZE, Running, load_tiny
 from tests.tiny import VOCAB, tiny_model
 

@@ -36,7 +36,7 @@ SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A cluster spec, 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key of the spec; repeatable.")
 ]
-Name = Annotated[str | None, typer.Option(help="The cluster's name; may be left out if there is only one.")]
+ClusterName = Annotated[str | None, typer.Option(help="The cluster's name; may be left out if there is only one.")]
 Address = Annotated[str | None, typer.Option(help="host:port of the Ray it runs in; default: this machine's clusters.")]
 Url = Annotated[str | None, typer.Option(help="Base URL of the endpoint; default: the cluster served here.")]
 
@@ -140,7 +140,7 @@ def demo(spec: SpecPath, settings: Settings = None) -> None:
 
 @app.command()
 def down(
-    name: Name = None,
+    name: ClusterName = None,
     address: Address = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait until it is gone.")] = 60.0,
 ) -> None:
@@ -156,7 +156,7 @@ def down(
 
 @app.command()
 def status(
-    name: Name = None,
+    name: ClusterName = None,
     address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -180,7 +180,7 @@ def status(
 
 @app.command()
 def chat(
-    name: Name = None,
+    name: ClusterName = None,
     url: Url = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,

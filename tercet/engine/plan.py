@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import msgpack
 
-from tercet.core import PromptScore, SamplingParams, TokenEvent
+from tercet.core import PromptScore, SamplingParams, Ticket, TokenEvent
 from tercet.errors import EngineFault
-from tercet.transfer.protocol.messages import Ticket
 
 
 class Draw(NamedTuple):

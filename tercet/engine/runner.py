@@ -12,14 +12,13 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
-from tercet.core import PromptScore, TokenEvent
+from tercet.core import PromptScore, Ticket, TokenEvent
 from tercet.engine.plan import Piece, PieceResult, StepPlan, StepResult
 from tercet.engine.sampler import sample, score
 from tercet.errors import EngineFault
 from tercet.models.batch import PrefillChunk, StepBatch
 from tercet.models.transformer import Transformer
 from tercet.transfer.memory.region import Region
-from tercet.transfer.protocol.messages import Ticket
 
 SCORE_ROWS = 64  # of a prompt at a time: logits of a whole one would be gigabytes
 

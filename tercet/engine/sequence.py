@@ -18,9 +18,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from tercet.core import FinishReason, PromptScore, SamplingParams
+from tercet.core import FinishReason, PromptScore, SamplingParams, Ticket
 from tercet.engine.prefix import chain_hash
-from tercet.transfer.protocol.messages import Ticket
 
 
 class Phase(enum.Enum):

@@ -83,7 +83,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
     return wide
 
 
-class Scratch(threading.local):
+class WideScratch(threading.local):
     """Where weights are widened: one place for all of a model's products, since fresh memory in each call would cost
     more in page faults than the product; and one for each thread, so that threads may share a model."""
 
@@ -116,7 +116,7 @@ class WidenedLinear(PackedLinear):
     in float32 by slices of the weight that are widened on the way, so that no float32 copy of the model is kept.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: WideScratch) -> None:
         super().__init__(weight, bias)
         self._scratch = scratch
 
@@ -144,7 +144,7 @@ class LinearPacker:
     def __init__(self, dtype: torch.dtype, max_fan_in: int) -> None:
         self._dtype = dtype
         self._widens = compute_dtype(dtype) != dtype
-        self._scratch = Scratch(max_fan_in if self._widens else 0)
+        self._scratch = WideScratch(max_fan_in if self._widens else 0)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         if self._widens and _fbgemm_packs() and Fp16Linear.holds(weight):

@@ -40,7 +40,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
-    """Raises UnsupportedModel naming the key that cannot be run, ModelFileCorrupt for one that lacks."""
+    """Raises UnsupportedModel naming the key that cannot be run, ModelFileCorrupt for one that is missing."""
     arch = file.architecture
     if arch not in ARCHITECTURES:
         raise UnsupportedModel(f"{file.path}: architecture {arch!r} is not supported; {', '.join(ARCHITECTURES)} are")

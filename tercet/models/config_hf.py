@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def config_from_hf(directory: Path, max_context: int) -> ModelConfig:
-    """Raises UnsupportedModel naming the field that cannot be run, ModelFileCorrupt for one that lacks."""
+    """Raises UnsupportedModel naming the field that cannot be run, ModelFileCorrupt for one that is missing."""
     path = directory / "config.json"
     fields = read_json(path)
     try:

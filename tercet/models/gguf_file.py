@@ -79,7 +79,7 @@ class GgufFile:
 
     def token(self, name: str) -> int | None:
         """The id of a special token such as bos, eos, unknown; the first if there are several. Raises ModelFileCorrupt
-        for one that the vocabulary lacks."""
+        for one that is not in the vocabulary."""
         key = f"tokenizer.ggml.{name}_token_id"
         given = self.metadata.get(key)
         value = given[0] if isinstance(given, list) and given else given

@@ -30,17 +30,17 @@ class LoadedModel:
 
 
 def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype) -> LoadedModel:
-    """Raises ModelFileCorrupt for a tensor that lacks or has another shape than the config says, UnsupportedModel for
-    one that the config has no place for."""
+    """Raises ModelFileCorrupt for a tensor that is missing or has another shape than the config says, UnsupportedModel
+    for one that the config has no place for."""
     _check_heads(source, config)
-    reader = _Reader(source, config, dtype)
+    reader = _WeightReader(source, config, dtype)
     with torch.inference_mode():
         weights = _weights(reader, config)
     reader.refuse_unused()
     return LoadedModel(Transformer(config, weights), config, reader.fingerprint())
 
 
-class _Reader:
+class _WeightReader:
     """Reads each weight once, in the model's dtype, and remembers what it has read."""
 
     def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype) -> None:
@@ -97,7 +97,7 @@ def _check_heads(source: WeightSource, config: ModelConfig) -> None:
         raise ModelFileCorrupt(f"{source.path}: heads of {config.head_dim} dimensions cannot be rotated in pairs")
 
 
-def _weights(reader: _Reader, config: ModelConfig) -> Weights:
+def _weights(reader: _WeightReader, config: ModelConfig) -> Weights:
     embedding = reader.weight("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(_layer(reader, config, f"model.layers.{i}.") for i in range(config.num_layers))
     norm = reader.norm("model.norm", config.hidden_size)
@@ -106,7 +106,7 @@ def _weights(reader: _Reader, config: ModelConfig) -> Weights:
     return Weights(embedding, layers, norm, reader.linear(["lm_head"], [config.vocab_size], config.hidden_size, False))
 
 
-def _layer(reader: _Reader, config: ModelConfig, at: str) -> Layer:
+def _layer(reader: _WeightReader, config: ModelConfig, at: str) -> Layer:
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp, projections = f"{at}mlp.", [f"{at}self_attn.{n}_proj" for n in "qkv"]
@@ -121,7 +121,7 @@ def _layer(reader: _Reader, config: ModelConfig, at: str) -> Layer:
     )
 
 
-def _qk_norm(reader: _Reader, config: ModelConfig, at: str) -> RmsNorm:
+def _qk_norm(reader: _WeightReader, config: ModelConfig, at: str) -> RmsNorm:
     """One norm over queries and keys together; weight [H + Hkv, D]."""
     query = reader.weight(f"{at}self_attn.q_norm.weight", config.head_dim).expand(config.num_heads, -1)
     key = reader.weight(f"{at}self_attn.k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)

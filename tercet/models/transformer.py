@@ -23,7 +23,7 @@ from tercet.kernels.norm import RmsNorm
 from tercet.kernels.rope import apply_rope
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
-from tercet.models.rope import rope_table
+from tercet.models.rope_table import rope_table
 from tercet.transfer.memory.layout import KvLayout
 
 
@@ -47,7 +47,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _StepTensors:
     """What all layers of one step share."""
 
     cos: Tensor  # [T, 1, D]
@@ -99,10 +99,10 @@ class Transformer:
         """[R, E] -> [R, vocab] float32."""
         return self._weights.head.linear(self._weights.final_norm(hidden)).float()
 
-    def _plan(self, batch: StepBatch, block_size: int) -> _Step:
+    def _plan(self, batch: StepBatch, block_size: int) -> _StepTensors:
         cos, signed_sin = self._rope.rows(batch.positions, self._compute_dtype)
         tables, contexts = batch.decode_block_tables, batch.decode_context_lens
-        return _Step(
+        return _StepTensors(
             cos,
             signed_sin,
             attention.page_rows(batch.slots, block_size),
@@ -113,7 +113,7 @@ class Transformer:
             ],
         )
 
-    def _project(self, layer: Layer, x: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
+    def _project(self, layer: Layer, x: Tensor, step: _StepTensors) -> tuple[Tensor, Tensor]:
         """x [T, E] -> query [T, H, D] in the compute dtype, keys and values [T, 2 Hkv, D] in the cache's."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = layer.qkv.linear(layer.attention_norm(x)).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
@@ -122,7 +122,7 @@ class Transformer:
         apply_rope(normed, step.cos, step.signed_sin, out=rotary)
         return qkv[:, :heads], qkv[:, heads:].to(self.dtype)
 
-    def _attend(self, query: Tensor, key_value: Tensor, cache: Tensor, step: _Step, window: Window) -> Tensor:
+    def _attend(self, query: Tensor, key_value: Tensor, cache: Tensor, step: _StepTensors, window: Window) -> Tensor:
         """-> [T, H * D]. Each row attends to its own sequence."""
         if not step.chunks and len(step.decodes) == 1:
             return attention.decode_attention(query, cache, step.decodes[0], window).flatten(1)

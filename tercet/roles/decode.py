@@ -11,13 +11,13 @@ import asyncio
 import time
 from dataclasses import dataclass, field, replace
 
-from tercet.core import Done, StageTimes, TokenEvent
+from tercet.core import Done, StageTimes, Ticket, TokenEvent
 from tercet.engine.state import Faulted, Sampled, Scored, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.legs import ActiveLeg, LegRole
-from tercet.transfer.mover.receiver import Event, KvReceiver
-from tercet.transfer.protocol.inbound import Committed, Complete, Failed, Quiesced
-from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.mover.receiver import KvReceiver, ReceiveEvent
+from tercet.transfer.protocol.inbound import Committed, Complete, Quiesced, ReceiveFailed
+from tercet.transfer.protocol.messages import Commit
 
 
 @dataclass(eq=False)
@@ -60,11 +60,11 @@ class Decode(LegRole):
 
     # ---- events of the mover
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: ReceiveEvent) -> None:
         """Called on a mover thread."""
         self._loop.call_soon_threadsafe(self._on_event, event)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: ReceiveEvent) -> None:
         incoming = self._incoming[event.ticket]
         active = incoming.active
         match event:
@@ -72,7 +72,7 @@ class Decode(LegRole):
                 self._first_token(incoming, commit)
             case Complete():
                 self._join(incoming, event)
-            case Failed(_, error):
+            case ReceiveFailed(_, error):
                 incoming.error = error
                 self.engine.quarantine(active.sequence)
                 self.fail(active, error)

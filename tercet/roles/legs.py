@@ -7,12 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tercet.core import Leg
+from tercet.core import Leg, Ticket
 from tercet.engine.loop import Engine
 from tercet.engine.sequence import Sequence
 from tercet.engine.state import StepReport
 from tercet.errors import DeadlineExceeded, Overloaded, TercetError
-from tercet.transfer.protocol.messages import Ticket
 from tercet.wire.worker_server import ReportStream
 
 
@@ -56,7 +55,7 @@ class LegRole(ABC):
         """What an engine step brought: tokens, or the faults that ended sequences. Called on the engine's thread."""
 
     def start(self, leg: Leg, stream: ReportStream) -> None:
-        ticket = Ticket(leg.request_id, leg.attempt, leg.epoch)
+        ticket = leg.ticket
         if self._dead is not None:
             stream.failed(leg, self._dead)
             return
@@ -75,8 +74,8 @@ class LegRole(ABC):
         except TercetError as error:
             self.fail(active, error)
 
-    def abort(self, request_id: str, attempt: int, epoch: int) -> None:
-        active = self._legs.get(Ticket(request_id, attempt, epoch))
+    def abort(self, ticket: Ticket) -> None:
+        active = self._legs.get(ticket)
         if active is not None:
             self.forget(active)
             self.give_up(active, TercetError("the request was aborted"))
@@ -86,7 +85,7 @@ class LegRole(ABC):
 
     def disconnected(self, stream: ReportStream) -> None:
         for active in [a for a in self._legs.values() if a.stream is stream]:
-            self.abort(*active.ticket)
+            self.abort(active.ticket)
 
     def fail(self, active: ActiveLeg, error: TercetError) -> None:
         """End a leg with an error, if it has not ended yet."""

@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tercet.core import Done, FinishReason, PairState, TokenEvent
+from tercet.core import Done, FinishReason, PairState, Ticket, TokenEvent
 from tercet.engine.sequence import Sequence
 from tercet.engine.state import Faulted, Scored, StepReport
 from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
 from tercet.roles.legs import ActiveLeg, LegRole
-from tercet.transfer.mover.sender import Event, KvSender
-from tercet.transfer.protocol.messages import Commit, Ticket
-from tercet.transfer.protocol.outbound import Failed, Granted, OpDone, Released
+from tercet.transfer.mover.sender import KvSender, SendEvent
+from tercet.transfer.protocol.messages import Commit
+from tercet.transfer.protocol.outbound import Granted, OpDone, Released, SendFailed
 from tercet.transfer.transports.contract import Endpoint
 
 MEET_AGAIN_S = 1.0
@@ -120,11 +120,11 @@ class Prefill(LegRole):
 
     # ---- events of the mover
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: SendEvent) -> None:
         """Called on a mover thread."""
         self._loop.call_soon_threadsafe(self._on_event, event)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: SendEvent) -> None:
         outgoing = self._outgoing.get(event.ticket)
         if outgoing is None:
             return
@@ -132,7 +132,7 @@ class Prefill(LegRole):
         match event:
             case Granted(_, first_block):
                 self._compute(outgoing, first_block)
-            case Failed(_, error):
+            case SendFailed(_, error):
                 self.engine.abort(active.sequence)
                 self.fail(active, error)
             case Released():

@@ -14,6 +14,7 @@ from tercet.core import (
     PromptLogprobs,
     SamplingParams,
     StageTimes,
+    Ticket,
     TokenEvent,
     TopLogprobs,
 )
@@ -29,10 +30,18 @@ _LOAD_FIELDS = tuple(name for name in Load.__dataclass_fields__ if name != "pair
 _PAIR_FIELDS = tuple(PairState.__dataclass_fields__)
 
 
+def ticket_to_proto(ticket: Ticket) -> pb.TicketId:
+    return pb.TicketId(request_id=ticket.request_id, attempt=ticket.attempt, epoch=ticket.epoch)
+
+
+def ticket_from_proto(message: pb.TicketId) -> Ticket:
+    return Ticket(message.request_id, message.attempt, message.epoch)
+
+
 def leg_to_proto(leg: Leg) -> pb.Command:
     return pb.Command(
         start=pb.Start(
-            ticket=pb.TicketId(request_id=leg.request_id, attempt=leg.attempt, epoch=leg.epoch),
+            ticket=ticket_to_proto(leg.ticket),
             leg=LEG_NUMBERS[leg.kind],
             token_ids=leg.token_ids,
             prompt_tokens=leg.num_prompt,
@@ -49,9 +58,7 @@ def leg_from_proto(start: pb.Start) -> Leg:
     if start.HasField("prompt_logprobs"):
         params = replace(params, prompt_logprobs=start.prompt_logprobs)
     return Leg(
-        start.ticket.request_id,
-        start.ticket.attempt,
-        start.ticket.epoch,
+        ticket_from_proto(start.ticket),
         LEG_NAMES[start.leg],
         tuple(start.token_ids),
         start.prompt_tokens,

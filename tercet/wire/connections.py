@@ -42,7 +42,7 @@ EVERYWHERE = "::"
 FEWEST = 16  # connections, however few files there may be
 
 
-class Phase(enum.Enum):
+class ConnectionPhase(enum.Enum):
     """What a connection waits for. In the order in which room is made."""
 
     IDLE = "idle"  # a request
@@ -57,14 +57,14 @@ class ConnectionLimits:
     idle_s: float
 
     @property
-    def deadlines(self) -> dict[Phase, float]:
-        return {Phase.IDLE: self.idle_s, Phase.HEAD: self.head_s}
+    def deadlines(self) -> dict[ConnectionPhase, float]:
+        return {ConnectionPhase.IDLE: self.idle_s, ConnectionPhase.HEAD: self.head_s}
 
 
 class Guarded(Protocol):
     """What a guard needs of the protocol behind it, besides being an asyncio.Protocol."""
 
-    opens: Phase  # HEAD: the client must speak at once, as in HTTP/2
+    opens: ConnectionPhase  # HEAD: the client must speak at once, as in HTTP/2
     at_first: int  # bytes that are read in the first turn
 
     def farewell(self, error: TercetError | None) -> bytes:
@@ -78,7 +78,7 @@ class Connections:
         self._limits = limits
         self._all: set[Guard] = set()
         # Insertion order is age: the first of each phase has waited longest.
-        self._waiting: dict[Phase, dict[Guard, float]] = {phase: {} for phase in Phase}
+        self._waiting: dict[ConnectionPhase, dict[Guard, float]] = {phase: {} for phase in ConnectionPhase}
         self._sweeper: asyncio.TimerHandle | None = None
         self.buffer = memoryview(bytearray(AT_ONCE))  # for all: nobody keeps bytes in it beyond a callback
         self.closed: Counter[str] = Counter()
@@ -108,7 +108,7 @@ class Connections:
     def admit(self, guard: Guard) -> None:
         """Make room for one more. Raises Overloaded when every connection is being served."""
         if len(self._all) >= self._limits.most + SPARE:
-            oldest = next((guard for phase in Phase for guard in self._waiting[phase]), None)
+            oldest = next((guard for phase in ConnectionPhase for guard in self._waiting[phase]), None)
             if oldest is None:
                 raise self._full()
             oldest.cut("evicted", Overloaded("the connection was closed to make room for another"))
@@ -122,11 +122,11 @@ class Connections:
     def _full(self) -> Overloaded:
         return Overloaded(f"all {self._limits.most} connections are in use (limits.max_connections)")
 
-    def wait(self, guard: Guard, phase: Phase) -> None:
+    def wait(self, guard: Guard, phase: ConnectionPhase) -> None:
         """The guard waits for its client from now on."""
         self._waiting[phase][guard] = asyncio.get_running_loop().time()
 
-    def forget(self, guard: Guard, phase: Phase | None) -> None:
+    def forget(self, guard: Guard, phase: ConnectionPhase | None) -> None:
         if phase is not None:
             self._waiting[phase].pop(guard, None)
 
@@ -173,7 +173,7 @@ class Guard(asyncio.BufferedProtocol):
         self._connections = connections
         self._guarded = protocol(self)
         self._inner = cast("asyncio.Protocol", self._guarded)
-        self._phase: Phase | None = None
+        self._phase: ConnectionPhase | None = None
         self._served = 0  # requests
         self._watched = 0
         self._portion = self._guarded.at_first  # bytes that are read at once
@@ -198,8 +198,8 @@ class Guard(asyncio.BufferedProtocol):
 
     def opened(self) -> None:
         """The connection's opening is complete (HTTP/2)."""
-        if self._phase is Phase.HEAD:
-            self._enter(Phase.IDLE)
+        if self._phase is ConnectionPhase.HEAD:
+            self._enter(ConnectionPhase.IDLE)
 
     def begun(self, seconds: float) -> None:
         """What was read has begun work that will take about so long, later."""
@@ -214,11 +214,11 @@ class Guard(asyncio.BufferedProtocol):
             self._watched += change
         else:
             self._served += change
-        wanted = None if self._served else Phase.WATCHING if self._watched else Phase.IDLE
+        wanted = None if self._served else ConnectionPhase.WATCHING if self._watched else ConnectionPhase.IDLE
         if wanted is not self._phase:
             self._enter(wanted)
 
-    def _enter(self, phase: Phase | None) -> None:
+    def _enter(self, phase: ConnectionPhase | None) -> None:
         self._connections.forget(self, self._phase)
         self._phase = phase
         if phase is not None and not self._lost:  # one that is closing may wait long for a client that does not read
@@ -229,10 +229,10 @@ class Guard(asyncio.BufferedProtocol):
     def overdue(self, limit_s: float) -> None:
         """The client has kept us waiting for `limit_s`, unless it is still reading its last answer."""
         unsent = self.transport.get_write_buffer_size()
-        if self._phase is Phase.IDLE and unsent and unsent != self._unsent:
+        if self._phase is ConnectionPhase.IDLE and unsent and unsent != self._unsent:
             self._unsent = unsent
-            self._enter(Phase.IDLE)
-        elif self._phase is Phase.HEAD:
+            self._enter(ConnectionPhase.IDLE)
+        elif self._phase is ConnectionPhase.HEAD:
             self.cut("slow_head", RequestTimeout(f"the request's head did not come within {limit_s:g} s"))
         else:
             self.cut("idle")
@@ -250,7 +250,7 @@ class Guard(asyncio.BufferedProtocol):
         self.fault(reason)
         self._connections.forget(self, self._phase)
         if not self.transport.get_write_buffer_size() and not self.transport.is_closing():
-            self.transport.write(self._guarded.farewell(error if self._phase is not Phase.IDLE else None))
+            self.transport.write(self._guarded.farewell(error if self._phase is not ConnectionPhase.IDLE else None))
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
@@ -273,8 +273,8 @@ class Guard(asyncio.BufferedProtocol):
         return self._connections.buffer[: self._portion]
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._phase is Phase.IDLE and self._guarded.opens is Phase.IDLE:
-            self._enter(Phase.HEAD)
+        if self._phase is ConnectionPhase.IDLE and self._guarded.opens is ConnectionPhase.IDLE:
+            self._enter(ConnectionPhase.HEAD)
         self._unread_since = None
         data, start, self._to_come_s = bytes(self._connections.buffer[:nbytes]), time.thread_time(), 0.0
         self._inner.data_received(data)

@@ -153,7 +153,7 @@ class Call:
 
     async def _message(self, deserialize: Callable[[bytes], Any]) -> Any:
         """The only one; its bytes are held until `release`."""
-        reader = _Reader(self._stream, self._max_bytes)
+        reader = _MessageReader(self._stream, self._max_bytes)
         self._body = await self._bodies.receive(reader.read, self._max_bytes)
         if reader.ended:
             raise InvalidRequest("the call has no message")
@@ -161,7 +161,7 @@ class Call:
 
     async def _messages(self, deserialize: Callable[[bytes], Any]) -> AsyncGenerator[Any, None]:
         while True:
-            reader = _Reader(self._stream, self._max_bytes)
+            reader = _MessageReader(self._stream, self._max_bytes)
             await reader.begin()  # a stream may be silent between two messages
             if reader.ended:
                 return
@@ -172,7 +172,7 @@ class Call:
                 body.release()
             yield message
 
-    async def _parsed(self, deserialize: Callable[[bytes], Any], reader: _Reader, data: bytes) -> Any:
+    async def _parsed(self, deserialize: Callable[[bytes], Any], reader: _MessageReader, data: bytes) -> Any:
         self._passed()
         size = self._max_bytes if reader.compressed else len(data)
         return await self._offload(self, size, partial(self._parse, deserialize, reader.compressed, data))
@@ -186,7 +186,7 @@ class Call:
             raise InvalidRequest(f"the message cannot be read: {error}") from error
 
 
-class _Reader:
+class _MessageReader:
     """One length-prefixed message, in pieces."""
 
     def __init__(self, stream: Stream, max_bytes: int) -> None:

@@ -54,7 +54,7 @@ class GrpcServer:
         self.on_failure = on_failure
         self.offload = offload
         self.methods: dict[bytes, tuple[Any, bool]] = {}  # path -> its RpcMethodHandler, whether it only listens
-        self.open: set[_Client] = set()
+        self.open: set[_Calls] = set()
         self.watchers: dict[asyncio.Task[None], None] = {}  # the first has listened longest
         self._listener: asyncio.Server | None = None
 
@@ -88,10 +88,10 @@ class GrpcServer:
             await asyncio.wait(tasks)
 
     def _protocol(self, guard: Guard) -> Http2:
-        return _Client(self, guard).http2
+        return _Calls(self, guard).http2
 
 
-class _Client(AbstractHandler):
+class _Calls(AbstractHandler):
     """The calls of one connection."""
 
     def __init__(self, server: GrpcServer, guard: Guard) -> None:

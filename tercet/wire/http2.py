@@ -28,7 +28,7 @@ from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes, Settings
 
 from tercet.errors import TercetError
-from tercet.wire.connections import Guard, Phase
+from tercet.wire.connections import ConnectionPhase, Guard
 
 WINDOW = 2**16 - 1  # bytes that a client may send ahead of what is read, as HTTP/2 begins with
 MOST_STREAMS = 2**31 - 1  # that HTTP/2 can say
@@ -72,7 +72,7 @@ class _UntilClosed:
 class Http2(asyncio.Protocol):
     """`handler` is told of streams; `guard` of how the connection ends."""
 
-    opens = Phase.HEAD
+    opens = ConnectionPhase.HEAD
     at_first = 256  # an opening; 25 calls fit in as well
 
     def __init__(self, handler: AbstractHandler, guard: Guard, max_streams: int) -> None:

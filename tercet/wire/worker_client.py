@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc
 
 from tercet import secret
-from tercet.core import Admitted, Leg, LegKey, Load, Outcome, Rejection, WorkerInfo
+from tercet.core import Admitted, Leg, Load, Outcome, Rejection, Ticket, WorkerInfo
 from tercet.errors import PeerMismatch, from_wire
 from tercet.wire.codec import (
     GATEWAY,
@@ -21,6 +21,8 @@ from tercet.wire.codec import (
     leg_to_proto,
     load_from_proto,
     scores_from_proto,
+    ticket_from_proto,
+    ticket_to_proto,
     token_from_proto,
 )
 from tercet.wire.gen import worker_pb2 as pb
@@ -49,7 +51,7 @@ _Outbox = asyncio.Queue[pb.Command | None]  # None: the stream has ended
 class WorkerLink:
     """The stream to one worker. Event loop only.
 
-    on_report(key, outcome): a leg's next event, in order.
+    on_report(ticket, outcome): a leg's next event, in order.
     on_load(load): what the worker says of itself.
     on_change(fault): None: the stream came up. Else it was lost, perhaps by that fault, with what was under way on it.
     """
@@ -58,7 +60,7 @@ class WorkerLink:
         self,
         info: WorkerInfo,
         cluster_token: str,
-        on_report: Callable[[LegKey, Outcome], None],
+        on_report: Callable[[Ticket, Outcome], None],
         on_load: Callable[[Load], None],
         on_change: Callable[[str | None], None],
     ) -> None:
@@ -77,8 +79,7 @@ class WorkerLink:
         self._outbox.put_nowait(leg_to_proto(leg))
 
     def abort(self, leg: Leg) -> None:
-        ticket = pb.TicketId(request_id=leg.request_id, attempt=leg.attempt, epoch=leg.epoch)
-        self._outbox.put_nowait(pb.Command(abort=pb.Abort(ticket=ticket)))
+        self._outbox.put_nowait(pb.Command(abort=pb.Abort(ticket=ticket_to_proto(leg.ticket))))
 
     def meet(self, endpoints: Sequence[str]) -> None:
         """Have a prefill worker connect to decode workers."""
@@ -150,8 +151,7 @@ class WorkerLink:
             self.up = True
             self._on_change(None)
         for report in reports.reports:
-            key = (report.ticket.request_id, report.ticket.attempt)
-            self._on_report(key, _outcome(report))
+            self._on_report(ticket_from_proto(report.ticket), _outcome(report))
 
 
 async def _commands(outbox: _Outbox) -> AsyncIterator[pb.Command]:

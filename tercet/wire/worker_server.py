@@ -16,7 +16,7 @@ from typing import Protocol
 import grpc
 
 from tercet import secret
-from tercet.core import Done, Leg, Load, PromptLogprobs, TokenEvent
+from tercet.core import Done, Leg, Load, PromptLogprobs, Ticket, TokenEvent
 from tercet.errors import TercetError
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.codec import (
@@ -27,6 +27,8 @@ from tercet.wire.codec import (
     leg_from_proto,
     load_to_proto,
     scores_to_proto,
+    ticket_from_proto,
+    ticket_to_proto,
     token_to_proto,
 )
 from tercet.wire.connections import ConnectionLimits, Connections, address, listen_error, most_connections
@@ -54,22 +56,24 @@ class ReportStream:
         self._posted = asyncio.Event()
 
     def admitted(self, leg: Leg) -> None:
-        self._post(pb.Report(ticket=_ticket(leg), admitted=pb.Admitted()))
+        self._post(pb.Report(ticket=ticket_to_proto(leg.ticket), admitted=pb.Admitted()))
 
     def prompt_logprobs(self, leg: Leg, scores: PromptLogprobs) -> None:
-        self._post(pb.Report(ticket=_ticket(leg), prompt=scores_to_proto(scores)))
+        self._post(pb.Report(ticket=ticket_to_proto(leg.ticket), prompt=scores_to_proto(scores)))
 
     def token(self, leg: Leg, event: TokenEvent) -> None:
-        self._post(pb.Report(ticket=_ticket(leg), token=token_to_proto(event)))
+        self._post(pb.Report(ticket=ticket_to_proto(leg.ticket), token=token_to_proto(event)))
 
     def finished(self, leg: Leg, done: Done) -> None:
-        self._post(pb.Report(ticket=_ticket(leg), finished=done_to_proto(done)))
+        self._post(pb.Report(ticket=ticket_to_proto(leg.ticket), finished=done_to_proto(done)))
 
     def rejected(self, leg: Leg, reason: str) -> None:
-        self._post(pb.Report(ticket=_ticket(leg), rejected=pb.Rejected(reason=reason)))
+        self._post(pb.Report(ticket=ticket_to_proto(leg.ticket), rejected=pb.Rejected(reason=reason)))
 
     def failed(self, leg: Leg, error: TercetError) -> None:
-        self._post(pb.Report(ticket=_ticket(leg), failed=pb.Failed(code=error.code(), message=str(error))))
+        self._post(
+            pb.Report(ticket=ticket_to_proto(leg.ticket), failed=pb.Failed(code=error.code(), message=str(error)))
+        )
 
     def _post(self, report: pb.Report) -> None:
         self._reports.append(report)
@@ -85,15 +89,11 @@ class ReportStream:
         return reports
 
 
-def _ticket(leg: Leg) -> pb.TicketId:
-    return pb.TicketId(request_id=leg.request_id, attempt=leg.attempt, epoch=leg.epoch)
-
-
 class LegHandler(Protocol):
     def start(self, leg: Leg, stream: ReportStream) -> None:
         """Begin a leg; every leg ends in exactly one of finished, rejected, failed, unless it is aborted."""
 
-    def abort(self, request_id: str, attempt: int, epoch: int) -> None:
+    def abort(self, ticket: Ticket) -> None:
         """Give a leg up; unknown ones are ignored."""
 
     def meet(self, endpoints: Sequence[str]) -> None:
@@ -146,8 +146,7 @@ class _Service(worker_pb2_grpc.WorkerServicer):
             if command.HasField("start"):
                 self._handler.start(leg_from_proto(command.start), stream)
             elif command.HasField("abort"):
-                ticket = command.abort.ticket
-                self._handler.abort(ticket.request_id, ticket.attempt, ticket.epoch)
+                self._handler.abort(ticket_from_proto(command.abort.ticket))
             elif command.HasField("meet"):
                 self._handler.meet(command.meet.endpoints)
 

@@ -137,7 +137,7 @@ def test_a_killed_writer_frees_its_blocks_at_once_and_none_changes_later(scene):
     scene.until_half()
     scene.writer.signal(signal.SIGKILL)
     began = time.monotonic()
-    scene.receiver.next(inbound.Failed)
+    scene.receiver.next(inbound.ReceiveFailed)
     scene.receiver.next(inbound.Quiesced)
     assert time.monotonic() - began < 2 * LEASE_S + 2
     scene.reuse()
@@ -151,7 +151,7 @@ def test_a_stopped_writer_cannot_change_a_block_that_is_free(scene):
     scene.until_half()
     scene.writer.signal(signal.SIGSTOP)
     began = time.monotonic()
-    assert "no word" in str(scene.receiver.next(inbound.Failed).error)
+    assert "no word" in str(scene.receiver.next(inbound.ReceiveFailed).error)
     assert LEASE_S * 0.5 < time.monotonic() - began < LEASE_S * 2 + 1
     fenced = CLASSES[scene.receiver.mover._transports.copy().popitem()[0]].fenceable
     if not fenced:
@@ -165,7 +165,7 @@ def test_a_stopped_writer_cannot_change_a_block_that_is_free(scene):
         scene.writer.signal(signal.SIGCONT)
         scene.writer.say("go")
     ends = [scene.writer.told.get(timeout=20)[0] for _ in range(2)]
-    assert ends == ["Failed", "OpDone"]
+    assert ends == ["SendFailed", "OpDone"]
     time.sleep(0.3)
     assert scene.untouched()
     scene.whole(1)  # and the two can still speak with each other
@@ -175,7 +175,7 @@ def test_a_killed_receiver_fails_the_writer_which_goes_on(scene):
     """The survivor keeps its process, and serves the next incarnation."""
     scene.grant()
     scene.receiver.stop()
-    assert [scene.writer.told.get(timeout=20)[0] for _ in range(2)] == ["Failed", "OpDone"]
+    assert [scene.writer.told.get(timeout=20)[0] for _ in range(2)] == ["SendFailed", "OpDone"]
     scene.receiver = Receiving(next(iter(scene.receiver.mover._transports)), lease_s=LEASE_S)
     scene.whole(2)
 
@@ -184,7 +184,7 @@ def test_a_cancelled_request_of_a_stalled_writer_waits_for_its_word(scene):
     """The receiver gives up first; the blocks are free when the write that is under way has ended."""
     scene.until_half()
     scene.receiver.mover.cancel(ticket_of(), TercetError("cancelled"))
-    scene.receiver.next(inbound.Failed)
+    scene.receiver.next(inbound.ReceiveFailed)
     if CLASSES[next(iter(scene.receiver.mover._transports))].one_sided:
         with pytest.raises(queue.Empty):
             scene.receiver.events.get(timeout=0.3)
@@ -252,9 +252,9 @@ def test_a_cut_link_ends_both_sides_within_the_lease(name, two_hosts):
         made.until_half()
         _run("ip", "link", "set", two_hosts[0], "down")
         began = time.monotonic()
-        made.receiver.next(inbound.Failed)
+        made.receiver.next(inbound.ReceiveFailed)
         made.receiver.next(inbound.Quiesced, 30)
-        assert [made.writer.told.get(timeout=30)[0]] == ["Failed"]
+        assert [made.writer.told.get(timeout=30)[0]] == ["SendFailed"]
         assert time.monotonic() - began < 4 * LEASE_S + 3
         made.reuse()
         _run("ip", "link", "set", two_hosts[0], "up")

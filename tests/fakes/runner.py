@@ -8,9 +8,8 @@ import zlib
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
-from tercet.core import TokenEvent
+from tercet.core import Ticket, TokenEvent
 from tercet.engine.plan import Piece, PieceResult, StepPlan, StepResult, pack, unpack
-from tercet.transfer.protocol.messages import Ticket
 
 VOCAB = 50
 

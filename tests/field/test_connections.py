@@ -22,8 +22,8 @@ from tercet.wire.connections import (
     SPARE,
     SPARE_FILES,
     ConnectionLimits,
+    ConnectionPhase,
     Connections,
-    Phase,
     most_connections,
 )
 from tercet.wire.gen import inference_pb2 as pb
@@ -176,7 +176,7 @@ async def test_an_answer_that_is_not_read_is_given_up_and_one_that_is_read_slowl
 class Recorder(asyncio.Protocol):
     """Notes in which turn of the loop bytes came, and how many."""
 
-    opens, at_first = Phase.IDLE, 4096
+    opens, at_first = ConnectionPhase.IDLE, 4096
 
     def __init__(self):
         self.turn, self.came, self.ended = 0, {}, False

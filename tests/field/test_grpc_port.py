@@ -17,10 +17,10 @@ from grpc_reflection.v1alpha import reflection_pb2
 from hpack import Decoder
 
 from tercet import secret
-from tercet.core import Leg, Load, Role, SamplingParams, TokenEvent, WorkerInfo
+from tercet.core import Leg, Load, Role, SamplingParams, Ticket, TokenEvent, WorkerInfo
 from tercet.wire import codec, connections
 from tercet.wire.codec import leg_to_proto
-from tercet.wire.connections import SPARE, ConnectionLimits, Phase
+from tercet.wire.connections import SPARE, ConnectionLimits, ConnectionPhase
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tercet.wire.worker_client import WorkerLink
@@ -121,7 +121,7 @@ class Handler:
     def start(self, leg, stream):
         stream.token(leg, TokenEvent(7))
 
-    def abort(self, request_id, attempt, epoch):
+    def abort(self, ticket):
         self.aborted += 1
 
     def meet(self, endpoints):
@@ -154,7 +154,7 @@ async def gateway_serves(address):
         return [r async for r in answers][-1].done.finish_reason == "stop"
 
 
-LEG = Leg("r", 0, 1, "aggregated", (1, 2), 2, SamplingParams(), 10.0)
+LEG = Leg(Ticket("r", 0, 1), "aggregated", (1, 2), 2, SamplingParams(), 10.0)
 
 
 @asynccontextmanager
@@ -176,7 +176,7 @@ async def gets_a_token(link):
     async with asyncio.timeout(10):
         link.start(LEG)
         key, outcome = await link.told.get()
-        return (key, outcome.token_id) == (("r", 0), 7)
+        return (key, outcome.token_id) == (LEG.ticket, 7)
 
 
 async def worker_serves(address):
@@ -575,7 +575,7 @@ STRANGERS = {
     "wrong token": proof_of("wrong", "00"),
     "other nonce": proof_of("secret", "11"),
     "no proof": lambda _: worker_pb2.Command(),
-    "another command": lambda _: leg_to_proto(Leg("r", 0, 1, "aggregated", (1,), 1, SamplingParams(), 10.0)),
+    "another command": lambda _: leg_to_proto(Leg(Ticket("r", 0, 1), "aggregated", (1,), 1, SamplingParams(), 10.0)),
 }
 
 
@@ -614,7 +614,7 @@ async def test_strangers_make_room_and_who_has_proven_itself_does_not(monkeypatc
         """More than there is room for, all of whom have begun their calls."""
         enough = connections.closed["evicted"] + SPARE
         held = [tasks.create_task(http2.said_to(address, DEAF, 60)) for _ in range(4 + 2 * SPARE)]
-        while connections.closed["evicted"] < enough or connections._waiting[Phase.HEAD]:
+        while connections.closed["evicted"] < enough or connections._waiting[ConnectionPhase.HEAD]:
             await asyncio.sleep(0.005)
         return held
 
@@ -681,7 +681,7 @@ async def test_a_worker_that_does_not_prove_the_token_gets_no_request(first):
     try:
         async with asyncio.timeout(10):
             while not link.fault:
-                link.start(Leg("r", 0, 1, "aggregated", (1,), 1, SamplingParams(), 10.0))
+                link.start(Leg(Ticket("r", 0, 1), "aggregated", (1,), 1, SamplingParams(), 10.0))
                 await asyncio.sleep(0.01)
         assert "does not know this cluster's token" in link.fault
         assert not impostor.told
@@ -721,7 +721,7 @@ async def test_a_fault_in_the_workers_loop_ends_the_stream_with_its_name(caplog)
     async with grpc.aio.insecure_channel(address) as channel:
         call_ = worker_pb2_grpc.WorkerStub(channel).Connect(metadata=((codec.NONCE_METADATA, "00"),))
         await call_.write(proof_of("secret", "00")(await call_.read()))
-        await call_.write(leg_to_proto(Leg("r", 0, 1, "aggregated", (1,), 1, SamplingParams(), 10.0)))
+        await call_.write(leg_to_proto(Leg(Ticket("r", 0, 1), "aggregated", (1,), 1, SamplingParams(), 10.0)))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await _read_on(call_)
     assert caught.value.code() is grpc.StatusCode.INTERNAL

@@ -45,7 +45,7 @@ async def test_a_long_prompt_does_not_starve_behind_short_ones():
         await asyncio.sleep(0.5)
         link = next(link for link in made.router._links.values() if link.info.role is Role.DECODE)
         begun, start = [], link.start
-        link.start = lambda leg: (begun.append(leg.request_id), start(leg))
+        link.start = lambda leg: (begun.append(leg.ticket.request_id), start(leg))
         events, _ = await made.generate(prompt(900), max_tokens=3, timeout_s=20.0)
         over.set()
         await asyncio.gather(*crowd)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tercet.core import FinishReason, Role
 from tercet.errors import DeadlineExceeded, PeerDown, WorkerLost
 from tercet.spec import ClusterSpec
-from tercet.transfer.mover.loader import Loader
+from tercet.transfer.mover.parcels import Loader
 from tercet.transfer.transports.table import ALL
 from tests.helpers import cluster, request_of, spec_of
 from tests.tiny import VOCAB, tiny_model

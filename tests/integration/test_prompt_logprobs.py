@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tercet.core import Done, PromptLogprobs, Role, TokenEvent
 from tercet.errors import EngineFault, PeerDown
-from tercet.transfer.mover.loader import Loader
+from tercet.transfer.mover.parcels import Loader
 from tests.helpers import LocalCluster, cluster, request_of, spec_of
 from tests.tiny import VOCAB, tiny_model
 

@@ -19,16 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tercet import secret
+from tercet.core import Ticket
 from tercet.errors import LeaseExpired, PeerDown, PeerMismatch, TercetError
 from tercet.transfer.links.channel import Mailbox
 from tercet.transfer.links.wires import dial_tcp, dial_unix
 from tercet.transfer.memory.layout import Units
 from tercet.transfer.memory.pack import Cells, Scratch, pieces_of
-from tercet.transfer.mover.loader import Loader
+from tercet.transfer.mover.parcels import Loader
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, messages, outbound, proof
-from tercet.transfer.protocol.messages import Data, Heartbeat, Hello, Ticket, Welcome, encode
+from tercet.transfer.protocol.messages import Data, Heartbeat, Hello, Welcome, encode
 from tercet.transfer.transports.contract import Endpoint, Transport
 from tests.movers import CLASSES, EPOCH, LAYOUT, Pair, Receiving, commit_of, config, flipping, ticket_of
 
@@ -99,7 +100,7 @@ def test_offer_before_admission_is_granted_at_admission(pair):
 def test_stale_epoch_is_rejected(pair):
     pair.open(Ticket("r", 0, EPOCH - 1), 1)
     failed = pair.sent.get(timeout=5)
-    assert isinstance(failed, outbound.Failed)
+    assert isinstance(failed, outbound.SendFailed)
     assert "epoch 7, not 6" in str(failed.error)
 
 
@@ -108,9 +109,9 @@ def test_cancel_at_the_receiver_is_proven_by_the_sender(pair):
     pair.grant(ticket, 0, [1, 2], 2)
     pair.sender.push(ticket, 0, 0, [3, 4])
     pair.mover.cancel(ticket, TercetError("gone"))
-    pair.next(inbound.Failed)
+    pair.next(inbound.ReceiveFailed)
     assert pair.next(inbound.Quiesced).ticket == ticket
-    assert isinstance(pair.sent.get(timeout=5), outbound.Failed)
+    assert isinstance(pair.sent.get(timeout=5), outbound.SendFailed)
     assert pair.sent.get(timeout=5) == outbound.OpDone(ticket)
     pair.region.view[:] = bytes(len(pair.region.view))
     pair.push_all(ticket, [3, 4])
@@ -121,13 +122,13 @@ def test_cancel_at_the_receiver_is_proven_by_the_sender(pair):
 def test_cancel_at_the_sender_fails_and_quiesces_the_receiver(pair):
     pair.grant(ticket_of(), 0, [1], 1)
     pair.sender.cancel(ticket_of(), TercetError("prefill failed"))
-    assert "prefill failed" in str(pair.next(inbound.Failed).error)
+    assert "prefill failed" in str(pair.next(inbound.ReceiveFailed).error)
     pair.next(inbound.Quiesced)
 
 
 def test_a_ticket_without_a_sender_fails_within_its_lease(pair):
     pair.mover.admit(ticket_of(), 0, [1])
-    assert isinstance(pair.next(inbound.Failed).error, LeaseExpired)
+    assert isinstance(pair.next(inbound.ReceiveFailed).error, LeaseExpired)
     pair.next(inbound.Quiesced)
 
 
@@ -143,16 +144,16 @@ def test_heartbeats_alone_keep_no_ticket_alive(pair):
     """Both ends live and say so; but the engine, which would have to push, does nothing."""
     pair.sender._computed = lambda: 7
     pair.grant(ticket_of(), 0, [1], 1)
-    assert "has not advanced" in str(pair.next(inbound.Failed).error)
+    assert "has not advanced" in str(pair.next(inbound.ReceiveFailed).error)
     pair.next(inbound.Quiesced)
-    assert isinstance(pair.sent.get(timeout=5), outbound.Failed)
+    assert isinstance(pair.sent.get(timeout=5), outbound.SendFailed)
     assert isinstance(pair.sent.get(timeout=5), outbound.OpDone)
 
 
 def test_goodbye_quiesces_everything(pair):
     pair.grant(ticket_of(), 0, [1], 1)
     pair.sender.stop()
-    pair.next(inbound.Failed)
+    pair.next(inbound.ReceiveFailed)
     pair.next(inbound.Quiesced)
 
 
@@ -179,7 +180,7 @@ def test_a_link_that_corrupts_everything_fails_by_name(name):
         events = [made.events.get(timeout=10)]  # a Committed may come before
         while not isinstance(events[-1], inbound.Quiesced):
             events.append(made.events.get(timeout=10))
-        assert isinstance(events[-2], inbound.Failed)
+        assert isinstance(events[-2], inbound.ReceiveFailed)
         assert events[-2].error.code() == "digest_mismatch"
     finally:
         made.stop()

@@ -125,7 +125,7 @@ def test_a_commit_that_cannot_be_sent_ends_the_pair(pair, monkeypatch):
     monkeypatch.setattr(Channel, "send", send)
     pair.grant(ticket_of(), 0, [5], 1)
     pair.push_all(ticket_of(), [3])
-    pair.next(inbound.Failed, 3)
+    pair.next(inbound.ReceiveFailed, 3)
     assert eventually(lambda: not pair.sender.connected(pair.endpoint))
     pair.sender.connect(pair.endpoint)  # shm: its HELLO is the proof
     pair.next(inbound.Quiesced, 3)

@@ -10,12 +10,11 @@ from multiprocessing.connection import Connection
 import msgpack
 import pytest
 
-from tercet.core import SamplingParams, TokenEvent
+from tercet.core import SamplingParams, Ticket, TokenEvent
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.plan import Draw, Piece, PieceResult, Push, StepPlan, StepResult, pack, unpack
 from tercet.engine.runner import Runner
 from tercet.transfer.memory.region import Region
-from tercet.transfer.protocol.messages import Ticket
 from tests.engines import SIZE, Running, load_tiny
 from tests.tiny import VOCAB
 

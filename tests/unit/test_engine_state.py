@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tercet.core import FinishReason, SamplingParams, TokenEvent
+from tercet.core import FinishReason, SamplingParams, Ticket, TokenEvent
 from tercet.engine.blocks import BlockPool, Hold
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.loop import Engine
@@ -22,7 +22,6 @@ from tercet.engine.sequence import Phase, Sequence
 from tercet.engine.state import EngineState, Faulted, StepReport
 from tercet.errors import EngineFault, Overloaded
 from tercet.spec import KvSpec, RoleSpec, SchedulerSpec
-from tercet.transfer.protocol.messages import Ticket
 from tests.fakes.runner import VOCAB, FakeRunner, contents, next_token
 
 SIZE = 8

@@ -12,8 +12,8 @@ from tercet.kernels.linear import (
     LinearPacker,
     OnednnLinear,
     PackedLinear,
-    Scratch,
     WidenedLinear,
+    WideScratch,
     compute_dtype,
     linear_reference,
 )
@@ -33,7 +33,7 @@ def test_linear(kind, dtype, rows, biased):
     elif kind == "widened":
         if compute_dtype(dtype) == dtype:
             pytest.skip("this CPU multiplies the dtype itself")
-        linear = WidenedLinear(weight, bias, Scratch(128))
+        linear = WidenedLinear(weight, bias, WideScratch(128))
     elif compute_dtype(dtype) != dtype:
         pytest.skip("activations are float32 on this CPU")
     else:

@@ -24,6 +24,7 @@ from tercet.core import (
     Rejection,
     Role,
     SamplingParams,
+    Ticket,
     TokenEvent,
     WorkerInfo,
 )
@@ -67,6 +68,7 @@ class Asked:
     tokens: list[int] = field(default_factory=list)
     ends: list[TercetError | None] = field(default_factory=list)
     begun: list[int] = field(default_factory=list)  # attempts
+    tickets: list[Ticket] = field(default_factory=list)  # theirs
     legs: dict[WorkerView, Leg] = field(default_factory=dict)  # that run, of its newest attempt
     lost: set[WorkerView] = field(default_factory=set)  # died with it on board
     refusals: int = 0  # words that a worker has no room
@@ -89,7 +91,7 @@ class Simulation:
         self.count = {role: rng.choice([1, 2, 3]) for role in self.roles}
         self.asked: dict[str, Asked] = {}  # by the name of its tickets
         self.gone: set[WorkerView] = set()  # not announced any more, but their streams have not ended yet
-        self.pending: list[tuple[WorkerView, tuple[str, int], Outcome]] = []  # words on their way, in order of a worker
+        self.pending: list[tuple[WorkerView, Ticket, Outcome]] = []  # words on their way, in order of a worker
         self.finishing = False
         self.seen = {"retried": 0, "rejected": 0, "out of time": 0, "nobody": 0, "done": 0, "died": 0, "failed": 0}
         for role in self.roles:
@@ -116,7 +118,7 @@ class Simulation:
                 case StartLeg(view, leg):
                     self.start(view, leg)
                 case AbortLeg(view, leg):
-                    assert self.asked[leg.request_id].legs.pop(view) is leg, "a leg is aborted that does not run"
+                    assert self.asked[leg.ticket.request_id].legs.pop(view) is leg, "a leg is aborted that does not run"
                 case Introduce(view, _):
                     assert view.info.role is Role.PREFILL
                 case Tell(ongoing, event):
@@ -126,13 +128,14 @@ class Simulation:
 
     def start(self, view: WorkerView, leg: Leg) -> None:
         assert view.up, "a leg for a worker that is down"
-        assert leg.request_id in self.asked, "begun before it was submitted"
-        asked = self.asked[leg.request_id]
-        assert leg.attempt not in asked.begun[:-1], "an old attempt"
-        if asked.begun[-1:] != [leg.attempt]:
+        assert leg.ticket.request_id in self.asked, "begun before it was submitted"
+        asked = self.asked[leg.ticket.request_id]
+        assert leg.ticket.attempt not in asked.begun[:-1], "an old attempt"
+        if asked.begun[-1:] != [leg.ticket.attempt]:
             assert not asked.legs, "two attempts at once"
             self.in_order(asked)
-            asked.begun.append(leg.attempt)
+            asked.begun.append(leg.ticket.attempt)
+            asked.tickets.append(leg.ticket)
             asked.admitted = False
             assert len(asked.begun) - 1 - asked.refusals <= RETRIES, "more attempts than retries"
         assert view not in asked.lost, "a worker that it died on"
@@ -215,7 +218,7 @@ class Simulation:
         if not running:
             return
         view, leg = self.rng.choice(running)
-        asked = self.asked[leg.request_id]
+        asked = self.asked[leg.ticket.request_id]
         outcome = self.next_word(view, leg, asked)
         if outcome is None:
             return
@@ -230,7 +233,7 @@ class Simulation:
             asked.unreachable = set(pair) if isinstance(outcome, PeerUnreachable) else set()
         if not isinstance(outcome, (Admitted, TokenEvent)):
             del asked.legs[view]
-        self.do(self.router.on_report(view, (leg.request_id, leg.attempt), outcome, self.now))
+        self.do(self.router.on_report(view, leg.ticket, outcome, self.now))
 
     def next_word(self, view: WorkerView, leg: Leg, asked: Asked) -> Outcome | None:
         chance = 1.0 if self.finishing else self.rng.random()
@@ -262,9 +265,9 @@ class Simulation:
         views = list(self.router.directory.views.values())
         if old and views:
             asked = self.rng.choice(old)
-            number = self.rng.choice(asked.begun[:-1] or [99])
+            ticket = self.rng.choice(asked.tickets[:-1] or [Ticket("nobody's", 0, 1)])
             outcome = self.rng.choice([TokenEvent(77), Done(FinishReason.STOP), Rejection(""), PeerDown("late")])
-            self.do(self.router.on_report(self.rng.choice(views), (asked.ongoing.name, number), outcome, self.now))
+            self.do(self.router.on_report(self.rng.choice(views), ticket, outcome, self.now))
 
     def die(self) -> None:
         """A stream ends; its worker comes back as a new incarnation, or the stream as it was."""
@@ -458,8 +461,8 @@ def leaves_legs_running(real: Callable) -> Callable:
 
 
 def takes_the_word_of_an_old_attempt(real: Callable) -> Callable:
-    def on_report(self, worker, key, outcome, now):
-        newest = next((k for k in self._running if k[0] == key[0]), key)
+    def on_report(self, worker, ticket, outcome, now):
+        newest = next((t for t in self._running if t.request_id == ticket.request_id), ticket)
         return real(self, worker, newest, outcome, now)
 
     return on_report
@@ -478,8 +481,8 @@ def forgets_deadlines(_: Callable) -> Callable:
 
 
 def repeats_what_was_told(real: Callable) -> Callable:
-    def of(key, request, told, plan, now):
-        return real(key, request, Told(), plan, now)
+    def of(name, request, told, plan, now):
+        return real(name, request, Told(), plan, now)
 
     return staticmethod(of)
 

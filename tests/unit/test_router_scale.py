@@ -64,8 +64,7 @@ class Cluster:
                     raise AssertionError("nothing fails here")
 
     def say(self, view: WorkerView, leg, outcome, at: float) -> None:
-        key = (leg.request_id, leg.attempt)
-        self.at(at, lambda: self.router.on_report(view, key, outcome, self.now))
+        self.at(at, lambda: self.router.on_report(view, leg.ticket, outcome, self.now))
 
     def prefill(self, view: WorkerView, leg) -> None:
         over = max(self.now, self.free_at.get(view, 0.0)) + PREFILL_S * len(leg.token_ids)

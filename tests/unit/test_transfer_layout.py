@@ -1,4 +1,4 @@
-"""plan() and pack against a brute-force oracle: where each (layer, head, token) of the model lies in either cache."""
+"""Runs and packing against a brute-force oracle: where each (layer, head, token) of the model lies in either cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tercet.errors import PeerMismatch
 from tercet.transfer.memory import digest
 from tercet.transfer.memory.digest import digests_in_place, digests_of
-from tercet.transfer.memory.layout import ITEMSIZE, KvLayout, Pair, Units, plan
+from tercet.transfer.memory.layout import ITEMSIZE, KvLayout, Pair, Units, runs_of
 from tercet.transfer.memory.pack import Cells, Scratch, convert, pieces_of
 
 DEGREES = (1, 2, 3, 4, 8)
@@ -58,7 +58,7 @@ def check(src: KvLayout, dst: KvLayout, count: int, skip: int, seed: int = 0) ->
         for part, head, token in itertools.product(range(src.parts), pair.heads, range(count * pair.unit)):
             where = (pair.unit, layer, part, head, token)
             expected[oracle(dst, theirs, *where)] = source[oracle(src, ours, *where)]
-    for at, to, size in plan(pair, pair.layers, ours, theirs):
+    for at, to, size in runs_of(pair, pair.layers, ours, theirs):
         by_runs[to : to + size] = source[at : at + size]
     cells, there = (
         Cells(side, memory.data, pair.layers, units, pair.unit, pair.heads)
@@ -130,7 +130,7 @@ def test_any_pair_of_layouts(src, dst, mla, count, skip, seed):
 
 def test_neighbouring_blocks_move_as_one_run():
     pair = Pair(layout(), layout(blocks=9))
-    runs = plan(pair, range(1, 2), Units([2, 3, 4, 0], 0, 4), Units([5, 6, 8, 0], 0, 4))
+    runs = runs_of(pair, range(1, 2), Units([2, 3, 4, 0], 0, 4), Units([5, 6, 8, 0], 0, 4))
     size = layout().block_bytes
     assert runs[0] == ((6 + 2) * size, (9 + 5) * size, 2 * size)
     assert [length // size for _, _, length in runs] == [2, 1, 1]

@@ -16,13 +16,14 @@ import time
 import numpy as np
 import pytest
 
+from tercet.core import Ticket
 from tercet.errors import TercetError
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.messages import Commit, Ticket
+from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.transports.contract import MoverConfig
 from tercet.transfer.transports.nixl import NixlTransport, _direct
 from tercet.transfer.transports.ucx import UcxTransport
@@ -136,7 +137,7 @@ def test_a_cancel_at_the_receiver_quiesces(pair):
     pair.grant()
     pair.ask("push 0")
     pair.receiver.cancel(TICKET, TercetError("gone"))
-    assert isinstance(pair.next_event(), inbound.Failed)
+    assert isinstance(pair.next_event(), inbound.ReceiveFailed)
     assert isinstance(pair.next_event(), inbound.Quiesced)
     pair.destination.view[:] = bytes(len(pair.destination.view))
     pair.ask("push 1")
@@ -149,7 +150,7 @@ def test_a_link_carries_on_after_a_cancel(pair):
     pair.grant()
     pair.receiver.cancel(TICKET, TercetError("gone"))
     pair.ask("push 0")
-    assert isinstance(pair.next_event(), inbound.Failed)
+    assert isinstance(pair.next_event(), inbound.ReceiveFailed)
     assert isinstance(pair.next_event(), inbound.Quiesced)
     pair.grant()
     for layer in range(LAYOUT.layers):
@@ -163,7 +164,7 @@ def test_a_killed_sender_quiesces(pair):
     pair.grant()
     pair.ask("push 0")
     pair.sender.kill()
-    assert isinstance(pair.next_event(), inbound.Failed)
+    assert isinstance(pair.next_event(), inbound.ReceiveFailed)
     assert isinstance(pair.next_event(), inbound.Quiesced)
 
 
@@ -184,7 +185,7 @@ def test_nothing_lands_after_the_fence(pair):
     pair.sender.send_signal(signal.SIGSTOP)
     for peer in list(pair.receiver._peers.values()):
         peer.shutdown()
-    assert isinstance(pair.next_event(), inbound.Failed)
+    assert isinstance(pair.next_event(), inbound.ReceiveFailed)
     assert isinstance(pair.next_event(), inbound.Quiesced)
     pair.destination.view[:] = bytes(len(pair.destination.view))
     pair.sender.send_signal(signal.SIGCONT)

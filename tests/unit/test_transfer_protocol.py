@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tercet.core import Ticket
 from tercet.errors import LeaseExpired, TransferError
 from tercet.transfer.memory.layout import KvLayout, Pair
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.effects import Send
+from tercet.transfer.protocol.effects import Cut, Send
 from tercet.transfer.protocol.fake import LAYERS, FakeLink
-from tercet.transfer.protocol.messages import Commit, Grant, Heartbeat, Offer, Resend, Ticket
+from tercet.transfer.protocol.messages import Commit, Grant, Heartbeat, Offer, Resend
 
 TICKETS = [Ticket(f"r{n}", 0, 1) for n in range(3)]
 SOURCE = {t: [10 * n, 10 * n + 1] for n, t in enumerate(TICKETS)}
@@ -44,7 +45,7 @@ def check_facts(link: FakeLink) -> None:
         if inbound.Complete in received:
             assert received == {inbound.Committed, inbound.Complete}
         elif received:
-            assert received - {inbound.Committed} == {inbound.Failed, inbound.Quiesced}
+            assert received - {inbound.Committed} == {inbound.ReceiveFailed, inbound.Quiesced}
 
 
 @pytest.mark.parametrize("one_sided", [True, False])
@@ -155,7 +156,7 @@ def test_an_offer_that_fits_no_memory_fails_by_name():
     machine = inbound.Inbound(epoch=1, lease_s=1.0)
     machine.admit(TICKETS[0], 0, [3], now=0.0)
     effects = machine.on_message("peer", TERMS, Offer(TICKETS[0], 1 << 60), 0.0)
-    assert [type(e) for e in effects] == [inbound.Failed, Send, inbound.Quiesced]
+    assert [type(e) for e in effects] == [inbound.ReceiveFailed, Send, inbound.Quiesced]
 
 
 def test_a_resend_before_the_grant_fails_by_name():
@@ -171,7 +172,7 @@ def test_a_commit_whose_top_tokens_do_not_match_fails_by_name():
     machine.admit(TICKETS[0], 0, [3], now=0.0)
     machine.on_message("peer", TERMS, Offer(TICKETS[0], 1), 0.0)
     commit = commit_of(PAIR.unit_bytes, top_ids=[5, 6], top_logprobs=[-0.5])
-    assert isinstance(machine.on_message("peer", TERMS, commit, 0.0)[0], inbound.Failed)
+    assert isinstance(machine.on_message("peer", TERMS, commit, 0.0)[0], inbound.ReceiveFailed)
 
 
 def commit_of(num_bytes=0, top_ids=(), top_logprobs=()):
@@ -194,7 +195,7 @@ def granted_inbound(lease_s=10.0):
 
 
 def failure(effects):
-    return next(e.error for e in effects if isinstance(e, inbound.Failed | outbound.Failed))
+    return next(e.error for e in effects if isinstance(e, inbound.ReceiveFailed | outbound.SendFailed))
 
 
 @pytest.mark.parametrize("pushed", [[], [(0, [3])], [(1, [4])]])
@@ -283,8 +284,8 @@ def test_a_write_that_does_not_end_fails_its_ticket_and_is_then_cut_off():
         machine.on_message("peer", Heartbeat([TICKETS[0]], [0]), float(now))
         seen += [(now, type(e)) for e in machine.tick(float(now), computed=now)]
     kinds = [kind for _, kind in seen]
-    assert kinds[0] is outbound.Failed
-    assert outbound.Cut in kinds
+    assert kinds[0] is outbound.SendFailed
+    assert Cut in kinds
     assert outbound.OpDone not in kinds  # its source is still being read
     assert [type(e) for e in machine.end_write(write, 40.0)] == [Send, outbound.OpDone]
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 import pytest
 
+from tercet.core import Ticket
 from tercet.transfer.protocol import inbound, outbound
 from tercet.transfer.protocol.arrivals import Arrivals
 from tercet.transfer.protocol.fake import LAYERS, FakeLink, Move
 from tercet.transfer.protocol.inbound import Inbound
-from tercet.transfer.protocol.messages import AbortAck, Ticket
+from tercet.transfer.protocol.messages import AbortAck
 from tercet.transfer.protocol.outbound import Outbound
 
 SEEDS = 3000
@@ -125,7 +126,7 @@ class Simulation:
             self.link.pass_time(4.0, heartbeats=True)
         while choices := self.link.choices():
             choices[0]()
-        ended = {e.ticket for e in self.link.events if isinstance(e, inbound.Complete | inbound.Failed)}
+        ended = {e.ticket for e in self.link.events if isinstance(e, inbound.Complete | inbound.ReceiveFailed)}
         assert ended == set(self.tickets), "a ticket hangs"
         assert self.link.reading == {}, "leaked source blocks"
         self.link.prefill_dies()
@@ -140,10 +141,10 @@ class Simulation:
         assert all(n == 1 for n in counts.values()), counts
         for ticket in self.tickets:
             ours = {type(e) for e in link.events if e.ticket == ticket and type(e).__module__ == inbound.__name__}
-            complete, failed = {inbound.Complete} <= ours, {inbound.Failed, inbound.Quiesced} <= ours
+            complete, failed = {inbound.Complete} <= ours, {inbound.ReceiveFailed, inbound.Quiesced} <= ours
             assert complete != failed, f"{ticket} ended as {ours}"
         if not self.faults:
-            assert not any(isinstance(e, inbound.Failed) for e in link.events)
+            assert not any(isinstance(e, inbound.ReceiveFailed) for e in link.events)
 
 
 def failing_seed(seeds: int) -> int | None:

@@ -102,12 +102,12 @@ class Timings:
     attempts: int | None = None
 
 
-class Detokenizer(Protocol):
+class GatewayDetokenizer(Protocol):
     def push(self, token_id: int, /) -> str: ...
     def flush(self) -> str: ...
 
 
-class Tokenizer(Protocol):
+class GatewayTokenizer(Protocol):
     """What the gateway needs of tercet.models.tokenizer.Tokenizer; tests bring a fake.
 
     Encoding raises InvalidRequest. It lets go of the GIL, and may run in several threads at once.
@@ -132,13 +132,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str: ...
     def token_text(self, token_id: int, /) -> str: ...
     def token_bytes(self, token_id: int, /) -> bytes: ...
-    def detokenizer(self, prompt_ids: Sequence[int] = (), /) -> Detokenizer: ...
+    def detokenizer(self, prompt_ids: Sequence[int] = (), /) -> GatewayDetokenizer: ...
 
 
 @dataclass(frozen=True)
 class ServedModel:
     name: str
-    tokenizer: Tokenizer
+    tokenizer: GatewayTokenizer
     vocab_size: int
     max_context: int  # tokens, prompt and output together
 

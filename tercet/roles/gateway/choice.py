@@ -11,7 +11,7 @@ import time
 
 from tercet.core import Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
 from tercet.metrics import Metrics
-from tercet.roles.gateway.ask import Delta, Timings, Tokenizer
+from tercet.roles.gateway.ask import Delta, GatewayTokenizer, Timings
 from tercet.roles.gateway.stop import StopMatcher
 
 
@@ -22,7 +22,7 @@ class Choice:
         self,
         index: int,
         request: GenerateRequest,
-        tokenizer: Tokenizer,
+        tokenizer: GatewayTokenizer,
         stop: tuple[str, ...],
         arrived: float,
         echo: str = "",

@@ -30,7 +30,7 @@ from tercet.errors import (
 )
 from tercet.roles.gateway.openai_reply import error_body
 from tercet.roles.gateway.openai_request import PARAMETERS
-from tercet.wire.connections import Guard, Phase
+from tercet.wire.connections import ConnectionPhase, Guard
 
 RETRY_AFTER_S = "1"  # with every 503
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -48,7 +48,7 @@ class HttpProtocol(web.RequestHandler):
     """One connection."""
 
     __slots__ = ("_body", "_came", "_count", "guard")
-    opens = Phase.IDLE
+    opens = ConnectionPhase.IDLE
     at_first = 4096  # most requests are not larger
 
     def __init__(self, server: web.Server, guard: Guard, count: _Count) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tercet.core import TopLogprobs
 from tercet.errors import TercetError, UserError
-from tercet.roles.gateway.ask import Delta, Tokenizer, Usage
+from tercet.roles.gateway.ask import Delta, GatewayTokenizer, Usage
 from tercet.roles.gateway.choice import Choice
 from tercet.roles.gateway.openai_request import Options
 from tercet.roles.gateway.session import Session
@@ -35,7 +35,7 @@ class Reply(ABC):
     object_name: str
     chunk_name: str
 
-    def __init__(self, session: Session, model: str, tokenizer: Tokenizer, options: Options) -> None:
+    def __init__(self, session: Session, model: str, tokenizer: GatewayTokenizer, options: Options) -> None:
         self._session = session
         self._tokenizer = tokenizer
         self._options = options

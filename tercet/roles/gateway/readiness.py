@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 from tercet.core import GenerateRequest, SamplingParams
 from tercet.errors import TercetError
-from tercet.roles.gateway.ask import Backend, Tokenizer
+from tercet.roles.gateway.ask import Backend, GatewayTokenizer
 
 POLL_S = 0.2  # how late a change of the pairs may be seen
 RETRY_S = 1.0  # after a probe that failed
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class Readiness:
     """`run` until cancelled; `ready` and `reason` are always current."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, timeout_s: float) -> None:
+    def __init__(self, backend: Backend, tokenizer: GatewayTokenizer, timeout_s: float) -> None:
         self._backend = backend
         self._prompt = tuple(tokenizer.encode(PROBE_TEXT))
         self._timeout_s = timeout_s

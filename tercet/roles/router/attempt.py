@@ -12,10 +12,10 @@ from tercet.core import (
     FinishReason,
     GenerateRequest,
     Leg,
-    LegKey,
     Outcome,
     PromptLogprobs,
     Rejection,
+    Ticket,
     TokenEvent,
 )
 from tercet.errors import Overloaded, ProtocolViolation, TercetError
@@ -23,21 +23,21 @@ from tercet.roles.router.directory import WorkerView
 from tercet.roles.router.policy import Plan
 
 
-class Busy(Exception):  # never leaves the router
+class WorkerBusy(Exception):  # never leaves the router
     """A worker had no room after all."""
 
     def __init__(self, worker: WorkerView) -> None:
         self.worker = worker
 
 
-class Failed(Exception):  # likewise
+class AttemptFailed(Exception):  # likewise
     """The attempt is over. reporter: whose word that is; None: the deadline's."""
 
     def __init__(self, reporter: WorkerView | None, error: TercetError) -> None:
         self.reporter, self.error = reporter, error
 
 
-Event = PromptLogprobs | TokenEvent | Done
+RequestEvent = PromptLogprobs | TokenEvent | Done
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Told:
 
 @dataclass(eq=False)
 class Attempt:
-    key: LegKey
+    ticket: Ticket
     plan: Plan
     legs: dict[WorkerView, Leg]  # those that have not ended
     committed: bool = False  # a token came, so the prefill worker has done its part
@@ -69,20 +69,22 @@ class Attempt:
     held: list[TokenEvent | Done] = field(default_factory=list)  # came before them
 
     @classmethod
-    def of(cls, key: LegKey, request: GenerateRequest, told: Told, plan: Plan, now: float) -> Attempt:
-        """What was emitted is computed again as a part of the prompt."""
+    def of(cls, name: tuple[str, int], request: GenerateRequest, told: Told, plan: Plan, now: float) -> Attempt:
+        """What was emitted is computed again as a part of the prompt. name: of the request's tickets, and the attempt's
+        number."""
         decoder, params = plan.decode.info, request.params
         if told.scored:
             params = replaced(params, prompt_logprobs=None)
         tokens = (*request.token_ids, *(event.token_id for event in told.tokens))
-        base = Leg(*key, decoder.epoch, "", tokens, len(request.token_ids), params, request.deadline - now)
+        ticket = Ticket(*name, decoder.epoch)
+        base = Leg(ticket, "", tokens, len(request.token_ids), params, request.deadline - now)
         legs = {view: replaced(base, kind=view.info.role.value) for view in plan.workers}
         if plan.prefill is not plan.decode:
             legs[plan.prefill] = replaced(legs[plan.prefill], peer=decoder.transfer_endpoint)
-        return cls(key, plan, legs, lacks_scores=params.prompt_logprobs is not None)
+        return cls(ticket, plan, legs, lacks_scores=params.prompt_logprobs is not None)
 
-    def next(self, view: WorkerView | None, outcome: Outcome) -> Sequence[Event]:
-        """What a report is to the request. Raises Busy or Failed if it ends the attempt."""
+    def next(self, view: WorkerView | None, outcome: Outcome) -> Sequence[RequestEvent]:
+        """What a report is to the request. Raises WorkerBusy or AttemptFailed if it ends the attempt."""
         if isinstance(outcome, PromptLogprobs):
             self.lacks_scores = False
             return [outcome, *self.held]
@@ -109,19 +111,19 @@ class Attempt:
         if isinstance(outcome, Done):
             return outcome
         if isinstance(outcome, Rejection):
-            raise Busy(self.plan.decode)
+            raise WorkerBusy(self.plan.decode)
         if isinstance(outcome, Overloaded):  # the prefill worker had no room after all
-            raise Busy(self.plan.prefill)
+            raise WorkerBusy(self.plan.prefill)
         assert isinstance(outcome, TercetError)
-        raise Failed(view, outcome)
+        raise AttemptFailed(view, outcome)
 
     def _prefill_ended(self, view: WorkerView, outcome: Outcome) -> None:
         """Once the first token is here, only the decode worker can say whether the KV has landed."""
         if isinstance(outcome, Done) and self.lacks_scores:
-            raise Failed(view, ProtocolViolation(f"{view.info.worker_id} has not told the prompt's logprobs"))
+            raise AttemptFailed(view, ProtocolViolation(f"{view.info.worker_id} has not told the prompt's logprobs"))
         if isinstance(outcome, Rejection):
-            raise Busy(self.plan.prefill)
+            raise WorkerBusy(self.plan.prefill)
         if isinstance(outcome, Overloaded):  # the decode worker turned its offer down
-            raise Busy(self.plan.decode)
+            raise WorkerBusy(self.plan.decode)
         if isinstance(outcome, TercetError) and (self.lacks_scores or not self.committed):
-            raise Failed(view, outcome)
+            raise AttemptFailed(view, outcome)

@@ -27,16 +27,16 @@ from tercet.core import (
     Done,
     GenerateRequest,
     Leg,
-    LegKey,
     Load,
     Outcome,
     PromptLogprobs,
     Role,
+    Ticket,
     TokenEvent,
     WorkerInfo,
 )
 from tercet.errors import DeadlineExceeded, NoWorkers, TercetError, TransferError, WorkerLost
-from tercet.roles.router.attempt import Attempt, Busy, Event, Failed, Told
+from tercet.roles.router.attempt import Attempt, AttemptFailed, RequestEvent, Told, WorkerBusy
 from tercet.roles.router.directory import Directory, Incarnation, WorkerView
 from tercet.roles.router.line import Line, Place
 from tercet.roles.router.policy import History, Plan, choose
@@ -90,7 +90,7 @@ class Tell:
     """The request's next event."""
 
     ongoing: Ongoing
-    event: Event
+    event: RequestEvent
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Decisions:
         self.proven: set[tuple[Incarnation, Incarnation]] = set()  # pairs through which a request has passed
         self._line = Line()
         self._places: dict[int, Ongoing] = {}  # number of a place -> who has it; until the request's end
-        self._running: dict[LegKey, Ongoing] = {}
+        self._running: dict[Ticket, Ongoing] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, number of a place)
         self._refused: Place | None = None  # the first in line, for whom nobody had room
         self._look_at = 0.0  # it is looked at again then, or when there is more room
@@ -186,9 +186,9 @@ class Decisions:
     def on_load(self, worker: WorkerView, load: Load) -> None:
         worker.load = load
 
-    def on_report(self, worker: WorkerView, key: LegKey, outcome: Outcome, now: float) -> list[RouterEffect]:
+    def on_report(self, worker: WorkerView, ticket: Ticket, outcome: Outcome, now: float) -> list[RouterEffect]:
         """The next event of a leg, in order."""
-        ongoing = self._running.get(key)
+        ongoing = self._running.get(ticket)
         if ongoing is None:  # a late word of an attempt that is over
             return []
         if isinstance(outcome, Admitted):
@@ -241,9 +241,9 @@ class Decisions:
 
     def _begin(self, ongoing: Ongoing, plan: Plan, now: float) -> list[RouterEffect]:
         """Start every leg of the plan."""
-        key = (ongoing.name, ongoing.attempts)
-        attempt = ongoing.attempt = Attempt.of(key, ongoing.request, ongoing.told, plan, now)
-        self._running[key] = ongoing
+        name = (ongoing.name, ongoing.attempts)
+        attempt = ongoing.attempt = Attempt.of(name, ongoing.request, ongoing.told, plan, now)
+        self._running[attempt.ticket] = ongoing
         ongoing.attempts += 1
         ongoing.before = len(ongoing.told.tokens)
         if not ongoing.place.holds:
@@ -264,15 +264,15 @@ class Decisions:
                     return [*effects, *self._done(ongoing, event, ongoing.failures + 1)]
                 ongoing.told.add(event)
                 effects.append(Tell(ongoing, event))
-        except Busy as busy:
+        except WorkerBusy as busy:
             ongoing.history.busy.add(busy.worker)
             ongoing.place.holds = True
             effects += self._again(ongoing, now)
-        except Failed as failed:
+        except AttemptFailed as failed:
             effects += self._failed(ongoing, failed, now)
         return effects
 
-    def _failed(self, ongoing: Ongoing, failed: Failed, now: float) -> list[RouterEffect]:
+    def _failed(self, ongoing: Ongoing, failed: AttemptFailed, now: float) -> list[RouterEffect]:
         """Another attempt, unless there is a reason against it."""
         assert ongoing.attempt is not None
         ongoing.failures += 1
@@ -321,7 +321,7 @@ class Decisions:
         attempt, ongoing.attempt = ongoing.attempt, None
         if attempt is None:
             return []
-        del self._running[attempt.key]
+        del self._running[attempt.ticket]
         legs = list(attempt.legs.items())
         for worker, leg in legs:
             self._free(worker, leg)

@@ -31,14 +31,14 @@ class Place:
 
 
 @dataclass
-class _Client:
+class _Flow:
     waiting: list[Place] = field(default_factory=list)  # a heap
     credit: int = QUANTUM  # tokens
 
 
 class Line:
     def __init__(self) -> None:
-        self._clients: dict[str, _Client] = {}  # those in one of the two lists
+        self._clients: dict[str, _Flow] = {}  # those in one of the two lists
         self._new: deque[str] = deque()
         self._old: deque[str] = deque()
         self._head: Place | None = None
@@ -53,7 +53,7 @@ class Line:
         place.stands = True
         client = self._clients.get(place.client)
         if client is None:
-            client = self._clients[place.client] = _Client()
+            client = self._clients[place.client] = _Flow()
             self._new.append(place.client)
         heapq.heappush(client.waiting, place)
         if self._head is not None and self._head.client == place.client and place < self._head:

@@ -7,9 +7,9 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
-from tercet.core import Done, GenerateRequest, LegKey, Load, Outcome, WorkerInfo
+from tercet.core import Done, GenerateRequest, Load, Outcome, Ticket, WorkerInfo
 from tercet.errors import TercetError
-from tercet.roles.router.attempt import Event
+from tercet.roles.router.attempt import RequestEvent
 from tercet.roles.router.decisions import AbortLeg, Decisions, End, Introduce, Ongoing, RouterEffect, StartLeg, Tell
 from tercet.roles.router.directory import WorkerView
 from tercet.roles.router.pairs import slow_pair
@@ -17,7 +17,7 @@ from tercet.roles.router.policy import capacity
 from tercet.spec import ROLES_OF, ClusterSpec
 from tercet.wire.worker_client import WorkerLink
 
-_Heard = asyncio.Queue[Event | TercetError]
+_Heard = asyncio.Queue[RequestEvent | TercetError]
 
 
 class Router:
@@ -70,7 +70,7 @@ class Router:
 
     # ---- the data path
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestEvent, None]:
         """The prompt's logprobs if they are wanted, tokens as they come, then Done. Raises TercetError. Closing the
         generator aborts the request at once."""
         name = f"{request.request_id}.{secrets.token_hex(4)}"  # clients reuse ids; a ticket must be unique
@@ -104,7 +104,7 @@ class Router:
                     self._tell(ongoing, error)
         self._arm()
 
-    def _tell(self, ongoing: Ongoing, event: Event | TercetError) -> None:
+    def _tell(self, ongoing: Ongoing, event: RequestEvent | TercetError) -> None:
         if ongoing in self._heard:
             self._heard[ongoing].put_nowait(event)
 
@@ -126,8 +126,8 @@ class Router:
     def _link(self, view: WorkerView) -> WorkerLink:
         decisions = self._decisions
 
-        def on_report(key: LegKey, outcome: Outcome) -> None:
-            self._carry_out(decisions.on_report(view, key, outcome, time.monotonic()))
+        def on_report(ticket: Ticket, outcome: Outcome) -> None:
+            self._carry_out(decisions.on_report(view, ticket, outcome, time.monotonic()))
 
         def on_load(load: Load) -> None:
             decisions.on_load(view, load)

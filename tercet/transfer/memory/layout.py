@@ -195,7 +195,7 @@ class Pair:
         return (self.src.dtype, self.src.scale) != (self.dst.dtype, self.dst.scale)
 
 
-def plan(pair: Pair, layers: range, src: Units, dst: Units) -> list[Run]:
+def runs_of(pair: Pair, layers: range, src: Units, dst: Units) -> list[Run]:
     """Runs that move the units `src` of the layers to `dst`, in the order of layers, units, then as a unit lies in the
     destination; what is adjacent on both sides is one run."""
     assert src.count == dst.count

@@ -25,8 +25,8 @@ from tercet.transfer.protocol import proof
 from tercet.transfer.protocol.messages import VERSION, Goodbye, Hello, Probe, ProbeAck
 from tercet.transfer.transports.contract import (
     HANDSHAKE_S,
-    Ask,
     Endpoint,
+    LinkContext,
     MoverConfig,
     Outlet,
     Parcel,
@@ -44,7 +44,7 @@ BULK_PROBES = 3  # of a whole scratch on each link, for the bandwidth
 log = logging.getLogger(__name__)
 
 
-class Peer:
+class DecodePeer:
     """One decode worker, connected."""
 
     def __init__(self, endpoint: str, transport: Transport, channel: Channel, pair: Pair, lock: threading.Lock) -> None:
@@ -91,16 +91,16 @@ class Dialer:
         self._host_id = host_id()
         self._quiet: deque[tuple[str, str]] = deque(maxlen=QUIET)  # (endpoint, id) of pairs that are over
 
-    def quiet(self, peer: Peer) -> None:
+    def quiet(self, peer: DecodePeer) -> None:
         """Nothing of the pair will be written any more; the next HELLO to its worker says so."""
         if peer.id:
             self._quiet.append((peer.endpoint, peer.id))
 
-    def dial(self, encoded: str) -> Peer:
+    def dial(self, encoded: str) -> DecodePeer:
         """Connect by every transport that reaches, and keep the one that was measured to be the fastest; shared memory
         is taken unmeasured, since every other way copies more. A transport that fails is named in the log."""
         endpoint = Endpoint.decode(encoded)
-        made: list[Peer] = []
+        made: list[DecodePeer] = []
         failures: list[TransferError] = []
         for transport in self._candidates(endpoint):
             try:
@@ -118,13 +118,13 @@ class Dialer:
                 self._drop(other)
         return best
 
-    def _drop(self, peer: Peer) -> None:
+    def _drop(self, peer: DecodePeer) -> None:
         peer.close()
         self.quiet(peer)
 
-    def _dial_over(self, encoded: str, endpoint: Endpoint, transport: Transport) -> Peer:
+    def _dial_over(self, encoded: str, endpoint: Endpoint, transport: Transport) -> DecodePeer:
         channel = Channel(self._socket(transport, endpoint, 0))
-        peer = Peer(encoded, transport, channel, Pair(self._region.layout, self._region.layout), self._lock)
+        peer = DecodePeer(encoded, transport, channel, Pair(self._region.layout, self._region.layout), self._lock)
         try:
             self._greet(peer)
             for number in range(self._config.links or transport.links):
@@ -156,7 +156,7 @@ class Dialer:
         except OSError as error:  # of this process: no descriptor is left
             raise PeerDown(f"no transfer connection to {endpoint.worker_id}: {error}") from error
 
-    def _greet(self, peer: Peer) -> None:
+    def _greet(self, peer: DecodePeer) -> None:
         """The control link's handshake."""
         peer.channel.settimeout(HANDSHAKE_S)
         over = [each for each in list(self._quiet) if each[0] == peer.endpoint][-MAX_QUIET:]
@@ -168,7 +168,7 @@ class Dialer:
         peer.id, peer.worker_id = welcome.pair, welcome.worker_id
         peer.pair = pair_of(self._region.layout, welcome.layout, peer.transport, self._config.convert)
 
-    def _join(self, peer: Peer, channel: Channel) -> None:
+    def _join(self, peer: DecodePeer, channel: Channel) -> None:
         """A data link's handshake."""
         channel.settimeout(HANDSHAKE_S)
         try:
@@ -179,8 +179,8 @@ class Dialer:
             raise
         try:
             welcome = accept_welcome(message, self._config.token, hello.nonce)
-            ask = Ask(channel, self._region, self._config.lease_s, welcome.blob, fds)
-            peer.links.append((channel, peer.transport.outlet(ask)))
+            context = LinkContext(channel, self._region, self._config.lease_s, welcome.blob, fds)
+            peer.links.append((channel, peer.transport.outlet(context)))
         except TransferError:
             channel.close()
             raise
@@ -188,7 +188,7 @@ class Dialer:
             for fd in fds:
                 os.close(fd)
 
-    def _hello(self, peer: Peer, channel: Channel, quiet: Sequence[str]) -> Hello:
+    def _hello(self, peer: DecodePeer, channel: Channel, quiet: Sequence[str]) -> Hello:
         """Say who we are, in answer to the CHALLENGE."""
         config, layout = self._config, list[object](astuple(self._region.layout))
         challenge = accept_challenge(channel.receive()[0])
@@ -198,7 +198,7 @@ class Dialer:
         channel.send(hello)
         return hello
 
-    def _attest(self, peer: Peer) -> PairState:
+    def _attest(self, peer: DecodePeer) -> PairState:
         """Measure the links, all at once since they may share a wire, by bytes that go where KV goes: into the scratch
         behind the peer's cache."""
         latency = min(self._probe(peer, *link, 64) for link in peer.links for _ in range(PROBES))
@@ -210,11 +210,11 @@ class Dialer:
         num_bytes = len(peer.links) * BULK_PROBES * SCRATCH
         return PairState(peer.worker_id, peer.transport.name, num_bytes / seconds, latency)
 
-    def _fill(self, peer: Peer, link: tuple[Channel, Outlet]) -> None:
+    def _fill(self, peer: DecodePeer, link: tuple[Channel, Outlet]) -> None:
         for _ in range(BULK_PROBES):
             self._probe(peer, *link, SCRATCH)
 
-    def _probe(self, peer: Peer, channel: Channel, outlet: Outlet, num_bytes: int) -> float:
+    def _probe(self, peer: DecodePeer, channel: Channel, outlet: Outlet, num_bytes: int) -> float:
         run = (self._region.layout.total_bytes, peer.pair.dst.total_bytes, num_bytes)
         began = time.perf_counter()
         outlet.write(channel, Parcel(Probe(num_bytes), self._region.memory, [run]))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tercet.errors import ProtocolViolation
 from tercet.transfer.links.channel import Channel
 from tercet.transfer.memory.digest import digests_in_place, digests_of
-from tercet.transfer.memory.layout import Pair, Units, plan
+from tercet.transfer.memory.layout import Pair, Units, runs_of
 from tercet.transfer.memory.pack import Bytes, Cells, Memory, Scratch, pieces_of
 from tercet.transfer.memory.region import Region
 from tercet.transfer.protocol.arrivals import Landing
@@ -51,7 +51,7 @@ class Lander:
         if pair.converts:
             raise ProtocolViolation("bytes of another dtype must come packed")
         source = Units(range(units.count), 0, units.count)
-        return [self._memory[at : at + size] for _, at, size in plan(pair.streamed, layers, source, units)]
+        return [self._memory[at : at + size] for _, at, size in runs_of(pair.streamed, layers, source, units)]
 
     def _verified(self, pair: Pair, data: Data, cells: Cells, packed: Bytes | None) -> NDArray[np.bool_]:
         layers, units = range(data.layer, data.layer + data.layers), range(data.index, data.index + data.count)

@@ -19,6 +19,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tercet.core import Ticket
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
 from tercet.transfer.links.channel import Channel, Mailbox, join_all
 from tercet.transfer.links.wires import host_id, tune_tcp, vet_unix
@@ -26,12 +27,12 @@ from tercet.transfer.memory.region import SCRATCH, Region
 from tercet.transfer.mover.acceptor import Acceptor
 from tercet.transfer.mover.lander import Lander
 from tercet.transfer.protocol import proof
-from tercet.transfer.protocol.effects import Send
-from tercet.transfer.protocol.inbound import Committed, Complete, Cut, Effect, Failed, Inbound, Quiesced, Terms
-from tercet.transfer.protocol.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Ticket, Welcome
-from tercet.transfer.transports.contract import STOP_S, Ask, Endpoint, Inlet, MoverConfig, Transport, pair_of
+from tercet.transfer.protocol.effects import Cut, Send
+from tercet.transfer.protocol.inbound import Committed, Complete, Inbound, InboundEffect, Quiesced, ReceiveFailed, Terms
+from tercet.transfer.protocol.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Welcome
+from tercet.transfer.transports.contract import STOP_S, Endpoint, Inlet, LinkContext, MoverConfig, Transport, pair_of
 
-Event = Committed | Complete | Failed | Quiesced
+ReceiveEvent = Committed | Complete | ReceiveFailed | Quiesced
 
 
 @dataclass(eq=False)
@@ -44,7 +45,7 @@ class _Link:
     thread: threading.Thread
 
 
-class _Peer:
+class _PrefillPeer:
     """One prefill worker, connected."""
 
     def __init__(self, transport: Transport, channel: Channel, terms: Terms, worker_id: str) -> None:
@@ -72,7 +73,7 @@ class KvReceiver:
         epoch: int,
         region: Region,
         transports: Sequence[Transport],
-        on_event: Callable[[Event], None],
+        on_event: Callable[[ReceiveEvent], None],
     ) -> None:
         self._config = config
         self._epoch = epoch
@@ -81,7 +82,7 @@ class KvReceiver:
         self._on_event = on_event
         self._inbound = Inbound(epoch, config.lease_s)
         self._lock = threading.Lock()
-        self._peers: dict[str, _Peer] = {}  # pair id -> peer, until nothing of it can land any more
+        self._peers: dict[str, _PrefillPeer] = {}  # pair id -> peer, until nothing of it can land any more
         self._acceptor = Acceptor(config, self._serve)
         self._stopping = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
@@ -165,7 +166,7 @@ class KvReceiver:
         else:
             tune_tcp(channel.sock)
         pair = pair_of(hello.layout, self._region.layout, transport, self._config.convert)
-        peer = _Peer(transport, channel, Terms(pair, transport.one_sided, transport.fenceable), hello.worker_id)
+        peer = _PrefillPeer(transport, channel, Terms(pair, transport.one_sided, transport.fenceable), hello.worker_id)
         with self._lock:
             self._peers[peer.id] = peer
             for gone in hello.quiet:
@@ -181,7 +182,7 @@ class KvReceiver:
         finally:
             self._end(peer)
 
-    def _read_messages(self, peer: _Peer) -> None:
+    def _read_messages(self, peer: _PrefillPeer) -> None:
         while True:
             message, payload = peer.channel.receive()
             if payload:
@@ -189,11 +190,11 @@ class KvReceiver:
             peer.said_goodbye = peer.said_goodbye or isinstance(message, Goodbye)
             self._take(peer, message)
 
-    def _take(self, peer: _Peer, message: Message) -> None:
+    def _take(self, peer: _PrefillPeer, message: Message) -> None:
         with self._lock:
             self._run(self._inbound.on_message(peer, peer.terms, message, time.monotonic()))
 
-    def _end(self, peer: _Peer) -> None:
+    def _end(self, peer: _PrefillPeer) -> None:
         """The pair is over: fail what it carried, then free it as soon as nothing can land any more."""
         with self._lock:
             peer.over = True  # no link joins it now
@@ -213,7 +214,7 @@ class KvReceiver:
             if fd is not None:
                 os.close(fd)
 
-    def _await_end(self, peer: _Peer) -> bool:
+    def _await_end(self, peer: _PrefillPeer) -> bool:
         """Block until the process of the peer is dead or has said that it writes no more (True), or until this
         receiver stops (False)."""
         poller = select.poll()
@@ -231,7 +232,7 @@ class KvReceiver:
             raise PeerMismatch("a data link of no pair that is known here")
         if not transport.one_host:
             tune_tcp(channel.sock)
-        inlet = transport.inlet(Ask(channel, self._region, self._config.lease_s))
+        inlet = transport.inlet(LinkContext(channel, self._region, self._config.lease_s))
         link = _Link(channel, inlet, Lander(self._region, self._config.integrity), threading.current_thread())
         with self._lock:
             joined = not peer.over
@@ -254,7 +255,7 @@ class KvReceiver:
         finally:
             peer.shutdown()
 
-    def _read_data(self, peer: _Peer, link: _Link) -> None:
+    def _read_data(self, peer: _PrefillPeer, link: _Link) -> None:
         while True:
             message, payload = link.channel.receive()
             if isinstance(message, Probe):
@@ -273,7 +274,7 @@ class KvReceiver:
         link.inlet.land(link.channel, payload, [self._region.memory[start : start + probe.num_bytes]])
         link.channel.send(ProbeAck(probe.num_bytes))
 
-    def _land(self, peer: _Peer, link: _Link, data: Data, payload: int) -> None:
+    def _land(self, peer: _PrefillPeer, link: _Link, data: Data, payload: int) -> None:
         with self._lock:
             landing = self._inbound.begin_landing(peer, data)
         if landing is None:
@@ -286,7 +287,7 @@ class KvReceiver:
             with self._lock:
                 self._run(self._inbound.end_landing(data, good, time.monotonic()))
 
-    def _pass_over(self, peer: _Peer, link: _Link, data: Data, payload: int) -> None:
+    def _pass_over(self, peer: _PrefillPeer, link: _Link, data: Data, payload: int) -> None:
         """Let bytes go by that must not be placed: those on the channel here, those of a library by its inlet."""
         num_bytes = data.layers * data.count * peer.terms.pair.unit_bytes
         if num_bytes > self._region.layout.total_bytes:
@@ -301,14 +302,14 @@ class KvReceiver:
                 self._run(self._inbound.tick(time.monotonic()))
                 self._run(self._inbound.heartbeats())
 
-    def _run(self, effects: Sequence[Effect]) -> None:
+    def _run(self, effects: Sequence[InboundEffect]) -> None:
         """Carry effects out, in order; the lock is held."""
         for effect in effects:
             if isinstance(effect, Send):
-                assert isinstance(effect.peer, _Peer)
+                assert isinstance(effect.peer, _PrefillPeer)
                 effect.peer.mailbox.post(effect.message)
             elif isinstance(effect, Cut):
-                assert isinstance(effect.peer, _Peer)
+                assert isinstance(effect.peer, _PrefillPeer)
                 effect.peer.shutdown()
             else:
                 self._on_event(effect)

@@ -15,30 +15,29 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from tercet.core import PairState
+from tercet.core import PairState, Ticket
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
 from tercet.transfer.links.channel import Channel, Mailbox, join_all
 from tercet.transfer.memory.region import Region
-from tercet.transfer.mover.dialer import Dialer, Peer
-from tercet.transfer.mover.loader import Loader
-from tercet.transfer.protocol.effects import Send
-from tercet.transfer.protocol.messages import Commit, Goodbye, Ticket
+from tercet.transfer.mover.dialer import DecodePeer, Dialer
+from tercet.transfer.mover.parcels import Loader
+from tercet.transfer.protocol.effects import Cut, Send
+from tercet.transfer.protocol.messages import Commit, Goodbye
 from tercet.transfer.protocol.outbound import (
     MAX_UNSEEN_WRITE,
     MAX_WRITE,
-    Cut,
-    Effect,
-    Failed,
     Granted,
     OpDone,
     Outbound,
+    OutboundEffect,
     Ready,
     Released,
+    SendFailed,
     Write,
 )
 from tercet.transfer.transports.contract import HANDSHAKE_S, STOP_S, MoverConfig, Outlet, Transport
 
-Event = Granted | Failed | Released | OpDone
+SendEvent = Granted | SendFailed | Released | OpDone
 
 
 class KvSender:
@@ -47,7 +46,7 @@ class KvSender:
         config: MoverConfig,
         region: Region,
         transports: Sequence[Transport],
-        on_event: Callable[[Event], None],
+        on_event: Callable[[SendEvent], None],
         computed: Callable[[], int] | None = None,
     ) -> None:
         """computed: how much the engine that fills the source has done so far; it grows while the engine works. None:
@@ -59,8 +58,8 @@ class KvSender:
         self._region = region
         self._lock = threading.Lock()
         self._dialer = Dialer(config, region, transports, self._lock)
-        self._dialing: dict[str, Future[Peer]] = {}  # endpoint -> one handshake, and one failure, however many ask
-        self._peers: dict[str, Peer] = {}  # endpoint -> pair, until nothing of it will be written any more
+        self._dialing: dict[str, Future[DecodePeer]] = {}  # endpoint -> one handshake, however many ask
+        self._peers: dict[str, DecodePeer] = {}  # endpoint -> pair, until nothing of it will be written any more
         self._stopping = threading.Event()
         threading.Thread(target=self._clock, name="kv-clock", daemon=True).start()
 
@@ -128,7 +127,7 @@ class KvSender:
         # A thread that the end of the process meets inside a library aborts it.
         join_all([thread for peer in peers for thread in peer.threads], STOP_S)
 
-    def _wrote_all(self, peer: Peer) -> bool:
+    def _wrote_all(self, peer: DecodePeer) -> bool:
         return not self._outbound.writing(peer)
 
     # ---- connecting
@@ -142,7 +141,7 @@ class KvSender:
         with self._lock:
             return endpoint in self._peers
 
-    def _connect(self, endpoint: str, dial: bool = True) -> Peer:
+    def _connect(self, endpoint: str, dial: bool = True) -> DecodePeer:
         with self._lock:
             if self._stopping.is_set():
                 raise PeerDown("the prefill worker stops")
@@ -169,7 +168,7 @@ class KvSender:
             with self._lock:
                 del self._dialing[endpoint]
 
-    def _begin(self, peer: Peer) -> Peer:
+    def _begin(self, peer: DecodePeer) -> DecodePeer:
         peer.mailbox = Mailbox(peer.channel, peer.worker_id)
         peer.threads = [
             threading.Thread(target=self._write_loop, args=(peer, *link), name="kv-link", daemon=True)
@@ -184,7 +183,7 @@ class KvSender:
 
     # ---- threads
 
-    def _read_loop(self, peer: Peer) -> None:
+    def _read_loop(self, peer: DecodePeer) -> None:
         try:
             while True:
                 message, payload = peer.channel.receive()
@@ -197,7 +196,7 @@ class KvSender:
         finally:
             self._end(peer)
 
-    def _end(self, peer: Peer) -> None:
+    def _end(self, peer: DecodePeer) -> None:
         """No other pair with this worker begins before its HELLO can say that nothing of this one will be written."""
         peer.shutdown()
         with self._lock:
@@ -212,7 +211,7 @@ class KvSender:
             del self._peers[peer.endpoint]
         peer.channel.close()
 
-    def _write_loop(self, peer: Peer, channel: Channel, outlet: Outlet) -> None:
+    def _write_loop(self, peer: DecodePeer, channel: Channel, outlet: Outlet) -> None:
         """One data link: the most urgent write, again and again."""
         loader = Loader(self._region, self._config.integrity)
         try:
@@ -222,7 +221,7 @@ class KvSender:
             outlet.close()
             channel.close()
 
-    def _write_all(self, peer: Peer, channel: Channel, outlet: Outlet, loader: Loader) -> None:
+    def _write_all(self, peer: DecodePeer, channel: Channel, outlet: Outlet, loader: Loader) -> None:
         while (write := self._next(peer)) is not None:
             try:
                 outlet.write(channel, loader.parcel(peer.transport, peer.pair, write))
@@ -236,7 +235,7 @@ class KvSender:
                 except PeerDown:
                     peer.shutdown()
 
-    def _end_write(self, peer: Peer, write: Write) -> Commit | None:
+    def _end_write(self, peer: DecodePeer, write: Write) -> Commit | None:
         """-> the COMMIT that is due behind this write. It follows on the write's link, whose reader is awake."""
         with self._lock:
             effects = self._outbound.end_write(write, time.monotonic())
@@ -245,7 +244,7 @@ class KvSender:
             peer.changed.notify_all()
         return due[0] if due else None
 
-    def _next(self, peer: Peer) -> Write | None:
+    def _next(self, peer: DecodePeer) -> Write | None:
         """Wait for a write; None: the pair is over."""
         with self._lock:
             while (write := self._outbound.next_write(peer)) is None:
@@ -260,11 +259,11 @@ class KvSender:
                 self._run(self._outbound.tick(time.monotonic(), self._computed()))
                 self._run(self._outbound.heartbeats())
 
-    def _run(self, effects: Sequence[Effect]) -> None:
+    def _run(self, effects: Sequence[OutboundEffect]) -> None:
         """Carry effects out, in order; the lock is held."""
         for effect in effects:
             if isinstance(effect, Send | Ready | Cut):
-                assert isinstance(effect.peer, Peer)
+                assert isinstance(effect.peer, DecodePeer)
             if isinstance(effect, Send):
                 effect.peer.mailbox.post(effect.message)  # type: ignore[attr-defined]  # checked above
             elif isinstance(effect, Ready):

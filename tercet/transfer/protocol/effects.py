@@ -7,10 +7,17 @@ from dataclasses import dataclass
 
 from tercet.transfer.protocol.messages import Message
 
-Peer = Hashable  # a connection
+PeerKey = Hashable  # a connection
 
 
 @dataclass(frozen=True)
 class Send:
-    peer: Peer
+    peer: PeerKey
     message: Message
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Close the connection: its peer is silent, and what is under way on it can end in no other way."""
+
+    peer: PeerKey

@@ -17,14 +17,15 @@ from functools import partial
 
 import numpy as np
 
+from tercet.core import Ticket
 from tercet.errors import TercetError
 from tercet.transfer.memory.layout import KvLayout, Pair
 from tercet.transfer.protocol import inbound as receiving
 from tercet.transfer.protocol import outbound as sending
 from tercet.transfer.protocol.arrivals import Landing
-from tercet.transfer.protocol.effects import Send
+from tercet.transfer.protocol.effects import Cut, Send
 from tercet.transfer.protocol.inbound import Inbound, Terms
-from tercet.transfer.protocol.messages import Commit, Data, Message, Ticket
+from tercet.transfer.protocol.messages import Commit, Data, Message
 from tercet.transfer.protocol.outbound import Outbound, Write
 
 LAYERS = 2
@@ -196,13 +197,13 @@ class FakeLink:
                     self.flips -= 1
                     self.memory[layer, block] = "corrupt"
 
-    def _receiver(self, effects: list[receiving.Effect]) -> None:
+    def _receiver(self, effects: list[receiving.InboundEffect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
                 self.to_prefill.append(effect.message)
             elif isinstance(effect, receiving.Complete | receiving.Quiesced):
                 self._freed(effect)
-            elif isinstance(effect, receiving.Cut):
+            elif isinstance(effect, Cut):
                 self.break_connection()
             else:
                 self.events.append(effect)
@@ -218,11 +219,11 @@ class FakeLink:
                 assert stands == _content(effect.ticket, layer, index), f"block {block} holds {stands}"
         self.leased = {b: t for b, t in self.leased.items() if t != effect.ticket}
 
-    def _sender(self, effects: list[sending.Effect]) -> None:
+    def _sender(self, effects: list[sending.OutboundEffect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
                 self.to_decode.append(effect.message)
-            elif isinstance(effect, sending.Cut):
+            elif isinstance(effect, Cut):
                 self.break_connection()
             elif not isinstance(effect, sending.Ready):
                 self.events.append(effect)

@@ -5,8 +5,8 @@
       └──cancel, lease, ABORT─┴──────────────────> Failed(cause) ... Quiesced
 
 Four facts are kept apart. OpDone is the sender's. Here: `Complete` (units landed and verified = units granted),
-`Failed(cause)`, and `Quiesced`: proof that no further write can land. A caller frees blocks on Complete or Quiesced
-and on nothing else. Proof is one of
+`ReceiveFailed(cause)`, and `Quiesced`: proof that no further write can land. A caller frees blocks on Complete or
+Quiesced and on nothing else. Proof is one of
   * no write is possible: nothing was granted, or the transport places bytes at the receiver (tcp) and no landing is
     under way;
   * the writer's word: ABORT, ABORT_ACK, GOODBYE or COMMIT from the writer, after which it writes no more;
@@ -26,10 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tercet.core import Ticket
 from tercet.errors import DigestMismatch, LeaseExpired, PeerDown, TercetError, TransferError, from_wire
 from tercet.transfer.memory.layout import Pair
 from tercet.transfer.protocol.arrivals import Arrivals, Landing
-from tercet.transfer.protocol.effects import Peer, Send
+from tercet.transfer.protocol.effects import Cut, PeerKey, Send
 from tercet.transfer.protocol.messages import (
     Abort,
     AbortAck,
@@ -43,7 +44,6 @@ from tercet.transfer.protocol.messages import (
     Reject,
     Release,
     Resend,
-    Ticket,
 )
 
 MAX_RESENDS = 8  # of one ticket; a link that corrupts more than that is broken
@@ -74,7 +74,7 @@ class Complete:
 
 
 @dataclass(frozen=True)
-class Failed:
+class ReceiveFailed:
     ticket: Ticket
     error: TercetError
 
@@ -87,26 +87,19 @@ class Quiesced:
     verified: int = 0
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Close the connection: its peer is silent, and only that can end what it has begun."""
-
-    peer: Peer
-
-
-Effect = Send | Cut | Committed | Complete | Failed | Quiesced
+InboundEffect = Send | Cut | Committed | Complete | ReceiveFailed | Quiesced
 
 
 @dataclass
-class _Offer:
-    peer: Peer
+class _Offered:
+    peer: PeerKey
     terms: Terms
     num_units: int
     expires: float
 
 
 @dataclass
-class _Inbound:
+class _Receiving:
     ticket: Ticket
     first_block: int
     blocks: tuple[int, ...]  # destination blocks, empty on a full prefix hit
@@ -114,7 +107,7 @@ class _Inbound:
     advanced: float  # when it last did
     mark: int = 0  # grows as it advances, for the writer to see
     peer_mark: int = 0
-    offer: _Offer | None = None  # set by OFFER; GRANT has been sent
+    offer: _Offered | None = None  # set by OFFER; GRANT has been sent
     arrivals: Arrivals | None = None  # with it
     resends: int = 0
     commit: Commit | None = None
@@ -128,7 +121,7 @@ class _Inbound:
         self.mark += 1
 
     @property
-    def peer(self) -> Peer | None:
+    def peer(self) -> PeerKey | None:
         return self.offer.peer if self.offer else None
 
     @property
@@ -157,25 +150,25 @@ class Inbound:
         self.dropped: Counter[str] = Counter()  # message name -> how many named no live ticket
         self.corrupt = 0  # units that landed with a wrong digest
         self._lease_s = lease_s
-        self._tickets: dict[Ticket, _Inbound] = {}
-        self._offers: dict[Ticket, _Offer] = {}  # came before admission
+        self._tickets: dict[Ticket, _Receiving] = {}
+        self._offers: dict[Ticket, _Offered] = {}  # came before admission
 
     # ---- the decode worker's verbs
 
-    def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int], now: float) -> list[Effect]:
+    def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int], now: float) -> list[InboundEffect]:
         """Open a ticket: `blocks` are leased to it until Complete or Quiesced names it."""
         assert ticket not in self._tickets, f"{ticket} admitted twice"
-        inbound = _Inbound(ticket, first_block, tuple(blocks), expires=now + self._lease_s, advanced=now)
+        inbound = _Receiving(ticket, first_block, tuple(blocks), expires=now + self._lease_s, advanced=now)
         self._tickets[ticket] = inbound
         offer = self._offers.pop(ticket, None)
         return self._grant(inbound, offer, now) if offer else []
 
-    def refuse(self, ticket: Ticket, reason: str) -> list[Effect]:
+    def refuse(self, ticket: Ticket, reason: str) -> list[InboundEffect]:
         """Answer the ticket's OFFER, if it came, with REJECT."""
         offer = self._offers.pop(ticket, None)
         return [Send(offer.peer, Reject(ticket, reason))] if offer else []
 
-    def cancel(self, ticket: Ticket, error: TercetError) -> list[Effect]:
+    def cancel(self, ticket: Ticket, error: TercetError) -> list[InboundEffect]:
         """Give a ticket up. Quiesced follows, now or when it is proven."""
         inbound = self._tickets.get(ticket)
         return self._fail(inbound, error) if inbound else []
@@ -185,10 +178,10 @@ class Inbound:
 
     # ---- what comes from the peer
 
-    def on_message(self, peer: Peer, terms: Terms, message: Message, now: float) -> list[Effect]:
+    def on_message(self, peer: PeerKey, terms: Terms, message: Message, now: float) -> list[InboundEffect]:
         match message:
             case Offer(ticket, num_units):
-                return self._on_offer(ticket, _Offer(peer, terms, num_units, now + self._lease_s), now)
+                return self._on_offer(ticket, _Offered(peer, terms, num_units, now + self._lease_s), now)
             case Commit(ticket):
                 return self._on_commit(ticket, peer, message, now)
             case Abort(ticket, code, reason):
@@ -202,7 +195,7 @@ class Inbound:
         self.dropped[type(message).__name__] += 1
         return []
 
-    def begin_landing(self, peer: Peer, data: Data) -> Landing | None:
+    def begin_landing(self, peer: PeerKey, data: Data) -> Landing | None:
         """Where the bytes of a DATA go, or None if its bytes must not be placed. Every non-None answer is followed by
         `end_landing`; until then the ticket is not quiesced."""
         inbound = self._tickets.get(data.ticket)
@@ -212,7 +205,7 @@ class Inbound:
             self.dropped["Data"] += 1
         return landing
 
-    def end_landing(self, data: Data, good: NDArray[np.bool_] | None, now: float) -> list[Effect]:
+    def end_landing(self, data: Data, good: NDArray[np.bool_] | None, now: float) -> list[InboundEffect]:
         """The bytes of `data` stand; good: whether each (layer, unit) has its digest. None: it was cut off."""
         inbound = self._tickets[data.ticket]
         assert inbound.arrivals is not None
@@ -224,22 +217,22 @@ class Inbound:
             return self._fetch_again(inbound, inbound.arrivals, data, good)
         return self._complete_if_all_landed(inbound, now)
 
-    def peer_down(self, peer: Peer) -> list[Effect]:
+    def peer_down(self, peer: PeerKey) -> list[InboundEffect]:
         """The connection is gone. For a one-sided writer that is no proof; see `peer_dead`."""
         self._offers = {t: offer for t, offer in self._offers.items() if offer.peer != peer}
-        effects: list[Effect] = []
+        effects: list[InboundEffect] = []
         for inbound in self._of(peer):
             effects += self._fail(inbound, PeerDown(f"the prefill worker of {inbound.ticket.request_id} is gone"))
         return effects
 
-    def peer_dead(self, peer: Peer) -> list[Effect]:
+    def peer_dead(self, peer: PeerKey) -> list[InboundEffect]:
         """Nothing of the peer can land any more: its process is proven dead, or its link is fenced."""
         return [e for t in self._of(peer) for e in self._on_writer_done(t.ticket, peer)]
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> list[InboundEffect]:
         """Fail what has heard nothing from its writer, or has not advanced, for a lease; forget stale offers."""
         self._offers = {t: offer for t, offer in self._offers.items() if offer.expires >= now}
-        effects: list[Effect] = []
+        effects: list[InboundEffect] = []
         for inbound in list(self._tickets.values()):
             if not inbound.failed and min(inbound.expires, inbound.advanced + self._lease_s) < now:
                 effects += self._fail(inbound, self._expired(inbound, now))
@@ -248,18 +241,18 @@ class Inbound:
                 effects += [Cut(inbound.offer.peer)] if can_end_it else []
         return effects
 
-    def _expired(self, inbound: _Inbound, now: float) -> LeaseExpired:
+    def _expired(self, inbound: _Receiving, now: float) -> LeaseExpired:
         name = inbound.ticket.request_id
         if inbound.expires < now:
             return LeaseExpired(f"no word of {name} from its prefill worker for {self._lease_s} s")
         landed = f"{inbound.landed_bytes} of {inbound.granted_bytes} KV bytes have landed"
         return LeaseExpired(f"the handover of {name} has not advanced for {self._lease_s} s: {landed}")
 
-    def heartbeats(self) -> list[Effect]:
+    def heartbeats(self) -> list[InboundEffect]:
         """One HEARTBEAT a peer, naming the live tickets that it serves and how far they are; and once more the ABORT of
         each ticket that waits for the writer's word."""
-        by_peer: dict[Peer, list[_Inbound]] = {}
-        effects: list[Effect] = []
+        by_peer: dict[PeerKey, list[_Receiving]] = {}
+        effects: list[InboundEffect] = []
         for inbound in self._tickets.values():
             if inbound.peer is not None and inbound.abort is not None:
                 effects.append(Send(inbound.peer, inbound.abort))
@@ -271,10 +264,10 @@ class Inbound:
 
     # ---- transitions
 
-    def _of(self, peer: Peer) -> list[_Inbound]:
+    def _of(self, peer: PeerKey) -> list[_Receiving]:
         return [t for t in self._tickets.values() if t.peer == peer]
 
-    def _on_offer(self, ticket: Ticket, offer: _Offer, now: float) -> list[Effect]:
+    def _on_offer(self, ticket: Ticket, offer: _Offered, now: float) -> list[InboundEffect]:
         inbound = self._tickets.get(ticket)
         if inbound is not None:
             return self._grant(inbound, offer, now) if inbound.offer is None and not inbound.failed else []
@@ -284,7 +277,7 @@ class Inbound:
         self._offers[ticket] = offer
         return []
 
-    def _grant(self, inbound: _Inbound, offer: _Offer, now: float) -> list[Effect]:
+    def _grant(self, inbound: _Receiving, offer: _Offered, now: float) -> list[InboundEffect]:
         inbound.offer = offer
         inbound.advance(now)
         pair, blocks = offer.terms.pair, inbound.blocks
@@ -298,7 +291,7 @@ class Inbound:
         inbound.arrivals = Arrivals(pair, blocks, missing)
         return [Send(offer.peer, Grant(inbound.ticket, first_unit, list(blocks)))]
 
-    def _on_commit(self, ticket: Ticket, peer: Peer, commit: Commit, now: float) -> list[Effect]:
+    def _on_commit(self, ticket: Ticket, peer: PeerKey, commit: Commit, now: float) -> list[InboundEffect]:
         inbound = self._tickets.get(ticket)
         if inbound is None or inbound.peer != peer or inbound.failed or inbound.commit is not None:
             self.dropped["Commit"] += 1
@@ -316,7 +309,9 @@ class Inbound:
         )  # a writer commits after its last write, but for what it was asked for
         return [Committed(ticket, commit), *self._complete_if_all_landed(inbound, now)]
 
-    def _fetch_again(self, inbound: _Inbound, arrivals: Arrivals, data: Data, good: NDArray[np.bool_]) -> list[Effect]:
+    def _fetch_again(
+        self, inbound: _Receiving, arrivals: Arrivals, data: Data, good: NDArray[np.bool_]
+    ) -> list[InboundEffect]:
         """Ask for exactly the units whose digest was wrong."""
         wrong = np.argwhere(~good).tolist()
         self.corrupt += len(wrong)
@@ -324,7 +319,7 @@ class Inbound:
             return self._fail(inbound, DigestMismatch(f"the KV of {inbound.ticket.request_id} keeps arriving corrupt"))
         assert inbound.peer is not None
         inbound.writer_done = False
-        effects: list[Effect] = []
+        effects: list[InboundEffect] = []
         for layer, unit in wrong:
             inbound.resends += 1
             at = (data.layer + layer, data.index + unit)
@@ -332,7 +327,7 @@ class Inbound:
             effects.append(Send(inbound.peer, Resend(inbound.ticket, inbound.resends, *at)))
         return effects
 
-    def _complete_if_all_landed(self, inbound: _Inbound, now: float) -> list[Effect]:
+    def _complete_if_all_landed(self, inbound: _Receiving, now: float) -> list[InboundEffect]:
         commit = inbound.commit
         if commit is None or inbound.arrivals is None or not inbound.arrivals.all_landed:
             return []
@@ -343,7 +338,7 @@ class Inbound:
             Send(inbound.offer.peer, Release(inbound.ticket)),
         ]
 
-    def _on_abort(self, ticket: Ticket, peer: Peer, error: TercetError) -> list[Effect]:
+    def _on_abort(self, ticket: Ticket, peer: PeerKey, error: TercetError) -> list[InboundEffect]:
         self._offers.pop(ticket, None)
         inbound = self._tickets.get(ticket)
         if inbound is None or inbound.peer != peer:
@@ -352,7 +347,7 @@ class Inbound:
         inbound.writer_done = True
         return self._fail(inbound, error)
 
-    def _on_writer_done(self, ticket: Ticket, peer: Peer) -> list[Effect]:
+    def _on_writer_done(self, ticket: Ticket, peer: PeerKey) -> list[InboundEffect]:
         inbound = self._tickets.get(ticket)
         if inbound is None or inbound.peer != peer:
             self.dropped["AbortAck"] += 1
@@ -360,7 +355,7 @@ class Inbound:
         inbound.writer_done = True
         return self._fail(inbound, PeerDown(f"the prefill worker gave {ticket.request_id} up"))
 
-    def _on_heartbeat(self, peer: Peer, heartbeat: Heartbeat, now: float) -> list[Effect]:
+    def _on_heartbeat(self, peer: PeerKey, heartbeat: Heartbeat, now: float) -> list[InboundEffect]:
         for ticket, mark in zip(heartbeat.tickets, heartbeat.marks, strict=True):
             inbound = self._tickets.get(ticket)
             if inbound is not None and inbound.peer == peer and not inbound.failed:
@@ -373,17 +368,17 @@ class Inbound:
                 self.dropped["Heartbeat"] += 1
         return []
 
-    def _fail(self, inbound: _Inbound, error: TercetError) -> list[Effect]:
+    def _fail(self, inbound: _Receiving, error: TercetError) -> list[InboundEffect]:
         if inbound.failed:
             return self._settle(inbound)
         inbound.failed = True
-        effects: list[Effect] = [Failed(inbound.ticket, error)]
+        effects: list[InboundEffect] = [ReceiveFailed(inbound.ticket, error)]
         if inbound.peer is not None:
             inbound.abort = Abort(inbound.ticket, error.code(), str(error))
             effects.append(Send(inbound.peer, inbound.abort))
         return effects + self._settle(inbound)
 
-    def _settle(self, inbound: _Inbound) -> list[Effect]:
+    def _settle(self, inbound: _Receiving) -> list[InboundEffect]:
         """Quiesced, if it is proven for this failed ticket."""
         writer_may_write = inbound.offer is not None and inbound.offer.terms.one_sided and not inbound.writer_done
         if inbound.landing or writer_may_write or self._tickets.pop(inbound.ticket, None) is None:

@@ -26,10 +26,11 @@ import dataclasses
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgpack
 
+from tercet.core import Ticket
 from tercet.errors import ProtocolViolation
 
 VERSION = 4
@@ -37,14 +38,6 @@ MAGIC = b"TCT4"
 HEADER = struct.Struct("<4sB3xIQ")
 MAX_BODY = 1 << 20
 MAX_PAYLOAD = 1 << 32
-
-
-class Ticket(NamedTuple):
-    """One attempt to hand the KV of one request to one incarnation of a decode worker."""
-
-    request_id: str
-    attempt: int
-    epoch: int
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from tercet.core import Ticket
 from tercet.errors import LeaseExpired, Overloaded, PeerDown, TercetError, TransferError, from_wire
 from tercet.transfer.memory.layout import Pair, Units
-from tercet.transfer.protocol.effects import Peer, Send
+from tercet.transfer.protocol.effects import Cut, PeerKey, Send
 from tercet.transfer.protocol.messages import (
     Abort,
     AbortAck,
@@ -36,7 +37,6 @@ from tercet.transfer.protocol.messages import (
     Reject,
     Release,
     Resend,
-    Ticket,
 )
 
 MAX_WRITE = 8 << 20  # bytes: a later, more urgent request waits for no more
@@ -60,14 +60,7 @@ class Write:
 class Ready:
     """There may be something to write to this peer."""
 
-    peer: Peer
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Close the connection: a write to a silent peer is under way, and only that ends it."""
-
-    peer: Peer
+    peer: PeerKey
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class Granted:
 
 
 @dataclass(frozen=True)
-class Failed:
+class SendFailed:
     ticket: Ticket
     error: TercetError
 
@@ -92,7 +85,7 @@ class OpDone:
     ticket: Ticket
 
 
-Effect = Send | Ready | Cut | Granted | Failed | Released | OpDone
+OutboundEffect = Send | Ready | Cut | Granted | SendFailed | Released | OpDone
 
 
 @dataclass
@@ -107,9 +100,9 @@ class _Pending:
 
 
 @dataclass
-class _Outbound:
+class _Sending:
     ticket: Ticket
-    peer: Peer
+    peer: PeerKey
     pair: Pair
     num_units: int
     deadline: float
@@ -166,27 +159,27 @@ class Outbound:
         self.resent = 0  # units that a receiver asked for again
         self._lease_s = lease_s
         self._worked = 0  # writes and tickets that have ended
-        self._tickets: dict[Ticket, _Outbound] = {}
+        self._tickets: dict[Ticket, _Sending] = {}
 
     # ---- the prefill worker's verbs
 
     def open(
         self,
         ticket: Ticket,
-        peer: Peer,
+        peer: PeerKey,
         pair: Pair,
         num_tokens: int,
         deadline: float,
         now: float,
         max_write: int = MAX_WRITE,
-    ) -> list[Effect]:
+    ) -> list[OutboundEffect]:
         """max_write: bytes of one write, as far as a unit is not larger."""
         assert ticket not in self._tickets, f"{ticket} opened twice"
         num_units = -(-num_tokens // pair.unit)
-        self._tickets[ticket] = _Outbound(ticket, peer, pair, num_units, deadline, max_write, now + self._lease_s, now)
+        self._tickets[ticket] = _Sending(ticket, peer, pair, num_units, deadline, max_write, now + self._lease_s, now)
         return [Send(peer, Offer(ticket, num_units))]
 
-    def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> list[Effect]:
+    def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> list[OutboundEffect]:
         """Prompt blocks `first ...` of `layer` stand in source `blocks`; write those that were granted, each once."""
         out = self._tickets.get(ticket)
         if out is None or out.over or out.grant is None or layer not in out.pair.layers:
@@ -201,7 +194,7 @@ class Outbound:
         out.pushed[layer] = end
         return self._add(out, layer, start, end - start)
 
-    def commit(self, commit: Commit, now: float) -> list[Effect]:
+    def commit(self, commit: Commit, now: float) -> list[OutboundEffect]:
         """All was pushed. Bytes and transfer time are filled in when the writes have ended."""
         out = self._tickets.get(commit.ticket)
         if out is None or out.over:
@@ -210,7 +203,7 @@ class Outbound:
         out.advance(now)
         return self._commit_if_written(out, now)
 
-    def cancel(self, ticket: Ticket, error: TercetError) -> list[Effect]:
+    def cancel(self, ticket: Ticket, error: TercetError) -> list[OutboundEffect]:
         out = self._tickets.get(ticket)
         return self._give_up(out, error) if out else []
 
@@ -219,7 +212,7 @@ class Outbound:
 
     # ---- the links of a peer
 
-    def next_write(self, peer: Peer) -> Write | None:
+    def next_write(self, peer: PeerKey) -> Write | None:
         """The most urgent write to a peer. Every one is followed by `end_write`."""
         waiting = [out for out in self._tickets.values() if out.peer == peer and out.pending]
         if not waiting:
@@ -228,7 +221,7 @@ class Outbound:
         out.writing += 1
         return self._write_of(out, self._cut(out))
 
-    def end_write(self, write: Write, now: float) -> list[Effect]:
+    def end_write(self, write: Write, now: float) -> list[OutboundEffect]:
         """A write has ended; whether it went well is the connection's matter."""
         out = self._tickets[write.ticket]
         out.writing -= 1
@@ -240,17 +233,17 @@ class Outbound:
             out.written_bytes += write.layers * write.src.count * out.pair.unit_bytes
         return self._commit_if_written(out, now)
 
-    def has_pending(self, peer: Peer) -> bool:
+    def has_pending(self, peer: PeerKey) -> bool:
         """Whether `next_write` has one."""
         return any(out.pending for out in self._tickets.values() if out.peer == peer)
 
-    def writing(self, peer: Peer) -> bool:
+    def writing(self, peer: PeerKey) -> bool:
         """Whether a write to the peer is under way."""
         return any(out.writing for out in self._tickets.values() if out.peer == peer)
 
     # ---- what comes from the peer
 
-    def on_message(self, peer: Peer, message: Message, now: float) -> list[Effect]:
+    def on_message(self, peer: PeerKey, message: Message, now: float) -> list[OutboundEffect]:
         if isinstance(message, Heartbeat):
             return self._on_heartbeat(peer, message, now)
         known = isinstance(message, Grant | Release | Reject | Abort | Resend)
@@ -276,19 +269,19 @@ class Outbound:
         self.dropped[type(message).__name__] += 1
         return []
 
-    def peer_down(self, peer: Peer) -> list[Effect]:
-        effects: list[Effect] = []
+    def peer_down(self, peer: PeerKey) -> list[OutboundEffect]:
+        effects: list[OutboundEffect] = []
         for out in [t for t in self._tickets.values() if t.peer == peer]:
             effects += self._fail(out, PeerDown(f"the decode worker of {out.ticket.request_id} is gone"), None)
         return effects
 
-    def tick(self, now: float, computed: int = 0) -> list[Effect]:
+    def tick(self, now: float, computed: int = 0) -> list[OutboundEffect]:
         """Fail what has heard nothing from its reader, or has not advanced, for a lease.
 
         computed: how much the engine has done so far. A ticket that waits advances with it and with every write and
         ticket that ends, whoever they were for.
         """
-        effects: list[Effect] = []
+        effects: list[OutboundEffect] = []
         # First those that do not wait: their end is what the others may be waiting for.
         for out in sorted(self._tickets.values(), key=lambda out: out.waits):
             if out.waits and out.worked != computed + self._worked:
@@ -302,7 +295,7 @@ class Outbound:
                 effects += self._give_up(out, error)
         return effects
 
-    def _expired(self, out: _Outbound, now: float) -> LeaseExpired:
+    def _expired(self, out: _Sending, now: float) -> LeaseExpired:
         name = out.ticket.request_id
         if out.expires < now:
             return LeaseExpired(f"no word of {name} from its decode worker for {self._lease_s} s")
@@ -311,9 +304,9 @@ class Outbound:
         written = f"{out.written_bytes} of {out.granted_bytes} KV bytes are written"
         return LeaseExpired(f"the handover of {name} has not advanced for {self._lease_s} s: {written}")
 
-    def heartbeats(self) -> list[Effect]:
+    def heartbeats(self) -> list[OutboundEffect]:
         """One HEARTBEAT a peer, naming its live tickets and how far they are."""
-        by_peer: dict[Peer, list[_Outbound]] = {}
+        by_peer: dict[PeerKey, list[_Sending]] = {}
         for out in self._tickets.values():
             if not out.over:
                 by_peer.setdefault(out.peer, []).append(out)
@@ -324,14 +317,14 @@ class Outbound:
 
     # ---- transitions
 
-    def _on_grant(self, out: _Outbound, grant: Grant) -> list[Effect]:
+    def _on_grant(self, out: _Sending, grant: Grant) -> list[OutboundEffect]:
         missing = max(0, out.num_units - grant.first_unit)
         if len(grant.blocks) != -(-missing // out.units_per_block[1]):
             return self._give_up(out, TransferError("the grant does not fit the prompt"))
         out.grant = grant
         return [Granted(out.ticket, grant.first_unit // out.units_per_block[0])]
 
-    def _on_resend(self, out: _Outbound, asked: Resend) -> list[Effect]:
+    def _on_resend(self, out: _Sending, asked: Resend) -> list[OutboundEffect]:
         """Write one unit again; its source stands until the RELEASE."""
         if out.grant is None:
             return self._give_up(out, TransferError("a unit was asked for again before any was granted"))
@@ -343,7 +336,7 @@ class Outbound:
         out.pending.appendleft(_Pending(asked.layer, asked.index, 1, resend=asked.number))
         return [Ready(out.peer)]
 
-    def _add(self, out: _Outbound, layer: int, unit: int, units: int) -> list[Effect]:
+    def _add(self, out: _Sending, layer: int, unit: int, units: int) -> list[OutboundEffect]:
         """Join a layer with those before it that wait to be written, if they fit one write."""
         last = out.pending[-1] if out.pending else None
         if (
@@ -356,7 +349,7 @@ class Outbound:
         out.pending.append(_Pending(layer, unit, units))
         return [] if last else [Ready(out.peer)]  # who waits for a write has to be woken only now
 
-    def _cut(self, out: _Outbound) -> _Pending:
+    def _cut(self, out: _Sending) -> _Pending:
         """The first pending write; of one that is over the limit, as much as fits."""
         first, most = out.pending[0], out.most_units
         if first.units <= most:
@@ -365,7 +358,7 @@ class Outbound:
         first.unit, first.units = first.unit + most, first.units - most
         return part
 
-    def _write_of(self, out: _Outbound, what: _Pending) -> Write:
+    def _write_of(self, out: _Sending, what: _Pending) -> Write:
         assert out.grant is not None
         from_, to = out.units_per_block
         end = what.unit + what.units
@@ -375,7 +368,7 @@ class Outbound:
         dst = Units(out.grant.blocks[what.unit // to : -(-end // to)], what.unit % to, what.units)
         return Write(out.ticket, what.layer, what.layers, what.unit, src, dst, what.resend)
 
-    def _commit_if_written(self, out: _Outbound, now: float) -> list[Effect]:
+    def _commit_if_written(self, out: _Sending, now: float) -> list[OutboundEffect]:
         if out.commit is None or out.pending or out.writing:
             return []
         assert out.committed_at is not None
@@ -386,7 +379,7 @@ class Outbound:
         out.commit = None
         return [Send(out.peer, commit)]
 
-    def _on_heartbeat(self, peer: Peer, heartbeat: Heartbeat, now: float) -> list[Effect]:
+    def _on_heartbeat(self, peer: PeerKey, heartbeat: Heartbeat, now: float) -> list[OutboundEffect]:
         for ticket, mark in zip(heartbeat.tickets, heartbeat.marks, strict=True):
             out = self._tickets.get(ticket)
             if out is None or out.peer != peer or out.over:
@@ -397,23 +390,23 @@ class Outbound:
                 out.peer_mark, out.advanced = mark, now  # and no mark of ours: two echoes would never end
         return []
 
-    def _fail(self, out: _Outbound, error: TercetError, farewell: Abort | AbortAck | None) -> list[Effect]:
+    def _fail(self, out: _Sending, error: TercetError, farewell: Abort | AbortAck | None) -> list[OutboundEffect]:
         out.farewell = farewell or out.farewell
         if out.over:
             return self._settle(out)
         out.over = True
-        return [Failed(out.ticket, error), *self._settle(out)]
+        return [SendFailed(out.ticket, error), *self._settle(out)]
 
-    def _give_up(self, out: _Outbound, error: TercetError) -> list[Effect]:
+    def _give_up(self, out: _Sending, error: TercetError) -> list[OutboundEffect]:
         return self._fail(out, error, Abort(out.ticket, error.code(), str(error)))
 
-    def _settle(self, out: _Outbound) -> list[Effect]:
+    def _settle(self, out: _Sending) -> list[OutboundEffect]:
         """OpDone, and the proof for the receiver, once no write of the ticket is left."""
         out.pending.clear()
         if out.writing or self._tickets.pop(out.ticket, None) is None:
             return []
         self._worked += 1
-        effects: list[Effect] = []
+        effects: list[OutboundEffect] = []
         if out.farewell is not None:
             effects.append(Send(out.peer, out.farewell))
         return [*effects, OpDone(out.ticket)]

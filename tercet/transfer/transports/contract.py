@@ -119,7 +119,7 @@ class Outlet(ABC):
 
 
 @dataclass(frozen=True)
-class Ask:
+class LinkContext:
     """What a transport may know when it makes one end of a link."""
 
     channel: Channel
@@ -149,10 +149,10 @@ class Transport(ABC):
         return None
 
     @abstractmethod
-    def inlet(self, ask: Ask) -> Inlet: ...
+    def inlet(self, context: LinkContext) -> Inlet: ...
 
     @abstractmethod
-    def outlet(self, ask: Ask) -> Outlet: ...
+    def outlet(self, context: LinkContext) -> Outlet: ...
 
 
 def accept_challenge(message: object) -> bytes:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
 from tercet.transfer.links.channel import Channel
 from tercet.transfer.memory.pack import Memory
-from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport, library_errors
+from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parcel, Transport, library_errors
 
 INSTALL = "pip install --no-deps nixl nixl-cu12"
 SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, since only these calls drive the library
@@ -54,17 +54,17 @@ class NixlTransport(Transport):
             return f"the nixl library: {error}; {INSTALL}"
         return None
 
-    def inlet(self, ask: Ask) -> Inlet:
-        return _NixlInlet(ask)
+    def inlet(self, context: LinkContext) -> Inlet:
+        return _NixlInlet(context)
 
-    def outlet(self, ask: Ask) -> Outlet:
-        return _NixlOutlet(ask)
+    def outlet(self, context: LinkContext) -> Outlet:
+        return _NixlOutlet(context)
 
 
 class _NixlInlet(Inlet):
-    def __init__(self, ask: Ask) -> None:
-        self._timeout_s = ask.timeout_s
-        self._agent = _Agent(ask)
+    def __init__(self, context: LinkContext) -> None:
+        self._timeout_s = context.timeout_s
+        self._agent = _Agent(context)
         self._number = 0  # of the last write that was waited for
         self._landed: set[bytes] = set()  # notifications that came before they were waited for
         self.blob = msgpack.packb([self._agent.metadata(), self._agent.base])
@@ -90,13 +90,13 @@ class _NixlInlet(Inlet):
 
 
 class _NixlOutlet(Outlet):
-    def __init__(self, ask: Ask) -> None:
-        self._timeout_s = ask.timeout_s
+    def __init__(self, context: LinkContext) -> None:
+        self._timeout_s = context.timeout_s
         try:
-            metadata, self._base = msgpack.unpackb(ask.blob)
+            metadata, self._base = msgpack.unpackb(context.blob)
         except (ValueError, TypeError) as error:
             raise ProtocolViolation(f"no nixl agent in the WELCOME: {error}") from error
-        self._agent = _Agent(ask)
+        self._agent = _Agent(context)
         self._number = 0  # of the last write
         try:
             self._agent.meet(metadata)
@@ -121,15 +121,15 @@ class _NixlOutlet(Outlet):
 class _Agent:
     """A NIXL agent that has the whole region registered. For one thread at a time."""
 
-    def __init__(self, ask: Ask) -> None:
-        if ask.is_local:  # read by UCX when an agent is made; by itself it listens on the node's address
+    def __init__(self, context: LinkContext) -> None:
+        if context.is_local:  # read by UCX when an agent is made; by itself it listens on the node's address
             os.environ.setdefault("UCX_NET_DEVICES", "lo")
         with library_errors("no nixl agent"):
             api = _library()
             config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             self._agent = api.nixl_agent(f"tercet-{uuid.uuid4().hex}", config)
-            self.base = _address(ask.region.memory)
-            self._memory = self._agent.register_memory([(self.base, ask.region.num_bytes, 0, "")], DRAM)
+            self.base = _address(context.region.memory)
+            self._memory = self._agent.register_memory([(self.base, context.region.num_bytes, 0, "")], DRAM)
         self._peer = ""
 
     def metadata(self) -> bytes:

@@ -17,7 +17,7 @@ import numpy as np
 from tercet.errors import ProtocolViolation
 from tercet.transfer.links.channel import Channel
 from tercet.transfer.links.wires import vet_unix
-from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport
+from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parcel, Transport
 
 
 class ShmTransport(Transport):
@@ -26,18 +26,18 @@ class ShmTransport(Transport):
     fenceable = False
     one_host = True
 
-    def inlet(self, ask: Ask) -> Inlet:
-        return _ShmInlet(ask)
+    def inlet(self, context: LinkContext) -> Inlet:
+        return _ShmInlet(context)
 
-    def outlet(self, ask: Ask) -> Outlet:
-        return _ShmOutlet(ask)
+    def outlet(self, context: LinkContext) -> Outlet:
+        return _ShmOutlet(context)
 
 
 class _ShmInlet(Inlet):
-    def __init__(self, ask: Ask) -> None:
-        self.death_fd = vet_unix(ask.channel.sock)
-        self.fds = [ask.region.fd]
-        self.blob = ask.region.num_bytes.to_bytes(8, "big")
+    def __init__(self, context: LinkContext) -> None:
+        self.death_fd = vet_unix(context.channel.sock)
+        self.fds = [context.region.fd]
+        self.blob = context.region.num_bytes.to_bytes(8, "big")
 
     def land(self, channel: Channel, payload: int, views: Sequence[memoryview]) -> None:
         if payload:
@@ -48,14 +48,14 @@ class _ShmInlet(Inlet):
 
 
 class _ShmOutlet(Outlet):
-    def __init__(self, ask: Ask) -> None:
-        if len(ask.fds) != 1:
-            raise ProtocolViolation(f"WELCOME over shared memory carries {len(ask.fds)} descriptors, not 1")
-        num_bytes = int.from_bytes(ask.blob, "big")
+    def __init__(self, context: LinkContext) -> None:
+        if len(context.fds) != 1:
+            raise ProtocolViolation(f"WELCOME over shared memory carries {len(context.fds)} descriptors, not 1")
+        num_bytes = int.from_bytes(context.blob, "big")
         try:
-            if os.fstat(ask.fds[0]).st_size != num_bytes:  # touching what is not there would be a SIGBUS
+            if os.fstat(context.fds[0]).st_size != num_bytes:  # touching what is not there would be a SIGBUS
                 raise ValueError(f"it is not {num_bytes} bytes long")
-            self._memory: memoryview | None = memoryview(mmap.mmap(ask.fds[0], num_bytes))
+            self._memory: memoryview | None = memoryview(mmap.mmap(context.fds[0], num_bytes))
         except (OSError, ValueError, OverflowError) as error:
             raise ProtocolViolation(f"the peer's KV cache cannot be mapped: {error}") from error
         # A page that is first touched by a request costs it a fault, 16,000 of them for 64 MiB. By numpy and not by

@@ -13,17 +13,17 @@ from collections.abc import Sequence
 
 from tercet.errors import ProtocolViolation
 from tercet.transfer.links.channel import Channel
-from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport
+from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parcel, Transport
 
 
 class TcpTransport(Transport):
     name = "tcp"
     links = 2  # one thread prepares what it sends or lands while the other one's bytes are on their way
 
-    def inlet(self, ask: Ask) -> Inlet:
+    def inlet(self, context: LinkContext) -> Inlet:
         return _TcpInlet()
 
-    def outlet(self, ask: Ask) -> Outlet:
+    def outlet(self, context: LinkContext) -> Outlet:
         return _TcpOutlet()
 
 

@@ -12,7 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's 
 
 from tercet.errors import PeerDown
 from tercet.transfer.memory.pack import Memory
-from tercet.transfer.transports.contract import Ask
+from tercet.transfer.transports.contract import LinkContext
 
 RECEIVER, SENDER = 0, 1
 
@@ -20,36 +20,36 @@ RECEIVER, SENDER = 0, 1
 class Group:
     """One end. For one thread."""
 
-    def __init__(self, ask: Ask, rank: int, store: TCPStore) -> None:
-        self._host = ask.channel.sock.getsockname()[0]
-        self._timeout = timedelta(seconds=ask.timeout_s)
+    def __init__(self, context: LinkContext, rank: int, store: TCPStore) -> None:
+        self._host = context.channel.sock.getsockname()[0]
+        self._timeout = timedelta(seconds=context.timeout_s)
         self._rank = rank
         self._store = store
 
     @classmethod
-    def at_receiver(cls, ask: Ask) -> Group:
+    def at_receiver(cls, context: LinkContext) -> Group:
         """Its store listens where the link's own socket does; by itself it would listen on every address."""
-        host = ask.channel.sock.getsockname()[0]
+        host = context.channel.sock.getsockname()[0]
         try:
-            listener = socket.create_server((host, 0), family=ask.channel.sock.family)
+            listener = socket.create_server((host, 0), family=context.channel.sock.family)
             port, fd = listener.getsockname()[1], listener.detach()  # the store closes it
             store = TCPStore(
                 host, port, 2, is_master=True, wait_for_workers=False, master_listen_fd=fd, use_libuv=False
             )
         except (OSError, RuntimeError) as error:
             raise PeerDown(f"no store for a gloo group: {error}") from error
-        return cls(ask, RECEIVER, store)
+        return cls(context, RECEIVER, store)
 
     @classmethod
-    def at_sender(cls, ask: Ask) -> Group:
-        host, _, port = ask.blob.decode().rpartition(":")
+    def at_sender(cls, context: LinkContext) -> Group:
+        host, _, port = context.blob.decode().rpartition(":")
         try:
             store = TCPStore(
-                host, int(port), 2, is_master=False, timeout=timedelta(seconds=ask.timeout_s), use_libuv=False
+                host, int(port), 2, is_master=False, timeout=timedelta(seconds=context.timeout_s), use_libuv=False
             )
         except (RuntimeError, ValueError) as error:
             raise PeerDown(f"the store for the gloo group at {host}:{port} does not answer: {error}") from error
-        return cls(ask, SENDER, store)
+        return cls(context, SENDER, store)
 
     @property
     def address(self) -> bytes:

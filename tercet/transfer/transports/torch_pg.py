@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tercet.errors import ProtocolViolation
 from tercet.transfer.links.channel import Channel
-from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport
+from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parcel, Transport
 
 if TYPE_CHECKING:
     from tercet.transfer.transports.torch_group import Group
@@ -40,11 +40,11 @@ class TorchTransport(Transport):
             return "this build of torch has no torch.distributed with gloo"
         return None
 
-    def inlet(self, ask: Ask) -> Inlet:
-        return _TorchInlet(self._group.at_receiver(ask))
+    def inlet(self, context: LinkContext) -> Inlet:
+        return _TorchInlet(self._group.at_receiver(context))
 
-    def outlet(self, ask: Ask) -> Outlet:
-        return _TorchOutlet(self._group.at_sender(ask))
+    def outlet(self, context: LinkContext) -> Outlet:
+        return _TorchOutlet(self._group.at_sender(context))
 
 
 class _TorchInlet(Inlet):

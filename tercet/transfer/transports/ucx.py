@@ -27,7 +27,7 @@ import msgpack
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
 from tercet.transfer.links.channel import Channel
 from tercet.transfer.protocol.messages import ProbeAck
-from tercet.transfer.transports.contract import Ask, Inlet, Outlet, Parcel, Transport, library_errors
+from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parcel, Transport, library_errors
 
 INSTALL = "pip install --no-deps ucxx-cu12 libucxx-cu12 'libucx-cu12<1.22'"
 CONFIG = {
@@ -54,19 +54,19 @@ class UcxTransport(Transport):
             return f"ucxx: {error}; {INSTALL}"
         return None
 
-    def inlet(self, ask: Ask) -> Inlet:
-        return _UcxInlet(ask)
+    def inlet(self, context: LinkContext) -> Inlet:
+        return _UcxInlet(context)
 
-    def outlet(self, ask: Ask) -> Outlet:
-        return _UcxOutlet(ask)
+    def outlet(self, context: LinkContext) -> Outlet:
+        return _UcxOutlet(context)
 
 
 class _UcxInlet(Inlet):
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, context: LinkContext) -> None:
         self._secret = secrets.randbits(32)  # so that no stranger who finds the worker's port hits a tag
         self._number = 0  # of the last message
         self._staging = bytearray()
-        self._worker = _Worker(ask)
+        self._worker = _UcxWorker(context)
         self.blob = msgpack.packb([self._worker.address(), self._secret])
 
     def land(self, channel: Channel, payload: int, views: Sequence[memoryview]) -> None:
@@ -104,11 +104,11 @@ class _UcxInlet(Inlet):
 
 
 class _UcxOutlet(Outlet):
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, context: LinkContext) -> None:
         self._number = 0  # of the last message
-        self._worker = _Worker(ask)
+        self._worker = _UcxWorker(context)
         try:
-            address, self._secret = msgpack.unpackb(ask.blob)
+            address, self._secret = msgpack.unpackb(context.blob)
             self._worker.meet(address)
         except (ValueError, TypeError) as error:
             self._worker.close()
@@ -135,19 +135,19 @@ class _UcxOutlet(Outlet):
         self._worker.close()
 
 
-class _Worker:
+class _UcxWorker:
     """A UCX context, its worker and at most one endpoint and one request. For one thread at a time.
 
     All live in attributes, never in locals: the traceback of an error must not keep what `close` is to end."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._timeout_s = ask.timeout_s
+    def __init__(self, context: LinkContext) -> None:
+        self._timeout_s = context.timeout_s
         self._endpoint: Any = None
         self._request: Any = None
         with library_errors("no ucx worker"):
             self._api = _library()
             features = (self._api.Feature.TAG, self._api.Feature.WAKEUP)
-            config = CONFIG | ({"NET_DEVICES": "lo"} if ask.is_local else {})
+            config = CONFIG | ({"NET_DEVICES": "lo"} if context.is_local else {})
             self._worker: Any = self._api.UCXWorker(self._api.UCXContext(config, feature_flags=features))
             self._worker.init_blocking_progress_mode()
             self._fd = self._worker.epoll_file_descriptor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tercet.transfer.memory.digest import digests_in_place, digests_of
-from tercet.transfer.memory.layout import Pair, plan
+from tercet.transfer.memory.layout import Pair, runs_of
 from tercet.transfer.memory.pack import Bytes, Cells, Memory, Scratch, convert, pieces_of
 from tercet.transfer.memory.region import Region
 from tercet.transfer.protocol.messages import Data
@@ -31,7 +31,7 @@ class Loader:
         packs = packed is not None
         data = Data(write.ticket, write.layer, write.layers, write.index, units.count, write.resend, packs, digests)
         if packed is None:
-            return Parcel(data, self._memory, plan(pair, layers, units, write.dst))
+            return Parcel(data, self._memory, runs_of(pair, layers, units, write.dst))
 
         def scatter(memory: Memory) -> None:
             Cells(pair.dst, memory, layers, write.dst, pair.unit, pair.heads).scatter(packed)
