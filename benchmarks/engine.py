@@ -33,9 +33,9 @@ from transformers.generation.streamers import BaseStreamer
 from tercet.core import SamplingParams, Ticket
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.loop import Engine
+from tercet.engine.report import Sampled
 from tercet.engine.runner import Runner
 from tercet.engine.sequence import Sequence as EngineSequence
-from tercet.engine.state import Sampled
 from tercet.errors import WorkerLost
 from tercet.models.config import ModelConfig
 from tercet.models.sources import load_model, locate

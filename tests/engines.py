@@ -11,9 +11,9 @@ from collections.abc import Sequence as Rows
 from tercet.core import SamplingParams, Ticket
 from tercet.engine.executor import Executor, LocalExecutor
 from tercet.engine.loop import Engine
+from tercet.engine.report import Faulted, StepReport
 from tercet.engine.runner import PushBlocks, Runner
 from tercet.engine.sequence import Sequence
-from tercet.engine.state import Faulted, StepReport
 from tercet.kernels.linear import LinearPacker, PackedLinear
 from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model

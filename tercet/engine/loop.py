@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from tercet.core import FinishReason, Load
 from tercet.engine.executor import Executor
 from tercet.engine.plan import StepPlan
+from tercet.engine.report import StepReport
 from tercet.engine.sequence import Sequence
-from tercet.engine.state import EngineState, StepReport
+from tercet.engine.state import EngineState
 from tercet.errors import InvalidRequest
 from tercet.spec import RoleSpec
 

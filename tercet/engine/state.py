@@ -7,45 +7,18 @@ Verbs may come between `plan` and `commit`. Blocks that a step touches are given
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tercet.core import FinishReason, Load, PromptLogprobs, TokenEvent
 from tercet.engine.blocks import BlockPool, Hold
 from tercet.engine.plan import Draw, Piece, PieceResult, Push, StepPlan, StepResult
 from tercet.engine.policy import FirstComeFirstServed
 from tercet.engine.prefix import PrefixIndex
+from tercet.engine.report import Faulted, Sampled, Scored, StepReport
 from tercet.engine.scheduler import Chunk, Scheduler, Step
 from tercet.engine.sequence import Phase, Sequence
-from tercet.errors import EngineFault, Overloaded
+from tercet.errors import Overloaded
 from tercet.spec import RoleSpec
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A sequence got its next token; `token.finish` says why it is over, if it is."""
-
-    sequence: Sequence
-    token: TokenEvent
-    stop_token_id: int | None = None
-
-
-@dataclass(frozen=True)
-class Faulted:
-    """A sequence's own step failed, and ended it."""
-
-    sequence: Sequence
-    error: EngineFault
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The logprobs of a whole prompt, as its request wanted; the first token follows."""
-
-    sequence: Sequence
-    scores: PromptLogprobs
-
-
-StepReport = list[Sampled | Faulted | Scored]
 
 
 class EngineState:

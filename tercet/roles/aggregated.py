@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from tercet.core import Done, StageTimes
-from tercet.engine.state import Faulted, Scored, StepReport
+from tercet.engine.report import Faulted, Scored, StepReport
 from tercet.errors import TercetError
 from tercet.roles.legs import ActiveLeg, LegRole
 

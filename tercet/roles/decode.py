@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from tercet.core import Done, StageTimes, Ticket, TokenEvent
-from tercet.engine.state import Faulted, Sampled, Scored, StepReport
+from tercet.engine.report import Faulted, Sampled, Scored, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.legs import ActiveLeg, LegRole
 from tercet.transfer.mover.receiver import KvReceiver, ReceiveEvent

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from tercet.core import Leg, Ticket
 from tercet.engine.loop import Engine
+from tercet.engine.report import StepReport
 from tercet.engine.sequence import Sequence
-from tercet.engine.state import StepReport
 from tercet.errors import DeadlineExceeded, Overloaded, TercetError
 from tercet.wire.worker_server import ReportStream
 

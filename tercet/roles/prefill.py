@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tercet.core import Done, FinishReason, PairState, Ticket, TokenEvent
+from tercet.engine.report import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
-from tercet.engine.state import Faulted, Scored, StepReport
 from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
 from tercet.roles.legs import ActiveLeg, LegRole
 from tercet.transfer.mover.sender import KvSender, SendEvent

@@ -17,9 +17,10 @@ from tercet.engine.blocks import BlockPool, Hold
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.plan import PieceResult, StepPlan
+from tercet.engine.report import Faulted, StepReport
 from tercet.engine.scheduler import Scheduler
 from tercet.engine.sequence import Phase, Sequence
-from tercet.engine.state import EngineState, Faulted, StepReport
+from tercet.engine.state import EngineState
 from tercet.errors import EngineFault, Overloaded
 from tercet.spec import KvSpec, RoleSpec, SchedulerSpec
 from tests.fakes.runner import VOCAB, FakeRunner, contents, next_token

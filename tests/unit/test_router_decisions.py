@@ -41,17 +41,9 @@ from tercet.errors import (
 )
 from tercet.roles.router import decisions as module
 from tercet.roles.router.attempt import Attempt, Told
-from tercet.roles.router.decisions import (
-    ROOM_S,
-    AbortLeg,
-    Decisions,
-    End,
-    Introduce,
-    Ongoing,
-    StartLeg,
-    Tell,
-)
+from tercet.roles.router.decisions import ROOM_S, Decisions
 from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, StartLeg, Tell
 from tercet.roles.router.line import Line
 from tercet.roles.router.policy import History
 from tercet.spec import LimitsSpec

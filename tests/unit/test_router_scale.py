@@ -14,8 +14,9 @@ from collections.abc import Callable
 import pytest
 
 from tercet.core import Admitted, Done, FinishReason, GenerateRequest, Role, SamplingParams, TokenEvent, WorkerInfo
-from tercet.roles.router.decisions import AbortLeg, Decisions, End, Ongoing, StartLeg, Tell
+from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.effects import AbortLeg, End, Ongoing, StartLeg, Tell
 from tercet.spec import LimitsSpec
 
 PREFILL_S, TOKEN_S = 20e-6, 0.01  # a token of a prompt, a token of an answer

@@ -20,7 +20,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from tercet.core import (
     Admitted,
@@ -36,8 +36,9 @@ from tercet.core import (
     WorkerInfo,
 )
 from tercet.errors import DeadlineExceeded, NoWorkers, TercetError, TransferError, WorkerLost
-from tercet.roles.router.attempt import Attempt, AttemptFailed, RequestEvent, Told, WorkerBusy
+from tercet.roles.router.attempt import Attempt, AttemptFailed, WorkerBusy
 from tercet.roles.router.directory import Directory, Incarnation, WorkerView
+from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, RouterEffect, StartLeg, Tell
 from tercet.roles.router.line import Line, Place
 from tercet.roles.router.policy import History, Plan, choose
 from tercet.spec import LimitsSpec
@@ -46,62 +47,6 @@ ROOM_S = 0.2  # at the latest after so long the first in line looks again whethe
 MAX_DEATHS = 2  # a request that was on board of so many workers when they died is not tried on a third
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Ongoing:
-    """A request from its submission to its end."""
-
-    request: GenerateRequest
-    name: str  # of its tickets: clients use their ids again
-    place: Place
-    give_up: float  # at the latest then it waits no more for a role that nobody has
-    told: Told = field(default_factory=Told)
-    history: History = field(default_factory=History)
-    attempt: Attempt | None = None  # while it runs
-    attempts: int = 0
-    failures: int = 0
-    before: int = 0  # tokens that were told before this attempt
-    over: bool = False
-
-
-@dataclass(frozen=True)
-class StartLeg:
-    worker: WorkerView
-    leg: Leg
-
-
-@dataclass(frozen=True)
-class AbortLeg:
-    worker: WorkerView
-    leg: Leg
-
-
-@dataclass(frozen=True)
-class Introduce:
-    """Have a prefill worker connect to decode workers, so that no request waits for a handshake."""
-
-    worker: WorkerView
-    endpoints: list[str]
-
-
-@dataclass(frozen=True)
-class Tell:
-    """The request's next event."""
-
-    ongoing: Ongoing
-    event: RequestEvent
-
-
-@dataclass(frozen=True)
-class End:
-    """The request is over: with `Done`, which was told, or with an error."""
-
-    ongoing: Ongoing
-    error: TercetError | None
-
-
-RouterEffect = StartLeg | AbortLeg | Introduce | Tell | End
 
 
 class Decisions:

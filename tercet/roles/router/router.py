@@ -10,8 +10,9 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from tercet.core import Done, GenerateRequest, Load, Outcome, Ticket, WorkerInfo
 from tercet.errors import TercetError
 from tercet.roles.router.attempt import RequestEvent
-from tercet.roles.router.decisions import AbortLeg, Decisions, End, Introduce, Ongoing, RouterEffect, StartLeg, Tell
+from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, RouterEffect, StartLeg, Tell
 from tercet.roles.router.pairs import slow_pair
 from tercet.roles.router.policy import capacity
 from tercet.spec import ROLES_OF, ClusterSpec

@@ -1,0 +1,68 @@
+"""What the router's decisions know of a request, and what they ask to be done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tercet.core import GenerateRequest, Leg
+from tercet.errors import TercetError
+from tercet.roles.router.attempt import Attempt, RequestEvent, Told
+from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.line import Place
+from tercet.roles.router.policy import History
+
+
+@dataclass(eq=False)
+class Ongoing:
+    """A request from its submission to its end."""
+
+    request: GenerateRequest
+    name: str  # of its tickets: clients use their ids again
+    place: Place
+    give_up: float  # at the latest then it waits no more for a role that nobody has
+    told: Told = field(default_factory=Told)
+    history: History = field(default_factory=History)
+    attempt: Attempt | None = None  # while it runs
+    attempts: int = 0
+    failures: int = 0
+    before: int = 0  # tokens that were told before this attempt
+    over: bool = False
+
+
+@dataclass(frozen=True)
+class StartLeg:
+    worker: WorkerView
+    leg: Leg
+
+
+@dataclass(frozen=True)
+class AbortLeg:
+    worker: WorkerView
+    leg: Leg
+
+
+@dataclass(frozen=True)
+class Introduce:
+    """Have a prefill worker connect to decode workers, so that no request waits for a handshake."""
+
+    worker: WorkerView
+    endpoints: list[str]
+
+
+@dataclass(frozen=True)
+class Tell:
+    """The request's next event."""
+
+    ongoing: Ongoing
+    event: RequestEvent
+
+
+@dataclass(frozen=True)
+class End:
+    """The request is over: with `Done`, which was told, or with an error."""
+
+    ongoing: Ongoing
+    error: TercetError | None
+
+
+RouterEffect = StartLeg | AbortLeg | Introduce | Tell | End
