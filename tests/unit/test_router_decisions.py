@@ -21,6 +21,7 @@ from tercet.core import (
     GenerateRequest,
     Leg,
     Outcome,
+    PromptLogprobs,
     Rejection,
     Role,
     SamplingParams,
@@ -68,6 +69,8 @@ class Asked:
     admitted: bool = False  # this attempt
     unreachable: set[WorkerView] = field(default_factory=set)  # the pair that cannot reach each other
     blamed: set[WorkerView] = field(default_factory=set)  # had a part in an attempt that failed
+    scored: bool = False  # the prompt's logprobs were told
+    said: int = 0  # tokens that this attempt's worker has said; they may be held
     cancelled: bool = False
 
 
@@ -129,6 +132,7 @@ class Simulation:
             asked.begun.append(leg.ticket.attempt)
             asked.tickets.append(leg.ticket)
             asked.admitted = False
+            asked.said = len(asked.tokens)
             assert len(asked.begun) - 1 - asked.refusals <= RETRIES, "more attempts than retries"
         assert view not in asked.lost, "a worker that it died on"
         assert list(leg.token_ids) == [*asked.ongoing.request.token_ids, *asked.tokens], "tokens lost or repeated"
@@ -159,6 +163,12 @@ class Simulation:
 
     def tell(self, asked: Asked, event) -> None:
         assert not asked.ends, "told behind its end"
+        if isinstance(event, PromptLogprobs):
+            assert not asked.scored, "the prompt's logprobs are told twice"
+            asked.scored = True
+            return
+        wanted = asked.ongoing.request.params.prompt_logprobs is not None
+        assert asked.scored or not wanted, "told before the prompt's logprobs"
         if isinstance(event, TokenEvent):
             assert event.token_id == len(asked.tokens), "a token lost or repeated"
             asked.tokens.append(event.token_id)
@@ -175,7 +185,7 @@ class Simulation:
             return
         name, client = f"r{len(self.asked)}", self.rng.choice("aab")
         ids = tuple(range(500, 500 + self.rng.choice([1, 3, 60])))
-        params = SamplingParams(max_tokens=self.rng.choice([1, 2, 5]))
+        params = SamplingParams(max_tokens=self.rng.choice([1, 2, 5]), prompt_logprobs=self.rng.choice([None, None, 0]))
         deadline = self.now + self.rng.choice([-1.0, 0.5, 3.0, 30.0, 30.0])
         request = GenerateRequest(name, ids, params, deadline, client)
         held: list[Ongoing] = []
@@ -223,7 +233,8 @@ class Simulation:
             pair = asked.ongoing.attempt.plan.workers
             asked.blamed |= set(pair)
             asked.unreachable = set(pair) if isinstance(outcome, PeerUnreachable) else set()
-        if not isinstance(outcome, (Admitted, TokenEvent)):
+        asked.said += isinstance(outcome, TokenEvent)
+        if not isinstance(outcome, (Admitted, TokenEvent, PromptLogprobs)):
             del asked.legs[view]
         self.do(self.router.on_report(view, leg.ticket, outcome, self.now))
 
@@ -232,11 +243,7 @@ class Simulation:
         attempt = asked.ongoing.attempt
         assert attempt is not None, "legs without an attempt"
         if leg.kind == "prefill":
-            if chance < 0.05:
-                return Rejection("no room")
-            if chance < 0.12:
-                return self.rng.choice([*FAULTS, EngineFault, Overloaded])("said by the prefill worker")
-            return Done(FinishReason.LENGTH) if attempt.committed else None
+            return self.word_of_prefill(attempt, chance)
         if not asked.admitted:
             if chance < 0.15:
                 self.seen["rejected"] += 1
@@ -246,10 +253,21 @@ class Simulation:
             return self.rng.choice([*FAULTS, EngineFault])("said by the decode worker")
         if chance < 0.1 and leg.kind == "decode":
             return Overloaded("the prefill worker had no room")
-        if len(asked.tokens) < asked.ongoing.request.params.max_tokens:
-            last = len(asked.tokens) + 1 == asked.ongoing.request.params.max_tokens
-            return TokenEvent(len(asked.tokens), finish=FinishReason.LENGTH if last else None)
+        if leg.kind == "aggregated" and attempt.lacks_scores:
+            return PromptLogprobs(())
+        if asked.said < asked.ongoing.request.params.max_tokens:
+            last = asked.said + 1 == asked.ongoing.request.params.max_tokens
+            return TokenEvent(asked.said, finish=FinishReason.LENGTH if last else None)
         return Done(FinishReason.LENGTH)
+
+    def word_of_prefill(self, attempt: Attempt, chance: float) -> Outcome | None:
+        if chance < 0.05:
+            return Rejection("no room")
+        if chance < 0.12:
+            return self.rng.choice([*FAULTS, EngineFault, Overloaded])("said by the prefill worker")
+        if attempt.lacks_scores:
+            return PromptLogprobs(()) if chance > 0.6 else None
+        return Done(FinishReason.LENGTH) if attempt.committed else None
 
     def late(self) -> None:
         """A word of an attempt that is over."""
@@ -460,6 +478,20 @@ def takes_the_word_of_an_old_attempt(real: Callable) -> Callable:
     return on_report
 
 
+def plans_only_when_a_leg_ends(real: Callable) -> Callable:
+    """The prompt's logprobs may come last, and end a request whose other leg still runs."""
+
+    def on_report(self, worker, ticket, outcome, now):
+        plan, told = self._plan, isinstance(outcome, PromptLogprobs)
+        self._plan = (lambda now: []) if told else plan
+        try:
+            return real(self, worker, ticket, outcome, now)
+        finally:
+            self._plan = plan
+
+    return on_report
+
+
 def forgets_who_was_on_a_worker_that_died(_: Callable) -> Callable:
     def on_down(self, worker, fault, now):
         worker.up = False
@@ -515,6 +547,7 @@ MUTANTS = [
     (History, "failed", asks_the_worker_at_fault_again),
     (Decisions, "_stop", leaves_legs_running),
     (Decisions, "on_report", takes_the_word_of_an_old_attempt),
+    (Decisions, "on_report", plans_only_when_a_leg_ends),
     (Decisions, "on_down", forgets_who_was_on_a_worker_that_died),
     (Decisions, "tick", forgets_deadlines),
     (Attempt, "of", repeats_what_was_told),

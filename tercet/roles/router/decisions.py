@@ -140,9 +140,8 @@ class Decisions:
             ongoing.place.holds = False  # those behind it may be planned now
             self._leave(ongoing.place, planned=True)
             return self._plan(now)
-        if isinstance(outcome, TokenEvent | PromptLogprobs):
-            return self._take(ongoing, worker, outcome, now)
-        self._leg_ended(ongoing, worker)
+        if not isinstance(outcome, TokenEvent | PromptLogprobs):
+            self._leg_ended(ongoing, worker)
         return [*self._take(ongoing, worker, outcome, now), *self._plan(now)]
 
     # ---- the line
@@ -199,7 +198,8 @@ class Decisions:
         return [StartLeg(worker, leg) for worker, leg in attempt.legs.items()]
 
     def _take(self, ongoing: Ongoing, worker: WorkerView | None, outcome: Outcome, now: float) -> list[RouterEffect]:
-        """What a report is to the request. worker: whose report it is; None: the deadline's."""
+        """What a report is to the request; it may leave room, so whoever calls this plans. worker: whose report it is;
+        None: the deadline's."""
         assert ongoing.attempt is not None
         effects: list[RouterEffect] = []
         try:
@@ -237,12 +237,11 @@ class Decisions:
         return self._again(ongoing, now)
 
     def _again(self, ongoing: Ongoing, now: float) -> list[RouterEffect]:
-        """Back to its place in the line; whoever calls this plans."""
-        effects = self._stop(ongoing)
+        """Back to its place in the line."""
         ongoing.give_up = self._patience(ongoing.request, now)
         if not ongoing.place.stands:
             self._line.join(ongoing.place)
-        return [*effects, *self._plan(now)]
+        return self._stop(ongoing)
 
     def _done(self, ongoing: Ongoing, done: Done, attempts: int) -> list[RouterEffect]:
         assert ongoing.attempt is not None
