@@ -193,7 +193,7 @@ async def test_a_transfer_that_dies_half_way_resumes_behind_the_last_whole_block
 
         def parcel(self, way, pair, write):
             senders.add(id(self._memory))
-            if write.index >= 4 and write.layer > 10 and not broken:
+            if write.index >= 4 and write.layer + write.layers > 10 and not broken:
                 broken.append(write)
                 raise PeerDown("the link broke")
             return real(self, way, pair, write)

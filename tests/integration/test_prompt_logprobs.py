@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tercet.core import Done, PromptLogprobs, Role, TokenEvent
-from tercet.errors import EngineFault, PeerDown
-from tercet.transfer.mover.parcels import Loader
+from tercet.errors import EngineFault
+from tercet.transfer.mover.sender import KvSender
 from tests.helpers import LocalCluster, cluster, request_of, spec_of
 from tests.tiny import VOCAB, tiny_model
 
@@ -74,15 +74,14 @@ async def test_a_preempted_prompt_is_scored_once(reference):
 async def test_a_second_attempt_tells_them_no_second_time(reference, monkeypatch):
     """The link breaks behind the scores' report; the client hears them once, before the first token."""
     async with cluster(spec_of("pd", source=tiny_model(), transfer__transport="tcp")) as made:
-        real, broken = Loader.parcel, []
+        real, broken = KvSender.commit, []
 
-        def parcel(self, way, pair, write):
-            if write.layer == 1 and not broken:
-                broken.append(write)
-                raise PeerDown("the link broke")
-            return real(self, way, pair, write)
+        def commit(self, message):  # the scores are told before it
+            if not broken:
+                broken.extend(peer.shutdown() for peer in list(self._peers.values()))
+            real(self, message)
 
-        monkeypatch.setattr(Loader, "parcel", parcel)
+        monkeypatch.setattr(KvSender, "commit", commit)
         events = await events_of(made, prompt_of(80))
         assert events[-1].attempts == 2
         assert_scores(events, prompt_of(80), reference)

@@ -86,9 +86,10 @@ class Simulation:
         self.count = {role: rng.choice([1, 2, 3]) for role in self.roles}
         self.asked: dict[str, Asked] = {}  # by the name of its tickets
         self.gone: set[WorkerView] = set()  # not announced any more, but their streams have not ended yet
-        self.pending: list[tuple[WorkerView, Ticket, Outcome]] = []  # words on their way, in order of a worker
+        self.sick: set[WorkerView] = set()  # their engines are dead, their streams stand
         self.finishing = False
-        self.seen = {"retried": 0, "rejected": 0, "out of time": 0, "nobody": 0, "done": 0, "died": 0, "failed": 0}
+        kinds = ("retried", "rejected", "out of time", "nobody", "done", "died", "failed", "sick")
+        self.seen = dict.fromkeys(kinds, 0)
         for role in self.roles:
             for number in range(self.count[role]):
                 self.epochs[f"{role.value}-{number}"] = 1
@@ -301,6 +302,21 @@ class Simulation:
                 self.seen["died"] += 1
         self.do(self.router.on_down(view, "killed", self.now))
 
+    def sicken(self) -> None:
+        """An engine dies: all of its worker's legs fail, and the worker has to be replaced."""
+        up = [view for view in self.router.directory.views.values() if view.up]
+        if not up or self.finishing:
+            return
+        view = self.rng.choice(up)
+        legs = [(asked, asked.legs.pop(view)) for asked in self.asked.values() if view in asked.legs]
+        self.sick |= {view} if legs else set()
+        for asked, leg in legs:
+            asked.unreachable = set()
+            asked.blamed |= {view}
+            asked.lost.add(view)
+            self.seen["sick"] += 1
+            self.do(self.router.on_report(view, leg.ticket, WorkerLost("its engine died"), self.now))
+
     def replace(self) -> None:
         """A worker is announced anew before its old stream has ended."""
         if not self.finishing:
@@ -311,13 +327,19 @@ class Simulation:
         if self.gone:
             view = self.rng.choice(sorted(self.gone, key=lambda view: view.info.worker_id))
             self.gone.remove(view)
-            if view.up:
+            if view.up or view in self.sick:
                 self.down(view, lost=True)
 
     def rise(self) -> None:
         down = [view for view in self.router.directory.views.values() if not view.up]
-        if down:
-            self.do(self.router.on_up(self.rng.choice(down), self.now))
+        if not down:
+            return
+        view = self.rng.choice(down)
+        if view in self.sick:  # the controller starts another in its place
+            self.epochs[view.info.worker_id] += 1
+            self.announce()
+        else:
+            self.do(self.router.on_up(view, self.now))
 
     # ---- time
 
@@ -356,7 +378,7 @@ class Simulation:
 
     def run(self) -> None:
         verbs = [self.submit] * 4 + [self.say] * 12 + [self.wait] * 2
-        verbs += [self.cancel, self.late, self.die, self.part, self.rise, self.rise, self.replace]
+        verbs += [self.cancel, self.late, self.die, self.sicken, self.part, self.rise, self.rise, self.replace]
         for _ in range(200):
             self.rng.choice(verbs)()
             self.check()
@@ -500,6 +522,15 @@ def forgets_who_was_on_a_worker_that_died(_: Callable) -> Callable:
     return on_down
 
 
+def plans_on_a_dead_engine(real: Callable) -> Callable:
+    def on_report(self, worker, ticket, outcome, now):
+        up, effects = worker.up, real(self, worker, ticket, outcome, now)
+        worker.up = up
+        return effects
+
+    return on_report
+
+
 def forgets_deadlines(_: Callable) -> Callable:
     return lambda self, now: self._plan(now)
 
@@ -549,6 +580,7 @@ MUTANTS = [
     (Decisions, "on_report", takes_the_word_of_an_old_attempt),
     (Decisions, "on_report", plans_only_when_a_leg_ends),
     (Decisions, "on_down", forgets_who_was_on_a_worker_that_died),
+    (Decisions, "on_report", plans_on_a_dead_engine),
     (Decisions, "tick", forgets_deadlines),
     (Attempt, "of", repeats_what_was_told),
     (Decisions, "wake_at", wakes_nobody_who_waits_for_room),

@@ -113,7 +113,7 @@ def test_who_died_is_to_blame(lost):
     history.failed(plan, dead, WorkerLost("killed"))
     again = chosen(history)
     assert dead not in again.workers
-    assert history.deaths == [f"{dead.info.worker_id} (epoch 1)"]
+    assert history.deaths == {dead.incarnation}
     if lost == "prefill":
         assert again.decode is D[0]  # what had landed there is used
 

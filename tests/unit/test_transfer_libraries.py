@@ -43,20 +43,22 @@ def fill(region: Region) -> None:
 
 
 def sender_process(name: str, endpoint: str, integrity: bool) -> None:
-    """`open` offers two blocks, `push LAYER` writes source blocks 3 and 6, `commit` ends; each is answered `done`."""
+    """`open ATTEMPT` offers two blocks, `push LAYER` writes source blocks 3 and 6, `commit` ends; each is answered
+    `done`."""
     source, events = Region(LAYOUT), queue.Queue()
     fill(source)
     sender = KvSender(config("prefill-0", integrity), source, [TRANSPORTS[name]()], events.put)
     for line in sys.stdin:
         verb, *rest = line.split()
         if verb == "open":
-            sender.open(TICKET, endpoint, 2 * LAYOUT.block_size, time.monotonic() + 600)
-            while (event := events.get(timeout=WAIT_S)) != outbound.Granted(TICKET, 0):
+            ticket = TICKET._replace(attempt=int(rest[0]))
+            sender.open(ticket, endpoint, 2 * LAYOUT.block_size, time.monotonic() + 600)
+            while (event := events.get(timeout=WAIT_S)) != outbound.Granted(ticket, 0):
                 print(event, file=sys.stderr, flush=True)  # of the ticket before
         elif verb == "push":
-            sender.push(TICKET, int(rest[0]), 0, [3, 6])
+            sender.push(ticket, int(rest[0]), 0, [3, 6])
         else:
-            sender.commit(Commit(TICKET, 0, 42, None, [], [], 0, 0.0, 0.0, 0.0, ""))
+            sender.commit(Commit(ticket, 0, 42, None, [], [], 0, 0.0, 0.0, 0.0, ""))
         print(f"done {time.process_time()}", flush=True)
     sender.stop()
     sys.stdout.flush()
@@ -85,9 +87,9 @@ class Pair:
                 return float(answer.split()[1])
         raise AssertionError("the sender is gone")
 
-    def grant(self) -> None:
-        self.receiver.admit(TICKET, 0, [5, 2])
-        self.ask("open")
+    def grant(self, attempt: int = 0) -> None:
+        self.receiver.admit(TICKET._replace(attempt=attempt), 0, [5, 2])
+        self.ask(f"open {attempt}")
 
     def next_event(self) -> object:
         return self.received.get(timeout=WAIT_S)
@@ -152,7 +154,7 @@ def test_a_link_carries_on_after_a_cancel(pair):
     pair.ask("push 0")
     assert isinstance(pair.next_event(), inbound.ReceiveFailed)
     assert isinstance(pair.next_event(), inbound.Quiesced)
-    pair.grant()
+    pair.grant(attempt=1)
     for layer in range(LAYOUT.layers):
         pair.ask(f"push {layer}")
     pair.ask("commit")

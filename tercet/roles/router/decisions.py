@@ -140,6 +140,8 @@ class Decisions:
             ongoing.place.holds = False  # those behind it may be planned now
             self._leave(ongoing.place, planned=True)
             return self._plan(now)
+        if isinstance(outcome, WorkerLost):  # its engine has died; the process answers until it is replaced
+            worker.up = False
         if not isinstance(outcome, TokenEvent | PromptLogprobs):
             self._leg_ended(ongoing, worker)
         return [*self._take(ongoing, worker, outcome, now), *self._plan(now)]
@@ -228,8 +230,8 @@ class Decisions:
         if not isinstance(error, WorkerLost | TransferError):
             return self._end(ongoing, error)
         if len(history.deaths) >= MAX_DEATHS:
-            name = ongoing.request.request_id
-            log.error("request %s was on board when these died: %s", name, ", ".join(history.deaths))
+            names = ", ".join(f"{worker_id} (epoch {epoch})" for worker_id, epoch in sorted(history.deaths))
+            log.error("request %s was on board when these died: %s", ongoing.request.request_id, names)
             died = f"{error}; the request was on board of {len(history.deaths)} workers that died"
             return self._end(ongoing, WorkerLost(died))
         if ongoing.failures > self._limits.retries:

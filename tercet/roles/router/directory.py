@@ -17,7 +17,7 @@ class WorkerView:
 
     info: WorkerInfo
     load: Load = field(default_factory=Load)  # as it last said itself
-    up: bool = False  # its stream stands
+    up: bool = False  # its stream stands, and its engine has not died
     legs: int = 0  # that the router has put on it and that have not ended
     tokens: int = 0  # of their prompts
 

@@ -43,7 +43,7 @@ class History:
     keep: WorkerView | None = None  # holds KV of an earlier attempt, and is asked again, once
     kept: bool = False
     last: tuple[WorkerView, WorkerView] | None = None  # the pair whose handover has just failed
-    deaths: list[str] = field(default_factory=list)  # workers that died with the request on board
+    deaths: set[Incarnation] = field(default_factory=set)  # workers that died with the request on board
 
     @property
     def is_blank(self) -> bool:
@@ -57,7 +57,7 @@ class History:
         self.failures[self.last] += 1
         if isinstance(error, WorkerLost) and reporter is not None:
             self.strikes[reporter] += 2
-            self.deaths.append(f"{reporter.info.worker_id} (epoch {reporter.info.epoch})")
+            self.deaths.add(reporter.incarnation)
             self.keep = plan.decode if reporter is not plan.decode and not self.kept else None
         elif isinstance(error, PeerUnreachable):  # either may be the one that is cut off
             self.strikes.update(plan.workers)
