@@ -157,7 +157,7 @@ class Leg:
     """What one worker is to do for one attempt at a request."""
 
     ticket: Ticket
-    kind: str  # aggregated, prefill, decode
+    kind: Role  # which handler serves it
     token_ids: tuple[int, ...]  # the prompt, then what an earlier attempt has emitted
     num_prompt: int
     params: SamplingParams

@@ -1,4 +1,4 @@
-"""What a step has brought, for the role whose request it is."""
+"""What a step has brought, for the handler whose leg it is."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from tercet.core import FinishReason, PromptScore, SamplingParams, Ticket
+from tercet.core import FinishReason, PromptScore, Role, SamplingParams, Ticket
 from tercet.engine.prefix import chain_hash
 
 
@@ -37,6 +37,7 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     num_prompt: int
     params: SamplingParams
+    kind: Role | None = None  # of its leg: whose handler is told what a step brings
     hand_over: bool = False  # compute the prompt, hand its KV over, sample one token, be done
 
     phase: Phase = Phase.WAITING

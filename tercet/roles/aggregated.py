@@ -1,19 +1,18 @@
-"""Prefill and decode in one engine: the comparison, and the small deployment."""
+"""Compute prompts and decode them in one engine: the comparison, and the small deployment."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from tercet.core import Done, StageTimes
 from tercet.engine.report import Faulted, Scored, StepReport
 from tercet.errors import TercetError
-from tercet.roles.legs import ActiveLeg, LegRole
+from tercet.roles.legs import ActiveLeg, Handler, Legs
 
 
-class Aggregated(LegRole):
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
+class Aggregated(Handler):
+    def __init__(self, legs: Legs) -> None:
+        super().__init__(legs)
         self._first_token_at: dict[ActiveLeg, float] = {}
         self._first_decode_s: dict[ActiveLeg, float] = {}
 
@@ -25,17 +24,17 @@ class Aggregated(LegRole):
         self._times_of(active, time.monotonic())
         self.engine.abort(active.sequence)
 
-    def on_sampled(self, report: StepReport) -> None:
-        self._loop.call_soon_threadsafe(self._report, report, time.monotonic())
+    def on_step(self, report: StepReport) -> None:
+        self.legs.loop.call_soon_threadsafe(self._report, report, time.monotonic())
 
     def _report(self, report: StepReport, now: float) -> None:
         for item in report:
-            active = self._legs.get(item.sequence.ticket)
+            active = self.legs.of(item.sequence.ticket)
             if active is None:
                 continue
             if isinstance(item, Faulted):
                 self._times_of(active, now)
-                self.fail(active, item.error)
+                self.legs.fail(active, item.error)
                 continue
             if isinstance(item, Scored):
                 active.stream.prompt_logprobs(active.leg, item.scores)
@@ -46,7 +45,7 @@ class Aggregated(LegRole):
             elif active not in self._first_decode_s:
                 self._first_decode_s[active] = now - self._first_token_at[active]
             if item.token.finish is not None:
-                self.forget(active)
+                self.legs.forget(active)
                 times = self._times_of(active, now)
                 done = Done(item.token.finish, item.stop_token_id, item.sequence.cached_tokens, times)
                 active.stream.finished(active.leg, done)

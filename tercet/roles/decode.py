@@ -7,14 +7,13 @@ begin ─reserve, admit─> reserved ─Committed─> first token out ─Complet
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass, field, replace
 
-from tercet.core import Done, StageTimes, Ticket, TokenEvent
+from tercet.core import Done, Load, StageTimes, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Sampled, Scored, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
-from tercet.roles.legs import ActiveLeg, LegRole
+from tercet.roles.legs import ActiveLeg, Handler, Legs
 from tercet.transfer.mover.receiver import KvReceiver, ReceiveEvent
 from tercet.transfer.protocol.inbound import Committed, Complete, Quiesced, ReceiveFailed
 from tercet.transfer.protocol.messages import Commit
@@ -30,11 +29,11 @@ class _Incoming:
     joined_at: float | None = None
 
 
-class Decode(LegRole):
+class Decode(Handler):
     receiver: KvReceiver
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
+    def __init__(self, legs: Legs) -> None:
+        super().__init__(legs)
         self._incoming: dict[Ticket, _Incoming] = {}  # until the sequence is over and its blocks are settled
 
     def begin(self, active: ActiveLeg) -> None:
@@ -58,11 +57,23 @@ class Decode(LegRole):
     def settling(self, ticket: Ticket) -> bool:
         return ticket in self._incoming
 
+    def counted(self, load: Load) -> Load:
+        receiver = self.receiver
+        return replace(
+            load,
+            transfer_dropped=load.transfer_dropped + receiver.dropped().total(),
+            transfer_refused=load.transfer_refused + receiver.refused().total(),
+            transfer_corrupt=load.transfer_corrupt + receiver.corrupt(),
+        )
+
+    async def close(self) -> None:
+        await self.legs.loop.run_in_executor(None, self.receiver.stop)
+
     # ---- events of the mover
 
     def on_event(self, event: ReceiveEvent) -> None:
         """Called on a mover thread."""
-        self._loop.call_soon_threadsafe(self._on_event, event)
+        self.legs.loop.call_soon_threadsafe(self._on_event, event)
 
     def _on_event(self, event: ReceiveEvent) -> None:
         incoming = self._incoming[event.ticket]
@@ -75,7 +86,7 @@ class Decode(LegRole):
             case ReceiveFailed(_, error):
                 incoming.error = error
                 self.engine.quarantine(active.sequence)
-                self.fail(active, error)
+                self.legs.fail(active, error)
             case Quiesced(_, verified):
                 del self._incoming[event.ticket]
                 # What came from a worker whose own step failed is whole, but it may be wrong.
@@ -95,7 +106,7 @@ class Decode(LegRole):
         top = tuple(zip(commit.top_ids, commit.top_logprobs, strict=True))
         token = TokenEvent(commit.token_id, commit.logprob, top, finish)
         incoming.first = Sampled(active.sequence, token, stop_token_id)
-        if active.ticket in self._legs:
+        if self.legs.of(active.ticket) is not None:
             active.stream.token(active.leg, token)
 
     def _join(self, incoming: _Incoming, complete: Complete) -> None:
@@ -113,13 +124,13 @@ class Decode(LegRole):
         self.engine.join(active.sequence, commit.token_id)
         if first.token.finish is not None:
             self._finish(incoming, first)
-        elif active.ticket not in self._legs:  # given up while the last bytes landed
+        elif self.legs.of(active.ticket) is None:  # given up while the last bytes landed
             self.give_up(active, TercetError("given up"))
 
     # ---- the engine
 
-    def on_sampled(self, report: StepReport) -> None:
-        self._loop.call_soon_threadsafe(self._report, report, time.monotonic())
+    def on_step(self, report: StepReport) -> None:
+        self.legs.loop.call_soon_threadsafe(self._report, report, time.monotonic())
 
     def _report(self, report: StepReport, now: float) -> None:
         for item in report:
@@ -130,7 +141,7 @@ class Decode(LegRole):
             assert not isinstance(item, Scored), "prompts are not computed here"
             if isinstance(item, Faulted):
                 del self._incoming[active.ticket]
-                self.fail(active, item.error)
+                self.legs.fail(active, item.error)
                 continue
             if not incoming.times.first_decode_s:
                 incoming.times = replace(incoming.times, first_decode_s=now - incoming.joined_at)
@@ -141,7 +152,7 @@ class Decode(LegRole):
     def _finish(self, incoming: _Incoming, last: Sampled) -> None:
         active, commit = incoming.active, incoming.commit
         del self._incoming[active.ticket]
-        if self.forget(active):
+        if self.legs.forget(active):
             assert commit is not None
             assert last.token.finish is not None
             done = Done(last.token.finish, last.stop_token_id, commit.cached_tokens, incoming.times)

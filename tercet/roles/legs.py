@@ -1,4 +1,9 @@
-"""What every role does with its legs: take them in, watch their deadlines, give them up. Event loop only."""
+"""The legs of a worker: each is served by the handler of its kind, all over one engine. Event loop only.
+
+`Legs` is what the wire and the engine talk to (a `wire.worker_server.LegHandler`). It takes legs in, watches their
+deadlines and ends them; a `Handler` says how legs of its kind begin, what a step's report means for them, and how
+they are given up. Which handlers a worker has is what it announces; nothing else depends on its role.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tercet.core import Leg, Ticket
+from tercet.core import Leg, Load, Role, Ticket
 from tercet.engine.loop import Engine
 from tercet.engine.report import StepReport
+from tercet.engine.runner import PushBlocks
 from tercet.engine.sequence import Sequence
-from tercet.errors import DeadlineExceeded, Overloaded, TercetError
+from tercet.errors import DeadlineExceeded, Overloaded, ProtocolViolation, TercetError
 from tercet.wire.worker_server import ReportStream
 
 
@@ -27,16 +33,136 @@ class ActiveLeg:
         return self.sequence.ticket
 
 
-class LegRole(ABC):
-    """A `wire.worker_server.LegHandler`. A subclass says how a leg begins and how it is given up."""
-
+class Legs:
     engine: Engine
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._legs: dict[Ticket, ActiveLeg] = {}
+        self.loop = loop
+        self.handlers: dict[Role, Handler] = {}  # kind of leg -> who serves it
+        self._active: dict[Ticket, ActiveLeg] = {}
         self._draining = False
         self._dead: TercetError | None = None  # why no leg can be served here any more
+
+    # ---- what the wire calls
+
+    def start(self, leg: Leg, stream: ReportStream) -> None:
+        ticket = leg.ticket
+        if self._dead is not None:
+            stream.failed(leg, self._dead)
+            return
+        handler = self.handlers.get(leg.kind)
+        if handler is None:
+            stream.failed(
+                leg, ProtocolViolation(f"{leg.kind} legs are not served here, only {', '.join(self.handlers)}")
+            )
+            return
+        if self._draining or ticket in self._active or self._settling(ticket):
+            stream.rejected(leg, "the worker is draining" if self._draining else f"{ticket} is not over yet")
+            return
+        sequence = Sequence(ticket, list(leg.token_ids), leg.num_prompt, leg.params, kind=leg.kind)
+        timer = self.loop.call_later(leg.timeout_s, self._expire, ticket)
+        active = self._active[ticket] = ActiveLeg(leg, stream, sequence, timer)
+        try:
+            self.engine.check_ids(leg.token_ids)
+            handler.begin(active)
+        except Overloaded as error:
+            self.forget(active)
+            stream.rejected(leg, str(error))
+        except TercetError as error:
+            self.fail(active, error)
+
+    def abort(self, ticket: Ticket) -> None:
+        active = self._active.get(ticket)
+        if active is not None:
+            self.forget(active)
+            self._give_up(active, TercetError("the request was aborted"))
+
+    def meet(self, endpoints: Iterable[str]) -> None:
+        for handler in self.handlers.values():
+            handler.meet(endpoints)
+
+    def disconnected(self, stream: ReportStream) -> None:
+        for active in [a for a in self._active.values() if a.stream is stream]:
+            self.abort(active.ticket)
+
+    # ---- what the engine calls
+
+    def on_step(self, report: StepReport) -> None:
+        """On the engine's thread."""
+        for kind, handler in self.handlers.items():
+            own = [item for item in report if item.sequence.kind == kind]
+            if own:
+                handler.on_step(own)
+
+    # ---- what handlers call
+
+    def of(self, ticket: Ticket) -> ActiveLeg | None:
+        return self._active.get(ticket)
+
+    def fail(self, active: ActiveLeg, error: TercetError) -> None:
+        """End a leg with an error, if it has not ended yet."""
+        if self.forget(active):
+            active.stream.failed(active.leg, error)
+
+    def forget(self, active: ActiveLeg) -> bool:
+        """Take a leg out of the table. False: it was out already."""
+        active.timer.cancel()
+        return self._active.pop(active.ticket, None) is not None
+
+    # ---- what the worker calls
+
+    def die(self, error: TercetError) -> None:
+        """The engine is dead: fail every leg, and each that still comes."""
+        self._dead = error
+        for active in list(self._active.values()):
+            self.fail(active, error)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new legs and wait for those under way."""
+        self._draining = True
+        deadline = self.loop.time() + timeout_s
+        while self._active and self.loop.time() < deadline:
+            await asyncio.sleep(0.05)
+
+    def load(self) -> Load:
+        """The engine's, with what the handlers have counted."""
+        load = self.engine.load()
+        for handler in self.handlers.values():
+            load = handler.counted(load)
+        return load
+
+    async def close(self) -> None:
+        for handler in self.handlers.values():
+            await handler.close()
+
+    # ---- inside
+
+    def _settling(self, ticket: Ticket) -> bool:
+        return any(handler.settling(ticket) for handler in self.handlers.values())
+
+    def _give_up(self, active: ActiveLeg, error: TercetError) -> None:
+        self.handlers[active.leg.kind].give_up(active, error)
+
+    def _expire(self, ticket: Ticket) -> None:
+        active = self._active.get(ticket)
+        if active is not None:
+            error = DeadlineExceeded(f"request {ticket.request_id} ran out of its {active.leg.timeout_s:.1f} s")
+            self.fail(active, error)
+            self._give_up(active, error)
+
+
+class Handler(ABC):
+    """Serves the legs of one kind."""
+
+    push: PushBlocks | None = None  # takes the blocks that the engine hands over
+    endpoint: str = ""  # where KV for this handler's legs is sent to
+
+    def __init__(self, legs: Legs) -> None:
+        self.legs = legs
+
+    @property
+    def engine(self) -> Engine:
+        return self.legs.engine
 
     @abstractmethod
     def begin(self, active: ActiveLeg) -> None:
@@ -46,73 +172,20 @@ class LegRole(ABC):
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         """Free what the leg holds here and at the peer; the leg is already out of the table."""
 
+    @abstractmethod
+    def on_step(self, report: StepReport) -> None:
+        """What an engine step brought for legs of this kind. Called on the engine's thread."""
+
     def settling(self, ticket: Ticket) -> bool:
         """Whether blocks of an earlier leg of this ticket are not settled yet."""
         return False
 
-    @abstractmethod
-    def on_sampled(self, report: StepReport) -> None:
-        """What an engine step brought: tokens, or the faults that ended sequences. Called on the engine's thread."""
-
-    def start(self, leg: Leg, stream: ReportStream) -> None:
-        ticket = leg.ticket
-        if self._dead is not None:
-            stream.failed(leg, self._dead)
-            return
-        if self._draining or ticket in self._legs or self.settling(ticket):
-            stream.rejected(leg, "the worker is draining" if self._draining else f"{ticket} is not over yet")
-            return
-        sequence = Sequence(ticket, list(leg.token_ids), leg.num_prompt, leg.params)
-        timer = self._loop.call_later(leg.timeout_s, self._expire, ticket)
-        active = self._legs[ticket] = ActiveLeg(leg, stream, sequence, timer)
-        try:
-            self.engine.check_ids(leg.token_ids)
-            self.begin(active)
-        except Overloaded as error:
-            self.forget(active)
-            stream.rejected(leg, str(error))
-        except TercetError as error:
-            self.fail(active, error)
-
-    def abort(self, ticket: Ticket) -> None:
-        active = self._legs.get(ticket)
-        if active is not None:
-            self.forget(active)
-            self.give_up(active, TercetError("the request was aborted"))
-
-    def meet(self, endpoints: Iterable[str]) -> None:  # noqa: B027  # only a prefill worker goes to others
+    def meet(self, endpoints: Iterable[str]) -> None:  # noqa: B027  # only prefill goes to others
         """Connect to these decode workers, before the first request needs them."""
 
-    def disconnected(self, stream: ReportStream) -> None:
-        for active in [a for a in self._legs.values() if a.stream is stream]:
-            self.abort(active.ticket)
+    def counted(self, load: Load) -> Load:
+        """`load` with what this handler has counted added."""
+        return load
 
-    def fail(self, active: ActiveLeg, error: TercetError) -> None:
-        """End a leg with an error, if it has not ended yet."""
-        if self.forget(active):
-            active.stream.failed(active.leg, error)
-
-    def die(self, error: TercetError) -> None:
-        """The engine is dead: fail every leg, and each that still comes."""
-        self._dead = error
-        for active in list(self._legs.values()):
-            self.fail(active, error)
-
-    def forget(self, active: ActiveLeg) -> bool:
-        """Take a leg out of the table. False: it was out already."""
-        active.timer.cancel()
-        return self._legs.pop(active.ticket, None) is not None
-
-    async def drain(self, timeout_s: float) -> None:
-        """Take no new legs and wait for those under way."""
-        self._draining = True
-        deadline = self._loop.time() + timeout_s
-        while self._legs and self._loop.time() < deadline:
-            await asyncio.sleep(0.05)
-
-    def _expire(self, ticket: Ticket) -> None:
-        active = self._legs.get(ticket)
-        if active is not None:
-            error = DeadlineExceeded(f"request {ticket.request_id} ran out of its {active.leg.timeout_s:.1f} s")
-            self.fail(active, error)
-            self.give_up(active, error)
+    async def close(self) -> None:  # noqa: B027  # some hold nothing
+        """Nothing more comes: end what this handler has opened."""

@@ -7,17 +7,16 @@ begin ─open─> offered ─Granted─> engine ─Sampled─> commit ─Release
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tercet.core import Done, FinishReason, PairState, Ticket, TokenEvent
+from tercet.core import Done, FinishReason, Load, PairState, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
 from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
-from tercet.roles.legs import ActiveLeg, LegRole
+from tercet.roles.legs import ActiveLeg, Handler, Legs
 from tercet.transfer.mover.sender import KvSender, SendEvent
 from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.protocol.outbound import Granted, OpDone, Released, SendFailed
@@ -35,11 +34,11 @@ class _Outgoing:
     given_up: TercetError | None = None  # set while the peer was still being dialled
 
 
-class Prefill(LegRole):
+class Prefill(Handler):
     sender: KvSender
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_legs: int) -> None:
-        super().__init__(loop)
+    def __init__(self, legs: Legs, max_legs: int) -> None:
+        super().__init__(legs)
         self._max_legs = max_legs
         self._outgoing: dict[Ticket, _Outgoing] = {}  # until OpDone
         self._wanted: set[str] = set()  # endpoints of the live decode workers
@@ -60,9 +59,9 @@ class Prefill(LegRole):
             self._met.discard(endpoint)
             self._faults.pop(endpoint, None)
         elif self.sender.connected(endpoint):
-            self._loop.call_later(MEET_AGAIN_S, self._look_after, endpoint)
+            self.legs.loop.call_later(MEET_AGAIN_S, self._look_after, endpoint)
         else:
-            self._loop.run_in_executor(self._meeters, self._meet, endpoint)
+            self.legs.loop.run_in_executor(self._meeters, self._meet, endpoint)
 
     def _meet(self, endpoint: str) -> None:
         """On a pool thread."""
@@ -71,10 +70,15 @@ class Prefill(LegRole):
             self._faults.pop(endpoint, None)
         except (TransferError, OSError) as error:
             self._faults[endpoint] = PairState(Endpoint.decode(endpoint).worker_id, fault=str(error))
-        self._loop.call_soon_threadsafe(self._loop.call_later, MEET_AGAIN_S, self._look_after, endpoint)
+        self.legs.loop.call_soon_threadsafe(self.legs.loop.call_later, MEET_AGAIN_S, self._look_after, endpoint)
 
-    def pairs(self) -> tuple[PairState, ...]:
-        return (*self.sender.attested(), *list(self._faults.values()))
+    def counted(self, load: Load) -> Load:
+        pairs = (*load.pairs, *self.sender.attested(), *list(self._faults.values()))
+        return replace(load, transfer_dropped=load.transfer_dropped + self.sender.dropped().total(), pairs=pairs)
+
+    async def close(self) -> None:
+        self.meet(())  # or it would connect again
+        await self.legs.loop.run_in_executor(None, self.sender.stop)
 
     def begin(self, active: ActiveLeg) -> None:
         if len(self._outgoing) >= self._max_legs:
@@ -83,21 +87,21 @@ class Prefill(LegRole):
         if self.sender.connected(active.leg.peer):
             self._open(outgoing, dial=False)
         else:
-            self._loop.run_in_executor(self._dialers, self._open, outgoing, True)
+            self.legs.loop.run_in_executor(self._dialers, self._open, outgoing, True)
 
     def _open(self, outgoing: _Outgoing, dial: bool) -> None:
         """On a pool thread if it may dial, which blocks."""
         if outgoing.given_up is not None:
-            self._loop.call_soon_threadsafe(self._not_opened, outgoing, outgoing.given_up)
+            self.legs.loop.call_soon_threadsafe(self._not_opened, outgoing, outgoing.given_up)
             return
         active, leg = outgoing.active, outgoing.active.leg
         deadline = outgoing.arrived + leg.timeout_s
         try:
             outgoing.transport = self.sender.open(active.ticket, leg.peer, len(leg.token_ids), deadline, dial)
         except (TransferError, OSError) as error:
-            self._loop.call_soon_threadsafe(self._not_opened, outgoing, error)
+            self.legs.loop.call_soon_threadsafe(self._not_opened, outgoing, error)
         else:
-            self._loop.call_soon_threadsafe(self._opened, outgoing)
+            self.legs.loop.call_soon_threadsafe(self._opened, outgoing)
 
     def _opened(self, outgoing: _Outgoing) -> None:
         if outgoing.given_up is not None:
@@ -107,7 +111,7 @@ class Prefill(LegRole):
         del self._outgoing[outgoing.active.ticket]
         if isinstance(error, TransferError | OSError):
             error = PeerUnreachable(f"the decode worker was not reached: {error}")
-        self.fail(outgoing.active, error)
+        self.legs.fail(outgoing.active, error)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         outgoing = self._outgoing.get(active.ticket)
@@ -122,7 +126,7 @@ class Prefill(LegRole):
 
     def on_event(self, event: SendEvent) -> None:
         """Called on a mover thread."""
-        self._loop.call_soon_threadsafe(self._on_event, event)
+        self.legs.loop.call_soon_threadsafe(self._on_event, event)
 
     def _on_event(self, event: SendEvent) -> None:
         outgoing = self._outgoing.get(event.ticket)
@@ -134,9 +138,9 @@ class Prefill(LegRole):
                 self._compute(outgoing, first_block)
             case SendFailed(_, error):
                 self.engine.abort(active.sequence)
-                self.fail(active, error)
+                self.legs.fail(active, error)
             case Released():
-                if self.forget(active):
+                if self.legs.forget(active):
                     active.stream.finished(active.leg, Done(FinishReason.LENGTH))
             case OpDone():
                 del self._outgoing[active.ticket]
@@ -155,18 +159,18 @@ class Prefill(LegRole):
 
     # ---- the engine
 
-    def on_sampled(self, report: StepReport) -> None:
+    def on_step(self, report: StepReport) -> None:
         """On the engine's thread: the first token goes with the COMMIT, behind the last layer."""
         for item in report:
             if isinstance(item, Faulted):
                 self.sender.cancel(item.sequence.ticket, item.error)
             elif isinstance(item, Scored):
-                self._loop.call_soon_threadsafe(self._tell_scores, item)
+                self.legs.loop.call_soon_threadsafe(self._tell_scores, item)
             else:
                 self.sender.commit(self._commit_of(item.sequence, item.token))
 
     def _tell_scores(self, scored: Scored) -> None:
-        active = self._legs.get(scored.sequence.ticket)
+        active = self.legs.of(scored.sequence.ticket)
         if active is not None:
             active.stream.prompt_logprobs(active.leg, scored.scores)
 

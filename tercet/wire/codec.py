@@ -12,6 +12,7 @@ from tercet.core import (
     Load,
     PairState,
     PromptLogprobs,
+    Role,
     SamplingParams,
     StageTimes,
     Ticket,
@@ -24,8 +25,8 @@ from tercet.wire.gen import worker_pb2 as pb
 NONCE_METADATA = "tercet-nonce"  # gRPC metadata key; its value is in hexadecimal
 GATEWAY, WORKER = b"gateway", b"worker"  # whose proof it is
 
-LEG_NAMES = {pb.LEG_AGGREGATED: "aggregated", pb.LEG_PREFILL: "prefill", pb.LEG_DECODE: "decode"}
-LEG_NUMBERS = {name: number for number, name in LEG_NAMES.items()}
+LEG_KINDS = {pb.LEG_AGGREGATED: Role.AGGREGATED, pb.LEG_PREFILL: Role.PREFILL, pb.LEG_DECODE: Role.DECODE}
+LEG_NUMBERS = {kind: number for number, kind in LEG_KINDS.items()}
 _LOAD_FIELDS = tuple(name for name in Load.__dataclass_fields__ if name != "pairs")
 _PAIR_FIELDS = tuple(PairState.__dataclass_fields__)
 
@@ -59,7 +60,7 @@ def leg_from_proto(start: pb.Start) -> Leg:
         params = replace(params, prompt_logprobs=start.prompt_logprobs)
     return Leg(
         ticket_from_proto(start.ticket),
-        LEG_NAMES[start.leg],
+        LEG_KINDS[start.leg],
         tuple(start.token_ids),
         start.prompt_tokens,
         params,

@@ -197,7 +197,7 @@ async def test_a_request_that_kills_workers_is_not_carried_to_a_third(caplog, mo
         with caplog.at_level(logging.ERROR), pytest.raises(WorkerLost, match="2 workers that died"):
             await tokens_of(made, deadly)
         assert "was on board when these died: prefill-" in caplog.text
-        dead = [name for name, worker in made.workers.items() if worker.handler._dead is not None]
+        dead = [name for name, worker in made.workers.items() if worker.legs._dead is not None]
         assert len(dead) == 2
         assert len(await tokens_of(made, prompt(20), max_tokens=4)) == 4
         for name in dead:

@@ -128,7 +128,7 @@ async def test_preemption_changes_no_token(topology):
 async def test_a_broken_worker_is_passed_over():
     async with cluster(spec_of("pd", limits__retries=1)) as made:
         expected = await tokens_of(made, [PROMPTS[2]])
-        made.workers["decode-0"].handler.die(WorkerLost("broken on purpose"))
+        made.workers["decode-0"].legs.die(WorkerLost("broken on purpose"))
         for _ in range(3):
             events, done = await made.generate(PROMPTS[2])
             assert [e.token_id for e in events] == expected[0]

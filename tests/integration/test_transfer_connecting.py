@@ -8,14 +8,17 @@ import itertools
 import socket
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from tercet.core import Load
 from tercet.engine.sequence import Sequence
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
 from tercet.roles import prefill as roles
+from tercet.roles.legs import Legs
 from tercet.roles.prefill import Prefill
 from tercet.transfer.links.channel import Channel
 from tercet.transfer.memory.layout import KvLayout
@@ -203,10 +206,10 @@ async def test_a_silent_decode_worker_holds_nobody_else_up(monkeypatch):
     """It accepts and never answers. What goes to a worker that is connected does not wait for its handshakes."""
     monkeypatch.setattr(dialer, "HANDSHAKE_S", 4.0)
     made, granted = Pair("tcp"), asyncio.Event()
-    prefill = Prefill(asyncio.get_running_loop(), 1000)
+    prefill = Prefill(Legs(asyncio.get_running_loop()), 1000)
     prefill.sender = made.sender
     prefill.sender._on_event = prefill.on_event
-    prefill.engine = SimpleNamespace(abort=id, op_done=id, add=lambda _: granted.set())
+    prefill.legs.engine = SimpleNamespace(abort=id, op_done=id, add=lambda _: granted.set())
     await asyncio.to_thread(made.sender.connect, made.endpoint)
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         whole = Endpoint.decode(made.endpoint)
@@ -233,14 +236,14 @@ async def test_however_often_it_is_introduced_a_dead_worker_is_dialled_once_at_a
         next(dials)
         raise PeerDown("nobody there")
 
-    prefill = Prefill(asyncio.get_running_loop(), 10)
-    prefill.sender = SimpleNamespace(connect=connect, connected=lambda _: False, attested=list)
+    prefill = Prefill(Legs(asyncio.get_running_loop()), 10)
+    prefill.sender = SimpleNamespace(connect=connect, connected=lambda _: False, attested=list, dropped=Counter)
     nobody = Endpoint("decode-9", 1, "elsewhere", "", ["127.0.0.1:1"], ["tcp"]).encode()
     for _ in range(10):
         prefill.meet([nobody])
     await asyncio.sleep(1.0)
-    assert [state.fault for state in prefill.pairs()] == ["nobody there"]
+    assert [state.fault for state in prefill.counted(Load()).pairs] == ["nobody there"]
     prefill.meet(())
     await asyncio.sleep(0.3)
     assert 2 <= next(dials) <= 11
-    assert prefill.pairs() == ()
+    assert prefill.counted(Load()).pairs == ()

@@ -15,6 +15,7 @@ from tercet.core import (
     Outcome,
     PromptLogprobs,
     Rejection,
+    Role,
     Ticket,
     TokenEvent,
 )
@@ -77,10 +78,13 @@ class Attempt:
             params = replaced(params, prompt_logprobs=None)
         tokens = (*request.token_ids, *(event.token_id for event in told.tokens))
         ticket = Ticket(*name, decoder.epoch)
-        base = Leg(ticket, "", tokens, len(request.token_ids), params, request.deadline - now)
-        legs = {view: replaced(base, kind=view.info.role.value) for view in plan.workers}
+        leg = Leg(ticket, Role.AGGREGATED, tokens, len(request.token_ids), params, request.deadline - now)
+        legs = {plan.decode: leg}
         if plan.prefill is not plan.decode:
-            legs[plan.prefill] = replaced(legs[plan.prefill], peer=decoder.transfer_endpoint)
+            legs = {
+                plan.decode: replaced(leg, kind=Role.DECODE),
+                plan.prefill: replaced(leg, kind=Role.PREFILL, peer=decoder.transfer_endpoint),
+            }
         return cls(ticket, plan, legs, lacks_scores=params.prompt_logprobs is not None)
 
     def next(self, view: WorkerView | None, outcome: Outcome) -> Sequence[RequestEvent]:
