@@ -104,7 +104,8 @@ class Launcher:
     async def _worker(self, wanted: Assignment, epoch: int) -> Actor:
         group = await self._reserve(wanted)
         inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-        options = {"num_cpus": wanted.needs.get("CPU", 0), "scheduling_strategy": inside}
+        counts = {"num_cpus": wanted.needs.get("CPU", 0), "num_gpus": wanted.needs.get("GPU", 0)}
+        options = {**counts, "scheduling_strategy": inside}
         args = (wanted.worker_id, wanted.role, epoch, self._spec, self._token)
         try:
             return Actor(wanted.worker_id, await self._create(wanted.worker_id, WorkerActor, options, *args), group)

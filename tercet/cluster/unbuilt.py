@@ -12,12 +12,13 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
     if spec.topology in {"epd", "e-pd"}:
         raise UnsupportedSpec(f"topology: {spec.topology} needs the encode role, which is not built yet; use pd")
     for name, pool in spec.pools.items():
-        if pool.accelerator != "cpu":
-            raise UnsupportedSpec(f"pools.{name}.accelerator: {pool.accelerator} is not built yet; use cpu")
+        if pool.accelerator == "npu":
+            raise UnsupportedSpec(f"pools.{name}.accelerator: npu is not built yet; use cpu or gpu")
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
+        _refuse_devices(f"roles.{role}", wanted, spec.pools[wanted.pool].accelerator)
     for name, pool in spec.pools.items():
-        _refuse_devices(f"pools.{name}", pool)
+        _refuse_devices(f"pools.{name}", pool, pool.accelerator)
     if spec.topology == "aggregated" and spec.transfer.model_fields_set:
         key = min(spec.transfer.model_fields_set)
         raise UnsupportedSpec(f"transfer.{key}: has no effect, since no KV moves in topology aggregated; leave it out")
@@ -33,10 +34,12 @@ def _refuse_role(role: Role, wanted: RoleSpec) -> None:
             f"roles.{role}.scheduler.max_waiting: has no effect, since a decode worker has no queue; leave it out "
             "(requests wait in the gateway; max_running bounds those that are admitted)"
         )
-    _refuse_devices(f"roles.{role}", wanted)
 
 
-def _refuse_devices(path: str, holder: PoolSpec | RoleSpec) -> None:
-    for kind in ("gpus", "npus"):
-        if getattr(holder, kind):
-            raise UnsupportedSpec(f"{path}.{kind}: {kind[:-1].upper()} workers are not built yet; use 0")
+def _refuse_devices(path: str, holder: PoolSpec | RoleSpec, accelerator: str) -> None:
+    if holder.npus:
+        raise UnsupportedSpec(f"{path}.npus: NPU workers are not built yet; use 0")
+    if accelerator != "gpu" and holder.gpus:
+        raise UnsupportedSpec(f"{path}.gpus: has no effect in a pool whose accelerator is {accelerator}; use 0")
+    if accelerator == "gpu" and isinstance(holder, RoleSpec) and holder.gpus != 1:
+        raise UnsupportedSpec(f"{path}.gpus: a worker of a gpu pool runs on one GPU, got {holder.gpus}; use 1")

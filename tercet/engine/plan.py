@@ -56,15 +56,17 @@ class Piece(NamedTuple):
 class StepPlan(NamedTuple):
     decodes: Sequence[Piece] = ()  # one token each; they are computed together
     chunks: Sequence[Piece] = ()  # of prompts
+    landed: Sequence[int] = ()  # blocks that transfers have written since the plan before; to be taken before all else
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         return (*self.decodes, *self.chunks)
 
     def apart(self) -> Iterator[StepPlan]:
-        """Each piece as a step of its own, in order."""
-        yield from (StepPlan(decodes=(piece,)) for piece in self.decodes)
-        yield from (StepPlan(chunks=(piece,)) for piece in self.chunks)
+        """Each piece as a step of its own, in order. What has landed is taken once: a step may write behind it."""
+        alone = [StepPlan(decodes=(piece,)) for piece in self.decodes]
+        alone += [StepPlan(chunks=(piece,)) for piece in self.chunks]
+        yield from (plan._replace(landed=() if number else self.landed) for number, plan in enumerate(alone))
 
 
 class PieceResult(NamedTuple):
@@ -87,8 +89,8 @@ def pack(plan: StepPlan) -> bytes:
 
 
 def unpack(packed: bytes) -> StepPlan:
-    decodes, chunks = msgpack.unpackb(packed, use_list=False)
-    return StepPlan(tuple(map(_piece, decodes)), tuple(map(_piece, chunks)))
+    decodes, chunks, landed = msgpack.unpackb(packed, use_list=False)
+    return StepPlan(tuple(map(_piece, decodes)), tuple(map(_piece, chunks)), landed)
 
 
 def _piece(fields: tuple[object, ...]) -> Piece:

@@ -1,7 +1,7 @@
 """Turn a plan into tensors, run the model over the paged cache, and draw tokens.
 
-The KV cache is the tensor `[layers, blocks, 2, block_size, kv_heads, head_dim]` over the bytes of a transfer Region,
-so what the model writes is what a transfer reads.
+The KV cache is a tensor over the bytes of a transfer Region, or on a device with that region as its copy on the host
+(kv_cache.py). Tokens are drawn on the host.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tercet.core import PromptScore, Ticket, TokenEvent
+from tercet.engine.kv_cache import cache_of
 from tercet.engine.plan import Piece, PieceResult, StepPlan, StepResult
 from tercet.engine.sampler import sample, score
 from tercet.errors import EngineFault
@@ -35,15 +36,17 @@ class Runner:
         self._block_size = region.layout.block_size
         self.layers_done = 0  # of all steps together; grows while a step runs
         self.vocab_size = model.config.vocab_size  # rows of the embedding
-        self.kv_cache = torch.frombuffer(region.view, dtype=model.dtype).view(region.layout.shape)
+        self._cache = cache_of(region, model.dtype, model.device)
+        self.kv_cache = self._cache.tensor
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the step's KV, and draw a token for each piece that is to get one."""
+        self._cache.take(plan.landed)
         batch = self._batch(plan)
         hidden = self._model.hidden(batch, self.kv_cache, self._on_layer(plan.chunks))
         draws = [piece.draw for piece in plan.pieces if piece.draw is not None]
-        drawn = iter(sample(self._model.logits(hidden[batch.logit_rows]), draws) if draws else ())
+        drawn = iter(sample(self._model.logits(hidden[batch.logit_rows]).cpu(), draws) if draws else ())
         tokens = [next(drawn) if piece.draw is not None else None for piece in plan.pieces]
         firsts = [*range(batch.num_decodes), *(rows.start_row for rows in batch.chunks)]
         scores = [self._scores(piece, hidden[first:]) for piece, first in zip(plan.pieces, firsts, strict=True)]
@@ -52,8 +55,8 @@ class Runner:
     @torch.inference_mode()
     def check(self) -> None:
         """Compute a token of nobody's, in a cache of its own. Raises what the model raises: no request is at fault."""
-        zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-        batch = StepBatch(zero, zero, zero, 1, zero.view(1, 1), one, (), zero)
+        zero = torch.zeros(1, dtype=torch.int64, device=self._model.device)
+        batch = StepBatch(zero, zero, zero, 1, zero.view(1, 1), zero + 1, (), zero)
         self._model.forward(batch, torch.zeros_like(self.kv_cache[:, :1]))
 
     def _scores(self, piece: Piece, hidden: Tensor) -> list[PromptScore] | EngineFault:
@@ -61,7 +64,7 @@ class Runner:
         scores: list[PromptScore] = []
         for at in range(0, len(piece.follow), SCORE_ROWS):
             wanted = piece.follow[at : at + SCORE_ROWS]
-            logits = self._model.logits(hidden[at : at + len(wanted)])
+            logits = self._model.logits(hidden[at : at + len(wanted)]).cpu()
             if not logits.amax().isfinite():
                 return EngineFault("the model's logits for the prompt are not finite numbers")
             scores += score(logits, wanted, piece.most_likely)
@@ -76,27 +79,36 @@ class Runner:
         chunks: list[PrefillChunk] = []
         for number, piece in enumerate(plan.pieces):
             if number >= len(plan.decodes):
-                chunks.append(PrefillChunk(len(tokens), len(piece.token_ids), piece.end, torch.tensor(piece.blocks)))
+                chunks.append(PrefillChunk(len(tokens), len(piece.token_ids), piece.end, self._ints(piece.blocks)))
             tokens += piece.token_ids
             positions += range(piece.start, piece.end)
             slots += self._slots(piece)
             if piece.draw is not None:
                 logit_rows.append(len(tokens) - 1)
-        tables, lengths = _decode_tables(plan.decodes)
+        tables, lengths = self._decode_tables(plan.decodes)
         return StepBatch(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
+            token_ids=self._ints(tokens),
+            positions=self._ints(positions),
+            slots=self._ints(slots),
             num_decodes=len(plan.decodes),
             decode_block_tables=tables,
             decode_context_lens=lengths,
             chunks=tuple(chunks),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+            logit_rows=self._ints(logit_rows),
         )
 
     def _slots(self, piece: Piece) -> list[int]:
         size, blocks = self._block_size, piece.blocks
         return [blocks[p // size] * size + p % size for p in range(piece.start, piece.end)]
+
+    def _decode_tables(self, decodes: Rows[Piece]) -> tuple[Tensor, Tensor]:
+        """Block tables padded with 0, and context lengths with the new token included."""
+        width = max((len(piece.blocks) for piece in decodes), default=0)
+        rows = [[*piece.blocks, *[0] * (width - len(piece.blocks))] for piece in decodes]
+        return self._ints(rows).view(len(decodes), width), self._ints([piece.end for piece in decodes])
+
+    def _ints(self, values: Rows[int] | Rows[Rows[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._model.device)
 
     def _on_layer(self, chunks: Rows[Piece]) -> Callable[[int], None]:
         """What counts a layer once it is computed, and hands over the blocks that are complete in it."""
@@ -109,17 +121,10 @@ class Runner:
             self.layers_done += 1
             for ticket, push in pushed:
                 assert self._push is not None, "a plan says push, but nobody does"
+                self._cache.publish(layer, push.blocks)
                 self._push(ticket, layer, push.first, push.blocks)
 
         return on_layer
-
-
-def _decode_tables(decodes: Rows[Piece]) -> tuple[Tensor, Tensor]:
-    """Block tables padded with 0, and context lengths with the new token included."""
-    width = max((len(piece.blocks) for piece in decodes), default=0)
-    rows = [[*piece.blocks, *[0] * (width - len(piece.blocks))] for piece in decodes]
-    lengths = torch.tensor([piece.end for piece in decodes], dtype=torch.int64)
-    return torch.tensor(rows, dtype=torch.int64).view(len(decodes), width), lengths
 
 
 def _result(token: TokenEvent | EngineFault | None, scores: list[PromptScore] | EngineFault) -> PieceResult:

@@ -47,6 +47,7 @@ class EngineState:
         self._reserved: set[Sequence] = set()  # their KV is on its way
         self._sending: set[Sequence] = set()  # a transfer reads their blocks, until `op_done`
         self._step = Step()  # planned, not yet committed
+        self._landed: set[int] = set()  # blocks that transfers have written and no plan has named yet
 
     # ---- verbs
 
@@ -87,6 +88,7 @@ class EngineState:
         """The KV of a reserved sequence has landed and is verified: decode it from its first token on, unless it is
         over with that one already."""
         self._reserved.remove(sequence)
+        self._landed.update(sequence.blocks[sequence.published :])
         self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.OWNED)
         sequence.computed = len(sequence.token_ids)
         self._publish(sequence)
@@ -113,6 +115,7 @@ class EngineState:
         hashes = sequence.extend_hashes(self._block_size)[sequence.published :]
         for block, digest in zip(written[:verified], hashes, strict=False):
             self._index.publish(block, digest)
+        self._landed.update(written[:verified])
         if sequence in self._reserved:
             self._reserved.remove(sequence)
             self._pool.release(written, Hold.LEASED)
@@ -163,9 +166,13 @@ class EngineState:
         self._step = self._scheduler.schedule()
         for sequence in self._step.sequences:
             sequence.first_scheduled = sequence.first_scheduled or now
+        if not self._step.sequences:
+            return StepPlan()
+        landed, self._landed = tuple(self._landed), set()
         return StepPlan(
             tuple(self._piece(sequence, sequence.computed, 1, draws=True) for sequence in self._step.decodes),
             tuple(map(self._piece_of, self._step.chunks)),
+            landed,
         )
 
     def commit(self, result: StepResult) -> StepReport:

@@ -1,4 +1,5 @@
-"""Paged grouped-query attention on a CPU: K and V to the cache, attend over it. Planned once a step, run per layer.
+"""Paged grouped-query attention in plain torch, made for a CPU: K and V to the cache, attend over it. Planned once a
+step, run per layer.
 
 T rows of the batch   B decodes of a group   L tokens of context
 H query heads   Hkv key-value heads   G = H / Hkv   D head dimension   S block size
@@ -53,7 +54,8 @@ def plan_decodes(tables: Tensor, contexts: Tensor, block_size: int, windows: Seq
         longest = lengths[order[0]]
         size = max(1, GATHER_TOKENS // longest)
         rows, order = order[:size], order[size:]
-        groups.append(_plan_group(torch.tensor(rows), longest, tables, contexts, block_size, windows))
+        picked = torch.tensor(rows, device=tables.device)
+        groups.append(_plan_group(picked, longest, tables, contexts, block_size, windows))
     return groups
 
 
@@ -62,8 +64,8 @@ def _plan_group(
 ) -> DecodeGroup:
     blocks = tables[rows][:, : -(-longest // block_size)].flatten() * 2
     ends = contexts[rows].view(-1, 1, 1, 1)
-    at = torch.arange(longest)
-    gathered = torch.arange(blocks.numel() * block_size).view(len(ends), -1)
+    at = torch.arange(longest, device=tables.device)
+    gathered = torch.arange(blocks.numel() * block_size, device=tables.device).view(len(ends), -1)
     padding = gathered[:, :longest][at >= ends.view(-1, 1)]
     masks: dict[Window, Tensor | None] = {}
     for window in windows:
@@ -76,8 +78,8 @@ def _plan_group(
 def plan_chunk(start: int, length: int, context: int, table: Tensor, windows: Sequence[Window]) -> ChunkPlan:
     """table [ceil(context / S)] int64."""
     blocks = table * 2 if context > length else table[:0]
-    query = torch.arange(context - length, context).unsqueeze(1)
-    key = torch.arange(context)
+    query = torch.arange(context - length, context, device=table.device).unsqueeze(1)
+    key = torch.arange(context, device=table.device)
     masks: dict[Window, Tensor | None] = {}
     for window in windows:
         if context == length and (window is None or window >= context):

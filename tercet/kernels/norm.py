@@ -27,7 +27,7 @@ class RmsNorm:
         n = weight.shape[-1]
         self._weight, self._eps = weight, eps
         self._scaled = weight.float() * math.sqrt(n)
-        self._floor = torch.tensor(math.sqrt(n * eps))
+        self._floor = self._scaled.new_tensor(math.sqrt(n * eps))
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:

@@ -19,12 +19,13 @@ def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RopeTable:
     """cos and signed sin of every position, [max_context, 1, D] float32."""
 
-    def __init__(self, inv_freq: Tensor, max_context: int, scale: float = 1.0) -> None:
-        """inv_freq [D/2] in radians per position; `scale` multiplies cos and sin (YaRN)."""
+    def __init__(self, inv_freq: Tensor, max_context: int, scale: float, device: torch.device) -> None:
+        """inv_freq [D/2] in radians per position; `scale` multiplies cos and sin (YaRN), which are computed on the CPU:
+        the same on every device."""
         angles = torch.outer(torch.arange(max_context, dtype=torch.float32), inv_freq)
         cos, sin = angles.cos() * scale, angles.sin() * scale
-        self._cos = torch.cat((cos, cos), -1).unsqueeze(1)
-        self._sin = torch.cat((-sin, sin), -1).unsqueeze(1)
+        self._cos = torch.cat((cos, cos), -1).unsqueeze(1).to(device)
+        self._sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(device)
 
     def rows(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [T] -> cos and signed sin, [T, 1, D] each: what one step needs, for all its layers."""

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from tercet.errors import ModelFileCorrupt, UnsupportedModel
-from tercet.kernels.linear import LinearPacker, PackedLinear, compute_dtype
+from tercet.kernels.linear import CPU, LinearPacker, PackedLinear, compute_dtype
 from tercet.kernels.norm import RmsNorm
 from tercet.models.config import ModelConfig
 from tercet.models.transformer import Layer, Transformer, Weights
@@ -29,11 +29,13 @@ class LoadedModel:
     fingerprint: str  # sha256 of config, dtype and every weight's bytes: equal models are interchangeable
 
 
-def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype) -> LoadedModel:
+def build_model(
+    config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device = CPU
+) -> LoadedModel:
     """Raises ModelFileCorrupt for a tensor that is missing or has another shape than the config says, UnsupportedModel
     for one that the config has no place for."""
     _check_heads(source, config)
-    reader = _WeightReader(source, config, dtype)
+    reader = _WeightReader(source, config, dtype, device)
     with torch.inference_mode():
         weights = _weights(reader, config)
     reader.refuse_unused()
@@ -43,11 +45,11 @@ def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype) -
 class _WeightReader:
     """Reads each weight once, in the model's dtype, and remembers what it has read."""
 
-    def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype) -> None:
-        self._source, self._config, self._dtype = source, config, dtype
+    def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._source, self._config, self._dtype, self._device = source, config, dtype, device
         self._unread = source.names()
         self.packer = LinearPacker(
-            dtype, max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+            dtype, max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim), device
         )
         self._digest = hashlib.sha256(json.dumps([asdict(config), str(dtype)], sort_keys=True).encode())
 
@@ -62,10 +64,10 @@ class _WeightReader:
         self._unread.discard(name)
         content = xxhash.xxh3_128_digest(weight.contiguous().view(torch.uint8).numpy().data)
         self._digest.update(f"{name} {[*shape]} ".encode() + content)
-        return weight
+        return weight.to(self._device)
 
     def norm(self, name: str, size: int) -> RmsNorm:
-        weight = self.weight(f"{name}.weight", size).to(compute_dtype(self._dtype))
+        weight = self.weight(f"{name}.weight", size).to(compute_dtype(self._dtype, self._device))
         return RmsNorm(weight, self._config.rms_norm_eps)
 
     def linear(self, names: Sequence[str], outs: Sequence[int], fan_in: int, bias: bool) -> PackedLinear:
@@ -126,4 +128,4 @@ def _qk_norm(reader: _WeightReader, config: ModelConfig, at: str) -> RmsNorm:
     query = reader.weight(f"{at}self_attn.q_norm.weight", config.head_dim).expand(config.num_heads, -1)
     key = reader.weight(f"{at}self_attn.k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)
     weight = torch.cat((query, key))
-    return RmsNorm(weight.to(compute_dtype(weight.dtype)), config.rms_norm_eps)
+    return RmsNorm(weight.to(compute_dtype(weight.dtype, weight.device)), config.rms_norm_eps)

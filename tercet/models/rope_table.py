@@ -11,9 +11,9 @@ from tercet.kernels.rope import RopeTable
 from tercet.models.config import ModelConfig, RopeConfig
 
 
-def rope_table(config: ModelConfig) -> RopeTable:
+def rope_table(config: ModelConfig, device: torch.device) -> RopeTable:
     rope = config.rope
-    return RopeTable(inverse_frequencies(rope, config.head_dim), config.max_context, rope.attention_factor)
+    return RopeTable(inverse_frequencies(rope, config.head_dim), config.max_context, rope.attention_factor, device)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -62,8 +62,9 @@ class Transformer:
         self.config = config
         self.dtype = weights.embedding.dtype  # of the weights and of the KV cache
         self._weights = weights
-        self._compute_dtype = compute_dtype(self.dtype)
-        self._rope = rope_table(config)
+        self.device = weights.embedding.device
+        self._compute_dtype = compute_dtype(self.dtype, self.device)
+        self._rope = rope_table(config, self.device)
         self._windows: list[Window] = list(dict.fromkeys(config.sliding_windows))
 
     def kv_layout(self, blocks: int, block_size: int) -> KvLayout:

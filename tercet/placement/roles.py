@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tercet.core import Role
 from tercet.errors import ClusterError
@@ -85,12 +86,13 @@ def plan(spec: ClusterSpec, nodes: Sequence[Node]) -> Placement:
 
 
 def local_node(spec: ClusterSpec) -> Node:
-    """What a Ray started here would be: this machine's CPUs, or as many as the spec needs if that is more.
+    """What a Ray started here would be: this machine's GPUs, and its CPUs, or what the spec needs if that is more.
 
     CPUs of Ray are a count for placement, so a small machine can hold a large spec; its workers then share cores.
     """
     needed = sum(replica.needs.get("CPU", 0.0) for replica in _replicas(spec))
-    return Node("local", "this machine", {}, {"CPU": float(max(os.cpu_count() or 1, math.ceil(needed)))})
+    cpus, gpus = float(max(os.cpu_count() or 1, math.ceil(needed))), len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return Node("local", "this machine", {}, {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {}))
 
 
 def _replicas(spec: ClusterSpec) -> list[_Replica]:

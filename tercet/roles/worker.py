@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from tercet.core import Load, Role, WorkerInfo
+from tercet.devices import DEVICES
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
@@ -64,11 +65,13 @@ class Worker:
         self._serves = serves or (role,)
 
     async def start(self) -> WorkerInfo:
-        """Load the model, open the ports (free ones on `host`). Raises ModelError or ClusterError."""
+        """Load the model, open the ports (free ones on `host`). Raises ModelError, ClusterError, and
+        UnsupportedSpec if the pool's accelerator is not here."""
         loop = asyncio.get_running_loop()
         spec = self._spec.roles[self._role]
         torch.set_num_threads(spec.threads)
-        loaded = await loop.run_in_executor(None, load_model, self._spec.model)
+        device = DEVICES[self._spec.pools[spec.pool].accelerator].torch_device()
+        loaded = await loop.run_in_executor(None, load_model, self._spec.model, device)
         region = self._region = Region(loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size))
         self.legs = Legs(loop)
         mover = _Mover(self._mover_config(loaded.fingerprint), region, usable(self._spec.transfer.transport))

@@ -99,9 +99,9 @@ def test_rope():
     x, angles = torch.randn(4, 3, 16), torch.outer(positions.float(), inv_freq)
     expected = apply_rope_reference(x, angles.cos() * 1.5, angles.sin() * 1.5)
     wide = torch.cat((x, x), 1)[:, 2:5]  # a view with strides, written in place as the model does it
-    apply_rope(x, *RopeTable(inv_freq, 128, 1.5).rows(positions, torch.float32), out=wide)
+    apply_rope(x, *RopeTable(inv_freq, 128, 1.5, torch.device("cpu")).rows(positions, torch.float32), out=wide)
     torch.testing.assert_close(wide, expected)
-    apply_rope(x, *RopeTable(inv_freq, 128, 1.5).rows(positions, torch.float32), out=x)
+    apply_rope(x, *RopeTable(inv_freq, 128, 1.5, torch.device("cpu")).rows(positions, torch.float32), out=x)
     torch.testing.assert_close(x, expected)
 
 

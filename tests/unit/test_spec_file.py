@@ -115,9 +115,9 @@ def test_missing_file_and_folder(tmp_path):
     [
         ("roles.decode.parallel.tensor=2", "roles.decode.parallel.tensor: degree 2 is not built yet"),
         ("roles.prefill.parallel.expert=4", "roles.prefill.parallel.expert: degree 4 is not built yet"),
-        ("pools.cpu.accelerator=gpu", "pools.cpu.accelerator: gpu is not built yet"),
         ("roles.decode.scheduler.max_waiting=4", "roles.decode.scheduler.max_waiting: has no effect"),
         ("pools.cpu.accelerator=npu", "pools.cpu.accelerator: npu is not built yet"),
+        ("pools.cpu.gpus=8", "pools.cpu.gpus: has no effect in a pool whose accelerator is cpu"),
         ("pools.cpu.npus=8", "pools.cpu.npus: NPU workers are not built yet"),
     ],
 )
@@ -132,7 +132,9 @@ def test_encode_and_accelerators_are_refused_with_their_line(tmp_path):
     with_encode = SPEC + "  encode:\n    pool: cpu\ntopology: epd\n"
     assert ":12: topology: epd needs the encode role" in fault(write(tmp_path, with_encode))
     with_gpus = SPEC.replace("cpus: 4", "gpus: 2").replace("replicas: 2", "gpus: 2")
-    assert ":9: roles.decode.gpus: GPU workers are not built yet" in fault(write(tmp_path, with_gpus))
+    assert ":9: roles.decode.gpus: has no effect in a pool whose accel" in fault(write(tmp_path, with_gpus))
+    without = SPEC.replace("accelerator: cpu, cpus: 4", "accelerator: gpu, gpus: 2")
+    assert ":5: roles.prefill.gpus: a worker of a gpu pool runs on one GPU, got 0" in fault(write(tmp_path, without))
 
 
 def test_every_key_is_read_somewhere():

@@ -1,10 +1,14 @@
-"""The memory that holds a worker's KV cache: anonymous, shareable by file descriptor, gone with its last process."""
+"""The memory of a worker's KV cache that transfers reach: anonymous, shareable by file descriptor, gone with its last
+process. It lies on the host; of a cache on a device it is the copy there (engine/kv_cache.py)."""
 
 from __future__ import annotations
 
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
+
+import numpy as np
 
 from tercet.transfer.memory.layout import KvLayout
 
@@ -30,6 +34,10 @@ class Region:
     def block(self, layer: int, block: int) -> memoryview:
         start = self.layout.offset(layer, block)
         return self.view[start : start + self.layout.block_bytes]
+
+    def pin(self, register: Callable[[int, int], object]) -> None:
+        """Let a device's driver have the memory, by `register(address, bytes)`; until the mapping goes."""
+        register(int(np.frombuffer(self.memory, dtype=np.uint8).ctypes.data), self.num_bytes)
 
     def close(self) -> None:
         """Close the descriptor; the mapping goes with the last tensor that looks at it."""

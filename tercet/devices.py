@@ -1,0 +1,35 @@
+"""What a worker may compute on, as one table: a new kind of device is a new row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tercet.errors import UnsupportedSpec
+
+
+@dataclass(frozen=True)
+class Device:
+    kind: str  # pools.*.accelerator
+    torch_type: str
+    collectives: str  # backend of torch.distributed
+    kernels: str  # cpu: packed for the processor; plain: torch's own
+    staged: bool  # transfers reach its KV through a host copy, which is pinned if the device can read it so
+
+    def torch_device(self) -> torch.device:
+        """The one of this process. Raises UnsupportedSpec if torch sees none here."""
+        if self.torch_type == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedSpec(f"accelerator {self.kind}: torch {torch.__version__} sees no CUDA device here")
+        return torch.device(self.torch_type, 0) if self.staged else torch.device(self.torch_type)
+
+
+DEVICES = {
+    "cpu": Device("cpu", "cpu", "gloo", "cpu", staged=False),
+    "gpu": Device("gpu", "cuda", "nccl", "plain", staged=True),
+}  # pools.*.accelerator -> what it means
+BY_TORCH_TYPE = {device.torch_type: device for device in DEVICES.values()}
+
+
+def device_of(where: torch.device) -> Device:
+    return BY_TORCH_TYPE[where.type]
