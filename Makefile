@@ -7,8 +7,12 @@ SPEC ?= configs/local.yaml
 # Transport libraries, without what their metadata would pull (docs/decisions/009). The tests run with them.
 EXTRAS := ucxx-cu12==0.52.0 libucxx-cu12==0.52.0 'libucx-cu12<1.22' nixl==1.5.1 nixl-cu12==1.5.1
 
+# What `gpu-check` needs beside Python 3.12, torch, transformers and what comes with them.
+GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack multidict protobuf pydantic pydantic-core \
+  typing-extensions typing-inspection xxhash
+
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench clean setup extras
+.PHONY: help demo serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench gpu-check gpu-wheels clean setup extras
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,7 +41,7 @@ proto: setup  ## Generate tercet/wire/gen from proto/
 proto-check: setup
 	$(BIN)/python proto/generate.py --check
 
-APART = tests/chaos tests/integration/test_lengths.py
+APART = tests/chaos tests/integration/test_lengths.py tests/integration/test_devices.py tests/unit/test_gpu_check.py
 
 pytest: setup extras  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest
@@ -59,6 +63,16 @@ bench: setup  ## Measure a running endpoint; ARGS="--help" shows how
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 extras: setup $(VENV)/.extras  ## Install the optional transport libraries: ucx, nixl
+
+gpu-wheels: setup  ## Fetch the wheels that `gpu-check` needs on a bare machine with a GPU, into build/gpu-wheels
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  -c constraints.txt -d build/gpu-wheels $(GPU_WHEELS)
+
+gpu-check:  ## Compare a GPU's tokens with the CPU's and time its steps; uses build/gpu-wheels if it is there
+	if [ -d build/gpu-wheels ]; then $(PYTHON) -m pip install -q --no-index --no-deps --upgrade \
+	  --target build/gpu-site build/gpu-wheels/*.whl; fi
+	PYTHONPATH=build/gpu-site $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean:  ## Remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

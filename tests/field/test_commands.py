@@ -31,6 +31,7 @@ MAKE = "make", "-o", ".venv/.stamp"  # a Makefile younger than the environment w
 
 HERE, CLI = "tests/field/test_commands.py", "tests/unit/test_cli.py"
 CLUSTER = "tests/integration/test_ray_cluster.py"
+GPU = "tests/unit/test_gpu_check.py"
 ON_TINY = f"{HERE}:test_what_the_readme_types_against_a_served_cluster"
 # command -> the test that runs it. A benchmark stands here by its module: the figures themselves take long.
 RUN_BY = {
@@ -45,6 +46,9 @@ RUN_BY = {
     "make demo": f"{HERE}:test_make_demo_answers_and_says_what_each_stage_took",
     "make serve": ON_TINY,
     "make bench": ON_TINY,
+    "make gpu-wheels": f"{GPU}:test_the_wheels_are_few_and_all_that_is_missing",
+    "make gpu-check": f"{GPU}:test_the_check_runs_on_a_cpu",
+    "python -m benchmarks.gpu_check": f"{GPU}:test_the_check_runs_on_a_cpu",
     "make soak": f"{HERE}:test_a_long_command_in_short",
     "tercet chat": ON_TINY,
     "tercet status": ON_TINY,
