@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from rich.console import Console
 
@@ -69,17 +70,13 @@ class Stream:
 
     def _chunks(self) -> Iterator[dict[str, Any]]:
         """Chunks until [DONE]. Raises the error that the gateway sent, WorkerLost if the stream just ends."""
-        try:
+        with _cut("stream"):
             for line in self._response:
                 data = line.strip().removeprefix(b"data: ")
                 if data == b"[DONE]":
                     return
                 if data:
                     yield _checked(json.loads(data))
-        except TimeoutError as error:
-            raise DeadlineExceeded("the gateway sent nothing for too long") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise WorkerLost(f"the stream was cut: {error}") from error
         raise WorkerLost("the stream ended before the answer did")
 
     def _take(self, chunk: dict[str, Any]) -> Iterator[str]:
@@ -100,10 +97,7 @@ class Client:
 
     def __init__(self, base_url: str = "http://127.0.0.1:8000", timeout_s: float = 300.0) -> None:
         """timeout_s: the longest silence of the gateway."""
-        url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise InvalidRequest(f"base_url must look like http://host:port, got {base_url!r}")
-        self._url = url
+        self._url = _parsed(base_url)
         self._timeout_s = timeout_s
 
     def chat(self, messages: Messages, **params: Any) -> Result:
@@ -129,9 +123,7 @@ class Client:
 
     def is_ready(self) -> bool:
         """Whether a real request has passed through a live pair. Raises NoWorkers if nothing answers."""
-        connection, response = self._open("GET", "/ready")
-        response.read()
-        connection.close()
+        response, _ = self._answer("GET", "/ready")
         return response.status == 200
 
     def _whole(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,21 +136,22 @@ class Client:
         asked = {"stream": True, "stream_options": {"include_usage": True}}
         connection, response = self._open("POST", path, body | asked)
         if response.status != 200:
-            with closing(connection):
+            with closing(connection), _cut("answer"):
                 raise _failure(response.status, response.read())
         return Stream(connection, response)
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        connection, response = self._open(method, path, body)
-        try:
-            content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise WorkerLost(f"the answer was cut: {error}") from error
-        finally:
-            connection.close()
+        response, content = self._answer(method, path, body)
         if response.status != 200:
             raise _failure(response.status, content)
         return _checked(json.loads(content))
+
+    def _answer(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        connection, response = self._open(method, path, body)
+        with closing(connection), _cut("answer"):
+            return response, response.read()
 
     def _open(
         self, method: str, path: str, body: dict[str, Any] | None = None
@@ -216,6 +209,27 @@ def _say(client: Client, console: Console, history: Messages, params: Mapping[st
             console.print(" [stopped]", style="dim", markup=False)
     console.print()
     return "".join(pieces)
+
+
+@contextmanager
+def _cut(what: str) -> Iterator[None]:
+    """Errors while a body is read, as ours."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise DeadlineExceeded("the gateway sent nothing for too long") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise WorkerLost(f"the {what} was cut: {error}") from error
+
+
+def _parsed(base_url: str) -> SplitResult:
+    try:
+        url = urlsplit(base_url)
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not re.search(r"\s", base_url):
+            return url
+    except ValueError:  # of brackets, or of a port that is no number or out of range
+        pass
+    raise InvalidRequest(f"base_url must look like http://host:port, got {base_url!r}")
 
 
 def _messages(messages: Messages) -> list[Mapping[str, Any]]:

@@ -3,13 +3,14 @@
 import asyncio
 import io
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.console import Console
 
 import tercet
 from tercet.client import chat_loop
-from tercet.errors import ContextTooLong, InvalidRequest, NoWorkers, WorkerLost
+from tercet.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, NoWorkers, WorkerLost
 from tests.fakes.gateway import running
 from tests.fakes.router import TIMES, FakeRouter
 from tests.fakes.tokenizer import EOS
@@ -72,8 +73,6 @@ async def test_errors_have_their_class(client, router):
         await asyncio.to_thread(client.chat, "x", temperature=-1)
     with pytest.raises(ContextTooLong):
         await asyncio.to_thread(client.stream, "x" * 500)
-    with pytest.raises(InvalidRequest, match="base_url"):
-        tercet.Client("localhost:8000")
     router.error, router.error_after = WorkerLost("decode-1 died"), 3
     with pytest.raises(WorkerLost, match="decode-1 died"):
         await asyncio.to_thread(lambda: list(client.stream("x")))
@@ -84,6 +83,29 @@ def test_nothing_at_the_address():
         unheard.bind(("127.0.0.1", 0))
         with pytest.raises(NoWorkers, match="cannot reach"):
             tercet.Client(f"http://127.0.0.1:{unheard.getsockname()[1]}").models()
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "http://h:99999", "http://h:x", "http://h:0", "http://[::1", "http://a b"]
+)
+def test_an_address_that_is_none(url):
+    with pytest.raises(InvalidRequest, match="base_url"):
+        tercet.Client(url)
+
+
+@pytest.mark.parametrize("ask", [tercet.Client.models, tercet.Client.is_ready])
+@pytest.mark.parametrize(("closes", "raised"), [(True, WorkerLost), (False, DeadlineExceeded)])
+def test_an_answer_that_ends_too_early(ask, closes, raised):
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        client = tercet.Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.5)
+        asked = pool.submit(ask, client)
+        with server.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")
+            if closes:
+                connection.close()
+            with pytest.raises(raised):
+                asked.result()
 
 
 async def test_models_and_ready(client, router):
