@@ -15,7 +15,7 @@ _BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 
 
 def token_bytes(token: str) -> bytes:
-    """A token with any other character stands for itself."""
+    """The bytes of a byte-level token; one with any other character is plain text, encoded as UTF-8."""
     try:
         return bytes([_BYTE_OF[character] for character in token])
     except KeyError:

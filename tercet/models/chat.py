@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import (
 from tercet.errors import InvalidRequest, TercetError, UnsupportedModel
 from tercet.models.given import given, joined
 
-MAX_CHARS = 16 * 1024 * 1024  # of a rendered prompt: a template that loops does not fill the memory
+MAX_CHARS = 16 * 1024 * 1024  # limit of a rendered prompt, so that a template that loops cannot exhaust memory
 PROBE = "tercet-probe"  # a text that no template writes by itself
 OURS = {"messages", *inspect.signature(render_jinja_template).parameters} - {"kwargs"}  # not a client's to set
 
@@ -66,7 +66,7 @@ class ChatTemplate:
             return (self._blanked if blanks else self._rendered)(messages, add_generation_prompt, kwargs)
         except TercetError:
             raise
-        except Exception as error:  # a template is a program, and Jinja lets out whatever its Python raises
+        except Exception as error:  # a template is a program: Jinja passes on whatever exception its Python raises
             raise InvalidRequest(f"the model's chat template refused the messages: {error}") from error
 
     @cached_property
@@ -110,8 +110,8 @@ class ChatTemplate:
             return ""
 
     def _readable(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Without what is null, as in transformers; a text as one part, or text parts joined by lines, where the
-        template reads only the other form, as in vLLM."""
+        """Drops null fields, as transformers does. Converts content between a string and a list of text parts
+        (joined by newlines) if the template reads only the other form, as vLLM does."""
         readable = {name: value for name, value in message.items() if value is not None}
         content = readable.get("content")
         if isinstance(content, str) and not self._reads_text:
@@ -122,7 +122,7 @@ class ChatTemplate:
 
 
 def _bounded(parts: Iterable[str]) -> str:
-    """Joined; in place of Jinja's own, so that a prompt cannot grow without end."""
+    """Replaces Jinja's own concatenation, to limit the length of the prompt."""
     pieces, length = [], 0
     for part in parts:
         pieces.append(part)

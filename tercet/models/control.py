@@ -89,11 +89,11 @@ class ControlTokens:
         return (token_id,)
 
     def _may_be_of_a_token(self, text: str) -> bool:
-        """Whether a template that cuts and joins texts might make a control token of this one, or of a part of it."""
+        """Whether a template that slices and joins strings could form a control token from this text or part of it."""
         return any(pair in spelling for spelling in self._spellings(text) for pair in self._pairs)
 
     def _pairs_of(self, text: str) -> Iterator[str]:
-        """Neighbours in a control token's text that are rare elsewhere; of a plain word, all of it."""
+        """Adjacent characters in a control token that are rare in other text; for a plain word, the whole word."""
         for spelling in self._spellings(text):
             pairs = [a + b for a, b in itertools.pairwise(spelling) if not (_is_wordlike(a) and _is_wordlike(b))]
             yield from pairs or [spelling]
@@ -103,7 +103,7 @@ class ControlTokens:
         return (text,) if normalizer is None else (text, normalizer.normalize_str(text))
 
     def _is_word(self, token_id: int, text: str) -> bool:
-        """Whether the vocabulary has the control token's text as an ordinary word too; that must be spelled out."""
+        """Whether the vocabulary also has the control token's text as an ordinary token, which must not be produced."""
         return token_id in encoded(self._plain, text, add_special=False).ids and token_id not in self._unknown
 
 
@@ -116,7 +116,7 @@ def _are_own(found: list[Found], shown: str) -> bool:
 
 
 def _unknown(backend: tokenizers.Tokenizer) -> set[int]:
-    """What the model makes of a character that it does not know: a special token that ordinary text makes too."""
+    """The unknown token: it is special, but ordinary text may produce it."""
     try:
         return {token.id for token in backend.model.tokenize(EDGE)}
     except Exception:  # noqa: BLE001 # it has no such token; tokenizers raises nothing narrower

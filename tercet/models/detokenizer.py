@@ -1,10 +1,10 @@
-"""Token ids to text, one stream at a time. Joined, the pieces are what transformers' decode makes of all the ids.
+"""Incremental detokenising. The pieces joined equal transformers' decode of all the ids.
 
-ByteStream    byte-level BPE: every token is bytes, a character comes with the last of its own
-WindowStream  any other decoder: what a token adds behind the one before it
-CleanStream   around a stream whose tokenizer asks for transformers' clean_up_tokenization
+ByteStream    byte-level BPE: every token is bytes; a character is returned with its last byte
+WindowStream  any other decoder: decodes a short window of tokens and returns what the last one added
+CleanStream   wraps a stream whose tokenizer asks for transformers' clean_up_tokenization
 
-All follow a prompt: a space that begins an answer is the text's own, not the tokenizer's.
+All continue a prompt, so a leading space of the answer is kept: a decoder strips it only at the start of a text.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import tokenizers
 
 from tercet.models.bytelevel import token_bytes
 
-ANCHOR = "a"  # a token of plain text, in the place of all that came before
-BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte that is no token
+ANCHOR = "a"  # a plain token that stands for all earlier text when a window is decoded
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a SentencePiece byte-fallback token
 
 
 class Detokenizer(Protocol):
     def push(self, token_id: int, /) -> str:
-        """What the token adds to the text; later tokens may have to come before it shows."""
+        """The text that is complete with this token; empty if it needs later tokens."""
 
     def flush(self) -> str:
-        """What is left at the end."""
+        """The text still held back at the end of the stream."""
 
 
 class TokenTexts:
-    """What single tokens are as text, by the tokenizer's own decoder."""
+    """Single tokens as text, by the tokenizer's own decoder."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
@@ -45,7 +45,7 @@ class TokenTexts:
         self._bytes: dict[int, bytes] = {}  # token id -> what it adds to the text; filled as ids come
 
     def ordinary(self, token_id: int) -> str | None:
-        """The token as the vocabulary writes it; None for one that is left out of a text."""
+        """The token's string in the vocabulary; None for a special or unknown id, which adds no text."""
         token: str | None = None if token_id in self.special else self._backend.id_to_token(token_id)
         return token
 
@@ -90,14 +90,14 @@ class ByteStream:
 
 
 class WindowStream:
-    """Tokens that stand for a byte are held until another one comes: one wrong byte spoils all of a run. So is a last
-    character that may not be whole."""
+    """Byte-fallback tokens are held until a token of another kind comes, since one invalid byte changes how the whole
+    run decodes. A last character that may be incomplete is held too."""
 
-    REACH = 4  # tokens, each a byte or more, that hold all of a character
+    REACH = 4  # UTF-8 takes at most 4 bytes, and a token is a byte or more
 
     def __init__(self, texts: TokenTexts, prompt_ids: Sequence[int]) -> None:
         self._texts = texts
-        self._window = self._tail(prompt_ids)  # the token before, then those whose text has not been given out
+        self._window = self._tail(prompt_ids)  # the token before, then those whose text has not been returned
         self._given = texts.decode(self._window)
 
     def push(self, token_id: int) -> str:
@@ -131,17 +131,17 @@ class WindowStream:
 
 
 class CleanStream:
-    """transformers' cleaning takes the space from before punctuation and short forms; text is held until none of
-    those can reach into it any more."""
+    """transformers' clean-up removes the space before punctuation and contractions; text is held until later text
+    cannot change it."""
 
-    APART = re.compile(r"(?<! ') (?=[^.?!,'n])")  # a space that no replacement takes and none reaches over
+    APART = re.compile(r"(?<! ') (?=[^.?!,'n])")  # a space that no replacement removes or spans
 
     def __init__(self, stream: Detokenizer, clean: Callable[[str], str]) -> None:
         self._stream, self._clean = stream, clean
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        start = max(len(self._held) - 1, 0)  # before it none is apart: it would have been cut there
+        start = max(len(self._held) - 1, 0)  # no match before it: the text would have been cut there
         self._held += self._stream.push(token_id)
         cut = max((match.start() for match in self.APART.finditer(self._held, start)), default=0)
         whole, self._held = self._held[:cut], self._held[cut:]
@@ -153,7 +153,7 @@ class CleanStream:
 
 
 def _behind(text: str, given: str) -> str:
-    """What follows `given`, as far as the text still begins with it."""
+    """The text after its common prefix with `given`."""
     same = (i for i, (new, old) in enumerate(zip(text, given, strict=False)) if new != old)
     return text[next(same, len(given)) :]
 

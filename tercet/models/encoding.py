@@ -1,4 +1,4 @@
-"""One text to ids, beside other threads."""
+"""Encodes one text without holding the GIL."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def encoded(backend: tokenizers.Tokenizer, text: str, add_special: bool, offsets: bool = False) -> tokenizers.Encoding:
-    """A batch of one, since `encode_batch` lets go of the GIL and `encode` does not. Offsets cost time and memory.
-    Raises InvalidRequest."""
+    """A batch of one, since `encode_batch` releases the GIL and `encode` does not; without offsets unless they
+    are asked for, to save time. Raises InvalidRequest."""
     encode = backend.encode_batch if offsets else backend.encode_batch_fast
     try:
         return encode([text], add_special_tokens=add_special)[0]

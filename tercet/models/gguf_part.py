@@ -56,7 +56,7 @@ class GgufPart:
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ModelFileMissing(f"{path}: cannot read the model file: {error.strerror}") from error
-        except ValueError as error:  # mmap of nothing
+        except ValueError as error:  # mmap refuses an empty file
             raise ModelFileCorrupt(f"{path}: the file is empty; fetch it again") from error
         header = _Cursor(path, self.data)
         header.check_magic()

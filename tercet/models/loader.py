@@ -71,7 +71,7 @@ class _WeightReader:
         return RmsNorm(weight, self._config.rms_norm_eps)
 
     def linear(self, names: Sequence[str], outs: Sequence[int], fan_in: int, bias: bool) -> PackedLinear:
-        """The matrices of `names`, stacked, as one product."""
+        """The matrices of `names`, stacked into one linear layer."""
         weights = [self.weight(f"{n}.weight", out, fan_in) for n, out in zip(names, outs, strict=True)]
         biases = [self.weight(f"{n}.bias", out) for n, out in zip(names, outs, strict=True)] if bias else []
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -103,7 +103,7 @@ def _weights(reader: _WeightReader, config: ModelConfig) -> Weights:
     embedding = reader.weight("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(_layer(reader, config, f"model.layers.{i}.") for i in range(config.num_layers))
     norm = reader.norm("model.norm", config.hidden_size)
-    if config.tie_word_embeddings and not reader.has("lm_head.weight"):  # one that is there counts, as in transformers
+    if config.tie_word_embeddings and not reader.has("lm_head.weight"):  # used if there is one, as in transformers
         return Weights(embedding, layers, norm, reader.packer.pack(embedding))
     return Weights(embedding, layers, norm, reader.linear(["lm_head"], [config.vocab_size], config.hidden_size, False))
 

@@ -1,4 +1,4 @@
-"""How much text one token can stand for: a prompt that is too long by it need not be tokenised to be refused."""
+"""How many characters one token can stand for: a bound by which a prompt can be refused without tokenising it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tokenizers import models
 
 from tercet.models.bytelevel import CHARACTER_OF
 
-COMPOSED = 4  # no character of NFC or NFKC is composed of more than so many
-KEEPING = {"Prepend", "Lowercase", "ByteLevel", "NFD", "NFKD"}  # normalizers that only lengthen a text
+COMPOSED = 4  # NFC and NFKC compose at most so many characters into one
+KEEPING = {"Prepend", "Lowercase", "ByteLevel", "NFD", "NFKD"}  # normalizers that never shorten a text
 COMPOSING = {"NFC", "NFKC"}
-WRITTEN = {9, 10, 13, *range(0x20, 0xC0), *range(0xC2, 0xF1)}  # bytes of text; many vocabularies lack control bytes
+WRITTEN = {9, 10, 13, *range(0x20, 0xC0), *range(0xC2, 0xF1)}  # bytes of text; many vocabularies have no control bytes
 CUTTING = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "UnicodeScripts"}  # pre-tokenizers that drop nothing
 
 
 def longest_token(backend: tokenizers.Tokenizer) -> int | None:
-    """A text of n characters makes at least n / longest_token tokens, but for control characters that the vocabulary
-    lacks. None: some text may make no token at all, or any length of it one token."""
+    """A text of n characters makes at least n / longest_token tokens, apart from control characters
+    that are missing from the vocabulary. None: no such bound, as text may be dropped or any length be one token."""
     normalizers = _steps(backend.normalizer, "normalizers")
     added = backend.get_added_tokens_decoder().values()
     if any(token.lstrip or token.rstrip for token in added) or not _spells_everything(backend):
@@ -32,9 +32,9 @@ def longest_token(backend: tokenizers.Tokenizer) -> int | None:
 
 
 def _spells_everything(backend: tokenizers.Tokenizer) -> bool:
-    """Whether any character has a token, or more than one, of its own."""
+    """Whether every character is encoded as at least one token."""
     model = backend.model
-    if not isinstance(model, models.BPE):  # others have a token for a whole word that they do not know
+    if not isinstance(model, models.BPE):  # others encode a whole unknown word as one token
         return False
     if model.byte_fallback:
         return all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))

@@ -31,7 +31,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _llama3(rope: RopeConfig, plain: Tensor) -> Tensor:
-    """Llama 3.1: long waves are stretched, short ones stay, between them it blends by rotations in the old context."""
+    """Llama 3.1: long wavelengths are scaled, short ones kept, others interpolated by rotations in the old context."""
     rotations = rope.original_context * plain / (2 * math.pi)
     kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = kept.clamp(0, 1)

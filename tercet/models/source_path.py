@@ -14,7 +14,7 @@ PATH_STARTS = ("/", "./", "../", "~")
 
 
 def as_path(source: str) -> Path | None:
-    """The absolute path, here and now, if the source is one or looks like one; it is then never asked of the hub."""
+    """The absolute path, if the source is one or looks like one; the hub is then never asked for it."""
     if source.startswith(PACKAGE):
         return None
     path = os.path.abspath(os.path.expanduser(source))

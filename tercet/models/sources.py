@@ -1,8 +1,8 @@
 """Where a model comes from: a package's GGUF, a GGUF file, a Hugging Face directory, or a hub id.
 
-Imports no torch, since the gateway and the controller use it. Only `load_model` imports it, when it is called; so are
-transformers and what stands on it, by those who need a tokenizer.
-The rooms behind it: `gguf_file` `config_gguf` `tokenizer_gguf` for GGUF, `config_hf` `tokenizer_hf` for directories;
+Imports no torch, since the gateway and the controller use it. Only `load_model` imports it, when it is called;
+transformers and what depends on it are imported when a tokenizer is loaded.
+The modules behind it: `gguf_file` `config_gguf` `tokenizer_gguf` for GGUF, `config_hf` `tokenizer_hf` for directories;
 `weights` and `loader` for `load_model`.
 """
 
@@ -50,7 +50,7 @@ def served_name(spec: ModelSpec) -> str:
 
 
 def load_config(spec: ModelSpec) -> ModelConfig:
-    """Of a directory without the end that only its tokenizer names. Raises ModelFileMissing, ModelFileCorrupt,
+    """For a directory: without an end token that only its tokenizer names. Raises ModelFileMissing, ModelFileCorrupt,
     UnsupportedModel."""
     path = locate(spec)
     with _named(path):
@@ -99,7 +99,7 @@ def _loaded(path: Path, spec: ModelSpec, device: torch.device | None) -> LoadedM
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What Python finds wrong with values that nobody foresaw is the files' fault too."""
+    """Reports other Python errors while files are read as ModelFileCorrupt."""
     try:
         yield
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:

@@ -27,13 +27,13 @@ SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _cl100k(digits: str) -> str:
-    """The cut of OpenAI's cl100k, which Llama 3 uses as it is and Qwen 2 with digits one by one."""
+    """Pre-tokenisation of OpenAI's cl100k; Llama 3 uses it unchanged, Qwen 2 with single digits."""
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
 
 
 def _tekken() -> str:
-    """Words begin with a capital; digits one by one."""
+    """Splits words at capitals, and digits one by one."""
     begin = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{begin}{UPPER}*{LOWER}+|{begin}{UPPER}+{LOWER}*"
     return rf"{words}|{DIGITS_1}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
@@ -119,7 +119,7 @@ def _pairs(file: GgufFile) -> list[tuple[str, str]]:
 
 
 def _pairs_by_score(file: GgufFile) -> list[tuple[str, str]]:
-    """The file has no merges: two pieces merge if they make a third, the best scored first."""
+    """The file has no merges: two tokens merge if together they are a token, highest score first."""
     vocabulary, scores = _vocabulary(file), file.array("tokenizer.ggml.scores")
     types = file.array("tokenizer.ggml.token_type")
     if not len(scores) == len(types) == len(file.array("tokenizer.ggml.tokens")):

@@ -79,9 +79,9 @@ class Transformer:
 
     @torch.inference_mode()
     def hidden(self, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """-> what the last layer makes of each row, [T, E]. Writes kv_cache [layers, blocks, 2, block size, Hkv, D].
+        """-> the last layer's output for each row, [T, E]. Writes kv_cache [layers, blocks, 2, block size, Hkv, D].
 
-        on_layer(i) is called when layer i's K and V of this batch stand in the cache; the layer is not done by then.
+        on_layer(i) is called once layer i's K and V of this batch are in the cache, before the layer has finished.
         """
         step = self._plan(batch, kv_cache.shape[3])
         x = self._weights.embedding[batch.token_ids].to(self._compute_dtype)

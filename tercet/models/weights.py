@@ -36,7 +36,7 @@ GGUF_NAMES = {  # part of a GGUF name -> of a Hugging Face name
     "ffn_down": "mlp.down_proj",
 }
 ADAPTER = "adapter_config.json"
-BODY = ("embed_tokens.", "layers.", "norm.")  # how names of the model without its head begin
+BODY = ("embed_tokens.", "layers.", "norm.")  # prefix of all names but the head's
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -103,7 +103,7 @@ class SafetensorsWeights:
 
 
 def _stored(directory: Path) -> dict[str, tuple[Path, str]]:
-    """Tensor name -> its file, and its name there: a model saved without its head lacks the prefix `model.`."""
+    """Tensor name -> its file, and its name there: without the prefix `model.` if saved without its head."""
     stored: dict[str, tuple[Path, str]] = {}
     for path in _files(directory):
         for name in _tensor_names(path):
@@ -115,7 +115,7 @@ def _stored(directory: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """As transformers looks for them: one file, else those that the index names."""
+    """In transformers' order: a single file, else those in the index."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
         return [single]
