@@ -1,11 +1,11 @@
-"""Who may run: a bound on what runs, and a share of it for each client.
+"""Admission control: a limit on concurrent choices, shared fairly between clients.
 
     places = admission.enter(client)     one place, or Overloaded
     await places.take()                  one more, when it is this client's turn
     places.give()  places.close()
 
 A request counts as one, however many choices it has: its first choice runs at once, each further one takes a place
-when fewer run than the limit. So a request of many prompts shuts nobody out. One client alone may have as many
+when fewer run than the limit. So a request of many prompts starves nobody. One client alone may have as many
 requests as the limit; when they are that many, a client that has fewer than its share (the limit divided by the
 clients that have any, at least one) is let in all the same. Never are there more than twice as many requests as the
 limit, and their further choices never take a place beyond it.
@@ -59,7 +59,7 @@ class Admission:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.free(client)
-            elif turn in self._waiting.get(client, ()):  # `free` may have passed over it already
+            elif turn in self._waiting.get(client, ()):  # `free` may have skipped it already
                 self._leave_line(client, turn)
             raise
 

@@ -1,4 +1,4 @@
-"""The nouns of the gateway, the same for HTTP and gRPC.
+"""The gateway's data types, shared by HTTP and gRPC.
 
 body | proto --parse--> Ask --Frontend--> Choice per prompt and sample --> Delta ... Delta(finish_reason)
 """
@@ -33,7 +33,7 @@ class Chat:
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """Whatever the client has written, for its length."""
+        """All text that the client sent, to measure its length."""
         others = [{k: v for k, v in m.items() if k != "content"} for m in self.messages if len(m) > 2]
         return (*(m["content"] for m in self.messages), *map(json.dumps, others))
 
@@ -50,13 +50,13 @@ class Ask:
     params: SamplingParams
     timeout_s: float
     arrived: float  # time.monotonic() when the request's bytes were read
-    client: str = ""  # whose turn it takes
+    client: str = ""  # the client in whose queue it waits
     max_tokens_given: bool = True
     n: int = 1  # samples of each prompt
-    stop: tuple[str, ...] = ()  # empty ones count for nothing
-    add_special: bool = True  # a text prompt gets what the model wants around it, such as a beginning-of-sequence token
+    stop: tuple[str, ...] = ()  # empty ones are ignored
+    add_special: bool = True  # whether special tokens, such as beginning-of-sequence, are added to a text prompt
     echo: bool = False  # the answer begins with the prompt
-    prompt_only: bool = False  # the one token that is asked of the workers is not the client's
+    prompt_only: bool = False  # the workers still generate one token, which is not returned
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Delta:
     """What one event of the router adds to one choice."""
 
     index: int  # of the choice: prompt * n + sample
-    text: str  # may be empty while a character is incomplete or a stop string may be beginning
+    text: str  # may be empty while a character or a possible stop string is incomplete
     tokens: Sequence[TokenEvent]
     received: float  # time.monotonic() of the event
     finish_reason: FinishReason | None = None
@@ -110,7 +110,7 @@ class GatewayDetokenizer(Protocol):
 class GatewayTokenizer(Protocol):
     """What the gateway needs of tercet.models.tokenizer.Tokenizer; tests bring a fake.
 
-    Encoding raises InvalidRequest. It lets go of the GIL, and may run in several threads at once.
+    Encoding raises InvalidRequest. It releases the GIL and may run in several threads at once.
     """
 
     eos_token_ids: tuple[int, ...]

@@ -1,6 +1,6 @@
-"""How much of everything one request may hold, by name: checked before anything is done for each item.
+"""Limits on the lists and maps of one request, by name; checked before any work per item.
 
-HTTP and gRPC share it. A list or map that a request may hold stands here or is not read.
+Shared by HTTP and gRPC. Every list or map that is read from a request has a limit here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BOUNDS = {  # name of the list or map, "[]" for each item of one -> most items
 MOST_CHOICES = 2048  # prompts times n
 MOST_PARTS = 16384  # of all messages
 STOP_CHARS, STOPS_CHARS = 256, 1024  # of one stop string, of all: they bound the work for each token
-NAME_CHARS = 256  # of what is a name: model, tool, author
+NAME_CHARS = 256  # of a name: model, tool, author
 ID_CHARS = 16384  # of a tool call's id: some clients keep more in it than an id
 KWARGS_CHARS = 65536  # of chat_template_kwargs, as JSON
 DEPTH = 32  # lists and maps within each other, of what is given to a chat template

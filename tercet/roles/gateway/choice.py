@@ -1,4 +1,4 @@
-"""One generation on its way out: tokens become text, stop strings end it, clocks run.
+"""Output of one choice: detokenising, stop strings, times of its tokens.
 
 PromptLogprobs --prompt-->                  kept for the answer's beginning
 TokenEvent     --push--> Delta              first_at, last_at, tokens counted
@@ -34,7 +34,7 @@ class Choice:
         self.echo = echo
         self.num_tokens = 0
         self.prompt: PromptLogprobs | None = None
-        self.owes_prompt = request.params.prompt_logprobs is not None  # it must come before any token
+        self.owes_prompt = request.params.prompt_logprobs is not None  # prompt logprobs must come before any token
         self.done: Done | None = None
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(request.token_ids)
@@ -46,7 +46,7 @@ class Choice:
 
     def push(self, event: TokenEvent, metrics: Metrics) -> Delta:
         """The next token. The delta has a finish_reason if it completes a stop string. A token that ends the answer is
-        no part of its text, whatever the tokenizer calls it."""
+        not part of its text, special or not."""
         self._tick(event.at, metrics)
         if self._prompt_only:
             return Delta(self.index, "", (), event.at)

@@ -1,4 +1,4 @@
-"""Who asks: whose requests wait for each other before they wait for anybody else's."""
+"""Identifies the client of a request, for fair queueing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 
 
 def client_of(authorization: bytes, address: str) -> str:
-    """By the API key, of which only a digest is kept, else by address. Nobody checks the key here: it tells clients
-    apart, and a client with many keys counts as many."""
+    """By a digest of the API key, else by address. The key is not checked here, so a client with many keys counts as
+    many clients."""
     if authorization:
         return f"key-{hashlib.sha256(authorization).hexdigest()[:16]}"
     return f"address-{address}"

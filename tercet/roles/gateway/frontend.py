@@ -1,4 +1,4 @@
-"""The core that HTTP and gRPC share: what comes in is checked, admitted, tokenised and sent to the router.
+"""The core shared by HTTP and gRPC: requests are checked, admitted, tokenised and sent to the router.
 
 async with frontend.session(ask) as session:      raises UserError, Overloaded before anything is sent
     async for delta in session.deltas(): ...      raises what the router raises, DeadlineExceeded
@@ -66,7 +66,7 @@ class Frontend:
             places.close()
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse what is new, let what runs finish, and end by force what still runs after `timeout_s`."""
+        """Refuse new requests, let running ones finish, and cancel those still running after `timeout_s`."""
         self._draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -82,7 +82,7 @@ class Frontend:
             raise ModelNotFound(f"model {name!r} is not served here; this gateway serves {self.model.name!r}")
 
     def _check(self, ask: Ask) -> None:
-        """What needs no tokens. Raises InvalidRequest."""
+        """Checks that need no tokens. Raises InvalidRequest."""
         bound("prompt", ask.prompts)
         bound("stop", ask.stop)
         bound("stop_token_ids", ask.params.stop_token_ids)
@@ -137,7 +137,7 @@ class Frontend:
         """max_tokens of a prompt: what was asked for, or the rest of the context.
 
         Raises ContextTooLong. A chat that asks for more than is left gets what is left, since editors always ask for
-        the most; a completion is refused, as in vLLM.
+        the maximum; a completion is refused, as in vLLM.
         """
         context = self.model.max_context
         room = context - len(ids)

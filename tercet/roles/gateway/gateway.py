@@ -48,7 +48,7 @@ WILDCARDS = ("0.0.0.0", "::")  # noqa: S104, compared, not bound
 
 @dataclass(frozen=True)
 class GatewayInfo:
-    """Where it is reached, with the ports that were really bound."""
+    """The addresses and the ports actually bound."""
 
     http_url: str
     grpc_address: str
@@ -189,7 +189,7 @@ def _add_reflection(server: GrpcServer) -> None:
 
 
 def _body_limits(limits: LimitsSpec, connections: int) -> BodyLimits:
-    """A connection whose body comes counts as served and makes no room, so only a part of them may be such."""
+    """A connection that is sending a body counts as served and is not evicted, so only some may be in that state."""
     held, unfinished = max(limits.max_held_bytes, limits.max_body_bytes), max(1, connections // 4)
     return BodyLimits(limits.max_body_bytes, held, limits.body_grace_s, limits.min_body_rate, unfinished)
 

@@ -50,7 +50,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await context.write(_done(session, delta))
 
     def _ask(self, request: pb.GenerateRequest, context: Call) -> Ask:
-        """Raises InvalidRequest. A deadline beyond the limit is the client's patience, not a demand: it is cut."""
+        """Raises InvalidRequest. A deadline beyond the limit is reduced to it, not refused."""
         arrived = time.monotonic()
         if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
             raise InvalidRequest(f"request_id must match {_REQUEST_ID.pattern}")

@@ -1,4 +1,4 @@
-"""aiohttp's server behind the guard: which connections it serves, and what it says where no handler is asked.
+"""aiohttp's server behind the guard: which connections it serves, and how it answers errors outside handlers.
 
 Every request passes `Boundary`; what is no HTTP ends in `HttpProtocol.handle_error`, a connection that is cut off in
 `HttpProtocol.farewell`. All three answer in the OpenAI shape.
@@ -34,7 +34,7 @@ from tercet.wire.connections import ConnectionPhase, Guard
 
 RETRY_AFTER_S = "1"  # with every 503
 REQUEST_ID = web.RequestKey("request_id", str)
-LINGER_S = 2.0  # a body that nobody wants any more is read for so long, so that its sender sees the answer
+LINGER_S = 2.0  # an unwanted body is read for so long, so that its sender sees the answer
 MOST_FRAMING = 64 * 1024  # bytes around a body's own: chunk sizes, their extensions, trailers
 FRAMING = 0.5  # and for each byte of it; chunks of 12 bytes have less
 NO_LOG: Any = None  # aiohttp takes it so, and saves the time
@@ -81,7 +81,7 @@ class HttpProtocol(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """What came is no HTTP request, or its answer could not be sent."""
+        """The bytes were not an HTTP request, or its answer could not be sent."""
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun already")
         request_id = uuid.uuid4().hex

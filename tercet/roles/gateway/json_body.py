@@ -1,4 +1,4 @@
-"""A body's bytes to a JSON object, whatever they are, in bounded time: tenths of a second for the worst 4 MB."""
+"""Parses a body as a JSON object in bounded time: tenths of a second for the worst 4 MB."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Work that would hold the event loop up, in threads: the longer it is, the fewer at a time; clients take turns.
+"""Runs work that would block the event loop in threads: the longer the work, the fewer at a time; clients take turns.
 
-A thread helps only where the work lets the interpreter go (tokenising does), or where it is short (reading JSON).
+A thread helps only if the work releases the GIL (tokenising does) or is short (parsing JSON).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 INLINE = 8192  # characters that are worked on at once, in the loop: some milliseconds
 TRIM_S = 0.5  # after the last long work
-LONG = 64 * 1024  # characters; such work waits for its like alone, so that none of the others waits for it
+LONG = 64 * 1024  # characters; work this long has a queue of its own, so that shorter work never waits for it
 
 
 class OffLoop:
@@ -114,7 +114,7 @@ class Lane:
 
 def trim() -> None:
     """Give freed memory back to the system. Tokenising 4 MB takes 0.3 GB or more for a moment, in small pieces, which
-    the C library otherwise keeps for good."""
+    the C library would otherwise not return."""
     if _malloc_trim is not None:
         _malloc_trim(0)
 

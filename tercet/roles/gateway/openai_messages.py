@@ -1,4 +1,4 @@
-"""Messages of a chat, as clients replay them, to what a chat template is given. HTTP and gRPC share it.
+"""Converts a client's chat messages to the input of a chat template. Shared by HTTP and gRPC.
 
 What a template may read is checked and passed on; everything else in a message is ordinary history and ignored.
 """
@@ -127,7 +127,7 @@ def _read_arguments(functions: Sequence[dict[str, Any]]) -> None:
     if nodes > JSON_NODES:
         raise InvalidRequest(f"messages hold {nodes} lists and objects in tool calls; at most {JSON_NODES} are read")
     for function in texts:
-        # What is no JSON stays the text that the model once wrote.
+        # Arguments that are not JSON stay the text that the model wrote.
         with suppress(InvalidRequest):
             value = json_object(function["arguments"].encode())
             bound_depth(value, "arguments")

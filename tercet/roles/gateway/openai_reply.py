@@ -21,7 +21,7 @@ from tercet.roles.gateway.openai_request import Options
 from tercet.roles.gateway.session import Session
 
 DONE = b"data: [DONE]\n\n"
-SLOT = "\0"  # where the text goes; no model name holds it
+SLOT = "\0"  # placeholder for the text; no model name contains it
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI and vLLM write this too
 
 _Entry = tuple[int, float | None, TopLogprobs, int]  # token id, its logprob, the likeliest in its place, text offset
@@ -72,13 +72,13 @@ class Reply(ABC):
         return {**self._head, "object": self.chunk_name, "choices": [choice]}
 
     def _frame(self, index: int) -> tuple[str, str]:
-        """What stands before and after the text in an ordinary chunk; it is the same for every token."""
+        """The JSON before and after the text in an ordinary chunk, which is the same for every token."""
         self._frames[index] = ("", "")  # the choice has begun: what only a first chunk has stays out
         before, _, after = _event(self._chunk(Delta(index, SLOT, (), 0.0))).decode().partition(_json(SLOT))
         return before, after
 
     def _last(self, chunk: dict[str, Any]) -> bytes:
-        """The chunk that ends it all; the timings stand in the very last one."""
+        """The final chunks; timings are in the last one."""
         timings = {"timings": dataclasses.asdict(self._session.timings)}
         if not self._options.include_usage:
             return _event(chunk | timings) + DONE

@@ -1,5 +1,5 @@
-"""OpenAI bodies to Ask. What would change the result and is not built is refused by name; a name that nobody knows is
-ignored, as vLLM does, and told to the client.
+"""OpenAI bodies to Ask. Parameters that would change the result and are not implemented are refused by name; an
+unknown one is ignored, as in vLLM, and reported to the client.
 
 Messages of errors begin with the parameter's name, so that the answer's `param` can be read off them.
 """

@@ -1,4 +1,4 @@
-"""Ready means proven: a real request has passed through a live pair. If none has, this sends a small one."""
+"""The gateway is ready once a real request has passed through a live pair; if none has, this sends a small probe."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Readiness:
         self._prompt = tuple(tokenizer.encode(PROBE_TEXT))
         self._timeout_s = timeout_s
         self._failure = ""
-        self.closed = ""  # why nothing new is taken any more
+        self.closed = ""  # why new requests are refused
 
     @property
     def ready(self) -> bool:

@@ -20,7 +20,7 @@ from tercet.roles.gateway.choice import Choice
 
 
 class Session:
-    """Made by Frontend.session, which bounds it by the deadline and takes it off the books at the end."""
+    """Made by Frontend.session, which enforces the deadline and unregisters it at the end."""
 
     def __init__(self, ask: Ask, choices: Sequence[Choice], backend: Backend, metrics: Metrics, places: Places) -> None:
         self.ask = ask

@@ -1,4 +1,4 @@
-"""Prompts to token ids: refused by length before they are read, and read where they hold nobody up."""
+"""Prompts to token ids: too long ones are refused before they are tokenised, long ones are tokenised off the loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tercet.roles.gateway.offloop import INLINE, OffLoop
 
 PIECE = 64 * 1024  # characters that are counted at once: memory for tokens is bounded by it
 SHORT = 16 * 1024  # characters: they are counted in tokens, which is the better answer, however short the context is
-SLACK = 16  # tokens that a cut between two pieces may add
+SLACK = 16  # extra tokens that splitting a text in two may produce
 
 
 class Tokenising:
@@ -53,7 +53,7 @@ class Tokenising:
             raise InvalidRequest(f"{name}: token id {wrong}{text} is outside the vocabulary (0 to {last})")
 
     def _size(self, prompt: Prompt) -> int:
-        """Characters. Raises InvalidRequest, ContextTooLong for what need not be read to be refused."""
+        """Characters. Raises InvalidRequest, or ContextTooLong if the length alone exceeds the context."""
         if isinstance(prompt, tuple):
             if len(prompt) >= self._model.max_context:
                 raise self.too_long(f"{len(prompt)} tokens,")
