@@ -1,1 +1,1 @@
-"""gRPC: generated stubs, codecs between messages and nouns, and both ends of the worker stream."""
+"""gRPC: generated stubs, codecs between messages and the types of core.py, and both ends of the worker stream."""

@@ -1,4 +1,4 @@
-"""One place that bounds what clients have begun to send: one body's size, time and rate, and all bodies together.
+"""Limits on request bodies: size, time and rate of each, and the size of all together.
 
 body = await bodies.receive(read)     read() -> the next bytes, b"" at the end
 ... parse, tokenise ...
@@ -24,7 +24,7 @@ class BodyLimits:
 
 
 class Body:
-    """The bytes of one body, on the books until `release`."""
+    """The bytes of one body, counted until `release`."""
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
@@ -45,7 +45,7 @@ class Body:
         self.size += len(chunk)
 
     def release(self) -> None:
-        """Its text lives on as tokens, or not at all. Idempotent."""
+        """Stop counting the body, once it is parsed and tokenised. Idempotent."""
         self._bodies.forget(self)
         self._chunks.clear()
 
@@ -55,7 +55,7 @@ class Bodies:
 
     def __init__(self, limits: BodyLimits) -> None:
         self.limits = limits
-        self._unfinished: dict[Body, None] = {}  # the first has begun first
+        self._unfinished: dict[Body, None] = {}  # oldest first
         self._held: set[Body] = set()
         self._held_bytes = 0
 
@@ -105,7 +105,7 @@ class Bodies:
                 raise fault
 
     def _cut(self, body: Body) -> Overloaded:
-        """End a body that has not come whole, and take it off the books at once."""
+        """Abort an incomplete body and stop counting it at once."""
         body.fault = fault = Overloaded("too many requests wait for the rest of their bodies; send this one again")
         if body.deadline is not None and not body.deadline.expired():
             body.deadline.reschedule(0)

@@ -1,4 +1,4 @@
-"""Between the nouns of core.py and the messages of proto/tercet/v1."""
+"""Converts between the types of core.py and the messages of proto/tercet/v1."""
 
 from __future__ import annotations
 

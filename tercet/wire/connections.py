@@ -1,4 +1,4 @@
-"""One place that bounds the connections of a process: how many, and how long each may keep us waiting.
+"""Limits on the connections of a process: how many, and how long each may be idle or slow.
 
     accept --> Guard(inner protocol) --> HEAD | IDLE | WATCHING  --serving()-->  nobody's business but the request's
                                           ^ waits for the client  <--ended-----
@@ -30,7 +30,7 @@ from typing import Protocol, cast
 
 from tercet.errors import ClusterError, Overloaded, RequestTimeout, TercetError
 
-SPARE_FILES = 256  # descriptors left to everything else; asyncio accepts 100 at a time before one is closed
+SPARE_FILES = 256  # descriptors reserved for everything else; asyncio accepts 100 at a time before one is closed
 MOST_FILES = 65536  # what is asked of the system; more would serve nobody
 AT_ONCE = 16 * 1024  # bytes of one connection that are read in a turn of the loop, at most
 AT_LEAST = 64
@@ -43,7 +43,7 @@ FEWEST = 16  # connections, however few files there may be
 
 
 class ConnectionPhase(enum.Enum):
-    """What a connection waits for. In the order in which room is made."""
+    """What a connection waits for. In the order in which connections are evicted."""
 
     IDLE = "idle"  # a request
     HEAD = "head"  # the rest of a request's head, or of the connection's opening
@@ -80,7 +80,7 @@ class Connections:
         # Insertion order is age: the first of each phase has waited longest.
         self._waiting: dict[ConnectionPhase, dict[Guard, float]] = {phase: {} for phase in ConnectionPhase}
         self._sweeper: asyncio.TimerHandle | None = None
-        self.buffer = memoryview(bytearray(AT_ONCE))  # for all: nobody keeps bytes in it beyond a callback
+        self.buffer = memoryview(bytearray(AT_ONCE))  # shared: nobody keeps bytes in it beyond a callback
         self.closed: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -151,8 +151,8 @@ class Connections:
         return found
 
     def _part_from_gone(self) -> None:
-        """A client that has sent more than is read is not seen to go. Ask the system; but what no longer fits into its
-        buffers hides even the end, so nobody may keep sending ahead for long."""
+        """While reading is paused the loop does not see a client disconnect, so the socket is asked. Unread data that
+        fills its buffers hides even the FIN, so a client may not send ahead for long."""
         now, poll, paused = asyncio.get_running_loop().time(), select.poll(), {}
         for guard in list(self._all):
             unread_s = guard.unread_s(now)
@@ -167,7 +167,7 @@ class Connections:
 
 
 class Guard(asyncio.BufferedProtocol):
-    """Stands between the transport and the protocol that does the work."""
+    """Wraps a protocol, between it and its transport, and enforces the limits."""
 
     def __init__(self, connections: Connections, protocol: Callable[[Guard], Guarded]) -> None:
         self._connections = connections
@@ -206,7 +206,7 @@ class Guard(asyncio.BufferedProtocol):
         self._to_come_s += seconds
 
     def fault(self, reason: str) -> None:
-        """Count a connection that the inner protocol ends."""
+        """Count a connection that the inner protocol closes."""
         self._connections.closed[reason] += 1
 
     def _count(self, change: int, watching: bool) -> None:

@@ -28,7 +28,7 @@ from tercet.wire.inflate import inflate
 T = TypeVar("T")
 
 PIECE = 16 * 1024  # bytes of a message that are asked for at once, and counted then
-LATE_S = 1.0  # a method that knows the deadline itself may end by it first
+LATE_S = 1.0  # grace, so that a method that watches the deadline itself can end first
 MOST_DETAILS = 2048  # characters of a status
 HEAD = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-accept-encoding", "identity,deflate,gzip")]
 
@@ -38,7 +38,7 @@ class Aborted(Exception):  # never leaves wire/
 
 
 class Offload(Protocol):
-    """Where a message of `size` bytes is read."""
+    """Runs `work`, which parses a message of `size` bytes, on the event loop or off it."""
 
     async def __call__(self, call: Call, size: int, work: Callable[[], T]) -> T: ...
 

@@ -1,8 +1,8 @@
 """One HTTP/2 connection of a server: grpclib's, with what it lets through bounded.
 
-Whatever bytes come, this connection ends at worst: a head is kept as bytes, so that none is too strange to be read, a
-fault of the libraries below is counted, and a client that only makes work (pings, resets, data in crumbs) or never
-reads is cut off.
+Whatever bytes come, this connection ends at worst: headers are kept as bytes, so that none fails to decode, a
+fault of the libraries below is counted, and a client that floods (pings, resets, tiny data frames) or never reads is
+disconnected.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Http2(asyncio.Protocol):
         self._allowance = min(BURST, self._allowance + frames)
 
     def refused(self) -> None:
-        """A call was turned away; who makes many of those only makes work."""
+        """A call was refused; it costs, so that a client cannot send refused calls without limit."""
         self._allowance -= REFUSED
 
     def farewell(self, error: TercetError | None) -> bytes:

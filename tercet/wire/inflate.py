@@ -1,4 +1,4 @@
-"""What clients have compressed, back to bytes, never more than asked for."""
+"""Decompresses what clients sent, up to a limit."""
 
 from __future__ import annotations
 

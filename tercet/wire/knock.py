@@ -1,4 +1,4 @@
-"""Short calls over a connection of their own, by which a gRPC port is seen from outside to serve."""
+"""Probes a gRPC port: one call over a new connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateway's end of the stream to one worker: legs out, reports in, and the word when the worker is lost."""
+"""The gateway's end of the stream to one worker: sends legs, receives reports, and reports the loss of the worker."""
 
 from __future__ import annotations
 

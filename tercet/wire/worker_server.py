@@ -1,4 +1,4 @@
-"""The worker's end of the stream: legs in, reports out, everything of one loop turn in one message.
+"""The worker's end of the stream: legs in, reports out; reports of one event-loop turn are sent in one message.
 
 Who calls whom: the service calls the `LegHandler` (a role) on the event loop; the role answers through the
 `ReportStream` that came with the leg, also on the event loop. When a gateway's stream ends, `disconnected` tells the
