@@ -1,7 +1,7 @@
-"""Calls into foreign code that may never return, each with a deadline of ours. Ray's waits end when Ray wants them to.
+"""Calls into library code that may never return, each with a deadline. Ray's own timeouts are not reliable.
 
-Such a call runs on a daemon thread, so the caller stays able to hear signals. A thread cannot be ended: one that misses
-its deadline is left behind, and then the process must end without waiting for it (`cli.main` asks `left_behind`).
+Such a call runs on a daemon thread, so the caller can still handle signals. A thread cannot be killed: one that misses
+its deadline keeps running, and the process must then exit without joining it (`cli.main` asks `left_behind`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the Ray that a controller joins or stands on still does: its control store (GCS) and the node below us.
+"""Watches the Ray that a controller uses: its control store (GCS) and the node that it runs on.
 
 Without them nothing can be started or replaced, and Ray ends processes at a time of its own. Requests need neither.
 """

@@ -1,7 +1,7 @@
 """Keeps a Ray that a controller started, and ends it when the controller is gone, however that went.
 
     controller ── starts ──> keeper ── starts ──> ray_head, which starts Ray's processes, says where, and ends
-        └── holds a pipe to the keeper's standard input; its end, also by SIGKILL, is the word to end everything
+        └── holds a pipe to the keeper's standard input; when it closes, also by SIGKILL, the keeper ends everything
 
 The keeper leads a session of its own and blocks the signals by which a service is ended, in all that it starts too. Be
 they sent to the controller, to its process group or to every process there is, the controller ends things, in order.
@@ -34,7 +34,7 @@ UMASK = 0o077  # what Ray writes is this user's alone
 def main() -> None:
     """Arguments: the folder that this Ray lives in, then those of ray_head."""
     folder, *arguments = sys.argv[1:]
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become ours, and not init's, to bury
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans are reparented to us, not to init
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))  # Ray inherits it
     os.umask(UMASK)
     head = [sys.executable, "-P", str(Path(__file__).with_name("ray_head.py")), *arguments]
@@ -115,7 +115,7 @@ def _uses(pid: int, folder: Path) -> bool:
 
 
 def _bury() -> bool:
-    """Take leave of the children that have ended; in a container often nobody else does. -> whether any is left."""
+    """Reap children that have exited; in a container often nobody else does. -> whether any is left."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -22,7 +22,7 @@ MAX_PATH = 107
 DEEPEST = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 QUIET = {
     "RAY_enable_metrics_collection": "0",  # no exporter, which would answer every user of this machine
-    "RAY_raylet_death_check_interval_milliseconds": "3600000",  # members see it themselves, and end with a word
+    "RAY_raylet_death_check_interval_milliseconds": "3600000",  # members notice it themselves, and end with an error
     "DASHBOARD_METRIC_PORT": "0",  # this one cannot be turned off: at least not at a port that others want
 }
 KEEPER_TIMEOUT_S = keeper.END_TIMEOUT_S + 2.0

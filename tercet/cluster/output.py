@@ -1,4 +1,4 @@
-"""What the command says, whoever reads it: a line that cannot be written never decides anything."""
+"""Output of the command; a failed write never changes what the command does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 def open_closed() -> None:
-    """Put /dev/null where standard input, output or error came closed, before another file gets that number."""
+    """Open /dev/null as each closed standard stream, before another file gets its descriptor."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

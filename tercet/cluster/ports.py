@@ -1,6 +1,6 @@
 """Whether a member's ports still serve, asked from outside its process: a new connection each, closed after its answer.
 
-The process itself cannot say: a server that accepts no more looks well to the streams that it already has.
+The process itself cannot tell: a server that no longer accepts connections still serves its open streams.
 """
 
 from __future__ import annotations

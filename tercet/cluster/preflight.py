@@ -1,4 +1,4 @@
-"""What this machine can say of a spec at once, and would else be heard a minute later, when Ray and members start."""
+"""Checks of a spec on this machine that would otherwise fail a minute later, when Ray and members start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Works of which only the first end counts."""
+"""Awaits the first of several coroutines to end."""
 
 from __future__ import annotations
 

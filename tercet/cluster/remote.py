@@ -1,4 +1,4 @@
-"""What one process asks, through Ray, of a cluster that another one serves."""
+"""Queries, through Ray, to a cluster that another process serves."""
 
 from __future__ import annotations
 

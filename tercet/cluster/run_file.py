@@ -1,8 +1,8 @@
 """Which clusters are served on this machine: one file each, locked for as long as its controller lives.
 
-The lock, not the file, says that a cluster runs; so a file that a killed controller left behind means nothing, but that
-the folder of its Ray may be left behind too. Who makes, writes, reads or removes a file holds the folder's own lock for
-that moment, so nobody sees a file half written, or takes a reader's look for a controller.
+The lock, not the file, says that a cluster runs. A file left by a killed controller only tells that the folder of its
+Ray may be left too. Creating, writing, reading and removing a file are done under the folder's lock, so nobody sees a
+file half written, or mistakes a reader's shared lock for a controller.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class RunFile:
         """Raises ClusterError, and leaves what stood there, if the disk is full."""
         text = json.dumps(asdict(served)).encode()
         with reaching(self._path), _alone_in(self.folder):
-            os.pwrite(self._fd, text, 0)  # before it is cut: the room that it has is kept
+            os.pwrite(self._fd, text, 0)  # written before truncating, so that the file's disk blocks are kept
             os.ftruncate(self._fd, len(text))
 
 
@@ -96,7 +96,7 @@ def served() -> list[Served]:
 
 
 def find_reachable(name: str | None) -> Served:
-    """`find`, for who would talk to the cluster. Raises ClusterError also while it has no address yet."""
+    """`find`, for a caller that will connect. Raises ClusterError also while it has no address yet."""
     found = find(name)
     if not found.http_url:
         raise ClusterError(f"cluster {found.name} is just starting; try again in a moment")
@@ -143,7 +143,7 @@ def wait_gone(name: str, gone: Callable[[], bool], timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def reaching(path: Path) -> Iterator[None]:
-    """Raises ClusterError for what the system says of that path."""
+    """Turns an OSError into a ClusterError that names the path."""
     try:
         yield
     except OSError as error:

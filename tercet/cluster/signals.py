@@ -1,12 +1,12 @@
-"""What a signal means to a process that serves, from its start to its end.
+"""Signal handling of a serving process, from its start to its end.
 
     until `attach`     KeyboardInterrupt: nothing has been started, there is nothing to end
     then               the first one sets `stop`, a later one `kill`
     after the loop     nothing: everything has ended, or is ending by its deadlines
 
-A signal that comes within a second of the first is the same word said twice: to the process group and to us, or by a
-terminal and by a parent. SIGHUP counts too, since a terminal that closes must not leave a cluster behind, unless it is
-ignored (`nohup`).
+A signal that comes within a second of the first is taken for the same request delivered twice: to the process group and
+to the process, or by a terminal and by a parent. SIGHUP counts too, since a closed terminal must not leave a cluster
+behind, unless it is ignored (`nohup`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a spec can say but would do nothing, not being built or having no place there: refused by name, not ignored."""
+"""Refuses spec settings that would have no effect, because they are not implemented or do not apply."""
 
 from __future__ import annotations
 
