@@ -27,6 +27,9 @@ GATEWAY, WORKER = b"gateway", b"worker"  # whose proof it is
 
 LEG_KINDS = {pb.LEG_AGGREGATED: Role.AGGREGATED, pb.LEG_PREFILL: Role.PREFILL, pb.LEG_DECODE: Role.DECODE}
 LEG_NUMBERS = {kind: number for number, kind in LEG_KINDS.items()}
+_FIELDS = inf.Sampling.DESCRIPTOR.fields_by_name
+# Sampling parameter -> whether it may be absent; all but `prompt_logprobs`, which is a leg's, and no stop strings.
+SAMPLING = {name: _FIELDS[name].has_presence for name in SamplingParams.__dataclass_fields__ if name in _FIELDS}
 _LOAD_FIELDS = tuple(name for name in Load.__dataclass_fields__ if name != "pairs")
 _PAIR_FIELDS = tuple(PairState.__dataclass_fields__)
 
@@ -55,7 +58,7 @@ def leg_to_proto(leg: Leg) -> pb.Command:
 
 
 def leg_from_proto(start: pb.Start) -> Leg:
-    params = _sampling_from_proto(start.sampling)
+    params = sampling_from_proto(start.sampling)
     if start.HasField("prompt_logprobs"):
         params = replace(params, prompt_logprobs=start.prompt_logprobs)
     return Leg(
@@ -70,37 +73,14 @@ def leg_from_proto(start: pb.Start) -> Leg:
 
 
 def _sampling_to_proto(params: SamplingParams) -> inf.Sampling:
-    return inf.Sampling(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        seed=params.seed,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-        logprobs=params.logprobs,
-    )
+    return inf.Sampling(**{name: getattr(params, name) for name in SAMPLING})
 
 
-def _sampling_from_proto(message: inf.Sampling) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p,
-        min_p=message.min_p,
-        repetition_penalty=message.repetition_penalty,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        seed=message.seed if message.HasField("seed") else None,
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-    )
+def sampling_from_proto(message: inf.Sampling) -> SamplingParams:
+    """Absent fields keep the defaults of SamplingParams."""
+    given = [name for name, optional in SAMPLING.items() if not optional or message.HasField(name)]
+    values = {name: getattr(message, name) for name in given}
+    return SamplingParams(**values | {"stop_token_ids": tuple(message.stop_token_ids)})
 
 
 def scores_to_proto(scores: PromptLogprobs) -> pb.PromptLogprobs:

@@ -20,6 +20,7 @@ from tercet.roles.gateway.frontend import Frontend
 from tercet.roles.gateway.openai_messages import messages_of
 from tercet.roles.gateway.openai_reply import LOWEST_LOGPROB
 from tercet.roles.gateway.session import Session
+from tercet.wire.codec import sampling_from_proto
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc
 from tercet.wire.grpc_call import Call
@@ -27,10 +28,6 @@ from tercet.wire.grpc_call import Call
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SCALARS = (
-    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "seed", "logprobs"),
-)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -86,10 +83,8 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
 
 
 def _params(sampling: pb.Sampling) -> SamplingParams:
-    """Absent fields keep the defaults of SamplingParams."""
     bound("stop_token_ids", sampling.stop_token_ids)
-    given = {name: getattr(sampling, name) for name in _SCALARS if sampling.HasField(name)}
-    return SamplingParams(**given, stop_token_ids=tuple(sampling.stop_token_ids), ignore_eos=sampling.ignore_eos)
+    return sampling_from_proto(sampling)
 
 
 def _delta(request_id: str, delta: Delta) -> pb.GenerateResponse:

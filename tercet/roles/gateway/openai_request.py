@@ -171,19 +171,15 @@ def parse_completion(body: bytes, timeout_header: str | None, limit_s: float, or
 
 
 def _params(b: _Common, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    given = {name: getattr(b, name) for name in SamplingParams.__dataclass_fields__ if hasattr(b, name)}
     return SamplingParams(
-        max_tokens=1 if max_tokens is None else max_tokens,
-        temperature=b.temperature,
-        top_k=0 if b.top_k == -1 else b.top_k,  # vLLM's other way to say off
-        top_p=b.top_p,
-        min_p=b.min_p,
-        repetition_penalty=b.repetition_penalty,
-        presence_penalty=b.presence_penalty,
-        frequency_penalty=b.frequency_penalty,
-        seed=b.seed,
-        stop_token_ids=tuple(b.stop_token_ids),
-        ignore_eos=b.ignore_eos,
-        logprobs=logprobs,
+        **given
+        | {
+            "max_tokens": 1 if max_tokens is None else max_tokens,
+            "top_k": 0 if b.top_k == -1 else b.top_k,  # vLLM's other way to say off
+            "stop_token_ids": tuple(b.stop_token_ids),
+            "logprobs": logprobs,
+        }
     )
 
 
