@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from tercet.cluster import bounded
 from tercet.core import WorkerInfo
 from tercet.errors import WorkerLost
-from tercet.wire import connections, knock
+from tercet.wire import knock, listening
 
 if TYPE_CHECKING:
     from tercet.roles.gateway.gateway import GatewayInfo
@@ -61,7 +61,7 @@ def _http(url: str, timeout_s: float) -> str:
 
 def _grpc(address: str, timeout_s: float) -> str:
     """Any status will do: a worker knows no health service and says so."""
-    answer = knock.ask(connections.address(*_split(address)), timeout_s)
+    answer = knock.ask(listening.address(*_split(address)), timeout_s)
     return f"{answer.status}: {answer.details}" if answer.silent else ""
 
 

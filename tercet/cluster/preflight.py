@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tercet.models.sources import load_config
 from tercet.spec import ClusterSpec, ListenSpec
 from tercet.transfer.transports import table as transports
-from tercet.wire.connections import EVERYWHERE, listen_error
+from tercet.wire.listening import EVERYWHERE, listen_error
 
 
 def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:

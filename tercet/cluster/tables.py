@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tercet.placement.roles import Node, Placement, own_labels
 from tercet.spec import ClusterSpec
-from tercet.wire.connections import address
+from tercet.wire.listening import address
 
 if TYPE_CHECKING:
     from tercet.cluster.doctor import Finding

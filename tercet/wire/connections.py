@@ -16,30 +16,24 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import errno
-import os
-import resource
 import select
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from tercet.errors import ClusterError, Overloaded, RequestTimeout, TercetError
+from tercet.errors import Overloaded, RequestTimeout, TercetError
+from tercet.wire.listening import EVERYWHERE
 
-SPARE_FILES = 256  # descriptors reserved for everything else; asyncio accepts 100 at a time before one is closed
-MOST_FILES = 65536  # what is asked of the system; more would serve nobody
 AT_ONCE = 16 * 1024  # bytes of one connection that are read in a turn of the loop, at most
 AT_LEAST = 64
 TURN_S = 1e-3  # of the processor, for one connection
 SWEEP_S = 1.0  # deadlines are looked at so often
 BACKLOG = 100
 SPARE = 16  # connections beyond the bound
-EVERYWHERE = "::"
-FEWEST = 16  # connections, however few files there may be
 
 
 class ConnectionPhase(enum.Enum):
@@ -296,32 +290,3 @@ class Guard(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._inner.resume_writing()
-
-
-def most_connections(wanted: int) -> int:
-    """`wanted`, or what the process may open beside what it has open already. Raises its soft limit if it can."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    ceiling = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < ceiling:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))
-            soft = ceiling
-    if soft == resource.RLIM_INFINITY:
-        return wanted
-    room = soft - len(os.listdir("/proc/self/fd")) - SPARE_FILES
-    return min(wanted, max(FEWEST, room))
-
-
-def listen_error(host: str, port: int, error: OSError, setting: str = "") -> ClusterError:
-    """An OSError of `listen`, by what is wrong. setting: the spec's key of host and port, if it has one."""
-    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-        hint = f"; set {setting}.host" if setting else ""
-        return ClusterError(f"{host} is no address of this machine ({error.strerror}){hint}")
-    what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error})"
-    hint = f"free it or set {setting}.port" if setting else "a free one is needed"
-    return ClusterError(f"port {port} on {host} {what}; {hint}")
-
-
-def address(host: str, port: int) -> str:
-    """host:port, with the brackets that IPv6 needs."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -31,11 +31,12 @@ from tercet.wire.codec import (
     ticket_to_proto,
     token_to_proto,
 )
-from tercet.wire.connections import ConnectionLimits, Connections, address, listen_error, most_connections
+from tercet.wire.connections import ConnectionLimits, Connections
 from tercet.wire.gen import worker_pb2 as pb
 from tercet.wire.gen import worker_pb2_grpc
 from tercet.wire.grpc_call import Call
 from tercet.wire.grpc_server import GrpcLimits, GrpcServer
+from tercet.wire.listening import address, listen_error, most_connections
 
 PROVE_S = 5.0  # for both proofs
 SERVICE = pb.DESCRIPTOR.services_by_name["Worker"].full_name

@@ -18,16 +18,14 @@ import pytest
 from tercet.cluster.ports import ask_ports
 from tercet.wire.connections import (
     AT_ONCE,
-    FEWEST,
     SPARE,
-    SPARE_FILES,
     ConnectionLimits,
     ConnectionPhase,
     Connections,
-    most_connections,
 )
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc
+from tercet.wire.listening import FEWEST, SPARE_FILES, most_connections
 from tests import http2
 from tests.fakes.gateway import running
 from tests.fakes.router import FakeRouter

@@ -32,10 +32,11 @@ from tercet.roles.gateway.readiness import POLL_S, Readiness
 from tercet.roles.router.router import Router
 from tercet.spec import ClusterSpec, LimitsSpec, ModelSpec
 from tercet.wire.bodies import Bodies, BodyLimits
-from tercet.wire.connections import ConnectionLimits, Connections, address, listen_error, most_connections
+from tercet.wire.connections import ConnectionLimits, Connections
 from tercet.wire.gen import inference_pb2_grpc
 from tercet.wire.grpc_call import Call
 from tercet.wire.grpc_server import GrpcLimits, GrpcServer
+from tercet.wire.listening import address, listen_error, most_connections
 
 T = TypeVar("T")
 
