@@ -214,7 +214,7 @@ class Load:
 class WorkerInfo:
     """Where a live worker is reached. `epoch` grows with every restart of the replica."""
 
-    worker_id: str  # e.g. decode-1
+    worker_id: str  # e.g. worker-1; it says nothing of the role
     role: Role
     epoch: int
     rpc_address: str  # host:port of its gRPC Worker service

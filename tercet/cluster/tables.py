@@ -21,15 +21,15 @@ def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
         title=f"cluster {spec.name}: {spec.model.source}, {spec.model.dtype}, topology {spec.topology}",
         caption=f"gateway at {address(http.host, http.port)} (HTTP) and {address(grpc.host, grpc.port)} (gRPC)",
     )
-    for column in ("member", "pool", "node", "takes", "KV cache"):
+    for column in ("member", "role", "pool", "node", "takes", "KV cache"):
         table.add_column(column, overflow="fold")
-    table.add_row("gateway", "", _place(placement.gateway), "", "")
+    table.add_row("gateway", "", "", _place(placement.gateway), "", "")
     for worker in placement.workers:
         role = spec.roles[worker.role]
         takes = ", ".join(f"{amount:g} {kind}" for kind, amount in worker.needs.items())
         threads = f"{role.threads} thread{'s' if role.threads > 1 else ''}"
         cache = f"{role.kv.blocks * role.kv.block_size:,} tokens"
-        table.add_row(worker.worker_id, role.pool, _place(worker.node), f"{takes}, {threads}", cache)
+        table.add_row(worker.worker_id, worker.role, role.pool, _place(worker.node), f"{takes}, {threads}", cache)
     return table
 
 
@@ -62,14 +62,14 @@ def status_table(status: Mapping[str, Any]) -> Table:
     """status: what `remote.status` gives."""
     ready = "ready" if status["ready"] else f"not ready: {status['reason']}"
     table = Table(title=f"{status['name']}: {ready} at {status['http_url']}, gRPC {status['grpc_address']}")
-    for column in ("member", "epoch", "pid", "node", "running", "waiting", "KV blocks free"):
+    for column in ("member", "role", "epoch", "pid", "node", "running", "waiting", "KV blocks free"):
         table.add_column(column)
-    table.add_row("gateway", "", str(status["pid"]), str(status["node"]), str(status.get("inflight", "")), "", "")
+    table.add_row("gateway", "", "", str(status["pid"]), str(status["node"]), str(status.get("inflight", "")), "", "")
     for worker_id, worker in sorted(status["workers"].items()):
         load = worker["load"] or {}
         blocks = f"{load['blocks_free']} of {load['blocks_total']}" if load else "not heard from yet"
-        row = [worker["epoch"], worker["pid"], worker["node"], load.get("running", ""), load.get("waiting", ""), blocks]
-        table.add_row(worker_id, *map(str, row))
+        where = [worker["role"], worker["epoch"], worker["pid"], worker["node"]]
+        table.add_row(worker_id, *map(str, where), *(str(load.get(key, "")) for key in ("running", "waiting")), blocks)
     return table
 
 

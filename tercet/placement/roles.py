@@ -36,7 +36,7 @@ class Node:
 class Assignment:
     """One replica and its node."""
 
-    worker_id: str  # e.g. decode-1
+    worker_id: str  # e.g. worker-1; it says nothing of the role
     role: Role
     node: Node
     labels: Mapping[str, str]  # of the pool: what any node that takes its place must carry
@@ -96,12 +96,13 @@ def local_node(spec: ClusterSpec) -> Node:
 
 
 def _replicas(spec: ClusterSpec) -> list[_Replica]:
-    found = []
+    found: list[_Replica] = []
     for role, wanted in spec.roles.items():
         amounts = {"CPU": wanted.cpus, "GPU": float(wanted.gpus), "NPU": float(wanted.npus)}
         needs = {kind: amount for kind, amount in amounts.items() if amount}
         labels = spec.pools[wanted.pool].labels
-        found += [_Replica(f"{role}-{i}", role, labels, needs) for i in range(wanted.replicas)]
+        first = len(found)
+        found += [_Replica(f"worker-{first + i}", role, labels, needs) for i in range(wanted.replicas)]
     return found
 
 

@@ -215,7 +215,7 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     assert json.loads(typed(curl))["choices"][0]["message"]["content"]
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert typed(shlex.join([sys.executable, "-c", block.replace(":8000", f":{port}")])).strip()
-    assert "decode-0" in typed("tercet status")
+    assert re.search(r"worker-1\s*│\s*decode", typed("tercet status"))
     assert typed("tercet chat", "Hello\n\n").strip()
     loads = "--num-prompts 4 --input-len 20 --output-len 4 --vocab-size 256"
     for line in (c for c in commands_in(module_docstring("benchmarks/serving.py")) if "--trace" not in c):

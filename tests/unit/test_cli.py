@@ -38,7 +38,10 @@ def test_version_and_validate():
 def test_plan_shows_every_member_and_starts_nothing():
     done = tercet("plan", "configs/local.yaml", "--set", "roles.decode.replicas=3")
     assert done.returncode == 0
-    assert all(member in done.stdout for member in ("gateway", "prefill-0", "decode-0", "decode-1", "decode-2"))
+    rows = [line.split("│")[1:3] for line in done.stdout.splitlines() if line.startswith("│")]
+    members = [(member.strip(), role.strip()) for member, role in rows if member.strip()]
+    decodes = [(f"worker-{number}", "decode") for number in (1, 2, 3)]
+    assert members == [("gateway", ""), ("worker-0", "prefill"), *decodes]
 
 
 def test_plan_shows_an_address_that_can_be_used():

@@ -32,7 +32,9 @@ def test_replicas_are_spread_and_the_gateway_stays_at_home():
     decodes = Counter(w.node.node_id for w in placement.workers if w.role is Role.DECODE)
     assert decodes == {"a": 2, "b": 2}
     assert placement.gateway.node_id == "a"
-    assert [w.worker_id for w in placement.workers] == ["prefill-0", "decode-0", "decode-1", "decode-2", "decode-3"]
+    assert [(w.worker_id, w.role.value) for w in placement.workers] == [
+        ("worker-0", "prefill"), *((f"worker-{n}", "decode") for n in range(1, 5))
+    ]  # fmt: skip
 
 
 def test_pools_bind_by_label():
@@ -47,14 +49,14 @@ def test_pools_bind_by_label():
 
 
 def test_what_does_not_fit_is_named_with_what_each_node_has():
-    with pytest.raises(ClusterError, match=r"roles.decode: decode-1 needs 2 CPU.*10.0.0.1 \(3 CPU\)"):
+    with pytest.raises(ClusterError, match=r"roles.decode: worker-2 needs 2 CPU.*10.0.0.1 \(3 CPU\)"):
         plan(spec_of(RoleSpec(), RoleSpec(replicas=2, cpus=2)), [node("a", 3), node("b", 1)])
 
 
 def test_steps_back_where_the_first_choice_leads_nowhere():
     spec = spec_of(RoleSpec(cpus=3), RoleSpec(replicas=2, cpus=2))
     placement = plan(spec, [node("a", 4), node("b", 3)])  # the greedy choice puts the 3 on a
-    assert {w.worker_id: w.node.node_id for w in placement.workers}["prefill-0"] == "b"
+    assert {w.worker_id: w.node.node_id for w in placement.workers}["worker-0"] == "b"
 
 
 def test_loopback_does_not_reach_a_second_machine():
