@@ -23,6 +23,7 @@
     ├── DeadlineExceeded            504   DEADLINE_EXCEEDED
     ├── Cancelled                   499   CANCELLED            the client went away or asked for it
     ├── WorkerLost                  502   UNAVAILABLE          a worker died and no retry was left
+    ├── WorkerDrained               503   UNAVAILABLE          its worker is taken away; the router goes on elsewhere
     ├── EngineFault                 500   INTERNAL             this request's own step failed; the worker lives
     ├── TransferError               502   UNAVAILABLE          a KV handover failed
     │   ├── PeerDown                502   UNAVAILABLE
@@ -158,6 +159,11 @@ class Cancelled(TercetError):
 
 class WorkerLost(TercetError):
     http_status = 502
+    grpc_status = "UNAVAILABLE"
+
+
+class WorkerDrained(TercetError):
+    http_status = 503
     grpc_status = "UNAVAILABLE"
 
 

@@ -17,7 +17,7 @@ from tercet.engine.loop import Engine
 from tercet.engine.report import StepReport
 from tercet.engine.runner import PushBlocks
 from tercet.engine.sequence import Sequence
-from tercet.errors import DeadlineExceeded, Overloaded, ProtocolViolation, TercetError
+from tercet.errors import DeadlineExceeded, Overloaded, ProtocolViolation, TercetError, WorkerDrained
 from tercet.wire.worker_server import ReportStream
 
 
@@ -118,11 +118,13 @@ class Legs:
             self.fail(active, error)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new legs and wait for those under way."""
+        """Take no new legs and wait for those under way; who is not done in time ends with WorkerDrained."""
         self._draining = True
         deadline = self.loop.time() + timeout_s
         while self._active and self.loop.time() < deadline:
             await asyncio.sleep(0.05)
+        for active in list(self._active.values()):
+            self._end(active, WorkerDrained(f"{active.ticket} did not end within the {timeout_s:g} s of the drain"))
 
     def load(self) -> Load:
         """The engine's, with what the handlers have counted."""
@@ -147,8 +149,11 @@ class Legs:
         active = self._active.get(ticket)
         if active is not None:
             error = DeadlineExceeded(f"request {ticket.request_id} ran out of its {active.leg.timeout_s:.1f} s")
-            self.fail(active, error)
-            self._give_up(active, error)
+            self._end(active, error)
+
+    def _end(self, active: ActiveLeg, error: TercetError) -> None:
+        self.fail(active, error)
+        self._give_up(active, error)
 
 
 class Handler(ABC):

@@ -38,13 +38,14 @@ from tercet.errors import (
     PeerDown,
     PeerUnreachable,
     TercetError,
+    WorkerDrained,
     WorkerLost,
 )
 from tercet.roles.router import decisions as module
 from tercet.roles.router.attempt import Attempt, Told
 from tercet.roles.router.decisions import ROOM_S, Decisions
 from tercet.roles.router.directory import WorkerView
-from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, StartLeg, Tell
+from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, StartLeg, Tell
 from tercet.roles.router.line import Line
 from tercet.roles.router.policy import History
 from tercet.spec import LimitsSpec
@@ -65,6 +66,7 @@ class Asked:
     legs: dict[WorkerView, Leg] = field(default_factory=dict)  # that run, of its newest attempt
     lost: set[WorkerView] = field(default_factory=set)  # died with it on board
     refusals: int = 0  # words that a worker has no room
+    moves: int = 0  # words that a worker is taken away
     turned_away: bool = False  # the last such word came behind the last that it was admitted
     admitted: bool = False  # this attempt
     unreachable: set[WorkerView] = field(default_factory=set)  # the pair that cannot reach each other
@@ -85,10 +87,11 @@ class Simulation:
         self.epochs: dict[str, int] = {}
         self.count = {role: rng.choice([1, 2, 3]) for role in self.roles}
         self.asked: dict[str, Asked] = {}  # by the name of its tickets
-        self.gone: set[WorkerView] = set()  # not announced any more, but their streams have not ended yet
+        self.gone: set[WorkerView] = set()  # parted from, but their streams have not ended yet
+        self.known: list[WorkerView] = []  # every one that was ever announced
         self.sick: set[WorkerView] = set()  # their engines are dead, their streams stand
         self.finishing = False
-        kinds = ("retried", "rejected", "out of time", "nobody", "done", "died", "failed", "sick")
+        kinds = ("retried", "rejected", "out of time", "nobody", "done", "died", "failed", "sick", "drained", "left")
         self.seen = dict.fromkeys(kinds, 0)
         for role in self.roles:
             for number in range(self.count[role]):
@@ -104,8 +107,8 @@ class Simulation:
             WorkerInfo(name, Role(name.split("-")[0]), epoch, "", f"at {name} {epoch}", "")
             for name, epoch in self.epochs.items()
         ]
-        _, gone, effects = self.router.set_workers(infos)
-        self.gone |= set(gone)
+        new, effects = self.router.set_workers(infos)
+        self.known += new
         self.do(effects)
 
     def do(self, effects) -> None:
@@ -117,6 +120,12 @@ class Simulation:
                     assert self.asked[leg.ticket.request_id].legs.pop(view) is leg, "a leg is aborted that does not run"
                 case Introduce(view, _):
                     assert view.info.role is Role.PREFILL
+                case Part(view):
+                    assert view in self.known, "parted twice"
+                    assert view not in self.live(), "parted from one that lives"
+                    assert not view.legs or self.epochs.get(view.info.worker_id), "legs are cut"
+                    self.known.remove(view)
+                    self.gone.add(view)
                 case Tell(ongoing, event):
                     self.tell(self.asked[ongoing.name], event)
                 case End(ongoing, error):
@@ -124,6 +133,7 @@ class Simulation:
 
     def start(self, view: WorkerView, leg: Leg) -> None:
         assert view.up, "a leg for a worker that is down"
+        assert view in self.live(), "a leg for a worker that leaves"
         assert leg.ticket.request_id in self.asked, "begun before it was submitted"
         asked = self.asked[leg.ticket.request_id]
         assert leg.ticket.attempt not in asked.begun[:-1], "an old attempt"
@@ -134,7 +144,7 @@ class Simulation:
             asked.tickets.append(leg.ticket)
             asked.admitted = False
             asked.said = len(asked.tokens)
-            assert len(asked.begun) - 1 - asked.refusals <= RETRIES, "more attempts than retries"
+            assert len(asked.begun) - 1 - asked.refusals - asked.moves <= RETRIES, "more attempts than retries"
         assert view not in asked.lost, "a worker that it died on"
         assert list(leg.token_ids) == [*asked.ongoing.request.token_ids, *asked.tokens], "tokens lost or repeated"
         asked.legs[view] = leg
@@ -143,6 +153,12 @@ class Simulation:
             assert not others, "two that cannot reach each other are asked again"
         running = sum(view in other.legs for other in self.asked.values())
         assert running <= self.capacity[view.info.role], "more legs than the worker takes"
+
+    def live(self) -> list[WorkerView]:
+        return list(self.router.directory.views.values())
+
+    def leaving(self) -> list[WorkerView]:
+        return [view for view in self.known if view not in self.live()]
 
     def others_than(self, pair: set[WorkerView]) -> list[WorkerView]:
         """Who could have been asked instead of one of them."""
@@ -323,6 +339,32 @@ class Simulation:
             self.epochs[self.rng.choice(list(self.epochs))] += 1
             self.announce()
 
+    def leave(self) -> None:
+        """A worker is taken away, and another one comes, or comes back, in its place."""
+        if self.finishing:
+            return
+        name = self.rng.choice(list(self.epochs))
+        epoch = self.epochs.pop(name)
+        self.announce()
+        self.seen["left"] += any(view.legs for view in self.leaving())
+        if self.rng.random() < 0.5:
+            self.epochs[f"{name}-next"] = 1
+        else:
+            self.epochs[name] = epoch + 1
+        if self.rng.random() < 0.5:
+            self.announce()
+
+    def drained(self) -> None:
+        """The time that a leaving worker has for its legs is over."""
+        for view in self.leaving():
+            for asked in [asked for asked in self.asked.values() if view in asked.legs and view.up]:
+                leg = asked.legs.pop(view)
+                asked.unreachable = set()
+                if leg.kind != "prefill" or not asked.ongoing.attempt.committed or asked.ongoing.attempt.lacks_scores:
+                    asked.moves += 1
+                self.seen["drained"] += 1
+                self.do(self.router.on_report(view, leg.ticket, WorkerDrained("taken away"), self.now))
+
     def part(self) -> None:
         if self.gone:
             view = self.rng.choice(sorted(self.gone, key=lambda view: view.info.worker_id))
@@ -358,7 +400,7 @@ class Simulation:
     # ---- what must hold
 
     def check(self) -> None:
-        views = {*self.router.directory.views.values(), *self.gone}
+        views = {*self.router.directory.views.values(), *self.known, *self.gone}
         for view in views:
             legs = [asked.legs[view] for asked in self.asked.values() if view in asked.legs]
             assert view.legs == len(legs), f"{view.legs} legs are booked, {len(legs)} run"
@@ -379,6 +421,7 @@ class Simulation:
     def run(self) -> None:
         verbs = [self.submit] * 4 + [self.say] * 12 + [self.wait] * 2
         verbs += [self.cancel, self.late, self.die, self.sicken, self.part, self.rise, self.rise, self.replace]
+        verbs += [self.leave, self.drained]
         for _ in range(200):
             self.rng.choice(verbs)()
             self.check()
@@ -390,7 +433,7 @@ class Simulation:
         for _ in range(2000):
             if all(asked.ongoing.over for asked in self.asked.values()):
                 break
-            for verb in (self.part, self.rise, self.say, self.say, self.say):
+            for verb in (self.announce, self.part, self.rise, self.say, self.say, self.say):
                 verb()
             if self.rng.random() < 0.2:
                 self.wait()
@@ -408,6 +451,7 @@ class Simulation:
             assert error is None or isinstance(
                 error, (*FAULTS, DeadlineExceeded, NoWorkers, WorkerLost, EngineFault)
             ), f"an error that nobody made: {error!r}"
+        assert not self.leaving(), "one that has left is never parted from"
         assert self.router.wake_at() is None
         assert not self.router._places
         assert not self.router._running

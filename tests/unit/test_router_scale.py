@@ -40,7 +40,7 @@ class Cluster:
         infos = [
             WorkerInfo(f"{role.value}-{n}", role, 1, "", f"{n}", "") for role in ROLES for n in range(workers // 2)
         ]
-        new, _, effects = self.router.set_workers(infos)
+        new, effects = self.router.set_workers(infos)
         self.do(effects)
         for view in new:
             self.do(self.router.on_up(view, self.now))

@@ -35,10 +35,10 @@ from tercet.core import (
     TokenEvent,
     WorkerInfo,
 )
-from tercet.errors import DeadlineExceeded, NoWorkers, TercetError, TransferError, WorkerLost
+from tercet.errors import DeadlineExceeded, NoWorkers, TercetError, TransferError, WorkerDrained, WorkerLost
 from tercet.roles.router.attempt import Attempt, AttemptFailed, WorkerBusy
 from tercet.roles.router.directory import Directory, Incarnation, WorkerView
-from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, RouterEffect, StartLeg, Tell
+from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, RouterEffect, StartLeg, Tell
 from tercet.roles.router.line import Line, Place
 from tercet.roles.router.policy import History, Plan, choose
 from tercet.spec import LimitsSpec
@@ -105,13 +105,11 @@ class Decisions:
 
     # ---- workers
 
-    def set_workers(
-        self, workers: Iterable[WorkerInfo]
-    ) -> tuple[list[WorkerView], list[WorkerView], list[RouterEffect]]:
-        """Make `workers` the live set. -> (views that are new, views that are gone, effects). What runs on those that
-        are gone goes on until `on_down`."""
-        new, gone = self.directory.replace(workers)
-        return new, gone, self._introduce()
+    def set_workers(self, workers: Iterable[WorkerInfo]) -> tuple[list[WorkerView], list[RouterEffect]]:
+        """Make `workers` the live set. -> (views that are new, effects). Who is left out gets no new leg; what runs
+        there goes on until it ends, or until `on_down`."""
+        new = self.directory.replace(workers)
+        return new, [*self._introduce(), *self._part()]
 
     def on_up(self, worker: WorkerView, now: float) -> list[RouterEffect]:
         worker.up = True
@@ -149,7 +147,7 @@ class Decisions:
     # ---- the line
 
     def _plan(self, now: float) -> list[RouterEffect]:
-        """Start attempts from the front of the line on, as far as there is room."""
+        """Start attempts from the front of the line on, as far as there is room; part from who has left."""
         effects: list[RouterEffect] = []
         while (place := self._line.head()) is not None:
             ongoing = self._places[place.number]
@@ -166,7 +164,7 @@ class Decisions:
             else:
                 self._refused, self._look_at = place, now + ROOM_S
                 break
-        return effects
+        return effects + self._part()
 
     def _choose(self, history: History) -> Plan | None:
         directory = self.directory
@@ -208,7 +206,7 @@ class Decisions:
             for event in ongoing.attempt.next(worker, outcome):
                 if isinstance(event, Done):
                     self.proven.add(ongoing.attempt.plan.incarnations)
-                    return [*effects, *self._done(ongoing, event, ongoing.failures + 1)]
+                    return [*effects, *self._done(ongoing, event)]
                 ongoing.told.add(event)
                 effects.append(Tell(ongoing, event))
         except WorkerBusy as busy:
@@ -222,10 +220,13 @@ class Decisions:
     def _failed(self, ongoing: Ongoing, failed: AttemptFailed, now: float) -> list[RouterEffect]:
         """Another attempt, unless there is a reason against it."""
         assert ongoing.attempt is not None
-        ongoing.failures += 1
         if (finish := ongoing.told.finish) is not None:  # only the word that it was the last was lost
-            return self._done(ongoing, Done(finish), ongoing.failures)
+            return self._done(ongoing, Done(finish))
         history, error = ongoing.history, failed.error
+        if isinstance(error, WorkerDrained):  # nobody's fault, so it is no failure
+            ongoing.moves += 1
+            return self._again(ongoing, now)
+        ongoing.failures += 1
         history.failed(ongoing.attempt.plan, failed.reporter, error)
         if not isinstance(error, WorkerLost | TransferError):
             return self._end(ongoing, error)
@@ -245,9 +246,10 @@ class Decisions:
             self._line.join(ongoing.place)
         return self._stop(ongoing)
 
-    def _done(self, ongoing: Ongoing, done: Done, attempts: int) -> list[RouterEffect]:
+    def _done(self, ongoing: Ongoing, done: Done) -> list[RouterEffect]:
         assert ongoing.attempt is not None
         workers = tuple((w.info.role.value, w.info.worker_id) for w in reversed(ongoing.attempt.plan.workers))
+        attempts = ongoing.failures + ongoing.moves + 1
         told = Tell(ongoing, replace(done, workers=workers, attempts=attempts))
         return [*self._close(ongoing), told, End(ongoing, None)]
 
@@ -286,6 +288,9 @@ class Decisions:
         worker.tokens -= len(leg.token_ids)
         worker.legs -= 1
         self._refused = None  # there is more room
+
+    def _part(self) -> list[RouterEffect]:
+        return [Part(view) for view in self.directory.take_parted()]
 
     def _introduce(self) -> list[RouterEffect]:
         directory = self.directory

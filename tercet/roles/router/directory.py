@@ -37,16 +37,24 @@ class Directory:
         self._roles = tuple(roles)
         self._capacity = capacity
         self.views: dict[str, WorkerView] = {}  # worker id -> its live incarnation
+        self._leaving: list[WorkerView] = []  # not announced any more; what runs there goes on
 
-    def replace(self, workers: Iterable[WorkerInfo]) -> tuple[list[WorkerView], list[WorkerView]]:
-        """Make `workers` the live set. -> (those that are new, those that are gone)."""
+    def replace(self, workers: Iterable[WorkerInfo]) -> list[WorkerView]:
+        """Make `workers` the live set. -> those that are new."""
         wanted = {info.worker_id: info for info in workers}
         gone = [view for view in self.views.values() if wanted.get(view.info.worker_id) != view.info]
         for view in gone:
             del self.views[view.info.worker_id]
+        self._leaving += gone
         new = [WorkerView(info) for worker_id, info in wanted.items() if worker_id not in self.views]
         self.views |= {view.info.worker_id: view for view in new}
-        return new, gone
+        return new
+
+    def take_parted(self) -> list[WorkerView]:
+        """Those that have left, each once: their legs have ended, or their successors prove that they are dead."""
+        parted = [view for view in self._leaving if not view.legs or view.info.worker_id in self.views]
+        self._leaving = [view for view in self._leaving if view not in parted]
+        return parted
 
     def up(self, role: Role) -> list[WorkerView]:
         return [view for view in self.views.values() if view.up and view.info.role is role]

@@ -25,6 +25,7 @@ class Ongoing:
     attempt: Attempt | None = None  # while it runs
     attempts: int = 0
     failures: int = 0
+    moves: int = 0  # attempts that ended since their worker was taken away
     before: int = 0  # tokens that were told before this attempt
     over: bool = False
 
@@ -50,6 +51,13 @@ class Introduce:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Close the stream to a worker that is not announced any more: nothing of ours is under way there."""
+
+    worker: WorkerView
+
+
+@dataclass(frozen=True)
 class Tell:
     """The request's next event."""
 
@@ -65,4 +73,4 @@ class End:
     error: TercetError | None
 
 
-RouterEffect = StartLeg | AbortLeg | Introduce | Tell | End
+RouterEffect = StartLeg | AbortLeg | Introduce | Part | Tell | End

@@ -12,7 +12,7 @@ from tercet.errors import TercetError
 from tercet.roles.router.attempt import RequestEvent
 from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
-from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, RouterEffect, StartLeg, Tell
+from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, RouterEffect, StartLeg, Tell
 from tercet.roles.router.pairs import slow_pair
 from tercet.roles.router.policy import capacity
 from tercet.spec import ROLES_OF, ClusterSpec
@@ -33,21 +33,21 @@ class Router:
         self._links: dict[WorkerView, WorkerLink] = {}
         self._heard: dict[Ongoing, _Heard] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     # ---- the control path
 
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
-        """Make `workers` the live set: connect to new incarnations, drop those that are gone."""
-        new, gone, effects = self._decisions.set_workers(workers)
+        """Make `workers` the live set: connect to new incarnations, part from the others once their legs have ended."""
+        new, effects = self._decisions.set_workers(workers)
         for view in new:
             self._links[view] = self._link(view)
         self._carry_out(effects)
-        for view in gone:  # at last, since others may set the workers meanwhile
-            await self._links[view].close()
-            del self._links[view]
 
     async def close(self) -> None:
+        """Cut every stream, also those on which something runs."""
         await self.set_workers([])
+        await asyncio.gather(*self._closing, *map(self._close, list(self._links)))
         if self._timer is not None:
             self._timer.cancel()
 
@@ -99,11 +99,20 @@ class Router:
                     self._links[view].abort(leg)
                 case Introduce(view, endpoints):
                     self._links[view].meet(endpoints)
+                case Part(view):
+                    closing = asyncio.create_task(self._close(view))
+                    self._closing.add(closing)
+                    closing.add_done_callback(self._closing.discard)
                 case Tell(ongoing, event):
                     self._tell(ongoing, event)
                 case End(ongoing, TercetError() as error):
                     self._tell(ongoing, error)
         self._arm()
+
+    async def _close(self, view: WorkerView) -> None:
+        if (link := self._links.get(view)) is not None:
+            await link.close()
+            self._links.pop(view, None)  # not before: its last legs may still be aborted
 
     def _tell(self, ongoing: Ongoing, event: RequestEvent | TercetError) -> None:
         if ongoing in self._heard:
