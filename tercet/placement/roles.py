@@ -2,20 +2,24 @@
 
 Replicas of a role are spread: a node with fewer of them is tried first, then the one with more free CPU. If that
 leads nowhere the search steps back, so that a placement is found whenever there is one (within MAX_DEAD_ENDS).
+Who runs already stays where it is; only who is added is placed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from tercet.core import Role
-from tercet.errors import ClusterError
+from tercet.errors import ClusterError, SpecError
 from tercet.spec import ClusterSpec
 
 MAX_DEAD_ENDS = 20_000
@@ -46,7 +50,7 @@ class Assignment:
 @dataclass(frozen=True)
 class Placement:
     gateway: Node
-    workers: tuple[Assignment, ...]
+    workers: tuple[Assignment, ...]  # of each role the oldest first
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -66,21 +70,44 @@ class _Replica:
         return all(node.labels.get(k) == v for k, v in self.labels.items())
 
 
-def plan(spec: ClusterSpec, nodes: Sequence[Node]) -> Placement:
+def scaled(spec: ClusterSpec, role: str, replicas: int) -> ClusterSpec:
+    """The spec with another number of replicas of a role. Raises SpecError naming what is wrong with it."""
+    if role not in spec.roles:
+        known = ", ".join(spec.roles)
+        raise SpecError(f"topology {spec.topology} has no role {role}; the roles of {spec.name} are {known}")
+    if replicas < 1:
+        raise SpecError(
+            f"{role} cannot have {replicas} workers: without one no request can be served; `tercet down` ends all"
+        )
+    wanted = spec.roles[Role(role)].model_copy(update={"replicas": replicas})
+    try:
+        return ClusterSpec.model_validate({**dict(spec), "roles": {**spec.roles, Role(role): wanted}})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{role} cannot have {replicas} workers: {reason}") from error
+
+
+def plan(
+    spec: ClusterSpec, nodes: Sequence[Node], kept: Sequence[Assignment] = (), taken: Collection[str] = ()
+) -> Placement:
     """Assign every replica to a node; the gateway goes to nodes[0], the node of whoever asks.
 
+    kept: who runs already, of each role the oldest first; those that are too many are left out. taken: ids that nobody
+    new may have.
     Raises ClusterError naming the first replica that fits nowhere, what it needs and what each node has; and for a
     placement over several addresses when workers listen on loopback.
     """
     assert nodes, "a Ray cluster has at least one node"
-    replicas = _replicas(spec)
+    stay = [w for role, wanted in spec.roles.items() for w in [k for k in kept if k.role is role][: wanted.replicas]]
+    replicas = _replicas(spec, stay, {*taken, *(w.worker_id for w in kept)})
     for replica in replicas:
         if not any(replica.may_use(node) for node in nodes):
             raise ClusterError(_nowhere(replica, nodes))
     # The hardest first: few nodes carry its labels, or it needs much.
     order = sorted(replicas, key=lambda r: (sum(map(r.may_use, nodes)), -sum(r.needs.values())))
-    chosen = _Search(order, nodes).run()
-    placement = Placement(nodes[0], tuple(_assign(r, chosen[r.worker_id]) for r in replicas))
+    chosen = _Search(order, nodes, stay).run()
+    workers = [*stay, *(_assign(r, chosen[r.worker_id]) for r in replicas)]
+    placement = Placement(nodes[0], tuple(sorted(workers, key=lambda w: list(spec.roles).index(w.role))))
     _refuse_split_loopback(spec, placement)
     return placement
 
@@ -95,14 +122,18 @@ def local_node(spec: ClusterSpec) -> Node:
     return Node("local", "this machine", {}, {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {}))
 
 
-def _replicas(spec: ClusterSpec) -> list[_Replica]:
+def _replicas(
+    spec: ClusterSpec, stay: Sequence[Assignment] = (), taken: Collection[str] = frozenset()
+) -> list[_Replica]:
+    """Those that the spec wants beside `stay`."""
+    names = (name for name in map("worker-{}".format, itertools.count()) if name not in taken)
     found: list[_Replica] = []
     for role, wanted in spec.roles.items():
         amounts = {"CPU": wanted.cpus, "GPU": float(wanted.gpus), "NPU": float(wanted.npus)}
         needs = {kind: amount for kind, amount in amounts.items() if amount}
         labels = spec.pools[wanted.pool].labels
-        first = len(found)
-        found += [_Replica(f"worker-{first + i}", role, labels, needs) for i in range(wanted.replicas)]
+        missing = wanted.replicas - sum(w.role is role for w in stay)
+        found += [_Replica(next(names), role, labels, needs) for _ in range(missing)]
     return found
 
 
@@ -113,14 +144,19 @@ def _assign(replica: _Replica, node: Node) -> Assignment:
 class _Search:
     """Depth-first search over (replica, node); what is known to fail is not tried twice."""
 
-    def __init__(self, order: Sequence[_Replica], nodes: Sequence[Node]) -> None:
+    def __init__(self, order: Sequence[_Replica], nodes: Sequence[Node], stay: Sequence[Assignment]) -> None:
         self._order = order
+        self._stay = stay
         self._nodes = nodes
         self._free = [dict(n.resources) for n in nodes]
         self._placed: list[int] = []  # node of order[i]
         self._of_role: Counter[tuple[Role, int]] = Counter()  # (role, node) -> replicas there
         self._failed: set[tuple[object, ...]] = set()
         self._deepest = 0
+        numbers = {n.node_id: i for i, n in enumerate(nodes)}
+        for worker in stay:
+            if worker.node.node_id in numbers:  # else its node has died, and Ray has found it another one
+                self._take(worker, numbers[worker.node.node_id])
 
     def run(self) -> dict[str, Node]:
         untried = [self._candidates()]  # of order[0], order[1] ... as deep as the search is now
@@ -135,7 +171,7 @@ class _Search:
                 untried.pop()
                 self._take_back()
             else:
-                raise ClusterError(_full(self._order, self._deepest, self._nodes))
+                raise ClusterError(_full(self._order, self._deepest, self._nodes, self._stay))
         return {r.worker_id: self._nodes[i] for r, i in zip(self._order, self._placed, strict=True)}
 
     def _state(self) -> tuple[object, ...]:
@@ -155,6 +191,9 @@ class _Search:
     def _put(self, node: int) -> None:
         replica = self._order[len(self._placed)]
         self._placed.append(node)
+        self._take(replica, node)
+
+    def _take(self, replica: _Replica | Assignment, node: int) -> None:
         self._of_role[replica.role, node] += 1
         for kind, amount in replica.needs.items():
             self._free[node][kind] -= amount
@@ -184,13 +223,14 @@ def _nowhere(replica: _Replica, nodes: Sequence[Node]) -> str:
     )
 
 
-def _full(order: Sequence[_Replica], stuck: int, nodes: Sequence[Node]) -> str:
+def _full(order: Sequence[_Replica], stuck: int, nodes: Sequence[Node], stay: Sequence[Assignment]) -> str:
     replica = order[stuck]
+    before: list[_Replica | Assignment] = [*stay, *order[:stuck]]
     mine = [n for n in nodes if replica.may_use(n)]
-    others = _amounts({k: sum(r.needs.get(k, 0.0) for r in order[:stuck]) for k in replica.needs})
+    others = _amounts({k: sum(r.needs.get(k, 0.0) for r in before) for k in replica.needs})
     return (
         f"roles.{replica.role}: {replica.worker_id} needs {_amounts(replica.needs)}, beside {others} for the "
-        f"{stuck} placed before it, but the nodes of its pool have {_described(mine)}; "
+        f"{len(before)} placed before it, but the nodes of its pool have {_described(mine)}; "
         f"lower roles.*.cpus or replicas, or add nodes"
     )
 

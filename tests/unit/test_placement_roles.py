@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.core import Role
-from tercet.errors import ClusterError
-from tercet.placement.roles import Node, plan
+from tercet.errors import ClusterError, SpecError
+from tercet.placement.roles import Node, plan, scaled
 from tercet.spec import ClusterSpec, NetworkSpec, PoolSpec, RoleSpec
 
 
@@ -93,3 +93,41 @@ def test_finds_a_placement_exactly_when_there_is_one(capacities, prefill, decode
     for worker in placement.workers:
         used[worker.node.node_id] += worker.needs["CPU"]
     assert all(used[str(i)] <= c for i, c in enumerate(capacities))
+
+
+def test_who_is_added_is_placed_beside_who_stays_and_gets_an_id_of_its_own():
+    spec, nodes = spec_of(RoleSpec(), RoleSpec(replicas=2)), [node("a", 3), node("b", 2)]
+    before = plan(spec, nodes)
+    more = plan(scaled(spec, "decode", 4), nodes, before.workers, {"worker-3"})
+    assert all(worker in more.workers for worker in before.workers)
+    names = [w.worker_id for w in more.workers if w.role is Role.DECODE]
+    assert names == ["worker-1", "worker-2", "worker-4", "worker-5"]
+    assert Counter(w.node.node_id for w in more.workers) == {"a": 3, "b": 2}
+    less = plan(scaled(spec, "decode", 1), nodes, more.workers)
+    assert [w.worker_id for w in less.workers] == ["worker-0", "worker-1"]  # the newest are left out
+    with pytest.raises(ClusterError, match=r"needs 1 CPU, beside 5 CPU for the 5 placed before it.*3 CPU.*2 CPU"):
+        plan(scaled(spec, "decode", 5), nodes, more.workers)
+
+
+def test_who_stays_on_a_node_that_died_takes_no_room_elsewhere():
+    spec = spec_of(RoleSpec(), RoleSpec())
+    before = plan(spec, [node("a", 1), node("b", 1)])
+    placement = plan(scaled(spec, "decode", 2), [node("a", 2)], before.workers)
+    assert {w.worker_id: w.node.node_id for w in placement.workers}["worker-2"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("role", "replicas", "want"),
+    [
+        ("decode", 0, "decode cannot have 0 workers: without one no request can be served"),
+        ("decode", -1, "cannot have -1 workers"),
+        ("aggregated", 2, "topology pd has no role aggregated; the roles of tercet are prefill, decode"),
+        ("decoder", 2, "no role decoder"),
+        ("decode", 4, "decode cannot have 4 workers: roles.prefill.cpus: pool 'default' has 4 cpus, its roles need 5"),
+    ],
+)
+def test_what_no_cluster_can_be_scaled_to_is_named(role, replicas, want):
+    spec = spec_of(RoleSpec(), RoleSpec(), {"default": PoolSpec(cpus=4)})
+    assert scaled(spec, "decode", 3).roles[Role.DECODE].replicas == 3
+    with pytest.raises(SpecError, match=want):
+        scaled(spec, role, replicas)
