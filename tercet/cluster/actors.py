@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from tercet.core import Load, Role, WorkerInfo
+from tercet.errors import Overloaded
 from tercet.spec import ClusterSpec
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 LOOK_EVERY_S = 0.1  # for the raylet; Ray's own look, which ends a process without a word, comes every second
 LAST_WORD_S = 2.0
 STOP_TIMEOUT_S = 5.0
+MOST_ASKED = 16  # questions for another number of workers that wait for the controller
 LAST_ANSWER_S = 0.5  # between the end of `stop` and that of the process, for saying so
 
 
@@ -79,12 +81,14 @@ class WorkerActor:
 
 
 class GatewayActor:
-    """The cluster's front door; also where `tercet down` and `tercet status` knock."""
+    """The cluster's front door; also where `tercet down`, `tercet scale` and `tercet status` knock."""
 
     def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
         self._spec = spec
         self._token = cluster_token
         self._stop_requested = False
+        self._overview: dict[str, Any] = {"target": {}, "members": {}, "answers": {}}  # as the controller last told
+        self._asked: list[dict[str, Any]] = []  # what it has not answered
 
     async def start(self) -> GatewayInfo:
         from tercet.roles.gateway.gateway import Gateway
@@ -98,9 +102,23 @@ class GatewayActor:
         await self._gateway.set_workers(workers)
 
     async def health(self) -> dict[str, Any]:
-        """The gateway's status, where it is reached, and whether someone asked the cluster to stop."""
+        """The gateway's status, where it is reached, the controller's overview, and what is asked of the controller."""
         place = {"pid": os.getpid(), "node": node_address()}
-        return self._gateway.status() | asdict(self._info) | place | {"stop_requested": self._stop_requested}
+        asked = {"stop_requested": self._stop_requested, "asked": self._asked}
+        return self._gateway.status() | asdict(self._info) | place | self._overview | asked
+
+    async def note(self, overview: dict[str, Any]) -> None:
+        """Keep what the controller says of its target and its members (`members.overview`)."""
+        self._overview = overview
+        self._asked = [asked for asked in self._asked if asked["id"] not in overview["answers"]]
+
+    async def request_scale(self, ask_id: str, role: str, replicas: int) -> None:
+        """The controller sees it at its next look. Harmless if it is asked again. Raises Overloaded."""
+        if ask_id in self._overview["answers"] or any(asked["id"] == ask_id for asked in self._asked):
+            return
+        if len(self._asked) >= MOST_ASKED:
+            raise Overloaded(f"{MOST_ASKED} questions wait for the controller already")
+        self._asked.append({"id": ask_id, "role": role, "replicas": replicas})
 
     async def request_stop(self) -> None:
         """The controller sees it at its next look and drains the cluster."""

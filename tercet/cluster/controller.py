@@ -1,7 +1,7 @@
 """The reconcile loop: holds the target (which members there are) against what is, and mends the difference.
 
 bring_up    start all members at once; the first fault ends it, since a user waits
-run         look, decide (`reconcile.diff`), act, until stop is asked for
+run         replace the target if that is asked for; look, decide (`reconcile.diff`), act; until stop is asked for
 shut_down   gateway drains, workers drain, all stop, all are killed
 
 What is known of one incarnation of a member lies in its `Slot` alone. Whoever waits for an answer writes it into the
@@ -13,54 +13,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from tercet.cluster import reconcile
+from tercet.cluster.members import Running, Slot, Starter, Target, overview, watch_ports
 from tercet.cluster.race import first
-from tercet.cluster.reconcile import GATEWAY, Action, Member, Publish, Start, State
-from tercet.core import WorkerInfo
+from tercet.cluster.reconcile import GATEWAY, Action, Drain, Drop, Publish, Start, State, Stop
 from tercet.errors import ClusterError, TercetError, WorkerLost
+from tercet.placement.roles import scaled
 from tercet.spec import ClusterSpec
 
 LOOK_EVERY_S = 0.3
-ASK_PORTS_EVERY_S = 2.0
 STOP_TIMEOUT_S = 5.0
 DEAF_AFTER_S = 3.0  # a member that is silent for so long will not drain: it is stopped, or hangs
+MOST_ANSWERS = 32  # that are kept for who asks again; a gateway holds fewer questions (actors.MOST_ASKED)
 LAST_WORD_S = 2.0  # for telling members that they end now
-
-
-class Running(Protocol):
-    """A member's process. `call` raises TercetError; `kill` never fails and may be called on the dead."""
-
-    async def call(self, method: str, *args: object, timeout_s: float) -> Any: ...
-    async def kill(self) -> None: ...
-
-
-class Starter(Protocol):
-    """Makes processes, and looks at them from outside."""
-
-    async def launch(self, member_id: str, epoch: int) -> Running:
-        """Raises ClusterError when there is no room for one."""
-
-    async def ask_ports(self, info: Any, timeout_s: float) -> None:
-        """Connect anew to every port of a member. Raises WorkerLost naming one that does not answer in time."""
-
-    async def watch_home(self) -> None:
-        """Return never; raises RayLost once nothing can be mended from here any more, saying why."""
-
-
-@dataclass
-class Slot:
-    """One incarnation of a member as this controller holds it."""
-
-    member: Member
-    actor: Running | None = None
-    info: Any = None  # WorkerInfo or GatewayInfo, once LIVE
-    task: asyncio.Task[None] | None = None  # its start, then its watch
-    told: Mapping[str, int] | None = None  # of the gateway: the workers that it was last told of
-    status: Any = field(default_factory=dict)  # its last health; of the gateway: what `GatewayActor.health` gives
 
 
 class Controller:
@@ -68,16 +36,15 @@ class Controller:
 
     def __init__(
         self,
-        spec: ClusterSpec,
-        worker_ids: Sequence[str],
+        target: Target,
         starter: Starter,
         report: Callable[[str], None],
         gateway_is_up: Callable[[Any], None] = lambda info: None,
     ) -> None:
         """gateway_is_up: called with the info of each gateway, since a new one may have other ports."""
-        self._spec = spec
         self._gateway_is_up = gateway_is_up
-        self._target = (GATEWAY, *worker_ids)
+        self._target = target
+        self._answers: dict[str, dict[str, str]] = {}  # id of a question for another target -> error, if there is one
         self._starter = starter
         self._report = report
         self._slots: dict[str, Slot] = {}  # member id -> its newest incarnation
@@ -98,6 +65,10 @@ class Controller:
     def _gateway(self) -> Slot:
         return self._slots[GATEWAY]
 
+    @property
+    def _spec(self) -> ClusterSpec:
+        return self._target.spec
+
     async def bring_up(self) -> None:
         """Return when all members live and a real request has passed. Raises the first TercetError of a member."""
         deadline = time.monotonic() + self._spec.ray.start_timeout_s
@@ -116,7 +87,26 @@ class Controller:
         Raises RayLost.
         """
         while not stop.is_set() and not self.stop_requested:
+            for asked in self._gateway.status.get("asked", ()):
+                if asked["id"] not in self._answers:
+                    self._answers[asked["id"]] = await self._scale(asked["role"], asked["replicas"])
+            for old in list(self._answers)[:-MOST_ANSWERS]:
+                del self._answers[old]
             await self._step()
+
+    async def _scale(self, role: str, replicas: int) -> dict[str, str]:
+        """Replace the target by one with another number of workers of a role. -> why it stays, or nothing."""
+        try:
+            spec = scaled(self._spec, role, replicas)
+            if spec != self._spec:
+                taken = [m for m, slot in self._slots.items() if slot.member.state is not State.GONE]
+                placement = await self._starter.place(self._target, spec, taken)
+                self._target = Target(spec, placement)
+                self._report(f"{role} is to have {replicas} worker{'s' if replicas > 1 else ''}")
+        except TercetError as error:
+            has = ", ".join(f"{wanted.replicas} {name}" for name, wanted in self._spec.roles.items())
+            return {"code": error.code(), "message": f"{replicas} {role}: {error}; it stays at {has}"}
+        return {}
 
     async def shut_down(self, reason: str = "") -> None:
         """Drain what runs, then end it all; each step has a deadline, so this ends too. Clients are told the reason."""
@@ -167,8 +157,9 @@ class Controller:
     async def _step(self) -> None:
         actual = {member_id: slot.member for member_id, slot in self._slots.items()}
         told = self._gateway.told if GATEWAY in self._slots else None
-        for action in reconcile.diff(self._target, actual, told, time.monotonic()):
+        for action in reconcile.diff(self._target.members, actual, told, time.monotonic()):
             await self._act(action)
+        await self._tell_overview()
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_EVERY_S):
@@ -184,29 +175,69 @@ class Controller:
                 if before is not None and before.task is not None and not before.task.done():
                     return  # it is still being killed
                 member = reconcile.starting(epoch, before.member if before else None, time.monotonic())
-                self._slots[member_id] = slot = Slot(member)
-                slot.task = asyncio.create_task(self._live(member_id, slot))
-            case Publish(epochs):
-                await self._publish(self._gateway, epochs)
+                self._slots[member_id] = slot = Slot(member_id, self._target.members[member_id], member)
+                slot.task = asyncio.create_task(self._live(slot, self._target))
+            case Drain(member_id):
+                self._leaves(member_id, State.DRAINING).leave.set()
+            case Stop(member_id):
+                was_drained = self._slots[member_id].member.state is State.DRAINED
+                slot = self._leaves(member_id, State.STOPPING)
+                slot.task = asyncio.create_task(self._end(slot, slot.task, was_drained))
+            case Drop(member_id):
+                self._leaves(member_id, State.GONE)
+            case Publish(epochs):  # the last one, so that none of the others is decided on what was before it
+                infos = [self._slots[worker_id].info for worker_id in epochs]
+                gateway = self._gateway
+                if await self._tell(gateway, "set_workers", infos):
+                    gateway.told = epochs
 
-    async def _live(self, member_id: str, slot: Slot) -> None:
-        """One life of one member: launch, start, watch, and at its end kill what is left and say why."""
+    def _leaves(self, member_id: str, state: State) -> Slot:
+        slot = self._slots[member_id]
+        slot.member = reconcile.leaving(slot.member, state, time.monotonic())
+        return slot
+
+    async def _end(self, slot: Slot, life: asyncio.Task[None] | None, was_drained: bool) -> None:
+        """End the process of a member that is not wanted any more. Who still starts is not asked: it may hear late."""
+        if life is not None:
+            life.cancel()
+            await asyncio.gather(life, return_exceptions=True)
+        if slot.actor is not None:
+            if was_drained:
+                with contextlib.suppress(TercetError):
+                    await slot.actor.call("stop", timeout_s=STOP_TIMEOUT_S)
+            await slot.actor.kill()
+        self._report(f"{slot.title} (epoch {slot.member.epoch}) is gone")
+        self._slots[slot.member_id] = Slot(slot.member_id, slot.role, slot.member)
+        self._leaves(slot.member_id, State.GONE)
+        self._changed.set()
+
+    async def _live(self, slot: Slot, target: Target) -> None:
+        """One life of one member: launch, start, watch until it has drained; once it is lost, kill what is left."""
         try:
-            slot.actor = await self._starter.launch(member_id, slot.member.epoch)
+            slot.actor = await self._starter.launch(slot.member_id, slot.member.epoch, target)
             slot.info = await slot.actor.call("start", timeout_s=self._spec.ray.start_timeout_s)
             slot.member = reconcile.up(slot.member, time.monotonic())
-            self._report(f"{member_id} is up (epoch {slot.member.epoch})")
-            if member_id == GATEWAY:
+            self._report(f"{slot.title} is up (epoch {slot.member.epoch})")
+            if slot.member_id == GATEWAY:
                 self._gateway_is_up(slot.info)
             self._changed.set()
             deadline_s = self._spec.ray.health_deadline_s
-            await first(self._watch_health(slot, slot.actor, deadline_s), self._watch_ports(slot))
+            watches = self._watch_health(slot, slot.actor, deadline_s), watch_ports(slot, self._starter, deadline_s)
+            await first(*watches, self._drain_when_told(slot, slot.actor))
+            slot.member = reconcile.leaving(slot.member, State.DRAINED, time.monotonic())
         except TercetError as error:
-            self._lost(member_id, slot, error)
+            self._lost(slot, error)
             if slot.actor is not None:
                 await slot.actor.kill()
         finally:
             self._changed.set()
+
+    async def _drain_when_told(self, slot: Slot, actor: Running) -> None:
+        """Raises TercetError."""
+        await slot.leave.wait()
+        self._report(f"{slot.title} (epoch {slot.member.epoch}) drains")
+        timeout_s = self._spec.limits.drain_timeout_s
+        await actor.call("drain", timeout_s, timeout_s=timeout_s + STOP_TIMEOUT_S)
 
     async def _watch_health(self, slot: Slot, actor: Running, deadline_s: float) -> None:
         """Return never. Raises TercetError."""
@@ -215,39 +246,32 @@ class Controller:
             self._changed.set()
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def _watch_ports(self, slot: Slot) -> None:
-        """A process that answers Ray may still have lost a port, so each is asked from outside. One miss is none."""
-        deadline_s = self._spec.ray.health_deadline_s
-        answered, misses = time.monotonic(), 0
-        while True:
-            await asyncio.sleep(ASK_PORTS_EVERY_S)
-            try:
-                await self._starter.ask_ports(slot.info, deadline_s / 2)
-            except TercetError:
-                misses += 1
-                if misses > 1 and time.monotonic() - answered >= deadline_s:
-                    raise
-            else:
-                answered, misses = time.monotonic(), 0
-
-    def _lost(self, member_id: str, slot: Slot, error: TercetError) -> None:
+    def _lost(self, slot: Slot, error: TercetError) -> None:
         slot.member = reconcile.lost(slot.member, f"{error.code()}: {error}", time.monotonic())
         if self._is_up:
-            self._report(f"{member_id} (epoch {slot.member.epoch}) lost: {slot.member.reason}{_next_try(slot)}")
+            follows = slot.next_try if slot.member_id in self._target.members else "; it was to go"
+            self._report(f"{slot.title} (epoch {slot.member.epoch}) lost: {slot.member.reason}{follows}")
         self._fault = self._fault or error
         self._changed.set()  # the gateway must be told before the kill is done
 
-    async def _publish(self, gateway: Slot, epochs: Mapping[str, int]) -> None:
-        infos: list[WorkerInfo] = [self._slots[worker_id].info for worker_id in epochs]
+    async def _tell_overview(self) -> None:
+        gateway = self._slots.get(GATEWAY)
+        if gateway is not None and gateway.member.state is State.LIVE:
+            told = overview(self._target, self._slots, self._answers)
+            if told != gateway.noted and await self._tell(gateway, "note", told):
+                gateway.noted = told
+
+    async def _tell(self, gateway: Slot, method: str, told: object) -> bool:
+        """Whether it was heard."""
         try:
-            await self._actor(GATEWAY).call("set_workers", infos, timeout_s=self._spec.ray.health_deadline_s)
+            await self._actor(GATEWAY).call(method, told, timeout_s=self._spec.ray.health_deadline_s)
         except TercetError as error:
             self._report(f"the gateway was not told of a change: {error}")  # its health watch decides what follows
-            return
-        gateway.told = epochs
+            return False
+        return True
 
     def _alive(self) -> list[str]:
-        return [member_id for member_id, slot in self._slots.items() if slot.member.state is State.LIVE]
+        return [member_id for member_id, slot in self._slots.items() if slot.has_process]
 
     def _actor(self, member_id: str) -> Running:
         """Of a member that was launched."""
@@ -262,13 +286,8 @@ class Controller:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _ready(self) -> bool:
-        return len(self._alive()) == len(self._target) and bool(self._gateway.status.get("ready"))
+        return len(self._alive()) == len(self._target.members) and bool(self._gateway.status.get("ready"))
 
     def _why_not_ready(self) -> str:
         waiting = [f"{m} is {s.member.state}" for m, s in self._slots.items() if s.member.state is not State.LIVE]
         return "; ".join(waiting) or str(self._gateway.status.get("reason", "the gateway says nothing"))
-
-
-def _next_try(slot: Slot) -> str:
-    wait = slot.member.retry_at - slot.member.since
-    return f"; {slot.member.crashes} in a row, next try in {wait:g} s" if wait else "; starting it again"

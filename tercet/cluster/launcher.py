@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import re
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -18,13 +19,14 @@ from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorErr
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from tercet.cluster import bounded, ports
+from tercet.cluster import bounded, ports, ray_runtime
 from tercet.cluster.actors import GatewayActor, WorkerActor
 from tercet.cluster.home import Home
+from tercet.cluster.members import Target
 from tercet.cluster.ray_runtime import NAMESPACE, log_folder
 from tercet.cluster.reconcile import GATEWAY
 from tercet.errors import ClusterError, TercetError, WorkerLost
-from tercet.placement.roles import Assignment, Node, Placement
+from tercet.placement.roles import Assignment, Node, Placement, plan
 from tercet.spec import ClusterSpec
 
 NODE_ID_LABEL = "ray.io/node-id"
@@ -75,18 +77,22 @@ class Actor:
 class Launcher:
     """What the controller starts members with."""
 
-    def __init__(self, spec: ClusterSpec, placement: Placement, cluster_token: str, home: Home) -> None:
-        self._spec = spec
+    def __init__(self, cluster: str, cluster_token: str, home: Home) -> None:
+        self._cluster = cluster
         self._home = home
-        self._gateway_node = placement.gateway
-        self._workers = {w.worker_id: w for w in placement.workers}  # worker id -> assignment
         self._token = cluster_token
 
-    async def launch(self, member_id: str, epoch: int) -> Actor:
+    async def place(self, target: Target, spec: ClusterSpec, taken: Collection[str]) -> Placement:
+        """Raises ClusterError."""
+        nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray_runtime.nodes)
+        return plan(spec, nodes, target.placement.workers, taken)
+
+    async def launch(self, member_id: str, epoch: int, target: Target) -> Actor:
         """Create the actor; its `start` is the caller's to call. Raises ClusterError if Ray has no room for it."""
         if member_id == GATEWAY:
-            return await self._gateway()
-        return await self._worker(self._workers[member_id], epoch)
+            return await self._gateway(target)
+        wanted = next(worker for worker in target.placement.workers if worker.worker_id == member_id)
+        return await self._worker(wanted, epoch, target.spec)
 
     async def ask_ports(self, info: Any, timeout_s: float) -> None:
         """Raises WorkerLost naming the port."""
@@ -96,17 +102,17 @@ class Launcher:
         """Raises RayLost."""
         await self._home.watch()
 
-    async def _gateway(self) -> Actor:
-        here = NodeAffinitySchedulingStrategy(self._gateway_node.node_id, soft=False)
+    async def _gateway(self, target: Target) -> Actor:
+        here = NodeAffinitySchedulingStrategy(target.placement.gateway.node_id, soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here}
-        return Actor(GATEWAY, await self._create(GATEWAY, GatewayActor, options, self._spec, self._token), None)
+        return Actor(GATEWAY, await self._create(GATEWAY, GatewayActor, options, target.spec, self._token), None)
 
-    async def _worker(self, wanted: Assignment, epoch: int) -> Actor:
+    async def _worker(self, wanted: Assignment, epoch: int, spec: ClusterSpec) -> Actor:
         group = await self._reserve(wanted)
         inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         counts = {"num_cpus": wanted.needs.get("CPU", 0), "num_gpus": wanted.needs.get("GPU", 0)}
         options = {**counts, "scheduling_strategy": inside}
-        args = (wanted.worker_id, wanted.role, epoch, self._spec, self._token)
+        args = (wanted.worker_id, wanted.role, epoch, spec, self._token)
         try:
             return Actor(wanted.worker_id, await self._create(wanted.worker_id, WorkerActor, options, *args), group)
         except BaseException:  # cancelled or not: nobody else knows the group
@@ -115,7 +121,7 @@ class Launcher:
 
     async def _reserve(self, wanted: Assignment) -> PlacementGroup:
         pin = {NODE_ID_LABEL: wanted.node.node_id} if await _is_alive(wanted.node) else {}
-        name = actor_name(self._spec.name, wanted.worker_id)
+        name = actor_name(self._cluster, wanted.worker_id)
         place = functools.partial(
             placement_group, [dict(wanted.needs)], name=name, bundle_label_selector=[{**wanted.labels, **pin}]
         )
@@ -134,7 +140,7 @@ class Launcher:
         )
 
     async def _create(self, member_id: str, kind: type, options: dict[str, Any], *args: object) -> Any:
-        name = actor_name(self._spec.name, member_id)
+        name = actor_name(self._cluster, member_id)
         actor: Any = ray.remote(kind).options(
             name=name, namespace=NAMESPACE, max_restarts=0, max_concurrency=MAX_CALLS, **options
         )

@@ -1,9 +1,20 @@
 """The controller's decisions, apart from their execution. Pure: what should be and what is, actions out.
 
-The life of a member (a worker or the gateway):
+The life of a member (a worker or the gateway). On the left it is wanted, on the right not, or not any more:
 
-    absent --Start(epoch 1)--> STARTING --up--> LIVE --lost--> LOST --Start(epoch + 1), after a backoff--> STARTING
-                                   └───────────lost────────────┘
+    absent, GONE                                     LOST ──Drop──> GONE
+       │ Start(epoch + 1)                              ^
+       v                                               │ lost, in any of these
+    STARTING ─────────────────────Stop────────────> STOPPING ──its process has ended──> GONE
+       │ up                                            ^
+       v                                               │ Stop
+     LIVE ──Publish without it, then Drain──> DRAINING ──its legs have ended, or their time──> DRAINED
+       │ lost
+       v
+     LOST ──Start(epoch + 1), after a backoff──> STARTING
+
+Who is wanted again while it drains is drained to its end, and starts from GONE: nothing goes back. GONE keeps the
+epoch, so that an id that is given again goes on from there.
 """
 
 from __future__ import annotations
@@ -23,6 +34,10 @@ class State(enum.StrEnum):
     STARTING = "starting"
     LIVE = "live"
     LOST = "lost"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    STOPPING = "stopping"
+    GONE = "gone"
 
 
 @dataclass(frozen=True)
@@ -44,33 +59,72 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Drain:
+    """Let what runs on a worker end; the gateway sends it nothing new."""
+
+    member_id: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the member's process, also one that still starts."""
+
+    member_id: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Start no successor of a member that was lost."""
+
+    member_id: str
+
+
+@dataclass(frozen=True)
 class Publish:
-    """Tell the gateway which workers live: worker id -> epoch."""
+    """Tell the gateway which workers live and are wanted: worker id -> epoch."""
 
     epochs: Mapping[str, int]
 
 
-Action = Start | Publish
+Action = Start | Drain | Stop | Drop | Publish
 
 
 def diff(
     target: Collection[str], actual: Mapping[str, Member], told: Mapping[str, int] | None, now: float
 ) -> tuple[Action, ...]:
-    """What to do so that `actual` becomes `target`; nothing if it already is.
+    """What to do so that `actual` becomes `target`; nothing if it already is, or if something must end first.
 
     told: what the gateway was last told, None if the live gateway was told nothing yet.
     """
     actions: list[Action] = []
-    for member_id in sorted(target):
-        member = actual.get(member_id)
-        if member is None:
-            actions.append(Start(member_id, 1))
-        elif member.state is State.LOST and now >= member.retry_at:
-            actions.append(Start(member_id, member.epoch + 1))
-    epochs = {m: actual[m].epoch for m in sorted(actual) if m != GATEWAY and _live(actual[m])}
+    for member_id in sorted({*target, *actual}):
+        member, wanted = actual.get(member_id), member_id in target
+        action = _of_wanted(member_id, member, now) if wanted else _of_unwanted(member_id, member, told)
+        if member is not None and member.state is State.DRAINED:
+            action = Stop(member_id)
+        if action is not None:
+            actions.append(action)
+    epochs = {m: actual[m].epoch for m in sorted(actual) if m != GATEWAY and m in target and _live(actual[m])}
     if GATEWAY in actual and _live(actual[GATEWAY]) and told != epochs:
         actions.append(Publish(epochs))
     return tuple(actions)
+
+
+def _of_wanted(member_id: str, member: Member | None, now: float) -> Action | None:
+    if member is None:
+        return Start(member_id, 1)
+    if member.state is State.GONE or (member.state is State.LOST and now >= member.retry_at):
+        return Start(member_id, member.epoch + 1)
+    return None
+
+
+def _of_unwanted(member_id: str, member: Member | None, told: Mapping[str, int] | None) -> Action | None:
+    state = member.state if member is not None else State.GONE
+    if state is State.LIVE and told is not None and member_id not in told:
+        return Drain(member_id)
+    if state is State.STARTING:
+        return Stop(member_id)
+    return Drop(member_id) if state is State.LOST else None
 
 
 def starting(epoch: int, before: Member | None, now: float) -> Member:
@@ -79,6 +133,11 @@ def starting(epoch: int, before: Member | None, now: float) -> Member:
 
 def up(member: Member, now: float) -> Member:
     return Member(member.epoch, State.LIVE, now, crashes=member.crashes)
+
+
+def leaving(member: Member, state: State, now: float) -> Member:
+    """On its way from DRAINING to GONE."""
+    return Member(member.epoch, state, now)
 
 
 def lost(member: Member, reason: str, now: float) -> Member:

@@ -19,6 +19,7 @@ from tercet.cluster import bounded, local_ray, preflight, ray_address
 from tercet.cluster.controller import Controller
 from tercet.cluster.home import GCS, Home
 from tercet.cluster.local_ray import LocalRay
+from tercet.cluster.members import Target
 from tercet.cluster.race import first
 from tercet.cluster.run_file import RunFile, Served, reaching
 from tercet.errors import ClusterError, RayLost, TercetError
@@ -86,9 +87,8 @@ class _Serving:
         from tercet.cluster.launcher import Launcher  # only now: Ray reads its environment when it is imported
 
         home = Home(servers, self._spec.ray.lost_after_s, self._report)
-        launcher = Launcher(self._spec, placement, secrets.token_hex(16), home)
-        workers = [w.worker_id for w in placement.workers]
-        controller = Controller(self._spec, workers, launcher, self._report, self._gateway_is_up)
+        launcher = Launcher(self._spec.name, secrets.token_hex(16), home)
+        controller = Controller(Target(self._spec, placement), launcher, self._report, self._gateway_is_up)
         ends.push_async_exit(self._ending(controller))
         await controller.bring_up()
         return controller

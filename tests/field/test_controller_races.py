@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from tercet.cluster.controller import Controller
+from tercet.cluster.members import Target
 from tercet.cluster.reconcile import GATEWAY
 from tercet.core import Role
 from tercet.errors import WorkerLost
+from tercet.placement.roles import Node, plan
 from tercet.spec import ClusterSpec, RoleSpec
 
-WORKERS = ("prefill-0", "decode-0", "decode-1")
+WORKERS = ("worker-0", "worker-1", "worker-2")
+NODE = Node("a", "10.0.0.1", {}, {"CPU": 9.0})
 TURNS = 400  # of the event loop, for one run
 
 
@@ -59,7 +62,7 @@ class World:
         if self.striking and process.name.endswith("@1") and self._random.random() < 0.5:
             process.dead = True
 
-    async def launch(self, member_id: str, epoch: int) -> Process:
+    async def launch(self, member_id: str, epoch: int, target: Target) -> Process:
         await self.some_turns()
         self.members[member_id] = Process(self, member_id, epoch)
         return self.members[member_id]
@@ -86,14 +89,14 @@ class World:
 @pytest.fixture(autouse=True)
 def _without_a_clock(monkeypatch):
     monkeypatch.setattr("tercet.cluster.controller.LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr("tercet.cluster.controller.ASK_PORTS_EVERY_S", 0.0)
+    monkeypatch.setattr("tercet.cluster.members.ASK_PORTS_EVERY_S", 0.0)
 
 
 async def run(seed: int) -> bool:
     """Whether the gateway knew who lives, some turns after everyone had come back."""
     world = World(seed)
     spec = ClusterSpec(roles={Role.PREFILL: RoleSpec(), Role.DECODE: RoleSpec(replicas=2)})
-    controller = Controller(spec, WORKERS, world, lambda _: None)
+    controller = Controller(Target(spec, plan(spec, [NODE])), world, lambda _: None)
     await controller.bring_up()
     running = asyncio.create_task(controller.run(asyncio.Event()))
     await world.strike()

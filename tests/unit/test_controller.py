@@ -15,12 +15,15 @@ from ray.exceptions import RayActorError
 from tercet.cluster import launcher, reconcile
 from tercet.cluster.controller import Controller
 from tercet.cluster.launcher import Actor
-from tercet.cluster.reconcile import GATEWAY, Member, Publish, Start, State, diff
+from tercet.cluster.members import Target
+from tercet.cluster.reconcile import GATEWAY, Drain, Drop, Member, Publish, Start, State, Stop, diff
 from tercet.core import Role
 from tercet.errors import ClusterError, ModelFileMissing, RayLost, TercetError, WorkerLost
+from tercet.placement.roles import Node, Placement, plan
 from tercet.spec import ClusterSpec, RaySpec, RoleSpec
 
-TARGET = (GATEWAY, "prefill-0", "decode-0")
+NODE = Node("a", "10.0.0.1", {}, {"CPU": 4.0})
+TARGET = (GATEWAY, "worker-0", "worker-1")  # of one role each
 
 
 def live(epoch: int = 1) -> Member:
@@ -33,18 +36,64 @@ def test_an_empty_cluster_starts_everything():
 
 def test_a_cluster_as_it_should_be_needs_nothing():
     actual = {m: live() for m in TARGET}
-    assert diff(TARGET, actual, {"decode-0": 1, "prefill-0": 1}, 0.0) == ()
+    assert diff(TARGET, actual, {"worker-1": 1, "worker-0": 1}, 0.0) == ()
 
 
 def test_a_lost_worker_is_unpublished_and_started_with_the_next_epoch():
-    actual = {m: live() for m in TARGET} | {"decode-0": reconcile.lost(live(4), "died", 10.0)}
-    told = {"decode-0": 4, "prefill-0": 1}
-    assert diff(TARGET, actual, told, 10.0) == (Start("decode-0", 5), Publish({"prefill-0": 1}))
+    actual = {m: live() for m in TARGET} | {"worker-1": reconcile.lost(live(4), "died", 10.0)}
+    told = {"worker-1": 4, "worker-0": 1}
+    assert diff(TARGET, actual, told, 10.0) == (Start("worker-1", 5), Publish({"worker-0": 1}))
 
 
 def test_a_new_gateway_is_told_even_if_nothing_changed():
     actual = {m: live() for m in TARGET}
-    assert diff(TARGET, actual, None, 0.0) == (Publish({"decode-0": 1, "prefill-0": 1}),)
+    assert diff(TARGET, actual, None, 0.0) == (Publish({"worker-1": 1, "worker-0": 1}),)
+
+
+BOTH = {"worker-0": 1, "worker-1": 3}
+
+
+def of(state: State, epoch: int = 3) -> Member:
+    return Member(epoch, state, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "want"),
+    [  # of a worker that is not wanted any more
+        (State.STARTING, {"worker-0": 1}, (Stop("worker-1"),)),
+        (State.LIVE, BOTH, (Publish({"worker-0": 1}),)),
+        (State.LIVE, None, (Publish({"worker-0": 1}),)),
+        (State.LIVE, {"worker-0": 1}, (Drain("worker-1"),)),
+        (State.DRAINING, {"worker-0": 1}, ()),
+        (State.DRAINED, {"worker-0": 1}, (Stop("worker-1"),)),
+        (State.STOPPING, {"worker-0": 1}, ()),
+        (State.LOST, {"worker-0": 1}, (Drop("worker-1"),)),
+        (State.GONE, {"worker-0": 1}, ()),
+    ],
+)
+def test_who_is_not_wanted_any_more_goes_step_by_step(state, told, want):
+    actual = {GATEWAY: live(), "worker-0": live(), "worker-1": of(state)}
+    assert diff((GATEWAY, "worker-0"), actual, told, 0.0) == want
+
+
+@pytest.mark.parametrize(
+    ("state", "want"),
+    [  # of a worker that is wanted again
+        (State.DRAINING, ()),
+        (State.DRAINED, (Stop("worker-1"),)),
+        (State.STOPPING, ()),
+        (State.GONE, (Start("worker-1", 4),)),
+    ],
+)
+def test_who_is_wanted_again_while_it_goes_is_started_anew_behind_its_end(state, want):
+    actual = {GATEWAY: live(), "worker-0": live(), "worker-1": of(state)}
+    assert diff(TARGET, actual, {"worker-0": 1}, 0.0) == want
+
+
+@pytest.mark.parametrize("gateway", [State.STARTING, State.LOST])
+def test_nobody_drains_before_a_gateway_has_heard_of_it(gateway):
+    actual = {GATEWAY: Member(1, gateway, 0.0, retry_at=9.0), "worker-0": live(), "worker-1": live()}
+    assert diff((GATEWAY, "worker-0"), actual, None, 0.0) == ()
 
 
 def test_a_crash_loop_backs_off_and_a_long_life_forgives():
@@ -52,7 +101,7 @@ def test_a_crash_loop_backs_off_and_a_long_life_forgives():
     for _ in range(8):
         member = reconcile.lost(member, "crash", now)
         waits.append(member.retry_at - now)
-        assert not [a for a in diff(TARGET, {"decode-0": member}, None, now - 0.1) if a == Start("decode-0", 2)]
+        assert not [a for a in diff(TARGET, {"worker-1": member}, None, now - 0.1) if a == Start("worker-1", 2)]
         now = member.retry_at
         member = reconcile.starting(member.epoch + 1, member, now)
     assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
@@ -72,7 +121,7 @@ def test_no_member_is_started_while_it_lives_and_epochs_grow(actual, now):
         match action:
             case Start(member_id, epoch):
                 before = actual.get(member_id)
-                assert before is None or (before.state is State.LOST and epoch > before.epoch)
+                assert before is None or (before.state in {State.LOST, State.GONE} and epoch > before.epoch)
             case Publish(epochs):
                 assert all(actual[m].state is State.LIVE for m in epochs)
 
@@ -100,7 +149,10 @@ class FakeMember:
         if method == "set_workers":
             self._world.told = args[0]
         if method == "health" and self._member_id == GATEWAY:
-            return {"ready": len(self._world.told) == 2, "stop_requested": self._world.stop_requested}
+            asked = {"stop_requested": self._world.stop_requested, "asked": self._world.asked}
+            return {"ready": len(self._world.told) >= 2} | asked
+        if method == "note":
+            self._world.noted = args[0]
         return self.name  # stands for the info that `start` gives
 
     async def _silence(self, method: str, timeout_s: float) -> None:
@@ -121,6 +173,8 @@ class FakeStarter:
         self.drained: list[tuple[object, ...]] = []  # what the gateway was told
         self.told: Any = ()
         self.stop_requested = False
+        self.asked: list[dict[str, Any]] = []
+        self.noted: dict[str, Any] = {}
         self.refuse: TercetError | None = None
         self.lost = asyncio.Event()  # Ray
         self.silent: set[str] = set()  # whose ports do not answer
@@ -128,6 +182,9 @@ class FakeStarter:
 
     async def ended(self, name: str) -> None:
         await until(lambda: name in self.killed)
+
+    async def place(self, target: Target, spec: ClusterSpec, taken: Any) -> Placement:
+        return plan(spec, [NODE], target.placement.workers, taken)
 
     async def watch_home(self) -> None:
         await self.lost.wait()
@@ -137,8 +194,8 @@ class FakeStarter:
         if info in self.silent:
             raise WorkerLost("its gRPC port at 127.0.0.1:1 does not answer new connections")
 
-    async def launch(self, member_id: str, epoch: int) -> FakeMember:
-        if self.refuse is not None and member_id == "decode-0":
+    async def launch(self, member_id: str, epoch: int, target: Target) -> FakeMember:
+        if self.refuse is not None and member_id == "worker-1":
             raise self.refuse
         self.members[member_id] = FakeMember(member_id, epoch, self)
         return self.members[member_id]
@@ -150,8 +207,12 @@ def spec_of(**ray: float) -> ClusterSpec:
     )
 
 
+def target_of(spec: ClusterSpec) -> Target:
+    return Target(spec, plan(spec, [NODE]))
+
+
 def controller(starter: FakeStarter, reports: list[str], **ray: float) -> Controller:
-    return Controller(spec_of(**ray), ["prefill-0", "decode-0"], starter, reports.append)
+    return Controller(target_of(spec_of(**ray)), starter, reports.append)
 
 
 async def until(condition: Any) -> None:
@@ -163,22 +224,81 @@ async def test_a_lost_worker_is_killed_replaced_and_published():
     starter, reports, stop = FakeStarter(), [], asyncio.Event()
     cluster = controller(starter, reports)
     await cluster.bring_up()
-    assert set(starter.told) == {"prefill-0@1", "decode-0@1"}
+    assert set(starter.told) == {"worker-0@1", "worker-1@1"}
     running = asyncio.create_task(cluster.run(stop))
-    starter.members["decode-0"].fault = WorkerLost("decode-0 died")
-    await until(lambda: "decode-0@2" in starter.told)
-    assert starter.killed == ["decode-0@1"]
-    assert any("decode-0 (epoch 1) lost: worker_lost: decode-0 died" in line for line in reports)
+    starter.members["worker-1"].fault = WorkerLost("worker-1 died")
+    await until(lambda: "worker-1@2" in starter.told)
+    assert starter.killed == ["worker-1@1"]
+    assert any("worker-1 (epoch 1) lost: worker_lost: worker-1 died" in line for line in reports)
     starter.members[GATEWAY].fault = WorkerLost("gateway died")
     starter.told = ()
-    await until(lambda: set(starter.told) == {"prefill-0@1", "decode-0@2"})
+    await until(lambda: set(starter.told) == {"worker-0@1", "worker-1@2"})
     stop.set()
     await running
 
 
+async def scaled_to(starter: FakeStarter, name: str, role: str, replicas: int) -> dict[str, str]:
+    """Ask as `tercet scale` does; the controller's answer."""
+    starter.asked = [{"id": name, "role": role, "replicas": replicas}]
+    await until(lambda: name in starter.noted.get("answers", {}))
+    return starter.noted["answers"][name]
+
+
+async def test_a_cluster_grows_and_shrinks_by_what_it_is_asked():
+    starter, reports, stop = FakeStarter(), [], asyncio.Event()
+    cluster = controller(starter, reports)
+    await cluster.bring_up()
+    running = asyncio.create_task(cluster.run(stop))
+    assert await scaled_to(starter, "more", "decode", 2) == {}
+    await until(lambda: set(starter.told) == {"worker-0@1", "worker-1@1", "worker-2@1"})
+    assert starter.noted["target"] == {"prefill": 1, "decode": 2}
+    assert {name: member["role"] for name, member in starter.noted["members"].items()} == {
+        "worker-0": "prefill", "worker-1": "decode", "worker-2": "decode"
+    }  # fmt: skip
+    starter.calls.clear()
+    assert await scaled_to(starter, "less", "decode", 1) == {}
+    await until(lambda: "worker-2" not in starter.noted["members"])
+    words = [call for call in starter.calls if call[0] == "worker-2@1" or call[1] == "set_workers"]
+    assert [method for _, method in words if method != "health"] == ["set_workers", "drain", "stop"]
+    assert starter.killed == ["worker-2@1"]
+    assert await scaled_to(starter, "again", "decode", 2) == {}
+    await until(lambda: set(starter.told) == {"worker-0@1", "worker-1@1", "worker-2@2"})
+    starter.members[GATEWAY].fault = WorkerLost("gateway died")  # the target is not the gateway's
+    starter.told, starter.noted = (), {}
+    await until(lambda: set(starter.told) == {"worker-0@1", "worker-1@1", "worker-2@2"})
+    await until(lambda: starter.noted)
+    assert starter.noted["target"] == {"prefill": 1, "decode": 2}
+    stop.set()
+    await running
+    await cluster.end_now()
+    assert "decode is to have 2 workers" in reports
+    assert "decode worker-2 (epoch 1) is gone" in reports
+
+
+async def test_what_cannot_be_is_answered_and_the_target_stays():
+    starter, stop = FakeStarter(), asyncio.Event()
+    cluster = controller(starter, [])
+    await cluster.bring_up()
+    running = asyncio.create_task(cluster.run(stop))
+    for name, role, replicas, code, want in (
+        ("none", "decode", 0, "spec_error", "without one no request can be served"),
+        ("other", "encode", 1, "spec_error", "topology pd has no role encode"),
+        ("much", "decode", 9, "cluster_error", "needs 1 CPU, beside 4 CPU for the 4 placed before it"),
+    ):
+        answer = await scaled_to(starter, name, role, replicas)
+        assert answer["code"] == code
+        assert want in answer["message"]
+        assert answer["message"].endswith("it stays at 1 prefill, 1 decode")
+    assert starter.noted["target"] == {"prefill": 1, "decode": 1}
+    assert starter.killed == []
+    stop.set()
+    await running
+    await cluster.end_now()
+
+
 async def test_each_gateway_is_told_of_since_its_ports_may_be_others():
     starter, gateways = FakeStarter(), []
-    cluster = Controller(spec_of(), ["prefill-0", "decode-0"], starter, lambda line: None, gateways.append)
+    cluster = Controller(target_of(spec_of()), starter, lambda line: None, gateways.append)
     await cluster.bring_up()
     running = asyncio.create_task(cluster.run(asyncio.Event()))
     starter.members[GATEWAY].fault = WorkerLost("gateway died")
@@ -197,12 +317,12 @@ async def test_shut_down_drains_the_gateway_first_and_kills_all():
     await cluster.shut_down()
     told = [call for call in starter.calls if call[1] != "health"]
     assert told[0] == ("gateway@1", "drain")
-    assert set(told[1:3]) == {("prefill-0@1", "drain"), ("decode-0@1", "drain")}
+    assert set(told[1:3]) == {("worker-0@1", "drain"), ("worker-1@1", "drain")}
     assert {method for _, method in told[3:]} == {"stop"}
-    assert sorted(starter.killed) == ["decode-0@1", "gateway@1", "prefill-0@1"]
+    assert sorted(starter.killed) == ["gateway@1", "worker-0@1", "worker-1@1"]
 
 
-@pytest.mark.parametrize("stopped", ["gateway@1", "decode-0@1"])
+@pytest.mark.parametrize("stopped", ["gateway@1", "worker-1@1"])
 async def test_who_is_silent_while_the_cluster_drains_is_not_waited_for(monkeypatch, stopped):
     monkeypatch.setattr("tercet.cluster.controller.DEAF_AFTER_S", 0.01)
     starter, reports = FakeStarter(), []
@@ -214,7 +334,7 @@ async def test_who_is_silent_while_the_cluster_drains_is_not_waited_for(monkeypa
         await cluster.shut_down()
     assert reports[-1] == f"while it drains: {stopped} did not answer health"
     assert starter.killed[0] == stopped
-    others = {"gateway@1", "prefill-0@1", "decode-0@1"} - {stopped}
+    others = {"gateway@1", "worker-0@1", "worker-1@1"} - {stopped}
     assert {name for name, method in starter.calls if method == "drain"} >= others
     assert {name for name, method in starter.calls if method == "stop"} == others
 
@@ -243,21 +363,21 @@ async def test_the_loss_of_ray_ends_the_controller_and_clients_are_told_why():
 
 
 async def test_a_port_that_does_not_answer_is_named_and_its_member_replaced(monkeypatch):
-    monkeypatch.setattr("tercet.cluster.controller.ASK_PORTS_EVERY_S", 0.01)
+    monkeypatch.setattr("tercet.cluster.members.ASK_PORTS_EVERY_S", 0.01)
     starter, reports, stop = FakeStarter(), [], asyncio.Event()
     cluster = controller(starter, reports, health_deadline_s=0.1)
     await cluster.bring_up()
     running = asyncio.create_task(cluster.run(stop))
-    starter.silent = {"decode-0@1"}
-    await until(lambda: "decode-0@2" in starter.told)
-    assert starter.killed == ["decode-0@1"]
-    assert any("decode-0 (epoch 1) lost: worker_lost: its gRPC port at 127.0.0.1:1" in line for line in reports)
+    starter.silent = {"worker-1@1"}
+    await until(lambda: "worker-1@2" in starter.told)
+    assert starter.killed == ["worker-1@1"]
+    assert any("worker-1 (epoch 1) lost: worker_lost: its gRPC port at 127.0.0.1:1" in line for line in reports)
     stop.set()
     await running
 
 
 async def test_one_miss_of_a_port_is_none(monkeypatch):
-    monkeypatch.setattr("tercet.cluster.controller.ASK_PORTS_EVERY_S", 0.0)
+    monkeypatch.setattr("tercet.cluster.members.ASK_PORTS_EVERY_S", 0.0)
 
     class Hiccup(FakeStarter):
         def __init__(self) -> None:
@@ -282,7 +402,7 @@ async def test_one_miss_of_a_port_is_none(monkeypatch):
 
 async def test_a_bug_in_a_member_is_not_swallowed():
     class Broken(FakeStarter):
-        async def launch(self, member_id: str, epoch: int) -> FakeMember:
+        async def launch(self, member_id: str, epoch: int, target: Target) -> FakeMember:
             raise ZeroDivisionError
 
     cluster = controller(Broken(), [])
@@ -307,7 +427,7 @@ async def test_a_call_is_cancelled_also_as_its_answer_comes():
         while True:
             await actor.call("health", timeout_s=10)
 
-    actor = Actor("decode-0", Handle(), None)
+    actor = Actor("worker-1", Handle(), None)
     task = asyncio.create_task(watch())
     await asyncio.sleep(0)
     answers[0].set_result({})
@@ -319,6 +439,6 @@ async def test_a_call_is_cancelled_also_as_its_answer_comes():
 
 def test_a_death_names_the_folder_of_its_log(monkeypatch):
     monkeypatch.setattr(launcher, "log_folder", lambda: "/somewhere/logs")
-    assert str(launcher._death("decode-0", RayActorError())).endswith(
+    assert str(launcher._death("worker-1", RayActorError())).endswith(
         "; while Ray runs, its node keeps its log in /somewhere/logs"
     )
