@@ -163,11 +163,8 @@ def status(
     """Show a running cluster's members and their loads."""
     from tercet.cluster.tables import pairs_table, status_table
 
-    if address is None:
-        here = run_file.find_reachable(name)
-        name, address = here.name, here.ray_address
-        os.environ.update(here.ray_environment)
-    from tercet.cluster import remote  # only now: Ray reads its environment when it is imported
+    name, address = _where(name, address)
+    from tercet.cluster import remote
 
     found = remote.status(name, address)
     if as_json:
@@ -176,6 +173,21 @@ def status(
         Console().print(status_table(found))
         if (pairs := pairs_table(found)).row_count:
             Console().print(pairs)
+
+
+@app.command()
+def scale(
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="prefill, decode or aggregated.")],
+    replicas: Annotated[int, typer.Argument(metavar="N", help="Workers that the role is to have, at least 1.")],
+    name: ClusterName = None,
+    address: Address = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until the cluster is so.")] = 180.0,
+) -> None:
+    """Change how many workers of a role there are, while the cluster serves."""
+    name, address = _where(name, address)
+    from tercet.cluster.scale import scale as scale_cluster
+
+    output.say(scale_cluster(name, address, role, replicas, timeout))
 
 
 @app.command()
@@ -203,6 +215,15 @@ def _serve(
     from tercet.cluster.serve import serve as serve_cluster
 
     serve_cluster(spec, signals, output.report, ready, visit)
+
+
+def _where(name: str | None, address: str | None) -> tuple[str | None, str]:
+    """A cluster's name and its Ray's address. To be called before Ray is imported, which reads its environment then."""
+    if address is not None:
+        return name, address
+    here = run_file.find_reachable(name)
+    os.environ.update(here.ray_environment)
+    return here.name, here.ray_address
 
 
 def _refuse_missing_transport(spec: ClusterSpec) -> None:

@@ -25,34 +25,35 @@ def nodes(address: str) -> list[Node]:
 
 def refuse_second(cluster: str) -> None:
     """Raises ClusterError if the Ray that this process has joined already holds a cluster of that name."""
-    if cluster in _clusters():
+    if cluster in clusters():
         raise ClusterError(f"a cluster named {cluster} already runs in this Ray; serve this one with --set name=OTHER")
 
 
 def status(name: str | None, address: str) -> dict[str, Any]:
     """The gateway's status (`GatewayActor.health`) and its cluster's `name`. Raises ClusterError if there is none."""
     with runtime.joined(address):
-        found = _pick(name, address)
-        return dict(_ask(found, "health"), name=found)
+        found = pick(name, address)
+        return dict(ask(found, "health"), name=found)
 
 
 def down(name: str | None, address: str, timeout_s: float) -> str:
     """Have a cluster drained and ended; its name once it is gone. Raises ClusterError if it does not go."""
     with runtime.joined(address):
-        found = _pick(name, address)
-        _ask(found, "request_stop")
-        wait_gone(found, lambda: found not in _clusters(), timeout_s)
+        found = pick(name, address)
+        ask(found, "request_stop")
+        wait_gone(found, lambda: found not in clusters(), timeout_s)
         return found
 
 
-def _clusters() -> list[str]:
+def clusters() -> list[str]:
     """Names of the clusters that have any actor in this Ray."""
     named = bounded.call("asking Ray for its actors", ANSWER_TIMEOUT_S, ray.util.list_named_actors, True)
     return sorted({a["name"].partition(":")[0] for a in named if a["namespace"] == runtime.NAMESPACE})
 
 
-def _pick(name: str | None, address: str) -> str:
-    known = _clusters()
+def pick(name: str | None, address: str) -> str:
+    """The cluster of that name, or the only one. Raises ClusterError."""
+    known = clusters()
     if name is None and len(known) == 1:
         return known[0]
     if name in known:
@@ -61,14 +62,15 @@ def _pick(name: str | None, address: str) -> str:
     raise ClusterError(f"{which} in the Ray at {address}" + (f" (there: {', '.join(known)})" if known else ""))
 
 
-def _ask(cluster: str, method: str) -> Any:
-    return bounded.call(f"asking the gateway of {cluster}", 2 * ANSWER_TIMEOUT_S, _call, cluster, method)
+def ask(cluster: str, method: str, *args: object) -> Any:
+    """Call a method of the cluster's gateway. Raises ClusterError."""
+    return bounded.call(f"asking the gateway of {cluster}", 2 * ANSWER_TIMEOUT_S, _call, cluster, method, *args)
 
 
-def _call(cluster: str, method: str) -> Any:
+def _call(cluster: str, method: str, *args: object) -> Any:
     try:
         gateway = ray.get_actor(actor_name(cluster, GATEWAY), namespace=runtime.NAMESPACE)
-        return ray.get(getattr(gateway, method).remote(), timeout=ANSWER_TIMEOUT_S)
+        return ray.get(getattr(gateway, method).remote(*args), timeout=ANSWER_TIMEOUT_S)
     except (ValueError, ray.exceptions.RayError) as error:
         reason = str(error).splitlines()[0]
         raise ClusterError(f"the gateway of {cluster} does not answer: {reason}; is it just starting?") from error

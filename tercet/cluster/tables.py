@@ -61,15 +61,22 @@ def pairs_table(status: Mapping[str, Any]) -> Table:
 def status_table(status: Mapping[str, Any]) -> Table:
     """status: what `remote.status` gives."""
     ready = "ready" if status["ready"] else f"not ready: {status['reason']}"
-    table = Table(title=f"{status['name']}: {ready} at {status['http_url']}, gRPC {status['grpc_address']}")
-    for column in ("member", "role", "epoch", "pid", "node", "running", "waiting", "KV blocks free"):
-        table.add_column(column)
-    table.add_row("gateway", "", "", str(status["pid"]), str(status["node"]), str(status.get("inflight", "")), "", "")
-    for worker_id, worker in sorted(status["workers"].items()):
+    wanted = ", ".join(f"{replicas} {role}" for role, replicas in status["target"].items())
+    title = f"{status['name']}: {ready} at {status['http_url']}, gRPC {status['grpc_address']}"
+    table = Table(title=title, caption=f"target: {wanted}" if wanted else None)
+    for column in ("member", "role", "state", "epoch", "pid", "node", "running", "waiting", "KV blocks free"):
+        table.add_column(column, overflow="fold", no_wrap=column in {"member", "role", "state"})
+    table.add_row(
+        "gateway", "", "", "", str(status["pid"]), str(status["node"]), str(status.get("inflight", "")), "", ""
+    )
+    for worker_id in sorted({*status["members"], *status["workers"]}):
+        # Who is published and whom the controller has are told apart, so one may be ahead of the other.
+        worker = {"state": "", "pid": "", "node": "", "load": None, **status["workers"].get(worker_id, {})}
+        worker |= status["members"].get(worker_id, {})
         load = worker["load"] or {}
         blocks = f"{load['blocks_free']} of {load['blocks_total']}" if load else "not heard from yet"
-        where = [worker["role"], worker["epoch"], worker["pid"], worker["node"]]
-        table.add_row(worker_id, *map(str, where), *(str(load.get(key, "")) for key in ("running", "waiting")), blocks)
+        row = [worker[key] for key in ("role", "state", "epoch", "pid", "node")]
+        table.add_row(worker_id, *map(str, row), *(str(load.get(key, "")) for key in ("running", "waiting")), blocks)
     return table
 
 

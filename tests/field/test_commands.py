@@ -52,6 +52,7 @@ RUN_BY = {
     "make soak": f"{HERE}:test_a_long_command_in_short",
     "tercet chat": ON_TINY,
     "tercet status": ON_TINY,
+    "tercet scale decode 3": ON_TINY,
     "tercet down": ON_TINY,
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'""": ON_TINY,
@@ -217,6 +218,7 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     assert typed(shlex.join([sys.executable, "-c", block.replace(":8000", f":{port}")])).strip()
     assert re.search(r"worker-1\s*│\s*decode", typed("tercet status"))
     assert typed("tercet chat", "Hello\n\n").strip()
+    assert typed("tercet scale decode 3") == "cluster typed: decode has 3 workers (worker-2, worker-3 came)\n"
     loads = "--num-prompts 4 --input-len 20 --output-len 4 --vocab-size 256"
     for line in (c for c in commands_in(module_docstring("benchmarks/serving.py")) if "--trace" not in c):
         own = line if "--base-url" in line else f"{line} --base-url http://127.0.0.1:8000"
