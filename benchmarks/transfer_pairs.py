@@ -22,7 +22,6 @@ from tercet.transfer.memory.region import SCRATCH, Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.transports.contract import MoverConfig, Transport
 
 SMALL = "handover"  # one request of 16 tokens, SmolLM2's shape
@@ -111,7 +110,7 @@ class Ours(Side):
         sender, ticket = self.senders[job.shape], self.opened
         for layer in range(HANDOVER.layers if job.shape == SMALL else 1):
             sender.push(ticket, layer, 0, job.src)
-        sender.commit(Commit(ticket, 0, 1, None, [], [], 0, 0.0, 0.0, 0.0, self.transport))
+        sender.finish(ticket, b"")
         self.await_event(outbound.Released)
 
     def small(self, count: int) -> dict[str, list[float]]:

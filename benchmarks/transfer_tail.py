@@ -36,7 +36,6 @@ from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.transports.contract import MoverConfig
 
 LAYOUT = KvLayout(layers=30, blocks=64, block_size=16, kv_heads=4, head_dim=64, dtype="bfloat16")
@@ -112,7 +111,7 @@ def tail_of(sender: KvSender, events: queue.SimpleQueue[Any], endpoint: str, num
         time.sleep(max(0.0, began + (layer + 1) * period - time.perf_counter()))
         sender.push(ticket, layer, 0, BLOCKS)
     pushed = time.perf_counter()
-    sender.commit(Commit(ticket, 0, 1, None, [], [], 0, 0.0, 0.0, 0.0, ""))
+    sender.finish(ticket, b"note")
     expect(events, outbound.Released)
     ended = time.perf_counter()
     expect(events, outbound.OpDone)
@@ -152,7 +151,7 @@ def measure(transport: str, enter: list[str], rounds: int, compute: float) -> di
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for number in range(2 * rounds):
             receiver.admit(ticket_of(number), 0, BLOCKS)
-            expect(events, inbound.Committed)
+            expect(events, inbound.Noted)
             expect(events, inbound.Complete)
         printed, _ = process.communicate(timeout=60)
     receiver.stop()

@@ -25,12 +25,12 @@ from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.transports.contract import MoverConfig, Outlet, Parcel, Transport
 from tercet.transfer.transports.table import ALL
 
 LAYOUT = KvLayout(layers=3, blocks=8, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
 EPOCH = 7
+NOTE = b"first token"
 CLASSES = {cls.name: cls for cls in ALL}
 
 
@@ -41,10 +41,6 @@ def config(name: str, **changes: object) -> MoverConfig:
 
 def ticket_of(number: int = 0) -> Ticket:
     return Ticket(f"r{number}", 0, EPOCH)
-
-
-def commit_of(ticket: Ticket) -> Commit:
-    return Commit(ticket, 0, 42, None, [], [], 0, 0.0, 0.0, 0.0, "")
 
 
 def fill(region: Region, seed: int) -> None:
@@ -108,12 +104,12 @@ class Pair(Receiving):
     def push_all(self, ticket: Ticket, blocks: list[int]) -> None:
         for layer in self.source.layout.window:
             self.sender.push(ticket, layer, 0, blocks)
-        self.sender.commit(commit_of(ticket))
+        self.sender.finish(ticket, NOTE)
 
     def move(self, ticket: Ticket, source: list[int], destination: list[int]) -> inbound.Complete:
         self.grant(ticket, 0, destination, len(source))
         self.push_all(ticket, source)
-        self.next(inbound.Committed)
+        self.next(inbound.Noted)
         return self.next(inbound.Complete)
 
     def same(self, source: int, destination: int) -> bool:
@@ -211,7 +207,7 @@ def main() -> None:
             elif verb == "push_all":
                 for layer in LAYOUT.window:
                     sender.push(ticket, layer, 0, rest[1])
-                sender.commit(commit_of(ticket))
+                sender.finish(ticket, NOTE)
         except TercetError as error:
             print(json.dumps(["error", str(error)]), flush=True)
     with contextlib.suppress(TercetError):

@@ -1,6 +1,6 @@
 """Admit requests, receive their KV, and decode them.
 
-begin ─reserve, admit─> reserved ─Committed─> first token out ─Complete─> joined ─Sampled*─> finished
+begin ─reserve, admit─> reserved ──Noted──> first token out ─Complete─> joined ─Sampled*─> finished
                            │                                                │
                            └──── Failed ──> quarantine ─Quiesced─> free     └── abort ──> free
 """
@@ -13,18 +13,18 @@ from dataclasses import dataclass, field, replace
 from tercet.core import Done, Load, StageTimes, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Sampled, Scored, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
+from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import ActiveLeg, Handler, Legs
 from tercet.transfer.mover.receiver import KvReceiver, ReceiveEvent
-from tercet.transfer.protocol.inbound import Committed, Complete, Quiesced, ReceiveFailed
-from tercet.transfer.protocol.messages import Commit
+from tercet.transfer.protocol.inbound import Complete, Noted, Quiesced, ReceiveFailed
 
 
 @dataclass(eq=False)
 class _Incoming:
     active: ActiveLeg
-    commit: Commit | None = None
+    note: FirstToken | None = None
     error: TercetError | None = None  # why the handover failed
-    first: Sampled | None = None  # the token that came with the commit
+    first: Sampled | None = None  # the noted token
     times: StageTimes = field(default_factory=StageTimes)
     joined_at: float | None = None
 
@@ -79,8 +79,8 @@ class Decode(Handler):
         incoming = self._incoming[event.ticket]
         active = incoming.active
         match event:
-            case Committed(_, commit):
-                self._first_token(incoming, commit)
+            case Noted(_, note):
+                self._first_token(incoming, note)
             case Complete():
                 self._join(incoming, event)
             case ReceiveFailed(_, error):
@@ -93,39 +93,48 @@ class Decode(Handler):
                 trusted = not isinstance(incoming.error, EngineFault)
                 self.engine.release(active.sequence, verified if trusted else 0)
 
-    def _first_token(self, incoming: _Incoming, commit: Commit) -> None:
+    def _first_token(self, incoming: _Incoming, note: bytes) -> None:
         active = incoming.active
         try:
-            self.engine.check_ids((commit.token_id, *commit.top_ids))
-        except InvalidRequest as error:
-            self.receiver.cancel(active.ticket, ProtocolViolation(f"the first token of {active.ticket}: {error}"))
+            first = FirstToken.decode(note)
+            self.engine.check_ids(first.token_ids)
+        except (InvalidRequest, ProtocolViolation) as error:
+            incoming.error = ProtocolViolation(f"the first token of {active.ticket}: {error}")
+            self.receiver.cancel(active.ticket, incoming.error)
             return
-        incoming.commit = commit
-        over = self.engine.finish_after(active.sequence, commit.token_id)
+        incoming.note = first
+        over = self.engine.finish_after(active.sequence, first.token_id)
         finish, stop_token_id = over or (None, None)
-        top = tuple(zip(commit.top_ids, commit.top_logprobs, strict=True))
-        token = TokenEvent(commit.token_id, commit.logprob, top, finish)
+        token = TokenEvent(first.token_id, first.logprob, first.top_logprobs, finish)
         incoming.first = Sampled(active.sequence, token, stop_token_id)
         if self.legs.of(active.ticket) is not None:
             active.stream.token(active.leg, token)
 
     def _join(self, incoming: _Incoming, complete: Complete) -> None:
-        commit, first, active = incoming.commit, incoming.first, incoming.active
-        assert commit is not None, "Complete before Committed"
-        assert first is not None
+        note, first, active = incoming.note, incoming.first, incoming.active
+        if note is None or first is None:
+            self._drop(incoming)
+            return
         incoming.times = StageTimes(
-            queue_s=commit.queue_s,
-            prefill_s=commit.prefill_s,
-            transfer_s=commit.transfer_s + complete.tail_s,
+            queue_s=note.queue_s,
+            prefill_s=note.prefill_s,
+            transfer_s=complete.transfer_s,
             kv_bytes=complete.num_bytes,
-            transport=commit.transport if complete.num_bytes else "",
+            transport=note.transport if complete.num_bytes else "",
         )
         incoming.joined_at = time.monotonic()
-        self.engine.join(active.sequence, commit.token_id)
+        self.engine.join(active.sequence, note.token_id)
         if first.token.finish is not None:
             self._finish(incoming, first)
         elif self.legs.of(active.ticket) is None:  # given up while the last bytes landed
             self.give_up(active, TercetError("given up"))
+
+    def _drop(self, incoming: _Incoming) -> None:
+        """The KV stands, but there is no good first token to go on from; it was too late to cancel."""
+        active = incoming.active
+        del self._incoming[active.ticket]
+        self.engine.release(active.sequence)
+        self.legs.fail(active, incoming.error or ProtocolViolation(f"{active.ticket} came without a first token"))
 
     # ---- the engine
 
@@ -150,10 +159,10 @@ class Decode(Handler):
                 self._finish(incoming, item)
 
     def _finish(self, incoming: _Incoming, last: Sampled) -> None:
-        active, commit = incoming.active, incoming.commit
+        active, note = incoming.active, incoming.note
         del self._incoming[active.ticket]
         if self.legs.forget(active):
-            assert commit is not None
+            assert note is not None
             assert last.token.finish is not None
-            done = Done(last.token.finish, last.stop_token_id, commit.cached_tokens, incoming.times)
+            done = Done(last.token.finish, last.stop_token_id, note.cached_tokens, incoming.times)
             active.stream.finished(active.leg, done)

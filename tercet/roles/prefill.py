@@ -1,6 +1,6 @@
-"""Compute prompts and push their KV: offer, wait for the grant, compute while pushing, commit with the first token.
+"""Compute prompts and push their KV: offer, wait for the grant, compute while pushing, finish with the first token.
 
-begin ─open─> offered ─Granted─> engine ─Sampled─> commit ─Released─> finished
+begin ─open─> offered ─Granted─> engine ─Sampled─> finish ─Released─> finished
                  │                  │
                  └──── Failed ──────┴──> failed                 OpDone: the source blocks are free
 """
@@ -16,9 +16,9 @@ from tercet.core import Done, FinishReason, Load, PairState, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
 from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
+from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import ActiveLeg, Handler, Legs
 from tercet.transfer.mover.sender import KvSender, SendEvent
-from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.protocol.outbound import Granted, OpDone, Released, SendFailed
 from tercet.transfer.transports.contract import Endpoint
 
@@ -160,33 +160,30 @@ class Prefill(Handler):
     # ---- the engine
 
     def on_step(self, report: StepReport) -> None:
-        """On the engine's thread: the first token goes with the COMMIT, behind the last layer."""
+        """On the engine's thread: the first token goes with the WRITTEN, behind the last layer."""
         for item in report:
             if isinstance(item, Faulted):
                 self.sender.cancel(item.sequence.ticket, item.error)
             elif isinstance(item, Scored):
                 self.legs.loop.call_soon_threadsafe(self._tell_scores, item)
             else:
-                self.sender.commit(self._commit_of(item.sequence, item.token))
+                self.sender.finish(item.sequence.ticket, self._note_of(item.sequence, item.token))
 
     def _tell_scores(self, scored: Scored) -> None:
         active = self.legs.of(scored.sequence.ticket)
         if active is not None:
             active.stream.prompt_logprobs(active.leg, scored.scores)
 
-    def _commit_of(self, sequence: Sequence, token: TokenEvent) -> Commit:
+    def _note_of(self, sequence: Sequence, token: TokenEvent) -> bytes:
         outgoing = self._outgoing.get(sequence.ticket)
         scheduled = sequence.first_scheduled or 0.0
-        return Commit(
-            ticket=sequence.ticket,
-            num_bytes=0,
+        first = FirstToken(
             token_id=token.token_id,
             logprob=token.logprob,
-            top_ids=[t for t, _ in token.top_logprobs],
-            top_logprobs=[p for _, p in token.top_logprobs],
+            top_logprobs=token.top_logprobs,
             cached_tokens=sequence.cached_tokens,
             queue_s=scheduled - (outgoing.arrived if outgoing else scheduled),
             prefill_s=time.monotonic() - scheduled,
-            transfer_s=0.0,
             transport=outgoing.transport if outgoing else "",
         )
+        return first.encode()

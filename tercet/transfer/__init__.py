@@ -10,8 +10,8 @@
           │                   │ ──────────DATA, bytes───────────> │ inlet and lander:    │
           │                   │                                   │ placed, verified     │
           │                   │ <──RESEND, if a digest is wrong── │                      │
-          │ ─commit(token)──> │ when the last write has ended:    │                      │
-          │                   │ ──────COMMIT(bytes, token)──────> │ ─────Committed─────> │  first token out
+          │ ──finish(note)──> │ when the last write has ended:    │                      │
+          │                   │ ──────WRITTEN(bytes, note)──────> │ ───────Noted───────> │  first token out
           │                   │                                   │ ─────Complete──────> │  blocks are owned
           │ <Released,OpDone─ │ <────────────RELEASE───────────── │                      │
      source blocks free

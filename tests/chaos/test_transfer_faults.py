@@ -101,7 +101,7 @@ class Scene:
         """One request that nothing disturbs."""
         self.grant(number)
         self.writer.say("push_all", ticket_of(number), SOURCE)
-        self.receiver.next(inbound.Committed)
+        self.receiver.next(inbound.Noted)
         self.receiver.next(inbound.Complete)
         for source, destination in zip(SOURCE, DESTINATION, strict=True):
             for layer in LAYOUT.window:

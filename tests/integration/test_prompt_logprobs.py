@@ -74,14 +74,14 @@ async def test_a_preempted_prompt_is_scored_once(reference):
 async def test_a_second_attempt_tells_them_no_second_time(reference, monkeypatch):
     """The link breaks behind the scores' report; the client hears them once, before the first token."""
     async with cluster(spec_of("pd", source=tiny_model(), transfer__transport="tcp")) as made:
-        real, broken = KvSender.commit, []
+        real, broken = KvSender.finish, []
 
-        def commit(self, message):  # the scores are told before it
+        def finish(self, ticket, note):  # the scores are told before it
             if not broken:
                 broken.extend(peer.shutdown() for peer in list(self._peers.values()))
-            real(self, message)
+            real(self, ticket, note)
 
-        monkeypatch.setattr(KvSender, "commit", commit)
+        monkeypatch.setattr(KvSender, "finish", finish)
         events = await events_of(made, prompt_of(80))
         assert events[-1].attempts == 2
         assert_scores(events, prompt_of(80), reference)

@@ -31,7 +31,7 @@ from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, messages, outbound, proof
 from tercet.transfer.protocol.messages import Data, Heartbeat, Hello, Welcome, encode
 from tercet.transfer.transports.contract import Endpoint, Transport
-from tests.movers import CLASSES, EPOCH, LAYOUT, Pair, Receiving, commit_of, config, flipping, ticket_of
+from tests.movers import CLASSES, EPOCH, LAYOUT, NOTE, Pair, Receiving, config, flipping, ticket_of
 
 NAMES = [
     pytest.param(name, marks=pytest.mark.skipif(cls.missing() is not None, reason=str(cls.missing())))
@@ -52,7 +52,7 @@ def test_bytes_arrive_exactly_where_they_were_granted(pair):
     before = bytes(pair.region.view)
     pair.grant(ticket, first=1, blocks=[5, 2], total=3)
     pair.push_all(ticket, [3, 6, 7])
-    assert pair.next(inbound.Committed).commit.token_id == 42
+    assert pair.next(inbound.Noted).note == NOTE
     assert pair.next(inbound.Complete).num_bytes == 2 * LAYOUT.layers * LAYOUT.block_bytes
     assert pair.same(6, 5)
     assert pair.same(7, 2)
@@ -85,7 +85,7 @@ def test_full_prefix_hit_moves_no_byte(pair):
     ticket = ticket_of()
     pair.grant(ticket, first=3, blocks=[], total=3)
     pair.push_all(ticket, [3, 6, 7])
-    pair.next(inbound.Committed)
+    pair.next(inbound.Noted)
     assert pair.next(inbound.Complete).num_bytes == 0
     assert not any(pair.region.view)
 
@@ -136,7 +136,7 @@ def test_a_slow_engine_keeps_a_ticket_alive(pair):
     pair.grant(ticket_of(), 0, [1], 1)
     time.sleep(2.0)  # twice the lease
     pair.push_all(ticket_of(), [3])
-    pair.next(inbound.Committed)
+    pair.next(inbound.Noted)
     pair.next(inbound.Complete)
 
 
@@ -177,7 +177,7 @@ def test_a_link_that_corrupts_everything_fails_by_name(name):
     try:
         made.grant(ticket_of(), 0, [5], 1)
         made.push_all(ticket_of(), [3])
-        events = [made.events.get(timeout=10)]  # a Committed may come before
+        events = [made.events.get(timeout=10)]  # a Noted may come before
         while not isinstance(events[-1], inbound.Quiesced):
             events.append(made.events.get(timeout=10))
         assert isinstance(events[-2], inbound.ReceiveFailed)
@@ -209,7 +209,7 @@ def test_layouts_may_differ(name, changes):
         made.sender.open(ticket_of(), made.endpoint, 40, time.monotonic() + 60)
         assert isinstance(made.sent.get(timeout=5), outbound.Granted)
         made.push_all(ticket_of(), [6, 1, 3])
-        made.next(inbound.Committed)
+        made.next(inbound.Noted)
         made.next(inbound.Complete)
         sent = packed(LAYOUT, made.source, Units([6, 1, 3], 0, 5), there.heads)
         assert sent == packed(there, made.region, Units(blocks, 0, 5), there.heads)
@@ -380,7 +380,7 @@ def taken(sock: socket.socket, kind: type) -> Any:
 FRAMES = [
     encode(messages.Offer(ticket_of(), 3)),
     encode(Data(ticket_of(), 0, 1, 0, 1, 0, True, b"12345678"), 64) + bytes(64),
-    encode(commit_of(ticket_of())),
+    encode(messages.Written(ticket_of(), 64, 0.5, NOTE)),
     encode(Heartbeat([ticket_of()], [1])),
 ]
 

@@ -24,10 +24,10 @@ from tercet.transfer.links.channel import Channel
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover import acceptor, dialer
 from tercet.transfer.protocol import inbound
-from tercet.transfer.protocol.messages import Commit, encode
+from tercet.transfer.protocol.messages import Written, encode
 from tercet.transfer.transports.contract import Endpoint, pair_of
 from tercet.transfer.transports.table import ALL
-from tests.movers import CLASSES, LAYOUT, Pair, commit_of, ticket_of
+from tests.movers import CLASSES, LAYOUT, NOTE, Pair, ticket_of
 
 
 @pytest.fixture(params=["shm", "tcp"])
@@ -117,11 +117,11 @@ def test_all_who_wait_share_one_failed_handshake(pair, monkeypatch):
     assert (len(errors), next(dials)) == (20, 1)
 
 
-def test_a_commit_that_cannot_be_sent_ends_the_pair(pair, monkeypatch):
+def test_a_written_that_cannot_be_sent_ends_the_pair(pair, monkeypatch):
     real = Channel.send
 
     def send(self, message, *rest, **more):
-        if isinstance(message, Commit):
+        if isinstance(message, Written):
             raise PeerDown("this link broke")
         real(self, message, *rest, **more)
 
@@ -154,7 +154,7 @@ def test_a_stranger_that_speaks_byte_by_byte_has_one_deadline(pair, monkeypatch)
     began = time.monotonic()
     with socket.create_connection(address(pair)) as stranger:
         stranger.settimeout(0.1)
-        for byte in encode(commit_of(ticket_of())):
+        for byte in encode(Written(ticket_of(), 64, 0.5, NOTE)):
             stranger.send(bytes([byte]))
             with contextlib.suppress(TimeoutError):
                 if stranger.recv(4096) == b"":

@@ -23,7 +23,6 @@ from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import inbound, outbound
-from tercet.transfer.protocol.messages import Commit
 from tercet.transfer.transports.contract import MoverConfig
 from tercet.transfer.transports.nixl import NixlTransport, _direct
 from tercet.transfer.transports.ucx import UcxTransport
@@ -43,7 +42,7 @@ def fill(region: Region) -> None:
 
 
 def sender_process(name: str, endpoint: str, integrity: bool) -> None:
-    """`open ATTEMPT` offers two blocks, `push LAYER` writes source blocks 3 and 6, `commit` ends; each is answered
+    """`open ATTEMPT` offers two blocks, `push LAYER` writes source blocks 3 and 6, `finish` ends; each is answered
     `done`."""
     source, events = Region(LAYOUT), queue.Queue()
     fill(source)
@@ -58,7 +57,7 @@ def sender_process(name: str, endpoint: str, integrity: bool) -> None:
         elif verb == "push":
             sender.push(ticket, int(rest[0]), 0, [3, 6])
         else:
-            sender.commit(Commit(ticket, 0, 42, None, [], [], 0, 0.0, 0.0, 0.0, ""))
+            sender.finish(ticket, b"note")
         print(f"done {time.process_time()}", flush=True)
     sender.stop()
     sys.stdout.flush()
@@ -124,8 +123,8 @@ def test_bytes_arrive_exactly(name, integrity):
         pair.grant()
         for layer in range(LAYOUT.layers):
             pair.ask(f"push {layer}")
-        pair.ask("commit")
-        assert isinstance(pair.next_event(), inbound.Committed)
+        pair.ask("finish")
+        assert isinstance(pair.next_event(), inbound.Noted)
         assert isinstance(pair.next_event(), inbound.Complete)
         for layer in range(LAYOUT.layers):
             assert pair.destination.block(layer, 5) == source.block(layer, 3)
@@ -157,8 +156,8 @@ def test_a_link_carries_on_after_a_cancel(pair):
     pair.grant(attempt=1)
     for layer in range(LAYOUT.layers):
         pair.ask(f"push {layer}")
-    pair.ask("commit")
-    assert isinstance(pair.next_event(), inbound.Committed)
+    pair.ask("finish")
+    assert isinstance(pair.next_event(), inbound.Noted)
     assert isinstance(pair.next_event(), inbound.Complete)
 
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.core import Ticket
-from tercet.errors import LeaseExpired, TransferError
+from tercet.errors import LeaseExpired, ProtocolViolation, TransferError
 from tercet.transfer.memory.layout import KvLayout, Pair
 from tercet.transfer.protocol import inbound, outbound
 from tercet.transfer.protocol.effects import Cut, Send
 from tercet.transfer.protocol.fake import LAYERS, FakeLink
-from tercet.transfer.protocol.messages import Commit, Grant, Heartbeat, Offer, Resend
+from tercet.transfer.protocol.messages import MAX_NOTE, Grant, Heartbeat, Offer, Resend, Written
 
 TICKETS = [Ticket(f"r{n}", 0, 1) for n in range(3)]
 SOURCE = {t: [10 * n, 10 * n + 1] for n, t in enumerate(TICKETS)}
@@ -43,9 +43,9 @@ def check_facts(link: FakeLink) -> None:
     for ticket in TICKETS:
         received = {type(e) for e in link.events if e.ticket == ticket and type(e).__module__ == inbound.__name__}
         if inbound.Complete in received:
-            assert received == {inbound.Committed, inbound.Complete}
+            assert received == {inbound.Noted, inbound.Complete}
         elif received:
-            assert received - {inbound.Committed} == {inbound.ReceiveFailed, inbound.Quiesced}
+            assert received - {inbound.Noted} == {inbound.ReceiveFailed, inbound.Quiesced}
 
 
 @pytest.mark.parametrize("one_sided", [True, False])
@@ -59,7 +59,7 @@ def test_without_faults_every_ticket_completes(one_sided):
     for ticket in TICKETS:
         for layer in range(LAYERS):
             link.push(ticket, layer)
-        link.commit(ticket)
+        link.finish(ticket)
     while choices := link.choices():
         choices[0]()
     assert sum(isinstance(e, inbound.Complete) for e in link.events) == 3
@@ -68,7 +68,7 @@ def test_without_faults_every_ticket_completes(one_sided):
 
 
 def actions(link: FakeLink, pushed: dict[Ticket, int]) -> list:
-    """What the workers may do now, as they would: compute after the grant, layer by layer, then commit."""
+    """What the workers may do now, as they would: compute after the grant, layer by layer, then say so."""
     moves = list(link.choices())
     for ticket in TICKETS:
         events = {type(e) for e in link.events if e.ticket == ticket}
@@ -83,7 +83,7 @@ def advance(link: FakeLink, ticket: Ticket, pushed: dict[Ticket, int]) -> None:
     if layer < LAYERS:
         link.push(ticket, layer)
     else:
-        link.commit(ticket)
+        link.finish(ticket)
 
 
 FAULTS = ("cancel_inbound", "cancel_outbound", "drop", "duplicate", "pass_time", "death")
@@ -167,16 +167,14 @@ def test_a_resend_before_the_grant_fails_by_name():
     assert machine.live() == []
 
 
-def test_a_commit_whose_top_tokens_do_not_match_fails_by_name():
-    machine = inbound.Inbound(epoch=1, lease_s=1.0)
-    machine.admit(TICKETS[0], 0, [3], now=0.0)
-    machine.on_message("peer", TERMS, Offer(TICKETS[0], 1), 0.0)
-    commit = commit_of(PAIR.unit_bytes, top_ids=[5, 6], top_logprobs=[-0.5])
-    assert isinstance(machine.on_message("peer", TERMS, commit, 0.0)[0], inbound.ReceiveFailed)
+def test_a_note_is_bounded():
+    Written(TICKETS[0], 0, 0.0, bytes(MAX_NOTE))
+    with pytest.raises(ProtocolViolation, match="a note of 65537 bytes"):
+        Written(TICKETS[0], 0, 0.0, bytes(MAX_NOTE + 1))
 
 
-def commit_of(num_bytes=0, top_ids=(), top_logprobs=()):
-    return Commit(TICKETS[0], num_bytes, 1, None, list(top_ids), list(top_logprobs), 0, 0.0, 0.0, 0.0, "")
+def written(num_bytes):
+    return Written(TICKETS[0], num_bytes, 0.0, b"note")
 
 
 def granted_outbound(lease_s=10.0):
@@ -199,19 +197,19 @@ def failure(effects):
 
 
 @pytest.mark.parametrize("pushed", [[], [(0, [3])], [(1, [4])]])
-def test_a_prefill_worker_commits_no_handover_that_is_not_whole(pushed):
+def test_a_prefill_worker_ends_no_handover_that_is_not_whole(pushed):
     machine = granted_outbound()
     for first, blocks in pushed:
         machine.push(TICKETS[0], 0, first, blocks)
         machine.end_write(machine.next_write("peer"), 0.0)
-    error = failure(machine.commit(commit_of(), 0.0))
+    error = failure(machine.finish(TICKETS[0], b"note", 0.0))
     assert isinstance(error, TransferError)
     assert f"{len(pushed) * PAIR.unit_bytes} KV bytes were written, {2 * PAIR.unit_bytes} were granted" in str(error)
 
 
 @pytest.mark.parametrize("bytes_", [0, PAIR.unit_bytes, 3 * PAIR.unit_bytes])
-def test_a_decode_worker_fails_a_commit_that_is_not_whole_at_once(bytes_):
-    error = failure(granted_inbound().on_message("peer", TERMS, commit_of(bytes_), 0.0))
+def test_a_decode_worker_fails_a_written_that_is_not_whole_at_once(bytes_):
+    error = failure(granted_inbound().on_message("peer", TERMS, written(bytes_), 0.0))
     assert f"{bytes_} KV bytes were written, {2 * PAIR.unit_bytes} were granted" in str(error)
 
 
@@ -290,9 +288,9 @@ def test_a_write_that_does_not_end_fails_its_ticket_and_is_then_cut_off():
     assert [type(e) for e in machine.end_write(write, 40.0)] == [Send, outbound.OpDone]
 
 
-def test_a_unit_that_is_lost_fails_its_ticket_a_lease_after_the_commit():
+def test_a_unit_that_is_lost_fails_its_ticket_a_lease_after_the_written():
     machine = granted_inbound()
-    machine.on_message("peer", TERMS, commit_of(2 * PAIR.unit_bytes), 1.0)
+    machine.on_message("peer", TERMS, written(2 * PAIR.unit_bytes), 1.0)
     for now in (5.0, 10.0):
         machine.on_message("peer", TERMS, Heartbeat([TICKETS[0]], [1]), now)
     assert machine.tick(10.5) == []

@@ -17,7 +17,7 @@ from tercet.transfer.protocol import inbound, outbound
 from tercet.transfer.protocol.arrivals import Arrivals
 from tercet.transfer.protocol.fake import LAYERS, FakeLink, Move
 from tercet.transfer.protocol.inbound import Inbound
-from tercet.transfer.protocol.messages import AbortAck
+from tercet.transfer.protocol.messages import AbortAck, Written
 from tercet.transfer.protocol.outbound import Outbound
 
 SEEDS = 3000
@@ -31,7 +31,7 @@ FAULTS = (
 
 
 class Simulation:
-    """Requests come, are pushed and committed as a prefill worker would, over blocks that are scarce on both sides: a
+    """Requests come, are pushed and finished as a prefill worker would, over blocks that are scarce on both sides: a
     block that is freed too early is soon somebody else's."""
 
     def __init__(self, seed: int) -> None:
@@ -89,7 +89,7 @@ class Simulation:
         if layer < LAYERS:
             self.link.push(ticket, layer)
         else:
-            self.link.commit(ticket)
+            self.link.finish(ticket)
 
     def strike(self, fault: str) -> None:
         link, number = self.link, self.rng.randrange(1000)
@@ -258,14 +258,14 @@ def acks_before_the_last_write(real: Callable) -> Callable:
     return on_message
 
 
-def commits_before_the_last_write(_: Callable) -> Callable:
-    def commit(self, out, now):
-        if out.commit is None:
+def says_written_before_the_last_write(_: Callable) -> Callable:
+    def say(self, out, now):
+        if out.note is None:
             return []
-        commit, out.commit = outbound.replace(out.commit, num_bytes=out.written_bytes), None
-        return [outbound.Send(out.peer, commit)]
+        written, out.note = Written(out.ticket, out.written_bytes, 0.0, out.note), None
+        return [outbound.Send(out.peer, written)]
 
-    return commit
+    return say
 
 
 def ignores_digests(real: Callable) -> Callable:
@@ -327,7 +327,7 @@ MUTANTS = [
     (Outbound, "peer_down", keeps_tickets_of_a_dead_peer),
     (Inbound, "peer_dead", keeps_tickets_of_a_dead_peer),
     (Outbound, "on_message", acks_before_the_last_write),
-    (Outbound, "_commit_if_written", commits_before_the_last_write),
+    (Outbound, "_say_if_written", says_written_before_the_last_write),
     (Inbound, "end_landing", ignores_digests),
     (Outbound, "_on_resend", obeys_a_duplicate_resend),
     (Arrivals, "begin", takes_a_duplicate_of_corrupt_data),

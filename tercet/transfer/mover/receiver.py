@@ -28,11 +28,11 @@ from tercet.transfer.mover.acceptor import Acceptor
 from tercet.transfer.mover.lander import Lander
 from tercet.transfer.protocol import proof
 from tercet.transfer.protocol.effects import Cut, Send
-from tercet.transfer.protocol.inbound import Committed, Complete, Inbound, InboundEffect, Quiesced, ReceiveFailed, Terms
-from tercet.transfer.protocol.messages import Commit, Data, Goodbye, Hello, Message, Probe, ProbeAck, Welcome
+from tercet.transfer.protocol.inbound import Complete, Inbound, InboundEffect, Noted, Quiesced, ReceiveFailed, Terms
+from tercet.transfer.protocol.messages import Data, Goodbye, Hello, Message, Probe, ProbeAck, Welcome, Written
 from tercet.transfer.transports.contract import STOP_S, Endpoint, Inlet, LinkContext, MoverConfig, Transport, pair_of
 
-ReceiveEvent = Committed | Complete | ReceiveFailed | Quiesced
+ReceiveEvent = Noted | Complete | ReceiveFailed | Quiesced
 
 
 @dataclass(eq=False)
@@ -262,7 +262,7 @@ class KvReceiver:
                 self._land_probe(link, message, payload)
             elif isinstance(message, Data):
                 self._land(peer, link, message, payload)
-            elif isinstance(message, Commit):
+            elif isinstance(message, Written):
                 self._take(peer, message)
             else:
                 raise ProtocolViolation(f"{type(message).__name__} on a data link")

@@ -1,4 +1,4 @@
-"""The prefill side of the KV mover: connects to decode workers, writes layers as they are computed, commits.
+"""The prefill side of the KV mover: connects to decode workers and writes layers as they are computed.
 
 Threads: one reader a pair, one writer a data link, one clock; a dial runs on the thread that calls `open`. All state is
 `Outbound`, behind one lock. `on_event` is called under that lock, in order, on a mover thread; it must be quick and
@@ -22,7 +22,7 @@ from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.dialer import DecodePeer, Dialer
 from tercet.transfer.mover.parcels import Loader
 from tercet.transfer.protocol.effects import Cut, Send
-from tercet.transfer.protocol.messages import Commit, Goodbye
+from tercet.transfer.protocol.messages import Goodbye, Written
 from tercet.transfer.protocol.outbound import (
     MAX_UNSEEN_WRITE,
     MAX_WRITE,
@@ -83,9 +83,10 @@ class KvSender:
         with self._lock:
             self._run(self._outbound.push(ticket, layer, first, blocks))
 
-    def commit(self, commit: Commit) -> None:
+    def finish(self, ticket: Ticket, note: bytes) -> None:
+        """All was pushed. note: for the role that receives; unread here, at most MAX_NOTE bytes."""
         with self._lock:
-            self._run(self._outbound.commit(commit, time.monotonic()))
+            self._run(self._outbound.finish(ticket, note, time.monotonic()))
 
     def cancel(self, ticket: Ticket, error: TercetError) -> None:
         with self._lock:
@@ -228,18 +229,18 @@ class KvSender:
             except (PeerDown, ProtocolViolation):
                 peer.shutdown()
             finally:
-                commit = self._end_write(peer, write)
-            if commit is not None:
+                written = self._end_write(peer, write)
+            if written is not None:
                 try:
-                    channel.send(commit)
+                    channel.send(written)
                 except PeerDown:
                     peer.shutdown()
 
-    def _end_write(self, peer: DecodePeer, write: Write) -> Commit | None:
-        """-> the COMMIT that is due behind this write. It follows on the write's link, whose reader is awake."""
+    def _end_write(self, peer: DecodePeer, write: Write) -> Written | None:
+        """-> the WRITTEN that is due behind this write. It follows on the write's link, whose reader is awake."""
         with self._lock:
             effects = self._outbound.end_write(write, time.monotonic())
-            due = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Commit)]
+            due = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Written)]
             self._run([e for e in effects if not (isinstance(e, Send) and e.message in due)])
             peer.changed.notify_all()
         return due[0] if due else None

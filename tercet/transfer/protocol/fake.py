@@ -25,7 +25,7 @@ from tercet.transfer.protocol import outbound as sending
 from tercet.transfer.protocol.arrivals import Landing
 from tercet.transfer.protocol.effects import Cut, Send
 from tercet.transfer.protocol.inbound import Inbound, Terms
-from tercet.transfer.protocol.messages import Commit, Data, Message
+from tercet.transfer.protocol.messages import Data, Message
 from tercet.transfer.protocol.outbound import Outbound, Write
 
 LAYERS = 2
@@ -71,9 +71,8 @@ class FakeLink:
     def push(self, ticket: Ticket, layer: int) -> None:
         self._sender(self.outbound.push(ticket, layer, 0, self.reading[ticket]))
 
-    def commit(self, ticket: Ticket) -> None:
-        commit = Commit(ticket, 0, 1, None, [], [], 0, 0.0, 0.0, 0.0, "fake")
-        self._sender(self.outbound.commit(commit, self.now))
+    def finish(self, ticket: Ticket) -> None:
+        self._sender(self.outbound.finish(ticket, b"note", self.now))
 
     def cancel_inbound(self, ticket: Ticket) -> None:
         self._receiver(self.inbound.cancel(ticket, TercetError("cancelled at the decode worker")))

@@ -1,6 +1,6 @@
 """The receiving half of the KV handover: a state machine without I/O, threads or clocks of its own.
 
-    admit ──OFFER/GRANT──> granted ──DATA*, COMMIT──> Complete
+    admit ──OFFER/GRANT──> granted ──DATA*, WRITTEN─> Complete
       │                       │  └──corrupt: RESEND──┘
       └──cancel, lease, ABORT─┴──────────────────> Failed(cause) ... Quiesced
 
@@ -9,7 +9,7 @@ Four facts are kept apart. OpDone is the sender's. Here: `Complete` (units lande
 Quiesced and on nothing else. Proof is one of
   * no write is possible: nothing was granted, or the transport places bytes at the receiver (tcp) and no landing is
     under way;
-  * the writer's word: ABORT, ABORT_ACK, GOODBYE or COMMIT from the writer, after which it writes no more;
+  * the writer's word: ABORT, ABORT_ACK, GOODBYE or WRITTEN from the writer, after which it writes no more;
   * the writer's end (`peer_dead`): its death, or a link that this side has fenced.
 A timeout is never proof.
 
@@ -34,7 +34,6 @@ from tercet.transfer.protocol.effects import Cut, PeerKey, Send
 from tercet.transfer.protocol.messages import (
     Abort,
     AbortAck,
-    Commit,
     Data,
     Goodbye,
     Grant,
@@ -44,6 +43,7 @@ from tercet.transfer.protocol.messages import (
     Reject,
     Release,
     Resend,
+    Written,
 )
 
 MAX_RESENDS = 8  # of one ticket; a link that corrupts more than that is broken
@@ -59,18 +59,18 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Committed:
-    """The first token is known; the KV may still be landing."""
+class Noted:
+    """The note of the role that sends has come; the KV may still be landing."""
 
     ticket: Ticket
-    commit: Commit
+    note: bytes
 
 
 @dataclass(frozen=True)
 class Complete:
     ticket: Ticket
     num_bytes: int
-    tail_s: float  # COMMIT seen until the last byte had landed
+    transfer_s: float  # everything pushed until the last byte had landed
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Quiesced:
     verified: int = 0
 
 
-InboundEffect = Send | Cut | Committed | Complete | ReceiveFailed | Quiesced
+InboundEffect = Send | Cut | Noted | Complete | ReceiveFailed | Quiesced
 
 
 @dataclass
@@ -110,8 +110,8 @@ class _Receiving:
     offer: _Offered | None = None  # set by OFFER; GRANT has been sent
     arrivals: Arrivals | None = None  # with it
     resends: int = 0
-    commit: Commit | None = None
-    committed_at: float = 0.0
+    written: Written | None = None
+    written_at: float = 0.0
     failed: bool = False
     abort: Abort | None = None  # what the writer was told then
     writer_done: bool = False  # proof by word or end
@@ -182,8 +182,8 @@ class Inbound:
         match message:
             case Offer(ticket, num_units):
                 return self._on_offer(ticket, _Offered(peer, terms, num_units, now + self._lease_s), now)
-            case Commit(ticket):
-                return self._on_commit(ticket, peer, message, now)
+            case Written(ticket):
+                return self._on_written(ticket, peer, message, now)
             case Abort(ticket, code, reason):
                 return self._on_abort(ticket, peer, from_wire(code, reason))
             case AbortAck(ticket):
@@ -291,23 +291,20 @@ class Inbound:
         inbound.arrivals = Arrivals(pair, blocks, missing)
         return [Send(offer.peer, Grant(inbound.ticket, first_unit, list(blocks)))]
 
-    def _on_commit(self, ticket: Ticket, peer: PeerKey, commit: Commit, now: float) -> list[InboundEffect]:
+    def _on_written(self, ticket: Ticket, peer: PeerKey, written: Written, now: float) -> list[InboundEffect]:
         inbound = self._tickets.get(ticket)
-        if inbound is None or inbound.peer != peer or inbound.failed or inbound.commit is not None:
-            self.dropped["Commit"] += 1
+        if inbound is None or inbound.peer != peer or inbound.failed or inbound.written is not None:
+            self.dropped["Written"] += 1
             return []
-        if len(commit.top_ids) != len(commit.top_logprobs):
-            return self._fail(inbound, TransferError("a COMMIT whose top tokens and log-probabilities do not match"))
-        if commit.num_bytes != inbound.granted_bytes:
+        if written.num_bytes != inbound.granted_bytes:
             inbound.writer_done = inbound.resends == 0
-            counted = f"{commit.num_bytes} KV bytes were written, {inbound.granted_bytes} were granted"
+            counted = f"{written.num_bytes} KV bytes were written, {inbound.granted_bytes} were granted"
             return self._fail(inbound, TransferError(f"the handover of {ticket.request_id} is not whole: {counted}"))
         inbound.advance(now)
-        inbound.commit, inbound.committed_at = commit, now
-        inbound.writer_done = (
-            inbound.resends == 0
-        )  # a writer commits after its last write, but for what it was asked for
-        return [Committed(ticket, commit), *self._complete_if_all_landed(inbound, now)]
+        inbound.written, inbound.written_at = written, now
+        inbound.writer_done = inbound.resends == 0  # it was its last write, but for what it was asked for
+        noted = [Noted(ticket, written.note)] if written.note else []
+        return [*noted, *self._complete_if_all_landed(inbound, now)]
 
     def _fetch_again(
         self, inbound: _Receiving, arrivals: Arrivals, data: Data, good: NDArray[np.bool_]
@@ -328,13 +325,13 @@ class Inbound:
         return effects
 
     def _complete_if_all_landed(self, inbound: _Receiving, now: float) -> list[InboundEffect]:
-        commit = inbound.commit
-        if commit is None or inbound.arrivals is None or not inbound.arrivals.all_landed:
+        written = inbound.written
+        if written is None or inbound.arrivals is None or not inbound.arrivals.all_landed:
             return []
         assert inbound.offer is not None
         del self._tickets[inbound.ticket]
         return [
-            Complete(inbound.ticket, inbound.granted_bytes, now - inbound.committed_at),
+            Complete(inbound.ticket, inbound.granted_bytes, written.transfer_s + now - inbound.written_at),
             Send(inbound.offer.peer, Release(inbound.ticket)),
         ]
 

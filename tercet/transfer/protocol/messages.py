@@ -1,6 +1,6 @@
 """Every message between a prefill and a decode worker's movers, and its frame on a stream.
 
-    frame = magic "TCT4" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
+    frame = magic "TCT5" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
 
 The body is the message's fields in order. Only DATA and PROBE have a payload. Bodies are bounded, types are checked,
 and what is no frame of ours raises ProtocolViolation: the connection is closed, nothing else happens.
@@ -9,14 +9,14 @@ and what is no frame of ours raises ProtocolViolation: the connection is closed,
     HELLO     P>D  who I am, what I speak              WELCOME   D>P  where I lie, or REFUSE with a reason
     PROBE     P>D  bytes to measure a link by          PROBE_ACK D>P  they have landed
     OFFER     P>D  I have this request                 GRANT     D>P  write these blocks
-    DATA      P>D  these bytes (have landed); digests  COMMIT    P>D  that was all; first token
+    DATA      P>D  these bytes (have landed); digests  WRITTEN   P>D  that was all; a note
     RESEND    D>P  these have landed corrupt           RELEASE   D>P  all landed and verified
     REJECT    D>P  I will not take it                  HEARTBEAT both the tickets that I hold, and how far each is
     ABORT     both this ticket is over; from P it is proof that P writes no more
     ABORT_ACK P>D  proof that P writes no more
     GOODBYE   P>D  proof that P writes no more for any ticket of this connection
 
-KV is counted in units (transfer/memory/layout.py). DATA and PROBE travel on a pair's data links, and a COMMIT may
+KV is counted in units (transfer/memory/layout.py). DATA and PROBE travel on a pair's data links, and a WRITTEN may
 follow the last DATA there; all else travels on its control link.
 """
 
@@ -33,11 +33,12 @@ import msgpack
 from tercet.core import Ticket
 from tercet.errors import ProtocolViolation
 
-VERSION = 4
-MAGIC = b"TCT4"
+VERSION = 5
+MAGIC = b"TCT5"
 HEADER = struct.Struct("<4sB3xIQ")
 MAX_BODY = 1 << 20
 MAX_PAYLOAD = 1 << 32
+MAX_NOTE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,15 @@ class Resend:
 
 
 @dataclass(frozen=True)
-class Commit:
+class Written:
     ticket: Ticket
     num_bytes: int  # of the units that were written, each counted once
-    token_id: int  # the first token, sampled from the prompt's last logits
-    logprob: float | None
-    top_ids: list[int]
-    top_logprobs: list[float]
-    cached_tokens: int
-    queue_s: float
-    prefill_s: float
-    transfer_s: float  # first token sampled until the last write had ended
-    transport: str
+    transfer_s: float  # everything pushed until the last write had ended
+    note: bytes  # of the role that sends, for the role that receives; empty: none
+
+    def __post_init__(self) -> None:
+        if len(self.note) > MAX_NOTE:
+            raise ProtocolViolation(f"a note of {len(self.note)} bytes is over the limit of {MAX_NOTE}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ Message = (
     | Grant
     | Data
     | Resend
-    | Commit
+    | Written
     | Release
     | Reject
     | Abort
@@ -256,9 +254,7 @@ _FITS: dict[object, Callable[[object], bool]] = {  # type of a field -> whether 
     str: lambda v: isinstance(v, str),
     bool: lambda v: isinstance(v, bool),
     bytes: lambda v: isinstance(v, bytes),
-    float | None: lambda v: v is None or isinstance(v, float),
     list[int]: lambda v: isinstance(v, list) and all(map(_is_count, v)),
-    list[float]: lambda v: isinstance(v, list) and all(isinstance(x, float) for x in v),
     list[str]: lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
     list[object]: lambda v: isinstance(v, list),
     list[Ticket]: lambda v: False,  # a list was seen to before

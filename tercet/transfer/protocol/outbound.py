@@ -1,12 +1,12 @@
 """The sending half of the KV handover: a state machine without I/O, threads or clocks of its own.
 
-    open ──OFFER──> offered ──GRANT──> granted ──push*, commit──> committed ──RELEASE──> Released, OpDone
+    open ──OFFER──> offered ──GRANT──> granted ──push*, finish──> finished ──RELEASE──> Released, OpDone
       │                │                 │
       └── cancel, REJECT, ABORT, lease ──┴──> Failed(cause) ... OpDone
 
 `OpDone` says that the source blocks may be reused: no write of the ticket is under way or will begin. It always comes,
 once, and last. The links of a peer ask for their next write (`next_write`), carry it out and say so (`end_write`), so
-an ABORT_ACK is sent only when no write can follow: it is the receiver's proof. The COMMIT is sent when the last write
+an ABORT_ACK is sent only when no write can follow: it is the receiver's proof. The WRITTEN is sent when the last write
 has ended, whichever link carried it.
 
 A peer's bandwidth is shared by deadline: the request that must be done first is written first, `MAX_WRITE` bytes at a
@@ -29,7 +29,6 @@ from tercet.transfer.protocol.effects import Cut, PeerKey, Send
 from tercet.transfer.protocol.messages import (
     Abort,
     AbortAck,
-    Commit,
     Grant,
     Heartbeat,
     Message,
@@ -37,6 +36,7 @@ from tercet.transfer.protocol.messages import (
     Reject,
     Release,
     Resend,
+    Written,
 )
 
 MAX_WRITE = 8 << 20  # bytes: a later, more urgent request waits for no more
@@ -119,8 +119,8 @@ class _Sending:
     pushed: dict[int, int] = field(default_factory=dict)  # layer -> granted units that were pushed
     written_bytes: int = 0
     resent: set[int] = field(default_factory=set)  # numbers of the RESENDs that were obeyed
-    commit: Commit | None = None
-    committed_at: float | None = None
+    note: bytes | None = None  # set when all was pushed, until WRITTEN is sent
+    finished_at: float | None = None  # when all was pushed
     over: bool = False  # failed or released: no new write begins
     farewell: Abort | AbortAck | None = None  # proof for the receiver, due when the last write has ended
 
@@ -131,7 +131,7 @@ class _Sending:
     @property
     def waits(self) -> bool:
         """For the engine to compute it, or for a link that is busy with others: neither is this ticket's own matter."""
-        to_come = self.committed_at is None or bool(self.pending)
+        to_come = self.finished_at is None or bool(self.pending)
         return self.grant is not None and not self.writing and to_come
 
     @property
@@ -194,14 +194,14 @@ class Outbound:
         out.pushed[layer] = end
         return self._add(out, layer, start, end - start)
 
-    def commit(self, commit: Commit, now: float) -> list[OutboundEffect]:
-        """All was pushed. Bytes and transfer time are filled in when the writes have ended."""
-        out = self._tickets.get(commit.ticket)
+    def finish(self, ticket: Ticket, note: bytes, now: float) -> list[OutboundEffect]:
+        """All was pushed. The note goes with the WRITTEN, when the writes have ended."""
+        out = self._tickets.get(ticket)
         if out is None or out.over:
             return []
-        out.commit, out.committed_at = commit, now
+        out.note, out.finished_at = note, now
         out.advance(now)
-        return self._commit_if_written(out, now)
+        return self._say_if_written(out, now)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> list[OutboundEffect]:
         out = self._tickets.get(ticket)
@@ -231,7 +231,7 @@ class Outbound:
         out.advance(now)
         if write.resend == 0:
             out.written_bytes += write.layers * write.src.count * out.pair.unit_bytes
-        return self._commit_if_written(out, now)
+        return self._say_if_written(out, now)
 
     def has_pending(self, peer: PeerKey) -> bool:
         """Whether `next_write` has one."""
@@ -368,16 +368,16 @@ class Outbound:
         dst = Units(out.grant.blocks[what.unit // to : -(-end // to)], what.unit % to, what.units)
         return Write(out.ticket, what.layer, what.layers, what.unit, src, dst, what.resend)
 
-    def _commit_if_written(self, out: _Sending, now: float) -> list[OutboundEffect]:
-        if out.commit is None or out.pending or out.writing:
+    def _say_if_written(self, out: _Sending, now: float) -> list[OutboundEffect]:
+        if out.note is None or out.pending or out.writing:
             return []
-        assert out.committed_at is not None
+        assert out.finished_at is not None
         if out.written_bytes != out.granted_bytes:
             counted = f"{out.written_bytes} KV bytes were written, {out.granted_bytes} were granted"
             return self._give_up(out, TransferError(f"the handover of {out.ticket.request_id} is not whole: {counted}"))
-        commit = replace(out.commit, num_bytes=out.written_bytes, transfer_s=now - out.committed_at)
-        out.commit = None
-        return [Send(out.peer, commit)]
+        written = Written(out.ticket, out.written_bytes, now - out.finished_at, out.note)
+        out.note = None
+        return [Send(out.peer, written)]
 
     def _on_heartbeat(self, peer: PeerKey, heartbeat: Heartbeat, now: float) -> list[OutboundEffect]:
         for ticket, mark in zip(heartbeat.tickets, heartbeat.marks, strict=True):

@@ -2,7 +2,7 @@
 and copies into it; DATA says what has landed.
 
 Copies: one, source cache to destination cache. Cancel: the receiver cannot fence a mapping, so a granted ticket is
-quiesced by the writer's word (ABORT, ABORT_ACK, COMMIT, GOODBYE) or by its death, proven by a pidfd that was opened
+quiesced by the writer's word (ABORT, ABORT_ACK, WRITTEN, GOODBYE) or by its death, proven by a pidfd that was opened
 while the connection stood. Nothing has to be pumped; waits block in the kernel, nobody polls.
 """
 

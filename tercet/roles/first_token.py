@@ -1,0 +1,70 @@
+"""What a prefill worker says to a decode worker about the first token: the note that comes with WRITTEN.
+
+The mover carries it unread. It comes from a peer, so each field is checked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+import msgpack
+
+from tercet.core import TopLogprobs
+from tercet.errors import ProtocolViolation
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    token_id: int  # sampled from the prompt's last logits
+    logprob: float | None
+    top_logprobs: TopLogprobs  # (token id, logprob), most likely first
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+    transport: str
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Every id that it names."""
+        return (self.token_id, *(token_id for token_id, _ in self.top_logprobs))
+
+    def encode(self) -> bytes:
+        note: bytes = msgpack.packb(astuple(self))
+        return note
+
+    @classmethod
+    def decode(cls, note: bytes) -> FirstToken:
+        """Raises ProtocolViolation unless every field is there with its type."""
+        try:
+            fields = msgpack.unpackb(note)
+        except (ValueError, msgpack.exceptions.UnpackException) as error:
+            raise ProtocolViolation(f"a first token is no msgpack: {error}") from error
+        match fields:
+            case [int(token_id), logprob, list(top), int(cached_tokens), queue_s, prefill_s, str(transport)] if (
+                _is_count(token_id)
+                and (logprob is None or _is_logprob(logprob))
+                and all(map(_is_alternative, top))
+                and _is_count(cached_tokens)
+                and _is_seconds(queue_s)
+                and _is_seconds(prefill_s)
+            ):
+                pairs = tuple((int(token), float(value)) for token, value in top)
+                return cls(token_id, logprob, pairs, cached_tokens, queue_s, prefill_s, transport)
+        raise ProtocolViolation(f"no first token: {fields!r:.200}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_logprob(value: object) -> bool:
+    return type(value) is float and not math.isnan(value)
+
+
+def _is_alternative(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and _is_logprob(value[1])
+
+
+def _is_seconds(value: object) -> bool:
+    return type(value) is float and math.isfinite(value)
