@@ -21,7 +21,7 @@ from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import SCRATCH, Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol import facts
 from tercet.transfer.transports.contract import MoverConfig, Transport
 
 SMALL = "handover"  # one request of 16 tokens, SmolLM2's shape
@@ -96,7 +96,7 @@ class Ours(Side):
         self.receivers[job.shape].admit(self.ticket(), 0, job.dst)
 
     def take(self, job: Job) -> None:
-        self.await_event(inbound.Complete)
+        self.await_event(facts.Complete)
         if job.shape == SMALL:
             self.link.send(time.perf_counter())  # the host's clock, the same in both processes
 
@@ -104,14 +104,14 @@ class Ours(Side):
         self.opened = self.ticket()
         num_tokens = len(job.src) * TOKENS
         self.senders[job.shape].open(self.opened, self.endpoints[job.shape], num_tokens, time.monotonic() + 60)
-        self.await_event(outbound.Granted)
+        self.await_event(facts.Granted)
 
     def move(self, job: Job) -> None:
         sender, ticket = self.senders[job.shape], self.opened
         for layer in range(HANDOVER.layers if job.shape == SMALL else 1):
             sender.push(ticket, layer, 0, job.src)
         sender.finish(ticket, b"")
-        self.await_event(outbound.Released)
+        self.await_event(facts.Released)
 
     def small(self, count: int) -> dict[str, list[float]]:
         trips, handovers = [], []
@@ -127,7 +127,7 @@ class Ours(Side):
 
     def await_event(self, kind: type) -> None:
         while not isinstance(event := self.events.get(timeout=PATIENCE_S), kind):
-            if isinstance(event, inbound.ReceiveFailed | outbound.SendFailed):
+            if isinstance(event, facts.ReceiveFailed | facts.SendFailed):
                 raise event.error
 
 

@@ -35,7 +35,7 @@ from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol.facts import Complete, Granted, Noted, OpDone, Released
 from tercet.transfer.transports.contract import MoverConfig
 
 LAYOUT = KvLayout(layers=30, blocks=64, block_size=16, kv_heads=4, head_dim=64, dtype="bfloat16")
@@ -105,16 +105,16 @@ def tail_of(sender: KvSender, events: queue.SimpleQueue[Any], endpoint: str, num
     """Seconds from the last push of one request until it was released; a layer every `period` seconds."""
     ticket = ticket_of(number)
     sender.open(ticket, endpoint, len(BLOCKS) * LAYOUT.block_size, time.monotonic() + 60)
-    expect(events, outbound.Granted)
+    expect(events, Granted)
     began = time.perf_counter()
     for layer in range(LAYOUT.layers):
         time.sleep(max(0.0, began + (layer + 1) * period - time.perf_counter()))
         sender.push(ticket, layer, 0, BLOCKS)
     pushed = time.perf_counter()
     sender.finish(ticket, b"note")
-    expect(events, outbound.Released)
+    expect(events, Released)
     ended = time.perf_counter()
-    expect(events, outbound.OpDone)
+    expect(events, OpDone)
     return ended - pushed
 
 
@@ -151,8 +151,8 @@ def measure(transport: str, enter: list[str], rounds: int, compute: float) -> di
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for number in range(2 * rounds):
             receiver.admit(ticket_of(number), 0, BLOCKS)
-            expect(events, inbound.Noted)
-            expect(events, inbound.Complete)
+            expect(events, Noted)
+            expect(events, Complete)
         printed, _ = process.communicate(timeout=60)
     receiver.stop()
     found: dict[str, list[float]] = json.loads(printed.splitlines()[-1])

@@ -24,7 +24,7 @@ from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol import facts
 from tercet.transfer.transports.contract import MoverConfig, Outlet, Parcel, Transport
 from tercet.transfer.transports.table import ALL
 
@@ -99,18 +99,18 @@ class Pair(Receiving):
         self.mover.admit(ticket, first, blocks)
         self.open(ticket, total)
         granted = self.sent.get(timeout=10)
-        assert isinstance(granted, outbound.Granted), granted
+        assert isinstance(granted, facts.Granted), granted
 
     def push_all(self, ticket: Ticket, blocks: list[int]) -> None:
         for layer in self.source.layout.window:
             self.sender.push(ticket, layer, 0, blocks)
         self.sender.finish(ticket, NOTE)
 
-    def move(self, ticket: Ticket, source: list[int], destination: list[int]) -> inbound.Complete:
+    def move(self, ticket: Ticket, source: list[int], destination: list[int]) -> facts.Complete:
         self.grant(ticket, 0, destination, len(source))
         self.push_all(ticket, source)
-        self.next(inbound.Noted)
-        return self.next(inbound.Complete)
+        self.next(facts.Noted)
+        return self.next(facts.Complete)
 
     def same(self, source: int, destination: int) -> bool:
         return all(

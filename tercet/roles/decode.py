@@ -15,8 +15,8 @@ from tercet.engine.report import Faulted, Sampled, Scored, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import ActiveLeg, Handler, Legs
-from tercet.transfer.mover.receiver import KvReceiver, ReceiveEvent
-from tercet.transfer.protocol.inbound import Complete, Noted, Quiesced, ReceiveFailed
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.protocol.facts import Complete, Noted, Quiesced, ReceiveEvent, ReceiveFailed
 
 
 @dataclass(eq=False)

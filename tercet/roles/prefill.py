@@ -18,8 +18,8 @@ from tercet.engine.sequence import Sequence
 from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
 from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import ActiveLeg, Handler, Legs
-from tercet.transfer.mover.sender import KvSender, SendEvent
-from tercet.transfer.protocol.outbound import Granted, OpDone, Released, SendFailed
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.protocol.facts import Granted, OpDone, Released, SendEvent, SendFailed
 from tercet.transfer.transports.contract import Endpoint
 
 MEET_AGAIN_S = 1.0

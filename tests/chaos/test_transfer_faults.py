@@ -18,7 +18,7 @@ import pytest
 
 from tercet.errors import TercetError
 from tercet.transfer.memory.region import Region
-from tercet.transfer.protocol import inbound
+from tercet.transfer.protocol import facts
 from tests.movers import CLASSES, LAYOUT, Receiving, fill, ticket_of
 
 LEASE_S = 1.5
@@ -101,8 +101,8 @@ class Scene:
         """One request that nothing disturbs."""
         self.grant(number)
         self.writer.say("push_all", ticket_of(number), SOURCE)
-        self.receiver.next(inbound.Noted)
-        self.receiver.next(inbound.Complete)
+        self.receiver.next(facts.Noted)
+        self.receiver.next(facts.Complete)
         for source, destination in zip(SOURCE, DESTINATION, strict=True):
             for layer in LAYOUT.window:
                 assert self.receiver.region.block(layer, destination) == self.expected.block(layer, source)
@@ -137,8 +137,8 @@ def test_a_killed_writer_frees_its_blocks_at_once_and_none_changes_later(scene):
     scene.until_half()
     scene.writer.signal(signal.SIGKILL)
     began = time.monotonic()
-    scene.receiver.next(inbound.ReceiveFailed)
-    scene.receiver.next(inbound.Quiesced)
+    scene.receiver.next(facts.ReceiveFailed)
+    scene.receiver.next(facts.Quiesced)
     assert time.monotonic() - began < 2 * LEASE_S + 2
     scene.reuse()
     time.sleep(0.3)
@@ -151,7 +151,7 @@ def test_a_stopped_writer_cannot_change_a_block_that_is_free(scene):
     scene.until_half()
     scene.writer.signal(signal.SIGSTOP)
     began = time.monotonic()
-    assert "no word" in str(scene.receiver.next(inbound.ReceiveFailed).error)
+    assert "no word" in str(scene.receiver.next(facts.ReceiveFailed).error)
     assert LEASE_S * 0.5 < time.monotonic() - began < LEASE_S * 2 + 1
     fenced = CLASSES[scene.receiver.mover._transports.copy().popitem()[0]].fenceable
     if not fenced:
@@ -159,7 +159,7 @@ def test_a_stopped_writer_cannot_change_a_block_that_is_free(scene):
             scene.receiver.events.get(timeout=2 * LEASE_S)
         scene.writer.signal(signal.SIGCONT)
         scene.writer.say("go")
-    assert scene.receiver.next(inbound.Quiesced, 20).ticket == ticket_of()
+    assert scene.receiver.next(facts.Quiesced, 20).ticket == ticket_of()
     scene.reuse()
     if fenced:
         scene.writer.signal(signal.SIGCONT)
@@ -184,12 +184,12 @@ def test_a_cancelled_request_of_a_stalled_writer_waits_for_its_word(scene):
     """The receiver gives up first; the blocks are free when the write that is under way has ended."""
     scene.until_half()
     scene.receiver.mover.cancel(ticket_of(), TercetError("cancelled"))
-    scene.receiver.next(inbound.ReceiveFailed)
+    scene.receiver.next(facts.ReceiveFailed)
     if CLASSES[next(iter(scene.receiver.mover._transports))].one_sided:
         with pytest.raises(queue.Empty):
             scene.receiver.events.get(timeout=0.3)
     scene.writer.say("go")
-    scene.receiver.next(inbound.Quiesced, 10)
+    scene.receiver.next(facts.Quiesced, 10)
     scene.reuse()
     time.sleep(0.3)
     assert scene.untouched()
@@ -252,8 +252,8 @@ def test_a_cut_link_ends_both_sides_within_the_lease(name, two_hosts):
         made.until_half()
         _run("ip", "link", "set", two_hosts[0], "down")
         began = time.monotonic()
-        made.receiver.next(inbound.ReceiveFailed)
-        made.receiver.next(inbound.Quiesced, 30)
+        made.receiver.next(facts.ReceiveFailed)
+        made.receiver.next(facts.Quiesced, 30)
         assert [made.writer.told.get(timeout=30)[0]] == ["SendFailed"]
         assert time.monotonic() - began < 4 * LEASE_S + 3
         made.reuse()

@@ -28,7 +28,7 @@ from tercet.transfer.memory.pack import Cells, Scratch, pieces_of
 from tercet.transfer.mover.parcels import Loader
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.protocol import inbound, messages, outbound, proof
+from tercet.transfer.protocol import facts, messages, proof
 from tercet.transfer.protocol.messages import Data, Heartbeat, Hello, Welcome, encode
 from tercet.transfer.transports.contract import Endpoint, Transport
 from tests.movers import CLASSES, EPOCH, LAYOUT, NOTE, Pair, Receiving, config, flipping, ticket_of
@@ -52,15 +52,15 @@ def test_bytes_arrive_exactly_where_they_were_granted(pair):
     before = bytes(pair.region.view)
     pair.grant(ticket, first=1, blocks=[5, 2], total=3)
     pair.push_all(ticket, [3, 6, 7])
-    assert pair.next(inbound.Noted).note == NOTE
-    assert pair.next(inbound.Complete).num_bytes == 2 * LAYOUT.layers * LAYOUT.block_bytes
+    assert pair.next(facts.Noted).note == NOTE
+    assert pair.next(facts.Complete).num_bytes == 2 * LAYOUT.layers * LAYOUT.block_bytes
     assert pair.same(6, 5)
     assert pair.same(7, 2)
     for layer, block in itertools.product(LAYOUT.window, (0, 1, 3, 4, 6, 7)):  # nothing else changed
         start = LAYOUT.offset(layer, block)
         assert pair.region.block(layer, block) == before[start : start + LAYOUT.block_bytes]
-    assert pair.sent.get(timeout=5) == outbound.Released(ticket)
-    assert pair.sent.get(timeout=5) == outbound.OpDone(ticket)
+    assert pair.sent.get(timeout=5) == facts.Released(ticket)
+    assert pair.sent.get(timeout=5) == facts.OpDone(ticket)
     assert pair.sender.live() == pair.mover.live() == []
 
 
@@ -85,8 +85,8 @@ def test_full_prefix_hit_moves_no_byte(pair):
     ticket = ticket_of()
     pair.grant(ticket, first=3, blocks=[], total=3)
     pair.push_all(ticket, [3, 6, 7])
-    pair.next(inbound.Noted)
-    assert pair.next(inbound.Complete).num_bytes == 0
+    pair.next(facts.Noted)
+    assert pair.next(facts.Complete).num_bytes == 0
     assert not any(pair.region.view)
 
 
@@ -94,13 +94,13 @@ def test_offer_before_admission_is_granted_at_admission(pair):
     pair.open(ticket_of(), 1)
     time.sleep(0.05)
     pair.mover.admit(ticket_of(), 0, [4])
-    assert pair.sent.get(timeout=5) == outbound.Granted(ticket_of(), 0)
+    assert pair.sent.get(timeout=5) == facts.Granted(ticket_of(), 0)
 
 
 def test_stale_epoch_is_rejected(pair):
     pair.open(Ticket("r", 0, EPOCH - 1), 1)
     failed = pair.sent.get(timeout=5)
-    assert isinstance(failed, outbound.SendFailed)
+    assert isinstance(failed, facts.SendFailed)
     assert "epoch 7, not 6" in str(failed.error)
 
 
@@ -109,10 +109,10 @@ def test_cancel_at_the_receiver_is_proven_by_the_sender(pair):
     pair.grant(ticket, 0, [1, 2], 2)
     pair.sender.push(ticket, 0, 0, [3, 4])
     pair.mover.cancel(ticket, TercetError("gone"))
-    pair.next(inbound.ReceiveFailed)
-    assert pair.next(inbound.Quiesced).ticket == ticket
-    assert isinstance(pair.sent.get(timeout=5), outbound.SendFailed)
-    assert pair.sent.get(timeout=5) == outbound.OpDone(ticket)
+    pair.next(facts.ReceiveFailed)
+    assert pair.next(facts.Quiesced).ticket == ticket
+    assert isinstance(pair.sent.get(timeout=5), facts.SendFailed)
+    assert pair.sent.get(timeout=5) == facts.OpDone(ticket)
     pair.region.view[:] = bytes(len(pair.region.view))
     pair.push_all(ticket, [3, 4])
     time.sleep(0.1)
@@ -122,39 +122,39 @@ def test_cancel_at_the_receiver_is_proven_by_the_sender(pair):
 def test_cancel_at_the_sender_fails_and_quiesces_the_receiver(pair):
     pair.grant(ticket_of(), 0, [1], 1)
     pair.sender.cancel(ticket_of(), TercetError("prefill failed"))
-    assert "prefill failed" in str(pair.next(inbound.ReceiveFailed).error)
-    pair.next(inbound.Quiesced)
+    assert "prefill failed" in str(pair.next(facts.ReceiveFailed).error)
+    pair.next(facts.Quiesced)
 
 
 def test_a_ticket_without_a_sender_fails_within_its_lease(pair):
     pair.mover.admit(ticket_of(), 0, [1])
-    assert isinstance(pair.next(inbound.ReceiveFailed).error, LeaseExpired)
-    pair.next(inbound.Quiesced)
+    assert isinstance(pair.next(facts.ReceiveFailed).error, LeaseExpired)
+    pair.next(facts.Quiesced)
 
 
 def test_a_slow_engine_keeps_a_ticket_alive(pair):
     pair.grant(ticket_of(), 0, [1], 1)
     time.sleep(2.0)  # twice the lease
     pair.push_all(ticket_of(), [3])
-    pair.next(inbound.Noted)
-    pair.next(inbound.Complete)
+    pair.next(facts.Noted)
+    pair.next(facts.Complete)
 
 
 def test_heartbeats_alone_keep_no_ticket_alive(pair):
     """Both ends live and say so; but the engine, which would have to push, does nothing."""
     pair.sender._computed = lambda: 7
     pair.grant(ticket_of(), 0, [1], 1)
-    assert "has not advanced" in str(pair.next(inbound.ReceiveFailed).error)
-    pair.next(inbound.Quiesced)
-    assert isinstance(pair.sent.get(timeout=5), outbound.SendFailed)
-    assert isinstance(pair.sent.get(timeout=5), outbound.OpDone)
+    assert "has not advanced" in str(pair.next(facts.ReceiveFailed).error)
+    pair.next(facts.Quiesced)
+    assert isinstance(pair.sent.get(timeout=5), facts.SendFailed)
+    assert isinstance(pair.sent.get(timeout=5), facts.OpDone)
 
 
 def test_goodbye_quiesces_everything(pair):
     pair.grant(ticket_of(), 0, [1], 1)
     pair.sender.stop()
-    pair.next(inbound.ReceiveFailed)
-    pair.next(inbound.Quiesced)
+    pair.next(facts.ReceiveFailed)
+    pair.next(facts.Quiesced)
 
 
 @each_transport
@@ -178,9 +178,9 @@ def test_a_link_that_corrupts_everything_fails_by_name(name):
         made.grant(ticket_of(), 0, [5], 1)
         made.push_all(ticket_of(), [3])
         events = [made.events.get(timeout=10)]  # a Noted may come before
-        while not isinstance(events[-1], inbound.Quiesced):
+        while not isinstance(events[-1], facts.Quiesced):
             events.append(made.events.get(timeout=10))
-        assert isinstance(events[-2], inbound.ReceiveFailed)
+        assert isinstance(events[-2], facts.ReceiveFailed)
         assert events[-2].error.code() == "digest_mismatch"
     finally:
         made.stop()
@@ -207,10 +207,10 @@ def test_layouts_may_differ(name, changes):
         blocks = list(range(-(-40 // there.block_size)))
         made.mover.admit(ticket_of(), 0, blocks)
         made.sender.open(ticket_of(), made.endpoint, 40, time.monotonic() + 60)
-        assert isinstance(made.sent.get(timeout=5), outbound.Granted)
+        assert isinstance(made.sent.get(timeout=5), facts.Granted)
         made.push_all(ticket_of(), [6, 1, 3])
-        made.next(inbound.Noted)
-        made.next(inbound.Complete)
+        made.next(facts.Noted)
+        made.next(facts.Complete)
         sent = packed(LAYOUT, made.source, Units([6, 1, 3], 0, 5), there.heads)
         assert sent == packed(there, made.region, Units(blocks, 0, 5), there.heads)
         if there.block_size == 32:
@@ -263,13 +263,13 @@ def test_lost_doubled_and_late_messages_leak_nothing(name, monkeypatch):
             made.open(ticket, 1)
             deadline = threading.Timer(3.0, give_up, (made, ticket))  # as the roles do at a request's deadline
             deadline.start()
-            while not isinstance(event := made.sent.get(timeout=15), outbound.OpDone):
-                if isinstance(event, outbound.Granted):
+            while not isinstance(event := made.sent.get(timeout=15), facts.OpDone):
+                if isinstance(event, facts.Granted):
                     made.push_all(ticket, [block])
-            while not isinstance(event := made.events.get(timeout=15), inbound.Complete | inbound.Quiesced):
+            while not isinstance(event := made.events.get(timeout=15), facts.Complete | facts.Quiesced):
                 pass
             deadline.cancel()
-            if isinstance(event, inbound.Complete):
+            if isinstance(event, facts.Complete):
                 assert made.same(block, block)
     finally:
         monkeypatch.undo()
@@ -289,10 +289,10 @@ def test_a_hundred_restarts_on_one_address(monkeypatch):
             ticket = Ticket("r", epoch, epoch)
             made.sender.open(ticket, made.endpoint, 16, time.monotonic() + 60)
             made.mover.admit(ticket, 0, [2])
-            assert isinstance(made.sent.get(timeout=5), outbound.Granted)
+            assert isinstance(made.sent.get(timeout=5), facts.Granted)
             made.push_all(ticket, [3])
-            assert isinstance(made.sent.get(timeout=5), outbound.Released)
-            assert isinstance(made.sent.get(timeout=5), outbound.OpDone)
+            assert isinstance(made.sent.get(timeout=5), facts.Released)
+            assert isinstance(made.sent.get(timeout=5), facts.OpDone)
             assert made.same(3, 2)
             made.mover.stop()
             made.mover = KvReceiver(config("decode-0"), epoch + 1, made.region, [CLASSES["tcp"]()], made.events.put)
@@ -488,7 +488,7 @@ def test_urgent_requests_are_written_first(monkeypatch):
         for number, (ticket, due) in enumerate(zip(tickets, (30, 20, 10), strict=True)):
             made.mover.admit(ticket, 0, [number])
             made.sender.open(ticket, made.endpoint, 16, time.monotonic() + due)
-            assert isinstance(made.sent.get(timeout=5), outbound.Granted)
+            assert isinstance(made.sent.get(timeout=5), facts.Granted)
         with made.sender._lock:  # nothing is written meanwhile
             for ticket in tickets:
                 made.sender._run(made.sender._outbound.push(ticket, 0, 0, [1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import socket
 import threading
 import time
@@ -16,18 +17,18 @@ import pytest
 
 from tercet.core import Load
 from tercet.engine.sequence import Sequence
-from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
+from tercet.errors import PeerDown, ProtocolViolation, TercetError, TransferError
 from tercet.roles import prefill as roles
 from tercet.roles.legs import Legs
 from tercet.roles.prefill import Prefill
 from tercet.transfer.links.channel import Channel
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover import acceptor, dialer
-from tercet.transfer.protocol import inbound
+from tercet.transfer.protocol import facts
 from tercet.transfer.protocol.messages import Written, encode
-from tercet.transfer.transports.contract import Endpoint, pair_of
+from tercet.transfer.transports.contract import Endpoint
 from tercet.transfer.transports.table import ALL
-from tests.movers import CLASSES, LAYOUT, NOTE, Pair, ticket_of
+from tests.movers import CLASSES, NOTE, Pair, ticket_of
 
 
 @pytest.fixture(params=["shm", "tcp"])
@@ -128,10 +129,10 @@ def test_a_written_that_cannot_be_sent_ends_the_pair(pair, monkeypatch):
     monkeypatch.setattr(Channel, "send", send)
     pair.grant(ticket_of(), 0, [5], 1)
     pair.push_all(ticket_of(), [3])
-    pair.next(inbound.ReceiveFailed, 3)
+    pair.next(facts.ReceiveFailed, 3)
     assert eventually(lambda: not pair.sender.connected(pair.endpoint))
     pair.sender.connect(pair.endpoint)  # shm: its HELLO is the proof
-    pair.next(inbound.Quiesced, 3)
+    pair.next(facts.Quiesced, 3)
 
 
 def address(pair) -> tuple[str, int]:
@@ -178,11 +179,20 @@ def test_the_door_stays_open_when_no_thread_can_be_started(pair, monkeypatch):
 @pytest.mark.parametrize(
     "source", [{"tp_size": 2}, {"layers": 2, "model_layers": 3}, {"layers": 2, "model_layers": 3, "first_layer": 1}]
 )
-def test_a_source_that_holds_only_a_part_is_refused(source):
+def test_a_source_that_holds_only_a_part_and_is_alone_is_refused(source):
     """What it does not hold would keep the bytes of the block's earlier owner, and nobody would know."""
     base = {"layers": 3, "blocks": 8, "block_size": 16, "kv_heads": 2, "head_dim": 8, "dtype": "float32"}
-    with pytest.raises(PeerMismatch, match="a request's KV comes from one worker"):
-        pair_of(KvLayout(**(base | source)), LAYOUT, CLASSES["tcp"](), convert=False)
+    made = Pair("tcp", layout=KvLayout(**(base | source)))
+    try:
+        made.mover.admit(ticket_of(), 0, [5])
+        made.open(ticket_of(), 1)
+        for error in (made.next(facts.ReceiveFailed).error, made.sent.get(timeout=5).error):
+            assert isinstance(error, TransferError)
+            assert re.search("of layers . to ., heads . to . come from no source", str(error))
+        made.next(facts.Quiesced)
+        assert made.sent.get(timeout=5) == facts.OpDone(ticket_of())  # nothing was computed
+    finally:
+        made.stop()
 
 
 class Leg:

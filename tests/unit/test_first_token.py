@@ -14,7 +14,7 @@ from tercet.engine.sequence import Sequence
 from tercet.errors import InvalidRequest, ProtocolViolation
 from tercet.roles.decode import Decode, _Incoming
 from tercet.roles.first_token import FirstToken
-from tercet.transfer.protocol.inbound import Complete, Noted, Quiesced, ReceiveFailed
+from tercet.transfer.protocol.facts import Complete, Noted, Quiesced, ReceiveFailed
 
 TICKET = Ticket("r0", 0, 1)
 FIRST = FirstToken(42, -0.5, ((42, -0.5), (7, float("-inf"))), 3, 0.1, 0.2, "tcp")

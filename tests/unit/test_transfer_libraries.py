@@ -22,7 +22,7 @@ from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol import facts
 from tercet.transfer.transports.contract import MoverConfig
 from tercet.transfer.transports.nixl import NixlTransport, _direct
 from tercet.transfer.transports.ucx import UcxTransport
@@ -52,7 +52,7 @@ def sender_process(name: str, endpoint: str, integrity: bool) -> None:
         if verb == "open":
             ticket = TICKET._replace(attempt=int(rest[0]))
             sender.open(ticket, endpoint, 2 * LAYOUT.block_size, time.monotonic() + 600)
-            while (event := events.get(timeout=WAIT_S)) != outbound.Granted(ticket, 0):
+            while (event := events.get(timeout=WAIT_S)) != facts.Granted(ticket, 0):
                 print(event, file=sys.stderr, flush=True)  # of the ticket before
         elif verb == "push":
             sender.push(ticket, int(rest[0]), 0, [3, 6])
@@ -124,8 +124,8 @@ def test_bytes_arrive_exactly(name, integrity):
         for layer in range(LAYOUT.layers):
             pair.ask(f"push {layer}")
         pair.ask("finish")
-        assert isinstance(pair.next_event(), inbound.Noted)
-        assert isinstance(pair.next_event(), inbound.Complete)
+        assert isinstance(pair.next_event(), facts.Noted)
+        assert isinstance(pair.next_event(), facts.Complete)
         for layer in range(LAYOUT.layers):
             assert pair.destination.block(layer, 5) == source.block(layer, 3)
             assert pair.destination.block(layer, 2) == source.block(layer, 6)
@@ -138,8 +138,8 @@ def test_a_cancel_at_the_receiver_quiesces(pair):
     pair.grant()
     pair.ask("push 0")
     pair.receiver.cancel(TICKET, TercetError("gone"))
-    assert isinstance(pair.next_event(), inbound.ReceiveFailed)
-    assert isinstance(pair.next_event(), inbound.Quiesced)
+    assert isinstance(pair.next_event(), facts.ReceiveFailed)
+    assert isinstance(pair.next_event(), facts.Quiesced)
     pair.destination.view[:] = bytes(len(pair.destination.view))
     pair.ask("push 1")
     time.sleep(0.2)
@@ -151,22 +151,22 @@ def test_a_link_carries_on_after_a_cancel(pair):
     pair.grant()
     pair.receiver.cancel(TICKET, TercetError("gone"))
     pair.ask("push 0")
-    assert isinstance(pair.next_event(), inbound.ReceiveFailed)
-    assert isinstance(pair.next_event(), inbound.Quiesced)
+    assert isinstance(pair.next_event(), facts.ReceiveFailed)
+    assert isinstance(pair.next_event(), facts.Quiesced)
     pair.grant(attempt=1)
     for layer in range(LAYOUT.layers):
         pair.ask(f"push {layer}")
     pair.ask("finish")
-    assert isinstance(pair.next_event(), inbound.Noted)
-    assert isinstance(pair.next_event(), inbound.Complete)
+    assert isinstance(pair.next_event(), facts.Noted)
+    assert isinstance(pair.next_event(), facts.Complete)
 
 
 def test_a_killed_sender_quiesces(pair):
     pair.grant()
     pair.ask("push 0")
     pair.sender.kill()
-    assert isinstance(pair.next_event(), inbound.ReceiveFailed)
-    assert isinstance(pair.next_event(), inbound.Quiesced)
+    assert isinstance(pair.next_event(), facts.ReceiveFailed)
+    assert isinstance(pair.next_event(), facts.Quiesced)
 
 
 def test_a_connected_pair_idles(pair):
@@ -186,8 +186,8 @@ def test_nothing_lands_after_the_fence(pair):
     pair.sender.send_signal(signal.SIGSTOP)
     for peer in list(pair.receiver._peers.values()):
         peer.shutdown()
-    assert isinstance(pair.next_event(), inbound.ReceiveFailed)
-    assert isinstance(pair.next_event(), inbound.Quiesced)
+    assert isinstance(pair.next_event(), facts.ReceiveFailed)
+    assert isinstance(pair.next_event(), facts.Quiesced)
     pair.destination.view[:] = bytes(len(pair.destination.view))
     pair.sender.send_signal(signal.SIGCONT)
     pair.ask("push 1")

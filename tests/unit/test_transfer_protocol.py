@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,10 +12,22 @@ from hypothesis import strategies as st
 from tercet.core import Ticket
 from tercet.errors import LeaseExpired, ProtocolViolation, TransferError
 from tercet.transfer.memory.layout import KvLayout, Pair
-from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol import facts, inbound, outbound
 from tercet.transfer.protocol.effects import Cut, Send
 from tercet.transfer.protocol.fake import LAYERS, FakeLink
-from tercet.transfer.protocol.messages import MAX_NOTE, Grant, Heartbeat, Offer, Resend, Written
+from tercet.transfer.protocol.incoming import Terms
+from tercet.transfer.protocol.messages import (
+    MAX_NOTE,
+    Abort,
+    AbortAck,
+    Data,
+    Grant,
+    Heartbeat,
+    Offer,
+    Release,
+    Resend,
+    Written,
+)
 
 TICKETS = [Ticket(f"r{n}", 0, 1) for n in range(3)]
 SOURCE = {t: [10 * n, 10 * n + 1] for n, t in enumerate(TICKETS)}
@@ -41,11 +54,11 @@ def check_facts(link: FakeLink) -> None:
     counts = Counter((type(e).__module__, type(e).__name__, e.ticket) for e in link.events)
     assert all(n == 1 for n in counts.values()), counts
     for ticket in TICKETS:
-        received = {type(e) for e in link.events if e.ticket == ticket and type(e).__module__ == inbound.__name__}
-        if inbound.Complete in received:
-            assert received == {inbound.Noted, inbound.Complete}
+        received = {type(e) for e in link.events if e.ticket == ticket and isinstance(e, facts.ReceiveEvent)}
+        if facts.Complete in received:
+            assert received == {facts.Noted, facts.Complete}
         elif received:
-            assert received - {inbound.Noted} == {inbound.ReceiveFailed, inbound.Quiesced}
+            assert received - {facts.Noted} == {facts.ReceiveFailed, facts.Quiesced}
 
 
 @pytest.mark.parametrize("one_sided", [True, False])
@@ -62,8 +75,8 @@ def test_without_faults_every_ticket_completes(one_sided):
         link.finish(ticket)
     while choices := link.choices():
         choices[0]()
-    assert sum(isinstance(e, inbound.Complete) for e in link.events) == 3
-    assert sum(isinstance(e, outbound.OpDone) for e in link.events) == 3
+    assert sum(isinstance(e, facts.Complete) for e in link.events) == 3
+    assert sum(isinstance(e, facts.OpDone) for e in link.events) == 3
     check_facts(link)
 
 
@@ -72,7 +85,7 @@ def actions(link: FakeLink, pushed: dict[Ticket, int]) -> list:
     moves = list(link.choices())
     for ticket in TICKETS:
         events = {type(e) for e in link.events if e.ticket == ticket}
-        if outbound.Granted in events and ticket in link.reading and pushed.get(ticket, 0) <= LAYERS:
+        if facts.Granted in events and ticket in link.reading and pushed.get(ticket, 0) <= LAYERS:
             moves.append(lambda t=ticket: advance(link, t, pushed))
     return moves
 
@@ -130,7 +143,7 @@ def test_reordered_and_duplicated_messages_alone_fail_nothing(one_sided, choices
             choices.choice(moves)()
     while moves := actions(link, pushed):
         moves[0]()
-    assert sum(isinstance(e, inbound.Complete) for e in link.events) == len(TICKETS)
+    assert sum(isinstance(e, facts.Complete) for e in link.events) == len(TICKETS)
     check_facts(link)
 
 
@@ -148,7 +161,7 @@ def strike(link: FakeLink, name: str, number: int) -> None:
 
 
 PAIR = Pair(*[KvLayout(1, 8, 16, kv_heads=1, head_dim=8, dtype="float32")] * 2)
-TERMS = inbound.Terms(PAIR, one_sided=True, fenceable=False)
+TERMS = Terms(PAIR, one_sided=True, fenceable=False)
 
 
 def test_an_offer_that_fits_no_memory_fails_by_name():
@@ -156,12 +169,12 @@ def test_an_offer_that_fits_no_memory_fails_by_name():
     machine = inbound.Inbound(epoch=1, lease_s=1.0)
     machine.admit(TICKETS[0], 0, [3], now=0.0)
     effects = machine.on_message("peer", TERMS, Offer(TICKETS[0], 1 << 60), 0.0)
-    assert [type(e) for e in effects] == [inbound.ReceiveFailed, Send, inbound.Quiesced]
+    assert [type(e) for e in effects] == [facts.ReceiveFailed, Send, facts.Quiesced]
 
 
 def test_a_resend_before_the_grant_fails_by_name():
     machine = outbound.Outbound(lease_s=1.0)
-    machine.open(TICKETS[0], "peer", PAIR, 16, deadline=9.0, now=0.0)
+    machine.open(TICKETS[0], {"peer": PAIR}, 16, deadline=9.0, now=0.0)
     effects = machine.on_message("peer", Resend(TICKETS[0], 1, 0, 0), 0.0)
     assert "before any was granted" in str(effects[0].error)
     assert machine.live() == []
@@ -180,7 +193,7 @@ def written(num_bytes):
 def granted_outbound(lease_s=10.0):
     """Two units of one layer are granted, at the time 0."""
     machine = outbound.Outbound(lease_s)
-    machine.open(TICKETS[0], "peer", PAIR, 32, deadline=99.0, now=0.0)
+    machine.open(TICKETS[0], {"peer": PAIR}, 32, deadline=99.0, now=0.0)
     machine.on_message("peer", Grant(TICKETS[0], 0, [5, 6]), 0.0)
     return machine
 
@@ -193,7 +206,7 @@ def granted_inbound(lease_s=10.0):
 
 
 def failure(effects):
-    return next(e.error for e in effects if isinstance(e, inbound.ReceiveFailed | outbound.SendFailed))
+    return next(e.error for e in effects if isinstance(e, facts.ReceiveFailed | facts.SendFailed))
 
 
 @pytest.mark.parametrize("pushed", [[], [(0, [3])], [(1, [4])]])
@@ -201,7 +214,7 @@ def test_a_prefill_worker_ends_no_handover_that_is_not_whole(pushed):
     machine = granted_outbound()
     for first, blocks in pushed:
         machine.push(TICKETS[0], 0, first, blocks)
-        machine.end_write(machine.next_write("peer"), 0.0)
+        machine.end_write("peer", machine.next_write("peer"), 0.0)
     error = failure(machine.finish(TICKETS[0], b"note", 0.0))
     assert isinstance(error, TransferError)
     assert f"{len(pushed) * PAIR.unit_bytes} KV bytes were written, {2 * PAIR.unit_bytes} were granted" in str(error)
@@ -261,7 +274,7 @@ def test_a_ticket_that_waits_for_a_busy_link_advances_with_it():
     """Another request's layers go first, for longer than a lease."""
     machine = granted_outbound()
     other = Ticket("urgent", 0, 1)
-    machine.open(other, "peer", PAIR, 16 * 99, deadline=1.0, now=0.0)
+    machine.open(other, {"peer": PAIR}, 16 * 99, deadline=1.0, now=0.0)
     machine.on_message("peer", Grant(other, 0, list(range(10, 109))), 0.0)
     machine.push(TICKETS[0], 0, 0, [3, 4])
     for now in range(1, 40):
@@ -270,7 +283,7 @@ def test_a_ticket_that_waits_for_a_busy_link_advances_with_it():
         write = machine.next_write("peer")
         assert write.ticket == other
         assert machine.tick(float(now)) == []
-        machine.end_write(write, float(now))
+        machine.end_write("peer", write, float(now))
 
 
 def test_a_write_that_does_not_end_fails_its_ticket_and_is_then_cut_off():
@@ -282,10 +295,10 @@ def test_a_write_that_does_not_end_fails_its_ticket_and_is_then_cut_off():
         machine.on_message("peer", Heartbeat([TICKETS[0]], [0]), float(now))
         seen += [(now, type(e)) for e in machine.tick(float(now), computed=now)]
     kinds = [kind for _, kind in seen]
-    assert kinds[0] is outbound.SendFailed
+    assert kinds[0] is facts.SendFailed
     assert Cut in kinds
-    assert outbound.OpDone not in kinds  # its source is still being read
-    assert [type(e) for e in machine.end_write(write, 40.0)] == [Send, outbound.OpDone]
+    assert facts.OpDone not in kinds  # its source is still being read
+    assert [type(e) for e in machine.end_write("peer", write, 40.0)] == [Send, facts.OpDone]
 
 
 def test_a_unit_that_is_lost_fails_its_ticket_a_lease_after_the_written():
@@ -297,3 +310,124 @@ def test_a_unit_that_is_lost_fails_its_ticket_a_lease_after_the_written():
     machine.on_message("peer", TERMS, Heartbeat([TICKETS[0]], [1]), 14.0)
     machine.on_message("peer", TERMS, Heartbeat([TICKETS[0]], [1]), 15.5)
     assert "has not advanced" in str(failure(machine.tick(15.5)))
+
+
+# ---- several sources of one ticket
+
+
+def part(**held):
+    """Two layers of two heads, of which a worker holds `held`."""
+    base = {"layers": 2, "blocks": 8, "block_size": 16, "kv_heads": 2, "head_dim": 8, "dtype": "float32"}
+    return KvLayout(**(base | {"model_layers": 2} | held))
+
+
+WHOLE = part()
+LEFT, RIGHT = (part(tp_size=2, tp_rank=rank) for rank in (0, 1))
+LOWER, UPPER = (part(layers=1, first_layer=first) for first in (0, 1))
+
+
+def terms_of(layout, one_sided=True):
+    return Terms(Pair(layout, WHOLE), one_sided, fenceable=False)
+
+
+def opened_by(*layouts, sources=2, one_sided=True):
+    """A ticket of one block, offered by each layout in turn. -> the machine and the effects of the last OFFER."""
+    machine = inbound.Inbound(epoch=1, lease_s=10.0)
+    effects = machine.admit(TICKETS[0], 0, [5], 0.0, sources)
+    for number, layout in enumerate(layouts):
+        effects = machine.on_message(number, terms_of(layout, one_sided), Offer(TICKETS[0], 1), 0.0)
+    return machine, effects
+
+
+def land(machine, number, layout, note=b""):
+    """All that the source `number` has lands, and it says so."""
+    pair = Pair(layout, WHOLE)
+    data = Data(TICKETS[0], pair.layers.start, len(pair.layers), 0, 1, 0, False, b"")
+    assert machine.begin_landing(number, data) is not None
+    effects = machine.end_landing(number, data, np.ones((len(pair.layers), 1), dtype=bool), 1.0)
+    message = Written(TICKETS[0], len(pair.layers) * pair.unit_bytes, 0.5, note)
+    return effects + machine.on_message(number, terms_of(layout), message, 1.0)
+
+
+@pytest.mark.parametrize("layouts", [(LEFT, RIGHT), (LOWER, UPPER), (UPPER, LOWER)])
+def test_a_ticket_with_two_sources_is_complete_when_both_stand(layouts):
+    machine, effects = opened_by(*layouts)
+    assert effects == [Send(1, Grant(TICKETS[0], 0, [5]))]
+    assert land(machine, 1, layouts[1]) == []
+    effects = land(machine, 0, layouts[0], b"note")
+    num_bytes = 2 * WHOLE.block_bytes
+    assert effects == [
+        facts.Noted(TICKETS[0], b"note"),
+        facts.Complete(TICKETS[0], num_bytes, 0.5),
+        Send(0, Release(TICKETS[0])),
+        Send(1, Release(TICKETS[0])),
+    ]
+    assert machine.live() == []
+
+
+@pytest.mark.parametrize(
+    ("layouts", "named"),
+    [
+        ((LEFT, LEFT), "of layers 0 to 1, heads 0 to 0 come from several sources"),
+        ((WHOLE, UPPER), "of layers 1 to 1, heads 0 to 1 come from several sources"),
+        ((LOWER, part(layers=1, first_layer=1, tp_size=2)), "of layers 1 to 1, heads 1 to 1 come from no source"),
+    ],
+)
+def test_sources_that_cannot_make_it_whole_fail_it_at_once_by_name(layouts, named):
+    machine, effects = opened_by(*layouts)
+    assert named in str(failure(effects))
+    assert [e.peer for e in effects if isinstance(e, Send)] == [0, 1]  # an ABORT each
+    assert machine.live() == TICKETS[:1]  # the first was granted
+    assert facts.Quiesced(TICKETS[0]) in machine.on_message(0, TERMS, AbortAck(TICKETS[0]), 0.0)
+
+
+def test_a_source_too_many_is_sent_away_by_name_and_hurts_nobody():
+    machine, effects = opened_by(LEFT, RIGHT, WHOLE)
+    ((peer, abort),) = [(e.peer, e.message) for e in effects]
+    assert (peer, abort.reason) == (2, "2 sources of r0 are here already")
+    land(machine, 0, LEFT, b"note")
+    assert any(isinstance(e, facts.Complete) for e in land(machine, 1, RIGHT))
+
+
+def test_a_source_that_never_comes_fails_the_ticket_by_name():
+    machine, _ = opened_by(LEFT)
+    for now in (4.0, 8.0, 12.0):
+        machine.on_message(0, TERMS, Heartbeat([TICKETS[0]], [int(now)]), now)
+    assert "no word of r0 from 1 of its 2 sources" in str(failure(machine.tick(12.0)))
+
+
+def test_a_failed_ticket_is_quiet_when_every_source_is():
+    machine, _ = opened_by(LEFT, RIGHT)
+    effects = machine.peer_down(1)
+    assert [(type(e.message), e.peer) for e in effects if isinstance(e, Send)] == [(Abort, 0), (Abort, 1)]
+    assert machine.peer_dead(1) == []
+    assert machine.heartbeats() == [effects[1]]  # only the source that may still write is asked again
+    assert machine.on_message(0, TERMS, AbortAck(TICKETS[0]), 0.0) == [facts.Quiesced(TICKETS[0])]
+
+
+def test_two_notes_fail_the_ticket():
+    machine, _ = opened_by(LEFT, RIGHT)
+    land(machine, 0, LEFT, b"note")
+    assert "two sources of r0 came with a note" in str(failure(land(machine, 1, RIGHT, b"another")))
+
+
+def test_a_source_that_is_done_sees_the_other_one_advance():
+    """Else it would fail the handover, though all that it waits for is a slow second half of the model."""
+    machine, _ = opened_by(LOWER, UPPER)
+    land(machine, 0, LOWER, b"note")
+    marks = []
+    for now in (4.0, 8.0, 12.0, 16.0):
+        machine.on_message(1, TERMS, Heartbeat([TICKETS[0]], [int(now)]), now)
+        machine.on_message(0, TERMS, Heartbeat([TICKETS[0]], [1]), now)
+        assert machine.tick(now) == []
+        marks.append({e.peer: e.message.marks[0] for e in machine.heartbeats()})
+    assert [m[0] for m in marks] == sorted({m[0] for m in marks})
+    assert len({m[1] for m in marks}) == 1  # its own word is no news to the second
+
+
+def test_a_resumed_handover_counts_what_every_source_has_brought():
+    machine, _ = opened_by(LEFT, RIGHT)
+    land(machine, 0, LEFT)
+    machine.peer_down(0)
+    machine.peer_down(1)
+    assert facts.Quiesced(TICKETS[0], 0) in machine.peer_dead(1)  # the other half of the block is not here

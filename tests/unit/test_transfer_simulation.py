@@ -13,12 +13,15 @@ from collections.abc import Callable
 import pytest
 
 from tercet.core import Ticket
-from tercet.transfer.protocol import inbound, outbound
+from tercet.transfer.protocol import facts
 from tercet.transfer.protocol.arrivals import Arrivals
+from tercet.transfer.protocol.effects import Send
 from tercet.transfer.protocol.fake import LAYERS, FakeLink, Move
 from tercet.transfer.protocol.inbound import Inbound
+from tercet.transfer.protocol.incoming import Incoming
 from tercet.transfer.protocol.messages import AbortAck, Written
 from tercet.transfer.protocol.outbound import Outbound
+from tercet.transfer.protocol.outgoing import Outgoing
 
 SEEDS = 3000
 STEPS = 120
@@ -59,7 +62,7 @@ class Simulation:
 
     def moves(self) -> list[Move]:
         moves = [m for m in self.link.choices() if not (self.writer_stopped and self._is_writers(m))]
-        granted = {e.ticket for e in self.link.events if isinstance(e, outbound.Granted)}
+        granted = {e.ticket for e in self.link.events if isinstance(e, facts.Granted)}
         computing = [t for t in self.link.reading if t in granted - self.stalled and self.pushed[t] <= LAYERS]
         moves += [lambda t=t: self.advance(t) for t in computing]
         moves += [lambda t=t: self.open(t) for t in self.to_open]
@@ -126,7 +129,7 @@ class Simulation:
             self.link.pass_time(4.0, heartbeats=True)
         while choices := self.link.choices():
             choices[0]()
-        ended = {e.ticket for e in self.link.events if isinstance(e, inbound.Complete | inbound.ReceiveFailed)}
+        ended = {e.ticket for e in self.link.events if isinstance(e, facts.Complete | facts.ReceiveFailed)}
         assert ended == set(self.tickets), "a ticket hangs"
         assert self.link.reading == {}, "leaked source blocks"
         self.link.prefill_dies()
@@ -140,11 +143,11 @@ class Simulation:
         counts = Counter((type(e).__module__, type(e).__name__, e.ticket) for e in link.events)
         assert all(n == 1 for n in counts.values()), counts
         for ticket in self.tickets:
-            ours = {type(e) for e in link.events if e.ticket == ticket and type(e).__module__ == inbound.__name__}
-            complete, failed = {inbound.Complete} <= ours, {inbound.ReceiveFailed, inbound.Quiesced} <= ours
+            ours = {type(e) for e in link.events if e.ticket == ticket and isinstance(e, facts.ReceiveEvent)}
+            complete, failed = {facts.Complete} <= ours, {facts.ReceiveFailed, facts.Quiesced} <= ours
             assert complete != failed, f"{ticket} ended as {ours}"
         if not self.faults:
-            assert not any(isinstance(e, inbound.ReceiveFailed) for e in link.events)
+            assert not any(isinstance(e, facts.ReceiveFailed) for e in link.events)
 
 
 def failing_seed(seeds: int) -> int | None:
@@ -180,7 +183,7 @@ def test_every_kind_of_end_is_reached():
         simulation.run()
         seen.update(type(e).__name__ for e in simulation.link.events)
         seen["corrupt"] += simulation.link.inbound.corrupt
-        seen["resumable"] += sum(isinstance(e, inbound.Quiesced) and e.verified > 0 for e in simulation.link.events)
+        seen["resumable"] += sum(isinstance(e, facts.Quiesced) and e.verified > 0 for e in simulation.link.events)
     assert min(seen[k] for k in ("Complete", "Quiesced", "OpDone", "Released", "corrupt", "resumable")) > 20
 
 
@@ -190,10 +193,9 @@ def test_every_kind_of_end_is_reached():
 def frees_on_failure(_: Callable) -> Callable:
     """Blocks are reused while a remote writer may still write (SGLang 24527, 23020; vLLM PR 45357)."""
 
-    def settle(self, inbound_):
-        if self._tickets.pop(inbound_.ticket, None) is None:
-            return []
-        return [inbound.Quiesced(inbound_.ticket)]
+    def settle(self):
+        self.over = True
+        return [facts.Quiesced(self.ticket)]
 
     return settle
 
@@ -202,8 +204,8 @@ def frees_on_timeout(real: Callable) -> Callable:
     """A lease that ran out counts as proof."""
 
     def tick(self, now):
-        for ticket in [t for t in self._tickets.values() if t.expires < now]:
-            ticket.writer_done = True
+        for source in self.sources.values():
+            source.done = source.done or source.expires < now
         return real(self, now)
 
     return tick
@@ -213,7 +215,7 @@ def asserts_on_late_completion(real: Callable) -> Callable:
     """The engine crashes on a completion of a request that it has forgotten (vLLM 43226)."""
 
     def on_message(self, peer, message, now):
-        assert not hasattr(message, "ticket") or message.ticket in self._tickets, "unknown ticket"
+        assert not hasattr(message, "ticket") or message.ticket in self._joints, "unknown ticket"
         return real(self, peer, message, now)
 
     return on_message
@@ -222,9 +224,9 @@ def asserts_on_late_completion(real: Callable) -> Callable:
 def forgets_op_done_after_abort(real: Callable) -> Callable:
     """Source blocks leak when the peer aborts (vLLM 46283)."""
 
-    def fail(self, out, error, farewell):
-        effects = real(self, out, error, farewell)
-        return [e for e in effects if not isinstance(e, outbound.OpDone)] if isinstance(farewell, AbortAck) else effects
+    def fail(self, error, farewell):
+        effects = real(self, error, farewell)
+        return [e for e in effects if not isinstance(e, facts.OpDone)] if isinstance(farewell, AbortAck) else effects
 
     return fail
 
@@ -232,11 +234,10 @@ def forgets_op_done_after_abort(real: Callable) -> Callable:
 def op_done_while_writing(_: Callable) -> Callable:
     """Source blocks are reused while they are still being read."""
 
-    def settle(self, out):
-        out.pending.clear()
-        if self._tickets.pop(out.ticket, None) is None:
-            return []
-        return [outbound.OpDone(out.ticket)]
+    def settle(self):
+        self.pending.clear()
+        told, self.ended = self.ended, True
+        return [] if told else [facts.OpDone(self.ticket)]
 
     return settle
 
@@ -251,26 +252,26 @@ def acks_before_the_last_write(real: Callable) -> Callable:
 
     def on_message(self, peer, message, now):
         effects = real(self, peer, message, now)
-        if type(message).__name__ == "Abort" and not any(isinstance(e, outbound.Send) for e in effects):
-            effects.append(outbound.Send(peer, AbortAck(message.ticket)))
+        if type(message).__name__ == "Abort" and not any(isinstance(e, Send) for e in effects):
+            effects.append(Send(peer, AbortAck(message.ticket)))
         return effects
 
     return on_message
 
 
 def says_written_before_the_last_write(_: Callable) -> Callable:
-    def say(self, out, now):
-        if out.note is None:
+    def say(self, now):
+        if self.note is None:
             return []
-        written, out.note = Written(out.ticket, out.written_bytes, 0.0, out.note), None
-        return [outbound.Send(out.peer, written)]
+        written, self.note = Written(self.ticket, self.written_bytes, 0.0, self.note), None
+        return [Send(self.peer, written)]
 
     return say
 
 
 def ignores_digests(real: Callable) -> Callable:
-    def end_landing(self, data, good, now):
-        return real(self, data, None if good is None else good | True, now)
+    def end_landing(self, peer, data, good, now):
+        return real(self, peer, data, None if good is None else good | True, now)
 
     return end_landing
 
@@ -278,12 +279,12 @@ def ignores_digests(real: Callable) -> Callable:
 def obeys_a_duplicate_resend(real: Callable) -> Callable:
     """The same RESEND twice writes twice, and the second write may come after the blocks are free."""
 
-    def on_resend(self, out, asked):
-        effects = real(self, out, asked)
-        out.resent.clear()
+    def resend(self, asked, now):
+        effects = real(self, asked, now)
+        self.resent.clear()
         return effects
 
-    return on_resend
+    return resend
 
 
 def takes_a_duplicate_of_corrupt_data(real: Callable) -> Callable:
@@ -309,27 +310,31 @@ def counts_duplicates_as_landed(real: Callable) -> Callable:
 def takes_life_for_progress(_: Callable) -> Callable:
     """Heartbeats keep a ticket alive that nothing moves any more. Put into both sides, since each rescues the other."""
 
-    def on_heartbeat(self, peer, heartbeat, now):
-        for ticket in heartbeat.tickets:
-            if held := self._tickets.get(ticket):
-                held.expires = held.advanced = now + self._lease_s
-        return []
+    def heartbeat(self, mark, now):
+        self.expires = self.advanced = now + self.lease_s
 
-    return on_heartbeat
+    return heartbeat
+
+
+def takes_life_for_progress_too(_: Callable) -> Callable:
+    def heartbeat(self, source, mark, now):
+        source.expires = self._advanced = now + self._lease_s
+
+    return heartbeat
 
 
 MUTANTS = [
-    (Inbound, "_settle", frees_on_failure),
-    (Inbound, "tick", frees_on_timeout),
+    (Incoming, "_settle", frees_on_failure),
+    (Incoming, "tick", frees_on_timeout),
     (Outbound, "on_message", asserts_on_late_completion),
-    (Outbound, "_fail", forgets_op_done_after_abort),
-    (Outbound, "_settle", op_done_while_writing),
+    (Outgoing, "fail", forgets_op_done_after_abort),
+    (Outgoing, "_settle", op_done_while_writing),
     (Outbound, "peer_down", keeps_tickets_of_a_dead_peer),
     (Inbound, "peer_dead", keeps_tickets_of_a_dead_peer),
     (Outbound, "on_message", acks_before_the_last_write),
-    (Outbound, "_say_if_written", says_written_before_the_last_write),
+    (Outgoing, "_say_if_written", says_written_before_the_last_write),
     (Inbound, "end_landing", ignores_digests),
-    (Outbound, "_on_resend", obeys_a_duplicate_resend),
+    (Outgoing, "resend", obeys_a_duplicate_resend),
     (Arrivals, "begin", takes_a_duplicate_of_corrupt_data),
     (Arrivals, "end", counts_duplicates_as_landed),
 ]
@@ -342,6 +347,6 @@ def test_each_mutant_is_caught(cls, name, mutant, monkeypatch):
 
 
 def test_a_heartbeat_that_counts_as_progress_is_caught(monkeypatch):
-    for cls in (Inbound, Outbound):
-        monkeypatch.setattr(cls, "_on_heartbeat", takes_life_for_progress(cls._on_heartbeat))
+    monkeypatch.setattr(Outgoing, "heartbeat", takes_life_for_progress(Outgoing.heartbeat))
+    monkeypatch.setattr(Incoming, "heartbeat", takes_life_for_progress_too(Incoming.heartbeat))
     assert failing_seed(SEEDS) is not None

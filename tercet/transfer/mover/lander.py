@@ -14,7 +14,7 @@ from tercet.transfer.memory.layout import Pair, Units, runs_of
 from tercet.transfer.memory.pack import Bytes, Cells, Memory, Scratch, pieces_of
 from tercet.transfer.memory.region import Region
 from tercet.transfer.protocol.arrivals import Landing
-from tercet.transfer.protocol.inbound import Terms
+from tercet.transfer.protocol.incoming import Terms
 from tercet.transfer.protocol.messages import Data
 from tercet.transfer.transports.contract import Inlet
 
@@ -43,7 +43,7 @@ class Lander:
         if packed is not None:
             cells.scatter(packed)
         if landing.tail is not None:
-            Cells(pair.dst, self._memory, layers, landing.tail, pair.unit).zero()
+            Cells(pair.dst, self._memory, layers, landing.tail, pair.unit, pair.heads).zero()
         return good
 
     def _views(self, pair: Pair, layers: range, units: Units) -> Sequence[Memory]:

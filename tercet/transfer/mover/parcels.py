@@ -7,7 +7,7 @@ from tercet.transfer.memory.layout import Pair, runs_of
 from tercet.transfer.memory.pack import Bytes, Cells, Memory, Scratch, convert, pieces_of
 from tercet.transfer.memory.region import Region
 from tercet.transfer.protocol.messages import Data
-from tercet.transfer.protocol.outbound import Write
+from tercet.transfer.protocol.outgoing import Write
 from tercet.transfer.transports.contract import Parcel, Transport
 
 

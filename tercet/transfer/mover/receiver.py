@@ -7,63 +7,32 @@ called under that lock, in order, on a mover thread; it must be quick and must n
 from __future__ import annotations
 
 import os
-import secrets
 import select
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tercet.core import Ticket
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
-from tercet.transfer.links.channel import Channel, Mailbox, join_all
+from tercet.transfer.links.channel import Channel, join_all
 from tercet.transfer.links.wires import host_id, tune_tcp, vet_unix
 from tercet.transfer.memory.region import SCRATCH, Region
 from tercet.transfer.mover.acceptor import Acceptor
 from tercet.transfer.mover.lander import Lander
+from tercet.transfer.mover.prefill_peer import Link, PrefillPeer
 from tercet.transfer.protocol import proof
 from tercet.transfer.protocol.effects import Cut, Send
-from tercet.transfer.protocol.inbound import Complete, Inbound, InboundEffect, Noted, Quiesced, ReceiveFailed, Terms
+from tercet.transfer.protocol.facts import ReceiveEvent
+from tercet.transfer.protocol.inbound import Inbound
+from tercet.transfer.protocol.incoming import InboundEffect, Terms
 from tercet.transfer.protocol.messages import Data, Goodbye, Hello, Message, Probe, ProbeAck, Welcome, Written
-from tercet.transfer.transports.contract import STOP_S, Endpoint, Inlet, LinkContext, MoverConfig, Transport, pair_of
-
-ReceiveEvent = Noted | Complete | ReceiveFailed | Quiesced
-
-
-@dataclass(eq=False)
-class _Link:
-    """A data link of a pair."""
-
-    channel: Channel
-    inlet: Inlet
-    lander: Lander
-    thread: threading.Thread
-
-
-class _PrefillPeer:
-    """One prefill worker, connected."""
-
-    def __init__(self, transport: Transport, channel: Channel, terms: Terms, worker_id: str) -> None:
-        self.id = secrets.token_hex(16)
-        self.transport = transport
-        self.channel = channel
-        self.terms = terms
-        self.quiet_fd = os.eventfd(0)  # readable when the writer has said on a new connection that this one is over
-        self.mailbox = Mailbox(channel, worker_id)
-        self.thread = threading.current_thread()  # the reader of the control link
-        self.links: list[_Link] = []
-        self.over = False
-        self.said_goodbye = False
-
-    def shutdown(self) -> None:
-        self.channel.shutdown()
-        for link in list(self.links):
-            link.channel.shutdown()
+from tercet.transfer.transports.contract import STOP_S, Endpoint, LinkContext, MoverConfig, Transport, pair_of
 
 
 class KvReceiver:
@@ -82,7 +51,7 @@ class KvReceiver:
         self._on_event = on_event
         self._inbound = Inbound(epoch, config.lease_s)
         self._lock = threading.Lock()
-        self._peers: dict[str, _PrefillPeer] = {}  # pair id -> peer, until nothing of it can land any more
+        self._peers: dict[str, PrefillPeer] = {}  # pair id -> peer, until nothing of it can land any more
         self._acceptor = Acceptor(config, self._serve)
         self._stopping = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
@@ -95,9 +64,10 @@ class KvReceiver:
         threading.Thread(target=self._clock, name="kv-clock", daemon=True).start()
         return Endpoint(self._config.worker_id, self._epoch, host_id(), unix, tcp, list(self._transports))
 
-    def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int]) -> None:
+    def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int], sources: int = 1) -> None:
+        """Lease `blocks` to a ticket that so many senders will offer, each a part of the layers and heads held here."""
         with self._lock:
-            self._run(self._inbound.admit(ticket, first_block, blocks, time.monotonic()))
+            self._run(self._inbound.admit(ticket, first_block, blocks, time.monotonic(), sources))
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
         with self._lock:
@@ -166,7 +136,7 @@ class KvReceiver:
         else:
             tune_tcp(channel.sock)
         pair = pair_of(hello.layout, self._region.layout, transport, self._config.convert)
-        peer = _PrefillPeer(transport, channel, Terms(pair, transport.one_sided, transport.fenceable), hello.worker_id)
+        peer = PrefillPeer(transport, channel, Terms(pair, transport.one_sided, transport.fenceable), hello.worker_id)
         with self._lock:
             self._peers[peer.id] = peer
             for gone in hello.quiet:
@@ -182,7 +152,7 @@ class KvReceiver:
         finally:
             self._end(peer)
 
-    def _read_messages(self, peer: _PrefillPeer) -> None:
+    def _read_messages(self, peer: PrefillPeer) -> None:
         while True:
             message, payload = peer.channel.receive()
             if payload:
@@ -190,11 +160,11 @@ class KvReceiver:
             peer.said_goodbye = peer.said_goodbye or isinstance(message, Goodbye)
             self._take(peer, message)
 
-    def _take(self, peer: _PrefillPeer, message: Message) -> None:
+    def _take(self, peer: PrefillPeer, message: Message) -> None:
         with self._lock:
             self._run(self._inbound.on_message(peer, peer.terms, message, time.monotonic()))
 
-    def _end(self, peer: _PrefillPeer) -> None:
+    def _end(self, peer: PrefillPeer) -> None:
         """The pair is over: fail what it carried, then free it as soon as nothing can land any more."""
         with self._lock:
             peer.over = True  # no link joins it now
@@ -214,7 +184,7 @@ class KvReceiver:
             if fd is not None:
                 os.close(fd)
 
-    def _await_end(self, peer: _PrefillPeer) -> bool:
+    def _await_end(self, peer: PrefillPeer) -> bool:
         """Block until the process of the peer is dead or has said that it writes no more (True), or until this
         receiver stops (False)."""
         poller = select.poll()
@@ -233,7 +203,7 @@ class KvReceiver:
         if not transport.one_host:
             tune_tcp(channel.sock)
         inlet = transport.inlet(LinkContext(channel, self._region, self._config.lease_s))
-        link = _Link(channel, inlet, Lander(self._region, self._config.integrity), threading.current_thread())
+        link = Link(channel, inlet, Lander(self._region, self._config.integrity), threading.current_thread())
         with self._lock:
             joined = not peer.over
             if joined:
@@ -255,7 +225,7 @@ class KvReceiver:
         finally:
             peer.shutdown()
 
-    def _read_data(self, peer: _PrefillPeer, link: _Link) -> None:
+    def _read_data(self, peer: PrefillPeer, link: Link) -> None:
         while True:
             message, payload = link.channel.receive()
             if isinstance(message, Probe):
@@ -267,14 +237,14 @@ class KvReceiver:
             else:
                 raise ProtocolViolation(f"{type(message).__name__} on a data link")
 
-    def _land_probe(self, link: _Link, probe: Probe, payload: int) -> None:
+    def _land_probe(self, link: Link, probe: Probe, payload: int) -> None:
         if probe.num_bytes > SCRATCH:
             raise ProtocolViolation(f"a probe of {probe.num_bytes} bytes is over the limit of {SCRATCH}")
         start = self._region.layout.total_bytes
         link.inlet.land(link.channel, payload, [self._region.memory[start : start + probe.num_bytes]])
         link.channel.send(ProbeAck(probe.num_bytes))
 
-    def _land(self, peer: _PrefillPeer, link: _Link, data: Data, payload: int) -> None:
+    def _land(self, peer: PrefillPeer, link: Link, data: Data, payload: int) -> None:
         with self._lock:
             landing = self._inbound.begin_landing(peer, data)
         if landing is None:
@@ -285,9 +255,9 @@ class KvReceiver:
             good = link.lander.land(peer.terms, link.inlet, link.channel, data, payload, landing)
         finally:
             with self._lock:
-                self._run(self._inbound.end_landing(data, good, time.monotonic()))
+                self._run(self._inbound.end_landing(peer, data, good, time.monotonic()))
 
-    def _pass_over(self, peer: _PrefillPeer, link: _Link, data: Data, payload: int) -> None:
+    def _pass_over(self, peer: PrefillPeer, link: Link, data: Data, payload: int) -> None:
         """Let bytes go by that must not be placed: those on the channel here, those of a library by its inlet."""
         num_bytes = data.layers * data.count * peer.terms.pair.unit_bytes
         if num_bytes > self._region.layout.total_bytes:
@@ -306,10 +276,10 @@ class KvReceiver:
         """Carry effects out, in order; the lock is held."""
         for effect in effects:
             if isinstance(effect, Send):
-                assert isinstance(effect.peer, _PrefillPeer)
+                assert isinstance(effect.peer, PrefillPeer)
                 effect.peer.mailbox.post(effect.message)
             elif isinstance(effect, Cut):
-                assert isinstance(effect.peer, _PrefillPeer)
+                assert isinstance(effect.peer, PrefillPeer)
                 effect.peer.shutdown()
             else:
                 self._on_event(effect)

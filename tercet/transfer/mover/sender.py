@@ -18,26 +18,16 @@ from functools import partial
 from tercet.core import PairState, Ticket
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
 from tercet.transfer.links.channel import Channel, Mailbox, join_all
+from tercet.transfer.memory.layout import Pair
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.dialer import DecodePeer, Dialer
 from tercet.transfer.mover.parcels import Loader
-from tercet.transfer.protocol.effects import Cut, Send
+from tercet.transfer.protocol.effects import Cut, PeerKey, Send
+from tercet.transfer.protocol.facts import SendEvent
 from tercet.transfer.protocol.messages import Goodbye, Written
-from tercet.transfer.protocol.outbound import (
-    MAX_UNSEEN_WRITE,
-    MAX_WRITE,
-    Granted,
-    OpDone,
-    Outbound,
-    OutboundEffect,
-    Ready,
-    Released,
-    SendFailed,
-    Write,
-)
+from tercet.transfer.protocol.outbound import MAX_UNSEEN_WRITE, MAX_WRITE, Outbound
+from tercet.transfer.protocol.outgoing import OutboundEffect, Ready, Write
 from tercet.transfer.transports.contract import HANDSHAKE_S, STOP_S, MoverConfig, Outlet, Transport
-
-SendEvent = Granted | SendFailed | Released | OpDone
 
 
 class KvSender:
@@ -65,18 +55,24 @@ class KvSender:
 
     # ---- verbs, any thread
 
-    def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float, dial: bool = True) -> str:
-        """Offer a request to the decode worker at `endpoint`; connects first if need be, which may block for some
-        seconds, or raises PeerDown unless `dial`. deadline: time.monotonic(); of what waits to be written, the earliest
-        goes first. -> the transport's name. Raises PeerDown or PeerMismatch."""
-        peer = self._connect(endpoint, dial)
-        unseen = peer.transport.one_sided and not self._config.integrity
+    def open(
+        self, ticket: Ticket, endpoint: str | list[str], num_tokens: int, deadline: float, dial: bool = True
+    ) -> str:
+        """Offer a request to the decode worker at `endpoint`, or to those at several, which then hold a part of the
+        layers and heads each; connects first if need be, which may block for some seconds, or raises PeerDown unless
+        `dial`. deadline: time.monotonic(); of what waits to be written, the earliest goes first.
+        -> the transport's name, of several joined by "+". Raises PeerDown or PeerMismatch."""
+        endpoints = [endpoint] if isinstance(endpoint, str) else endpoint
+        peers = [self._connect(each, dial) for each in endpoints]
+        pairs: dict[PeerKey, Pair] = {peer: peer.pair for peer in peers}
+        unseen = all(peer.transport.one_sided for peer in peers) and not self._config.integrity
         most = MAX_UNSEEN_WRITE if unseen else MAX_WRITE
         with self._lock:
-            self._run(self._outbound.open(ticket, peer, peer.pair, num_tokens, deadline, time.monotonic(), most))
-            if peer.over:  # it broke between the two steps
-                self._run(self._outbound.peer_down(peer))
-        return peer.transport.name
+            self._run(self._outbound.open(ticket, pairs, num_tokens, deadline, time.monotonic(), most))
+            for peer in peers:
+                if peer.over:  # it broke between the two steps
+                    self._run(self._outbound.peer_down(peer))
+        return "+".join(sorted({peer.transport.name for peer in peers}))
 
     def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> None:
         """Prompt blocks from index `first` on stand complete in source `blocks` of `layer`."""
@@ -239,7 +235,7 @@ class KvSender:
     def _end_write(self, peer: DecodePeer, write: Write) -> Written | None:
         """-> the WRITTEN that is due behind this write. It follows on the write's link, whose reader is awake."""
         with self._lock:
-            effects = self._outbound.end_write(write, time.monotonic())
+            effects = self._outbound.end_write(peer, write, time.monotonic())
             due = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Written)]
             self._run([e for e in effects if not (isinstance(e, Send) and e.message in due)])
             peer.changed.notify_all()

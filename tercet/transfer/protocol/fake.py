@@ -20,13 +20,14 @@ import numpy as np
 from tercet.core import Ticket
 from tercet.errors import TercetError
 from tercet.transfer.memory.layout import KvLayout, Pair
-from tercet.transfer.protocol import inbound as receiving
-from tercet.transfer.protocol import outbound as sending
 from tercet.transfer.protocol.arrivals import Landing
 from tercet.transfer.protocol.effects import Cut, Send
-from tercet.transfer.protocol.inbound import Inbound, Terms
+from tercet.transfer.protocol.facts import Complete, OpDone, Quiesced
+from tercet.transfer.protocol.inbound import Inbound
+from tercet.transfer.protocol.incoming import InboundEffect, Terms
 from tercet.transfer.protocol.messages import Data, Message
-from tercet.transfer.protocol.outbound import Outbound, Write
+from tercet.transfer.protocol.outbound import Outbound
+from tercet.transfer.protocol.outgoing import OutboundEffect, Ready, Write
 
 LAYERS = 2
 LEASE_S = 10.0
@@ -66,7 +67,7 @@ class FakeLink:
     def open(self, ticket: Ticket, blocks: list[int]) -> None:
         self.reading[ticket] = blocks
         deadline = self.now + 60.0
-        self._sender(self.outbound.open(ticket, DECODE, self.terms.pair, len(blocks), deadline, self.now))
+        self._sender(self.outbound.open(ticket, {DECODE: self.terms.pair}, len(blocks), deadline, self.now))
 
     def push(self, ticket: Ticket, layer: int) -> None:
         self._sender(self.outbound.push(ticket, layer, 0, self.reading[ticket]))
@@ -120,7 +121,7 @@ class FakeLink:
         if not self.terms.one_sided or self.terms.fenceable:
             for write in list(self.writes):
                 self.writes.remove(write)
-                self._sender(self.outbound.end_write(write, self.now))
+                self._sender(self.outbound.end_write(DECODE, write, self.now))
             self._receiver(self.inbound.peer_dead(PREFILL))
         self._sender(self.outbound.peer_down(DECODE))
 
@@ -139,7 +140,7 @@ class FakeLink:
         self.to_prefill.clear()
         for write in list(self.writes):  # its socket is gone
             self.writes.remove(write)
-            self._sender(self.outbound.end_write(write, self.now))
+            self._sender(self.outbound.end_write(DECODE, write, self.now))
         self._sender(self.outbound.peer_down(DECODE))
 
     # ---- carrying things out
@@ -166,11 +167,11 @@ class FakeLink:
                 for layer in range(data.layer, data.layer + data.layers)
             ]
         )
-        self._receiver(self.inbound.end_landing(data, good, self.now))
+        self._receiver(self.inbound.end_landing(PREFILL, data, good, self.now))
 
     def _cut_landing(self, data: Data) -> None:
         self.landings = [landing for landing in self.landings if landing[0] is not data]
-        self._receiver(self.inbound.end_landing(data, None, self.now))
+        self._receiver(self.inbound.end_landing(PREFILL, data, None, self.now))
 
     def _begin_write(self) -> None:
         write = self.outbound.next_write(DECODE)
@@ -184,7 +185,7 @@ class FakeLink:
             self._place(write.ticket, write.layer, write.layers, write.index, list(write.dst.blocks))
         data = Data(write.ticket, write.layer, write.layers, write.index, write.src.count, write.resend, False, b"")
         self.to_decode.append(data)
-        self._sender(self.outbound.end_write(write, self.now))
+        self._sender(self.outbound.end_write(DECODE, write, self.now))
 
     def _place(self, ticket: Ticket, first_layer: int, layers: int, index: int, blocks: list[int]) -> None:
         for layer in range(first_layer, first_layer + layers):
@@ -196,37 +197,37 @@ class FakeLink:
                     self.flips -= 1
                     self.memory[layer, block] = "corrupt"
 
-    def _receiver(self, effects: list[receiving.InboundEffect]) -> None:
+    def _receiver(self, effects: list[InboundEffect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
                 self.to_prefill.append(effect.message)
-            elif isinstance(effect, receiving.Complete | receiving.Quiesced):
+            elif isinstance(effect, Complete | Quiesced):
                 self._freed(effect)
             elif isinstance(effect, Cut):
                 self.break_connection()
             else:
                 self.events.append(effect)
 
-    def _freed(self, effect: receiving.Complete | receiving.Quiesced) -> None:
+    def _freed(self, effect: Complete | Quiesced) -> None:
         """The decode worker reads the blocks of a complete ticket, and the verified ones of a failed one."""
         self.events.append(effect)
         blocks = self.granted[effect.ticket]
-        good = len(blocks) if isinstance(effect, receiving.Complete) else effect.verified
+        good = len(blocks) if isinstance(effect, Complete) else effect.verified
         for index, block in enumerate(blocks[:good]):
             for layer in range(LAYERS):
                 stands = self.memory.get((layer, block))
                 assert stands == _content(effect.ticket, layer, index), f"block {block} holds {stands}"
         self.leased = {b: t for b, t in self.leased.items() if t != effect.ticket}
 
-    def _sender(self, effects: list[sending.OutboundEffect]) -> None:
+    def _sender(self, effects: list[OutboundEffect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
                 self.to_decode.append(effect.message)
             elif isinstance(effect, Cut):
                 self.break_connection()
-            elif not isinstance(effect, sending.Ready):
+            elif not isinstance(effect, Ready):
                 self.events.append(effect)
-                if isinstance(effect, sending.OpDone):
+                if isinstance(effect, OpDone):
                     del self.reading[effect.ticket]
 
 

@@ -7,7 +7,7 @@ Two workers are a *pair*: one control link for messages, and data links that car
 
 Both are made while the link's HELLO and WELCOME pass; the WELCOME carries a `blob` for it. All methods raise PeerDown
 when the link breaks and ProtocolViolation on what makes no sense. `one_sided` says who places the bytes: if the writer
-does, only its word, its proven death or a fence can quiesce a ticket (transfer/protocol/inbound.py).
+does, only its word, its proven death or a fence can quiesce a ticket (transfer/protocol/incoming.py).
 """
 
 from __future__ import annotations
@@ -191,11 +191,6 @@ def pair_of(
     """What two layouts have to do with each other over a transport. Raises PeerMismatch."""
     ours, theirs = (side if isinstance(side, KvLayout) else layout_of(side) for side in (src, dst))
     pair = Pair(ours, theirs, convert)
-    if pair.layers != pair.dst.window or pair.heads != pair.dst.heads:
-        raise PeerMismatch(
-            f"the source holds layers {pair.layers} and heads {pair.heads} of the destination's {pair.dst.window} and "
-            f"{pair.dst.heads}; a request's KV comes from one worker"
-        )
     if pair.converts and not transport.packs:
         raise PeerMismatch(f"{transport.name} cannot change the dtype on the way; use tcp or shm")
     return pair

@@ -1,0 +1,44 @@
+"""What a receiver keeps of one prefill worker that is connected: its control link and its data links."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from dataclasses import dataclass
+
+from tercet.transfer.links.channel import Channel, Mailbox
+from tercet.transfer.mover.lander import Lander
+from tercet.transfer.protocol.incoming import Terms
+from tercet.transfer.transports.contract import Inlet, Transport
+
+
+@dataclass(eq=False)
+class Link:
+    """A data link of a pair."""
+
+    channel: Channel
+    inlet: Inlet
+    lander: Lander
+    thread: threading.Thread
+
+
+class PrefillPeer:
+    """One prefill worker, connected."""
+
+    def __init__(self, transport: Transport, channel: Channel, terms: Terms, worker_id: str) -> None:
+        self.id = secrets.token_hex(16)
+        self.transport = transport
+        self.channel = channel
+        self.terms = terms
+        self.quiet_fd = os.eventfd(0)  # readable when the writer has said on a new connection that this one is over
+        self.mailbox = Mailbox(channel, worker_id)
+        self.thread = threading.current_thread()  # the reader of the control link
+        self.links: list[Link] = []
+        self.over = False
+        self.said_goodbye = False
+
+    def shutdown(self) -> None:
+        self.channel.shutdown()
+        for link in list(self.links):
+            link.channel.shutdown()

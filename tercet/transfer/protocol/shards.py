@@ -1,0 +1,95 @@
+"""A ticket in several parts, heard as one: what the parts tell goes in, what their role hears comes out.
+
+    SendJoint      the parts of one source, one for each destination
+    ReceiveJoint   the parts of one destination, one for each rank, whose receivers lease the same blocks
+
+What all must do (grant, release, complete, become quiet) is told when the last has; what one is enough for (a failure,
+a note) with the first. A failure cancels the other parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from tercet.errors import TercetError
+from tercet.transfer.protocol.facts import (
+    Complete,
+    Granted,
+    Noted,
+    OpDone,
+    Quiesced,
+    ReceiveEvent,
+    ReceiveFailed,
+    Released,
+    SendEvent,
+    SendFailed,
+)
+
+Part = Hashable
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Give the ticket up at this part too."""
+
+    part: Part
+    error: TercetError
+
+
+class SendJoint:
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.parts = list(parts)  # that are not done
+        self._first_blocks: dict[Part, int | None] = dict.fromkeys(self.parts)  # part -> of its grant
+        self._unreleased = set(self.parts)
+        self._failed = False
+
+    def take(self, part: Part, event: SendEvent) -> list[SendEvent | Cancel]:
+        match event:
+            case Granted(ticket, first_block):
+                self._first_blocks[part] = first_block
+                granted = [first for first in self._first_blocks.values() if first is not None]
+                return [Granted(ticket, min(granted))] if len(granted) == len(self._first_blocks) else []
+            case Released():
+                self._unreleased.discard(part)
+                return [] if self._unreleased else [event]
+            case SendFailed(_, error) if not self._failed:
+                self._failed = True
+                return [event, *(Cancel(other, error) for other in self.parts if other != part)]
+            case OpDone():
+                self.parts.remove(part)
+                return [] if self.parts else [event]
+        return []
+
+
+class ReceiveJoint:
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._waiting = list(parts)  # for Complete or Quiesced
+        self._complete: list[Complete] = []
+        self._verified: list[int] = []  # blocks of each part that failed
+        self._failed = self._noted = False
+
+    def take(self, part: Part, event: ReceiveEvent) -> list[ReceiveEvent | Cancel]:
+        match event:
+            case Noted() if not self._noted:
+                self._noted = True
+                return [event]
+            case ReceiveFailed(_, error) if not self._failed:
+                self._failed = True
+                return [event, *(Cancel(other, error) for other in self._waiting if other != part)]
+            case Complete():
+                self._complete.append(event)
+                return self._settled(part, event)
+            case Quiesced(_, verified):
+                self._verified.append(verified)
+                return self._settled(part, event)
+        return []
+
+    def _settled(self, part: Part, event: Complete | Quiesced) -> list[ReceiveEvent | Cancel]:
+        self._waiting.remove(part)
+        if self._waiting:
+            return []
+        if self._failed:
+            return [Quiesced(event.ticket, min(self._verified))]
+        num_bytes, transfer_s = (sum(e.num_bytes for e in self._complete), max(e.transfer_s for e in self._complete))
+        return [Complete(event.ticket, num_bytes, transfer_s)]
