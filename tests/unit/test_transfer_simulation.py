@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from tercet.core import Ticket
-from tercet.transfer.protocol import facts
+from tercet.transfer.protocol import facts, incoming
 from tercet.transfer.protocol.arrivals import Arrivals
 from tercet.transfer.protocol.effects import Send
 from tercet.transfer.protocol.fake import LAYERS, FakeLink, Move
@@ -22,33 +22,40 @@ from tercet.transfer.protocol.incoming import Incoming
 from tercet.transfer.protocol.messages import AbortAck, Written
 from tercet.transfer.protocol.outbound import Outbound
 from tercet.transfer.protocol.outgoing import Outgoing
+from tercet.transfer.protocol.shards import Cancel, ReceiveJoint, SendJoint
 
 SEEDS = 3000
+SHAPES = {(1, 1): SEEDS, (2, 1): 1000, (1, 2): 1000, (2, 2): 1000}  # (sources, destinations) -> seeds
 STEPS = 120
 BLOCKS = 3  # of a prompt
 KINDS = [(False, True), (True, False), (True, True)]  # one_sided, fenceable: tcp, shm, nixl
 FAULTS = (
-    *("cancel_inbound", "cancel_outbound", "drop", "duplicate", "flip", "pass_time", "break", "stop", "death"),
-    *("lose_push", "stall"),
+    *("cancel_inbound", "cancel_outbound", "drop", "duplicate", "flip", "pass_time", "break", "stop"),
+    *("prefill_death", "decode_death", "lose_push", "stall"),
 )
 
 
 class Simulation:
-    """Requests come, are pushed and finished as a prefill worker would, over blocks that are scarce on both sides: a
+    """Requests come, are pushed and finished as prefill workers would, over blocks that are scarce on both sides: a
     block that is freed too early is soon somebody else's."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, shape: tuple[int, int] = (1, 1), overlap: bool = False) -> None:
+        """shape: how many sources a ticket has, and how many destinations. overlap: the sources hold the same head, and
+        nobody the others."""
         self.rng = random.Random(seed)
         one_sided, fenceable = self.rng.choice(KINDS)
-        self.link = FakeLink(one_sided=one_sided, fenceable=fenceable)
+        self.link = FakeLink(one_sided=one_sided, fenceable=fenceable, sources=shape[0], destinations=shape[1])
+        self.overlap = overlap
+        if overlap:
+            self.link.terms = {(s, d): self.link.terms[0, d] for s, d in self.link.pairs}
         # Two faults that meet now and then show more than many that end everything soon.
         rare_pair = ["flip", "duplicate"]
         self.faults = rare_pair if seed % 4 == 0 else self.rng.sample(FAULTS, self.rng.randint(0, 4))
-        self.strike_share = self.rng.choice([0.02, 0.08, 0.3])
+        self.strike_share = self.rng.choice([0.08, 0.15] if self.faults is rare_pair else [0.02, 0.08, 0.3])
         self.tickets: list[Ticket] = []
-        self.to_open: dict[Ticket, int] = {}  # ticket -> blocks that the destination has already
-        self.pushed: Counter[Ticket] = Counter()
-        self.writer_stopped = False
+        self.to_open: list[tuple[int, Ticket]] = []  # (source, ticket)
+        self.pushed: Counter[tuple[int, Ticket]] = Counter()  # layers, of (source, ticket)
+        self.stopped: set[int] = set()  # sources that write nothing for now
         self.stalled: set[Ticket] = set()  # their engine has lost them, while everybody lives
 
     def run(self) -> None:
@@ -61,44 +68,57 @@ class Simulation:
         self.check()
 
     def moves(self) -> list[Move]:
-        moves = [m for m in self.link.choices() if not (self.writer_stopped and self._is_writers(m))]
-        granted = {e.ticket for e in self.link.events if isinstance(e, facts.Granted)}
-        computing = [t for t in self.link.reading if t in granted - self.stalled and self.pushed[t] <= LAYERS]
-        moves += [lambda t=t: self.advance(t) for t in computing]
-        moves += [lambda t=t: self.open(t) for t in self.to_open]
+        moves = [m for m in self.link.choices() if self.link.writer_of(m) not in self.stopped]
+        for s in self.link.sources:
+            granted = {e.ticket for e in self.link.sent[s] if isinstance(e, facts.Granted)} - self.stalled
+            computing = [t for t in self.link.reading[s] if t in granted and self.pushed[s, t] <= LAYERS]
+            moves += [lambda s=s, t=t: self.advance(s, t) for t in computing]
+        moves += [lambda at=at: self.open(*at) for at in self.to_open]
         free = sorted(set(range(2 * BLOCKS)) - set(self.link.leased))
         if len(free) >= BLOCKS and len(self.tickets) < 8:
             moves.append(lambda: self.admit(free))
         return moves
 
-    def _is_writers(self, move: Move) -> bool:
-        return move == self.link._begin_write or getattr(move, "func", None) == self.link._end_write
-
     def admit(self, free: list[int]) -> None:
         ticket = Ticket(f"r{len(self.tickets)}", 0, 1)
         self.tickets.append(ticket)
         hits = self.rng.choice([0, 0, 1, BLOCKS])
-        self.to_open[ticket] = hits
+        self.to_open += [(s, ticket) for s in self.link.sources]
         self.link.admit(ticket, self.rng.sample(free, BLOCKS - hits), hits)
 
-    def open(self, ticket: Ticket) -> None:
-        del self.to_open[ticket]
+    def open(self, s: int, ticket: Ticket) -> None:
+        self.to_open.remove((s, ticket))
         number = self.tickets.index(ticket)
-        self.link.open(ticket, list(range(BLOCKS * number, BLOCKS * (number + 1))))
+        self.link.open(ticket, list(range(BLOCKS * number, BLOCKS * (number + 1))), s)
 
-    def advance(self, ticket: Ticket) -> None:
-        layer = self.pushed[ticket]
-        self.pushed[ticket] += 1
+    def advance(self, s: int, ticket: Ticket) -> None:
+        layer = self.pushed[s, ticket]
+        self.pushed[s, ticket] += 1
         if layer < LAYERS:
-            self.link.push(ticket, layer)
+            self.link.push(ticket, layer, s)
         else:
-            self.link.finish(ticket)
+            self.link.finish(ticket, s)
 
     def strike(self, fault: str) -> None:
+        s, d = self.rng.choice(self.link.pairs)
+        self.strike_anyone(fault, s, d)
+        if self.tickets:
+            self.strike_a_ticket(fault, self.rng.choice(self.tickets), s)
+
+    def strike_a_ticket(self, fault: str, ticket: Ticket, s: int) -> None:
+        match fault:
+            case "cancel_inbound":
+                self.link.cancel_inbound(ticket)
+            case "cancel_outbound":
+                self.link.cancel_outbound(ticket, s)
+            case "lose_push":
+                self.pushed[s, ticket] += 1
+            case "stall":
+                self.stalled.add(ticket)
+
+    def strike_anyone(self, fault: str, s: int, d: int) -> None:
         link, number = self.link, self.rng.randrange(1000)
         match fault:
-            case "cancel_inbound" | "cancel_outbound" if self.tickets:
-                getattr(link, fault)(self.rng.choice(self.tickets))
             case "drop" | "duplicate":
                 getattr(link, fault)(number)
             case "flip":
@@ -106,85 +126,100 @@ class Simulation:
             case "pass_time":
                 link.pass_time(number % 12, heartbeats=number % 3 > 0)
             case "stop":
-                self.writer_stopped = not self.writer_stopped
+                self.stopped ^= {s}
             case "break":
-                link.break_connection()
-            case "lose_push" if self.tickets:
-                self.pushed[self.rng.choice(self.tickets)] += 1
-            case "stall" if self.tickets:
-                self.stalled.add(self.rng.choice(self.tickets))
-            case "death":
-                link.prefill_dies()
-                link.decode_dies()
+                link.break_connection(s, d)
+            case "prefill_death":
+                link.prefill_dies(s)
+            case "decode_death":
+                link.decode_dies(d)
 
     def finish(self) -> None:
         """No more faults: everybody lives and says so. Whatever does not advance ends all the same; at last the
-        writer's end is proven."""
-        self.writer_stopped = False
+        writers' end is proven."""
+        self.stopped.clear()
         while not self.faults and (moves := self.moves()):
             moves[0]()
-        for _ in range(9):
+        for _ in range(9 * len(self.link.pairs)):  # the end of each is news to those that wait
             while choices := self.link.choices():
                 choices[0]()
             self.link.pass_time(4.0, heartbeats=True)
         while choices := self.link.choices():
             choices[0]()
-        ended = {e.ticket for e in self.link.events if isinstance(e, facts.Complete | facts.ReceiveFailed)}
+        ended = {e.ticket for e in self.link.received if isinstance(e, facts.Complete | facts.ReceiveFailed)}
         assert ended == set(self.tickets), "a ticket hangs"
-        assert self.link.reading == {}, "leaked source blocks"
-        self.link.prefill_dies()
-        self.link.decode_dies()
+        assert not any(self.link.reading), "leaked source blocks"
+        for s in self.link.sources:
+            self.link.prefill_dies(s)
 
     def check(self) -> None:
         """Each ticket ended once on each side; nothing is leased or read any more."""
         link = self.link
         assert link.leased == {}, "leaked blocks"
-        assert link.inbound.live() == link.outbound.live() == []
-        counts = Counter((type(e).__module__, type(e).__name__, e.ticket) for e in link.events)
-        assert all(n == 1 for n in counts.values()), counts
+        assert link.live() == []
+        for heard in (link.received, *link.sent):
+            counts = Counter((type(e), e.ticket) for e in heard)
+            assert all(n == 1 for n in counts.values()), counts
         for ticket in self.tickets:
-            ours = {type(e) for e in link.events if e.ticket == ticket and isinstance(e, facts.ReceiveEvent)}
+            ours = {type(e) for e in link.received if e.ticket == ticket}
             complete, failed = {facts.Complete} <= ours, {facts.ReceiveFailed, facts.Quiesced} <= ours
             assert complete != failed, f"{ticket} ended as {ours}"
+            assert facts.Noted in ours or not complete, f"{ticket} is complete without its note"
+        for sent in link.sent:
+            done = {e.ticket for e in sent if isinstance(e, facts.OpDone)}
+            assert not done & {e.ticket for e in sent[-1:] if not isinstance(e, facts.OpDone)}, "told after OpDone"
         if not self.faults:
-            assert not any(isinstance(e, facts.ReceiveFailed) for e in link.events)
+            failed = {e.ticket for e in link.received if isinstance(e, facts.ReceiveFailed)}
+            assert failed == set(self.tickets if self.overlap else ())
+            assert self.overlap or not any(isinstance(e, facts.SendFailed) for e in link.events)
 
 
-def failing_seed(seeds: int) -> int | None:
+def failing_seed(seeds: int, shape: tuple[int, int] = (1, 1), overlap: bool = False) -> int | None:
     for seed in range(seeds):
         try:
-            Simulation(seed).run()
+            Simulation(seed, shape, overlap).run()
         except (AssertionError, KeyError):
             return seed
     return None
 
 
-def test_no_interleaving_breaks_the_protocol():
-    for seed in range(SEEDS):
+@pytest.mark.parametrize(("shape", "seeds"), SHAPES.items(), ids=map(str, SHAPES))
+def test_no_interleaving_breaks_the_protocol(shape, seeds):
+    for seed in range(seeds):
         try:
-            Simulation(seed).run()
+            Simulation(seed, shape).run()
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
-def test_a_seed_replays_exactly():
-    first, second = Simulation(17), Simulation(17)
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_sources_that_overlap_complete_nothing(shape):
+    for seed in range(200):
+        simulation = Simulation(seed, shape, overlap=True)
+        simulation.run()
+        assert not any(isinstance(e, facts.Complete) for e in simulation.link.received), seed
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_seed_replays_exactly(shape):
+    first, second = Simulation(17, shape), Simulation(17, shape)
     first.run()
     second.run()
     assert list(map(repr, first.link.events)) == list(map(repr, second.link.events))  # errors know no equality
     assert first.link.memory == second.link.memory
 
 
-def test_every_kind_of_end_is_reached():
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kind_of_end_is_reached(shape):
     """The oracle would be worth little if, say, no seed ever fetched a block again."""
     seen: Counter[str] = Counter()
     for seed in range(400):
-        simulation = Simulation(seed)
+        simulation = Simulation(seed, shape)
         simulation.run()
         seen.update(type(e).__name__ for e in simulation.link.events)
-        seen["corrupt"] += simulation.link.inbound.corrupt
-        seen["resumable"] += sum(isinstance(e, facts.Quiesced) and e.verified > 0 for e in simulation.link.events)
-    assert min(seen[k] for k in ("Complete", "Quiesced", "OpDone", "Released", "corrupt", "resumable")) > 20
+        seen["corrupt"] += sum(inbound.corrupt for inbound in simulation.link.inbounds)
+        seen["resumable"] += sum(isinstance(e, facts.Quiesced) and e.verified > 0 for e in simulation.link.received)
+    assert min(seen[k] for k in ("Complete", "Quiesced", "OpDone", "Released", "corrupt", "resumable")) > 20, seen
 
 
 # ---- mutants: (where, method, what it does wrong)
@@ -350,3 +385,84 @@ def test_a_heartbeat_that_counts_as_progress_is_caught(monkeypatch):
     monkeypatch.setattr(Outgoing, "heartbeat", takes_life_for_progress(Outgoing.heartbeat))
     monkeypatch.setattr(Incoming, "heartbeat", takes_life_for_progress_too(Incoming.heartbeat))
     assert failing_seed(SEEDS) is not None
+
+
+# ---- the same of tickets with several sources or destinations
+
+
+def completes_with_the_first_shard(real: Callable) -> Callable:
+    def complete(self, now):
+        several, self._num_sources = self._num_sources, 1
+        standing = {peer: source for peer, source in self.sources.items() if source.stands}
+        every, self.sources = self.sources, dict(list(standing.items())[:1])
+        effects = real(self, now)
+        self.sources, self._num_sources = every, several
+        return effects
+
+    return complete
+
+
+def quiesces_with_the_first_source(_: Callable) -> Callable:
+    def settle(self):
+        if self.over or not any(source.quiet for source in self.sources.values()):
+            return []
+        self.over = True
+        return [facts.Quiesced(self.ticket)]
+
+    return settle
+
+
+def takes_any_part_for_a_whole(_: Callable) -> Callable:
+    return lambda pairs, all_here: None
+
+
+def tells_the_first(kind: type) -> Callable[[Callable], Callable]:
+    """What all parts must do is told when one has done it."""
+
+    def mutant(real: Callable) -> Callable:
+        def take(self, part, event):
+            if not isinstance(event, kind):
+                return real(self, part, event)
+            real(self, part, event)
+            first, self.told = not getattr(self, "told", False), True
+            return [event] if first else []
+
+        return take
+
+    return mutant
+
+
+def cancels_no_other_part(real: Callable) -> Callable:
+    def take(self, part, event):
+        return [e for e in real(self, part, event) if not isinstance(e, Cancel)]
+
+    return take
+
+
+def forgets_the_links_of_other_parts(real: Callable) -> Callable:
+    """Pushes reach the first destination only."""
+    return lambda self, ticket: real(self, ticket)[:1]
+
+
+SHARD_MUTANTS = [
+    (Incoming, "_complete_if_all_stand", completes_with_the_first_shard, (2, 1)),
+    (Incoming, "_settle", quiesces_with_the_first_source, (2, 1)),
+    (Incoming, "_settle", quiesces_with_the_first_source, (2, 2)),
+    (SendJoint, "take", tells_the_first(facts.OpDone), (1, 2)),
+    (SendJoint, "take", tells_the_first(facts.Granted), (1, 2)),
+    (SendJoint, "take", cancels_no_other_part, (1, 2)),
+    (Outbound, "_of", forgets_the_links_of_other_parts, (1, 2)),
+    (ReceiveJoint, "take", tells_the_first(facts.Complete), (1, 2)),
+    (ReceiveJoint, "take", tells_the_first(facts.Quiesced), (1, 2)),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "mutant", "shape"), SHARD_MUTANTS)
+def test_each_mutant_of_shards_is_caught(cls, name, mutant, shape, monkeypatch):
+    monkeypatch.setattr(cls, name, mutant(getattr(cls, name)))
+    assert failing_seed(SHAPES[shape], shape) is not None
+
+
+def test_an_overlapping_source_that_is_taken_is_caught(monkeypatch):
+    monkeypatch.setattr(incoming, "flaw", takes_any_part_for_a_whole(incoming.flaw))
+    assert failing_seed(200, (2, 1), overlap=True) is not None
