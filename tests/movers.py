@@ -1,7 +1,7 @@
 """A sender and a receiver of KV over real sockets, for the tests of the transports.
 
 As a program it is one writer in a process of its own, so that a test can kill or stop it:
-`python -m tests.movers TRANSPORT LEASE_S` reads commands, a JSON list a line, and prints events likewise.
+`python -m tests.movers TRANSPORT LEASE_S [LAYOUT]` reads commands, a JSON list a line, and prints events likewise.
 """
 
 from __future__ import annotations
@@ -124,6 +124,35 @@ class Pair(Receiving):
         self.source.close()
 
 
+class Sending:
+    """A prefill worker's mover, and a queue of its events."""
+
+    def __init__(self, transport: str, layout: KvLayout, number: int = 0, **changes: object) -> None:
+        self.region = Region(layout)
+        fill(self.region, 1 + number)
+        self.events: queue.Queue[Any] = queue.Queue()
+        name = f"prefill-{number}"
+        self.mover = KvSender(config(name, **changes), self.region, [CLASSES[transport]()], self.events.put)
+
+    def open(self, ticket: Ticket, receivers: list[Receiving], num_tokens: int) -> None:
+        endpoints = [receiver.endpoint for receiver in receivers]
+        self.mover.open(ticket, endpoints, num_tokens, time.monotonic() + 60)
+
+    def next(self, kind: type, seconds: float = 10.0) -> Any:
+        event = self.events.get(timeout=seconds)
+        assert isinstance(event, kind), event
+        return event
+
+    def push_all(self, ticket: Ticket, blocks: list[int], note: bytes = b"") -> None:
+        for layer in self.region.layout.window:
+            self.mover.push(ticket, layer, 0, blocks)
+        self.mover.finish(ticket, note)
+
+    def stop(self) -> None:
+        self.mover.stop()
+        self.region.close()
+
+
 class Flipping(Outlet):
     """Flips a bit of the next writes on their way, after their digests were taken. The cache stays as it is: another
     link may read the same block for the answer to a RESEND before this write has returned."""
@@ -187,7 +216,8 @@ def main() -> None:
     on.set()
     real = transport.outlet
     transport.outlet = lambda ask: _Halting(real(ask), on)  # type: ignore[method-assign]
-    region = Region(LAYOUT)
+    layout = KvLayout(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else LAYOUT
+    region = Region(layout)
     fill(region, 1)
 
     def tell(event: Any) -> None:
@@ -205,7 +235,7 @@ def main() -> None:
             if verb == "open":
                 sender.open(ticket, rest[1], rest[2], time.monotonic() + 60)
             elif verb == "push_all":
-                for layer in LAYOUT.window:
+                for layer in layout.window:
                     sender.push(ticket, layer, 0, rest[1])
                 sender.finish(ticket, NOTE)
         except TercetError as error:

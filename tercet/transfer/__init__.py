@@ -16,6 +16,9 @@
           │ <Released,OpDone─ │ <────────────RELEASE───────────── │                      │
      source blocks free
 
+A ticket may have several sources and several destinations, each with a part of the layers and heads: then every part
+has an exchange of its own, and both engines hear of one.
+
 Floors, held by import-linter, each imports only those behind it:
 
     mover       both ends, with their threads: sender and receiver, who dials and who accepts, loader and lander

@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from tercet.errors import TercetError
+from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.protocol import facts
 from tests.movers import CLASSES, LAYOUT, Receiving, fill, ticket_of
@@ -41,8 +43,9 @@ NETWORK = [
 class Writer:
     """tests/movers.py in a process of its own, behind the command `inside`, such as one that enters a namespace."""
 
-    def __init__(self, transport: str, *inside: str) -> None:
-        command = [*inside, sys.executable, "-m", "tests.movers", transport, str(LEASE_S)]
+    def __init__(self, transport: str, *inside: str, layout: KvLayout = LAYOUT) -> None:
+        arguments = [transport, str(LEASE_S), json.dumps(asdict(layout))]
+        command = [*inside, sys.executable, "-m", "tests.movers", *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.told: queue.Queue[list[Any]] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
