@@ -403,6 +403,14 @@ def test_a_failed_ticket_is_quiet_when_every_source_is():
     assert machine.on_message(0, TERMS, AbortAck(TICKETS[0]), 0.0) == [facts.Quiesced(TICKETS[0])]
 
 
+def test_a_source_that_comes_to_a_failed_ticket_is_told_why():
+    machine, _ = opened_by(LEFT)
+    machine.cancel(TICKETS[0], TransferError("gone"))
+    ((peer, abort),) = [(e.peer, e.message) for e in machine.on_message(1, terms_of(RIGHT), Offer(TICKETS[0], 1), 0.0)]
+    assert (peer, abort.reason) == (1, "gone")
+    assert machine.on_message(0, TERMS, AbortAck(TICKETS[0]), 0.0) == [facts.Quiesced(TICKETS[0])]
+
+
 def test_two_notes_fail_the_ticket():
     machine, _ = opened_by(LEFT, RIGHT)
     land(machine, 0, LEFT, b"note")

@@ -65,6 +65,7 @@ class KvSender:
         endpoints = [endpoint] if isinstance(endpoint, str) else endpoint
         peers = [self._connect(each, dial) for each in endpoints]
         pairs: dict[PeerKey, Pair] = {peer: peer.pair for peer in peers}
+        assert len(pairs) == len(peers), f"{ticket} was opened twice at one endpoint"
         unseen = all(peer.transport.one_sided for peer in peers) and not self._config.integrity
         most = MAX_UNSEEN_WRITE if unseen else MAX_WRITE
         with self._lock:

@@ -249,12 +249,13 @@ class Outgoing:
         if self.note is None or self.pending or self.writing:
             return []
         assert self.finished_at is not None
-        name, note, self.note = self.ticket.request_id, self.note, None
-        granted = self.granted_bytes if self.grant else 0
-        if self.written_bytes != granted:
-            counted = f"{self.written_bytes} KV bytes were written, {granted} were granted"
+        if self.written_bytes != self.granted_bytes:
+            counted = f"{self.written_bytes} KV bytes were written, {self.granted_bytes} were granted"
+            name = self.ticket.request_id
             return self.give_up(TransferError(f"the handover of {name} is not whole: {counted}"))
-        return [Send(self.peer, Written(self.ticket, granted, now - self.finished_at, note))]
+        written = Written(self.ticket, self.written_bytes, now - self.finished_at, self.note)
+        self.note = None
+        return [Send(self.peer, written)]
 
     def _settle(self) -> list[OutboundEffect]:
         """OpDone, and the proof for the receiver, once no write of the ticket is left."""
