@@ -172,10 +172,10 @@ class KvSender:
             threading.Thread(target=self._write_loop, args=(peer, *link), name="kv-link", daemon=True)
             for link in peer.links
         ]
-        with self._lock:
+        with self._lock:  # `stop` joins the threads of the peers that it finds
             self._peers[peer.endpoint] = peer
-        for thread in peer.threads:
-            thread.start()
+            for thread in peer.threads:
+                thread.start()
         threading.Thread(target=self._read_loop, args=(peer,), name="kv-read", daemon=True).start()
         return peer
 
