@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -120,16 +120,28 @@ class TokenEvent:
     at: float = field(default_factory=time.monotonic, compare=False)  # when this process had it
 
 
+STAGES = {  # in the order in which a request passes them; a stage's seconds are measured where it runs
+    "queue": "arrival at the prefill worker until its first chunk is scheduled",
+    "prefill": "first chunk scheduled until the first token is sampled",
+    "transfer": "first token sampled until every KV byte has landed and its digest holds",
+    "first_decode": "landed until the second token",
+}
+StageSeconds = tuple[tuple[str, float], ...]  # (stage, seconds)
+
+
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds that a request spent in each stage, measured where the stage runs, and what was moved for it."""
+    """What a request took in each stage that it has passed, and what was moved for it."""
 
-    queue_s: float = 0.0  # arrival at the prefill worker until its first chunk is scheduled
-    prefill_s: float = 0.0  # first chunk scheduled until the first token is sampled
-    transfer_s: float = 0.0  # first token sampled until every KV byte has landed and its digest holds
-    first_decode_s: float = 0.0  # landed until the second token
+    seconds: StageSeconds = ()  # each stage once
     kv_bytes: int = 0  # KV bytes that crossed from prefill to decode
     transport: str = ""  # shm, tcp; empty if nothing had to cross
+
+    def of(self, stage: str) -> float:
+        return dict(self.seconds).get(stage, 0.0)
+
+    def with_stage(self, stage: str, seconds: float) -> StageTimes:
+        return replace(self, seconds=(*self.seconds, (stage, seconds)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from tercet.core import Done, FinishReason, Load
+from tercet.core import STAGES, Done, FinishReason, Load
 from tercet.errors import TercetError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -29,7 +29,6 @@ _WORKER_COUNTERS = {  # field of Load -> help
     "transfer_refused": "Transfer connections turned away or cut off",
     "transfer_corrupt": "Units of KV that arrived with a wrong digest and were fetched again",
 }
-_STAGES = ("queue", "prefill", "transfer", "first_decode")
 
 
 class WorkerGauges(Collector):
@@ -113,7 +112,7 @@ class Metrics:
         self._failure = Counter("tercet_request_failure", "Failed requests, by error code", ["code"], registry=r)
         self._stages = {
             s: Histogram(f"tercet_request_{s}_time_seconds", f"Seconds in {s}", buckets=_REQUEST_S, registry=r)
-            for s in _STAGES
+            for s in STAGES
         }
 
     def watch_connections(self, opened: Callable[[], int], closed: Callable[[], Mapping[str, int]]) -> None:
@@ -128,7 +127,7 @@ class Metrics:
     def stages(self, done: Done) -> None:
         """Book what the workers measured of one finished generation."""
         for stage, histogram in self._stages.items():
-            histogram.observe(getattr(done.times, f"{stage}_s"))
+            histogram.observe(done.times.of(stage))
         self.cached_tokens.inc(done.cached_tokens)
         self.attempts.inc(done.attempts - 1)
         if done.times.kv_bytes:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from tercet.core import STAGES
 from tercet.placement.roles import Node, Placement, own_labels
 from tercet.spec import ClusterSpec
 from tercet.wire.listening import address
@@ -97,10 +98,7 @@ def timings_table(timings: Mapping[str, Any]) -> Table:
 
 
 _STAGES = (
-    ("queue", "queue_s"),
-    ("prefill", "prefill_s"),
-    ("transfer", "transfer_s"),
-    ("first decode", "first_decode_s"),
+    *((stage.replace("_", " "), f"{stage}_s") for stage in STAGES),
     ("TTFT (time to first token)", "ttft_s"),
     ("TPOT (time per output token)", "tpot_s"),
 )

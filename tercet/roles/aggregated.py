@@ -55,7 +55,9 @@ class Aggregated(Handler):
         scheduled = sequence.first_scheduled or now
         first = self._first_token_at.pop(active, now)
         return StageTimes(
-            queue_s=scheduled - sequence.arrived,
-            prefill_s=first - scheduled,
-            first_decode_s=self._first_decode_s.pop(active, 0.0),
+            (
+                ("queue", scheduled - sequence.arrived),
+                ("prefill", first - scheduled),
+                ("first_decode", self._first_decode_s.pop(active, 0.0)),
+            )
         )

@@ -27,6 +27,7 @@ class _Incoming:
     first: Sampled | None = None  # the noted token
     times: StageTimes = field(default_factory=StageTimes)
     joined_at: float | None = None
+    decoded: bool = False  # a token of its own is out
 
 
 class Decode(Handler):
@@ -116,9 +117,7 @@ class Decode(Handler):
             self._drop(incoming)
             return
         incoming.times = StageTimes(
-            queue_s=note.queue_s,
-            prefill_s=note.prefill_s,
-            transfer_s=complete.transfer_s,
+            (*note.stages, ("transfer", complete.transfer_s)),
             kv_bytes=complete.num_bytes,
             transport=note.transport if complete.num_bytes else "",
         )
@@ -152,8 +151,9 @@ class Decode(Handler):
                 del self._incoming[active.ticket]
                 self.legs.fail(active, item.error)
                 continue
-            if not incoming.times.first_decode_s:
-                incoming.times = replace(incoming.times, first_decode_s=now - incoming.joined_at)
+            if not incoming.decoded:
+                incoming.times = incoming.times.with_stage("first_decode", now - incoming.joined_at)
+                incoming.decoded = True
             active.stream.token(active.leg, item.token)
             if item.token.finish is not None:
                 self._finish(incoming, item)

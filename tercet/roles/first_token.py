@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 
 import msgpack
 
-from tercet.core import TopLogprobs
+from tercet.core import STAGES, StageSeconds, TopLogprobs
 from tercet.errors import ProtocolViolation
 
 
@@ -20,8 +20,7 @@ class FirstToken:
     logprob: float | None
     top_logprobs: TopLogprobs  # (token id, logprob), most likely first
     cached_tokens: int
-    queue_s: float
-    prefill_s: float
+    stages: StageSeconds  # that the request has passed, each once
     transport: str
 
     @property
@@ -41,16 +40,16 @@ class FirstToken:
         except (ValueError, msgpack.exceptions.UnpackException) as error:
             raise ProtocolViolation(f"a first token is no msgpack: {error}") from error
         match fields:
-            case [int(token_id), logprob, list(top), int(cached_tokens), queue_s, prefill_s, str(transport)] if (
+            case [int(token_id), logprob, list(top), int(cached_tokens), list(stages), str(transport)] if (
                 _is_count(token_id)
                 and (logprob is None or _is_logprob(logprob))
                 and all(map(_is_alternative, top))
                 and _is_count(cached_tokens)
-                and _is_seconds(queue_s)
-                and _is_seconds(prefill_s)
+                and all(map(_is_stage, stages))
+                and len({name for name, _ in stages}) == len(stages)
             ):
                 pairs = tuple((int(token), float(value)) for token, value in top)
-                return cls(token_id, logprob, pairs, cached_tokens, queue_s, prefill_s, transport)
+                return cls(token_id, logprob, pairs, cached_tokens, tuple(map(tuple, stages)), transport)
         raise ProtocolViolation(f"no first token: {fields!r:.200}")
 
 
@@ -66,5 +65,9 @@ def _is_alternative(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and _is_logprob(value[1])
 
 
-def _is_seconds(value: object) -> bool:
-    return type(value) is float and math.isfinite(value)
+def _is_stage(value: object) -> bool:
+    """Of a stage that is known, so that what is unknown here reaches no client."""
+    match value:
+        case [str(name), float(seconds)]:
+            return name in STAGES and math.isfinite(seconds)
+    return False

@@ -182,8 +182,10 @@ class Prefill(Handler):
             logprob=token.logprob,
             top_logprobs=token.top_logprobs,
             cached_tokens=sequence.cached_tokens,
-            queue_s=scheduled - (outgoing.arrived if outgoing else scheduled),
-            prefill_s=time.monotonic() - scheduled,
+            stages=(
+                ("queue", scheduled - (outgoing.arrived if outgoing else scheduled)),
+                ("prefill", time.monotonic() - scheduled),
+            ),
             transport=outgoing.transport if outgoing else "",
         )
         return first.encode()

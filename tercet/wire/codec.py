@@ -119,30 +119,19 @@ def token_from_proto(token: pb.Token) -> TokenEvent:
 
 def done_to_proto(done: Done) -> pb.Finished:
     times = done.times
-    finished = pb.Finished(
+    return pb.Finished(
         finish_reason=done.finish_reason.value,
+        stop_token_id=done.stop_token_id,
         cached_tokens=done.cached_tokens,
-        queue_s=times.queue_s,
-        prefill_s=times.prefill_s,
-        transfer_s=times.transfer_s,
-        first_decode_s=times.first_decode_s,
+        stages=[pb.Stage(name=name, seconds=seconds) for name, seconds in times.seconds],
         kv_bytes=times.kv_bytes,
         transport=times.transport,
     )
-    if done.stop_token_id is not None:
-        finished.stop_token_id = done.stop_token_id
-    return finished
 
 
 def done_from_proto(message: pb.Finished) -> Done:
-    times = StageTimes(
-        message.queue_s,
-        message.prefill_s,
-        message.transfer_s,
-        message.first_decode_s,
-        message.kv_bytes,
-        message.transport,
-    )
+    seconds = tuple((stage.name, stage.seconds) for stage in message.stages)
+    times = StageTimes(seconds, message.kv_bytes, message.transport)
     stop = message.stop_token_id if message.HasField("stop_token_id") else None
     return Done(FinishReason(message.finish_reason), stop, message.cached_tokens, times)
 

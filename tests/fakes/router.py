@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, MutableSequence, Sequence
 
 from tercet.core import (
+    STAGES,
     Done,
     FinishReason,
     GenerateRequest,
@@ -20,7 +21,8 @@ from tercet.core import (
 from tercet.errors import DeadlineExceeded, TercetError
 from tests.fakes.tokenizer import EOS
 
-TIMES = StageTimes(0.001, 0.002, 0.003, 0.004, kv_bytes=4096, transport="shm")
+SECONDS = tuple((stage, 0.001 * number) for number, stage in enumerate(STAGES, 1))
+TIMES = StageTimes(SECONDS, kv_bytes=4096, transport="shm")
 WORKERS = (("prefill", "prefill-0"), ("decode", "decode-1"))
 
 

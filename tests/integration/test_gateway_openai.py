@@ -37,7 +37,7 @@ async def test_chat(client):
     assert answer.usage.completion_tokens == len(SAYS) + 1  # the end-of-sequence token counts
     assert answer.usage.prompt_tokens_details.cached_tokens == 16
     timings = answer.model_extra["timings"]
-    assert timings["queue_s"] == TIMES.queue_s
+    assert timings["queue_s"] == TIMES.of("queue")
     assert timings["workers"] == {"prefill": "prefill-0", "decode": "decode-1"}
     assert timings["ttft_s"] > 0
 

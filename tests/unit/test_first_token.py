@@ -14,10 +14,11 @@ from tercet.engine.sequence import Sequence
 from tercet.errors import InvalidRequest, ProtocolViolation
 from tercet.roles.decode import Decode, _Incoming
 from tercet.roles.first_token import FirstToken
+from tercet.roles.legs import Legs
 from tercet.transfer.protocol.facts import Complete, Noted, Quiesced, ReceiveFailed
 
 TICKET = Ticket("r0", 0, 1)
-FIRST = FirstToken(42, -0.5, ((42, -0.5), (7, float("-inf"))), 3, 0.1, 0.2, "tcp")
+FIRST = FirstToken(42, -0.5, ((42, -0.5), (7, float("-inf"))), 3, (("queue", 0.1), ("prefill", 0.2)), "tcp")
 
 
 @pytest.mark.parametrize("first", [FIRST, replace(FIRST, logprob=None, top_logprobs=())])
@@ -32,8 +33,9 @@ BAD = [
         (2, value)
         for value in (None, [7], [[7]], [[-1, 0.5]], [[7, 1]], [[7, float("nan")]], [[7, 0.5, 1]], {"7": 0.5})
     ),
-    *((at, value) for at in (4, 5) for value in (1, None, float("nan"), float("inf"))),
-    (6, b"tcp"),
+    *((4, value) for value in (1, None, {}, ["queue"], [["queue", 1]], [["queue", float("nan")]], [["nap", 0.1]])),
+    *((4, value) for value in ([["queue", float("inf")]], [["queue", 0.1, 0.2]], [["queue", 0.1], ["queue", 0.1]])),
+    (5, b"tcp"),
 ]
 
 
@@ -69,8 +71,8 @@ class Engine:
 
 @pytest.fixture
 async def decode():
-    made = Decode(asyncio.get_running_loop())
-    made.engine, made.failed, made.cancelled = Engine(), [], []
+    made = Decode(Legs(asyncio.get_running_loop()))
+    made.legs.engine, made.failed, made.cancelled = Engine(), [], []
     made.receiver = SimpleNamespace(cancel=lambda ticket, error: made.cancelled.append(error))
     leg = Leg(TICKET, "decode", (1,) * 16, 16, SamplingParams(), 60.0)
     stream = SimpleNamespace(failed=lambda _, error: made.failed.append(error), token=None)
@@ -78,7 +80,7 @@ async def decode():
     active = SimpleNamespace(
         leg=leg, ticket=TICKET, stream=stream, timer=timer, sequence=Sequence(TICKET, [1], 1, None)
     )
-    made._legs[TICKET] = active
+    made.legs._active[TICKET] = active
     made._incoming[TICKET] = _Incoming(active)
     return made
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from tercet.core import (
+    STAGES,
     Done,
     FinishReason,
     GenerateRequest,
@@ -92,14 +93,16 @@ class Timings:
 
     ttft_s: float
     tpot_s: float  # 0 for a single token
-    queue_s: float | None = None
-    prefill_s: float | None = None
-    transfer_s: float | None = None
-    first_decode_s: float | None = None
+    stages: Mapping[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))  # name -> seconds
     kv_bytes: int | None = None
     transport: str | None = None
     workers: Mapping[str, str] = field(default_factory=dict)  # role -> worker id
     attempts: int | None = None
+
+    def flat(self) -> dict[str, object]:
+        """As answers show it: a stage's seconds as `NAME_s`."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "stages"}
+        return fields | {f"{stage}_s": seconds for stage, seconds in self.stages.items()}
 
 
 class GatewayDetokenizer(Protocol):

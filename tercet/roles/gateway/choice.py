@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from tercet.core import Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
+from tercet.core import STAGES, Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
 from tercet.metrics import Metrics
 from tercet.roles.gateway.ask import Delta, GatewayTokenizer, Timings
 from tercet.roles.gateway.stop import StopMatcher
@@ -112,10 +112,7 @@ class Choice:
         return Timings(
             ttft_s,
             self._tpot_s,
-            queue_s=t.queue_s,
-            prefill_s=t.prefill_s,
-            transfer_s=t.transfer_s,
-            first_decode_s=t.first_decode_s,
+            stages={stage: t.of(stage) for stage in STAGES},
             kv_bytes=t.kv_bytes,
             transport=t.transport,
             workers=dict(self.done.workers),

@@ -106,10 +106,7 @@ def _logprobs(delta: Delta) -> Sequence[pb.TokenLogprob]:
 def _done(session: Session, last: Delta) -> pb.GenerateResponse:
     usage, t = session.usage, session.timings
     timings = pb.Timings(
-        queue_s=t.queue_s,
-        prefill_s=t.prefill_s,
-        transfer_s=t.transfer_s,
-        first_decode_s=t.first_decode_s,
+        **{f"{stage}_s": seconds for stage, seconds in t.stages.items()},
         kv_bytes=t.kv_bytes,
         transport=t.transport,
         ttft_s=t.ttft_s,

@@ -6,7 +6,6 @@ else:    body(all deltas)
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from abc import ABC, abstractmethod
@@ -79,7 +78,7 @@ class Reply(ABC):
 
     def _last(self, chunk: dict[str, Any]) -> bytes:
         """The final chunks; timings are in the last one."""
-        timings = {"timings": dataclasses.asdict(self._session.timings)}
+        timings = {"timings": self._session.timings.flat()}
         if not self._options.include_usage:
             return _event(chunk | timings) + DONE
         last = {**self._head, "object": self.chunk_name, "choices": [], "usage": _usage(self._session.usage)}
@@ -95,7 +94,7 @@ class Reply(ABC):
             "object": self.object_name,
             "choices": [self._body_choice(i, ds) | self._ending(i, ds) for i, ds in enumerate(by_choice)],
             "usage": _usage(self._session.usage),
-            "timings": dataclasses.asdict(self._session.timings),
+            "timings": self._session.timings.flat(),
         }
         self._add_prompt_ids(body)
         # Choice by choice, so that the interpreter lets others run between them.

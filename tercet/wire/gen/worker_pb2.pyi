@@ -174,27 +174,29 @@ class Failed(_message.Message):
     message: str
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
+class Stage(_message.Message):
+    __slots__ = ("name", "seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    seconds: float
+    def __init__(self, name: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class Finished(_message.Message):
-    __slots__ = ("finish_reason", "stop_token_id", "cached_tokens", "queue_s", "prefill_s", "transfer_s", "first_decode_s", "kv_bytes", "transport")
+    __slots__ = ("finish_reason", "stop_token_id", "cached_tokens", "stages", "kv_bytes", "transport")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
-    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
-    FIRST_DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     finish_reason: str
     stop_token_id: int
     cached_tokens: int
-    queue_s: float
-    prefill_s: float
-    transfer_s: float
-    first_decode_s: float
+    stages: _containers.RepeatedCompositeFieldContainer[Stage]
     kv_bytes: int
     transport: str
-    def __init__(self, finish_reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    def __init__(self, finish_reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("ticket", "token", "finished", "rejected", "failed", "admitted", "prompt")
