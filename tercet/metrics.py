@@ -34,10 +34,15 @@ _WORKER_COUNTERS = {  # field of Load -> help
 class WorkerGauges(Collector):
     """One series per live worker, from the freshest load that each has reported."""
 
-    def __init__(self, loads: Callable[[], Mapping[str, Load]]) -> None:
+    def __init__(self, loads: Callable[[], Mapping[str, Load]], roles: Callable[[], Mapping[str, str]]) -> None:
         self._loads = loads
+        self._roles = roles
 
     def collect(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily("tercet_worker_info", "1 for each live worker", labels=["worker", "role"])
+        for worker, role in self._roles().items():
+            if worker in self._loads():
+                info.add_metric([worker, role], 1)
         running = GaugeMetricFamily("tercet_num_requests_running", "Requests in the running batch", labels=["worker"])
         waiting = GaugeMetricFamily("tercet_num_requests_waiting", "Requests admitted, not running", labels=["worker"])
         usage = GaugeMetricFamily("tercet_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", labels=["worker"])
@@ -48,7 +53,7 @@ class WorkerGauges(Collector):
             usage.add_metric([worker], 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0)
             for state in ("free", "owned", "leased", "in_flight", "quarantined"):
                 blocks.add_metric([worker, state], getattr(load, f"blocks_{state}"))
-        yield from (running, waiting, usage, blocks, self._pairs(), *self._counters())
+        yield from (info, running, waiting, usage, blocks, self._pairs(), *self._counters())
 
     def _pairs(self) -> GaugeMetricFamily:
         labels = ["worker", "peer", "transport"]
@@ -86,9 +91,12 @@ class ConnectionGauges(Collector):
 class Metrics:
     """All series of one gateway in a registry of its own, so that two gateways can live in one process."""
 
-    def __init__(self, loads: Callable[[], Mapping[str, Load]] = dict) -> None:
+    def __init__(
+        self, loads: Callable[[], Mapping[str, Load]] = dict, roles: Callable[[], Mapping[str, str]] = dict
+    ) -> None:
+        """loads: worker id -> what each live worker last said. roles: worker id -> its role."""
         self._registry = r = CollectorRegistry()
-        r.register(WorkerGauges(loads))
+        r.register(WorkerGauges(loads, roles))
         self.ttft = Histogram("tercet_time_to_first_token_seconds", "TTFT", buckets=_REQUEST_S, registry=r)
         self.tpot = Histogram("tercet_time_per_output_token_seconds", "TPOT", buckets=_TOKEN_S, registry=r)
         self.itl = Histogram("tercet_inter_token_latency_seconds", "ITL", buckets=_TOKEN_S, registry=r)

@@ -12,6 +12,7 @@ import sys
 import aiohttp
 import pytest
 
+from tercet.core import Role, WorkerInfo
 from tercet.errors import ClusterError, Overloaded, WorkerLost
 from tercet.roles.gateway.gateway import Gateway
 from tests.fakes.gateway import running, spec
@@ -261,6 +262,16 @@ async def test_metrics(http):
         "tercet_gateway_inflight_requests 0.0",
     ):
         assert series in text
+
+
+async def test_metrics_say_which_role_a_live_worker_has(router):
+    async with running(router) as (gateway, info):
+        workers = [WorkerInfo(name, Role.DECODE, 1, "", "", "") for name in ("decode-1", "gone-2")]
+        await gateway.set_workers(workers)
+        async with aiohttp.ClientSession(info.http_url) as http:
+            text = await (await http.get("/metrics")).text()
+    series = [line for line in text.splitlines() if line.startswith("tercet_worker_info")]
+    assert series == ['tercet_worker_info{role="decode",worker="decode-1"} 1.0']
 
 
 @pytest.mark.parametrize("name", ["http", "grpc"])

@@ -76,7 +76,7 @@ class Gateway:
         self._router: Backend = router or Router(spec, cluster_token)
         self._model = model or load_served_model(spec.model)
         self._workers: tuple[WorkerInfo, ...] = ()
-        self._metrics = Metrics(self._router.loads)
+        self._metrics = Metrics(self._router.loads, lambda: {w.worker_id: w.role.value for w in self._workers})
         self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics)
         timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
         self._readiness = Readiness(self._router, self._model.tokenizer, timeout_s)
