@@ -22,7 +22,7 @@ async def leave(made: LocalCluster, name: str) -> None:
 
 async def started(made: LocalCluster, count: int) -> None:
     async with asyncio.timeout(20):
-        while sum(len(worker.handler._legs) for worker in made.workers.values()) < count:
+        while sum(len(worker.legs._active) for worker in made.workers.values()) < count:
             await asyncio.sleep(0.005)
 
 
@@ -46,7 +46,7 @@ async def test_what_runs_on_a_leaving_worker_ends_there_and_nothing_new_comes(le
         with caplog.at_level(logging.WARNING):
             running = asked(made, 4)
             await started(made, 4)
-            assert made.workers[leaving].handler._legs
+            assert made.workers[leaving].legs._active
             await leave(made, leaving)
             draining = asyncio.create_task(made.workers[leaving].drain(60))
             later = [await made.generate(prompt(30), max_tokens=5) for _ in range(4)]
@@ -70,7 +70,7 @@ async def test_what_does_not_end_in_time_goes_on_elsewhere_and_is_no_failure(top
         await started(made, 4)
         await leave(made, leaving)
         await made.workers[leaving].drain(0.05)
-        assert not made.workers[leaving].handler._legs
+        assert not made.workers[leaving].legs._active
         together = [await task for task in running]
         assert [[e.token_id for e in tokens] for tokens, _ in together] == [
             [e.token_id for e in tokens] for tokens, _ in alone

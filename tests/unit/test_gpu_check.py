@@ -36,7 +36,7 @@ def test_the_check_runs_on_a_cpu(repository):
     done = make("gpu-check", f"PYTHON={sys.executable}", f"ARGS={SMALL} --result result.json", cwd=repository)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((repository / "result.json").read_text())
-    assert [(row["transport"], row["wrong"]) for row in result["tokens"]] == [("tcp", []), ("shm", [])]
+    assert [(row["transport"], row["wrong"]) for row in result["tokens"]] == [("tcp", [])]
     assert len(result["step_ms"]) == 3
     assert all(ms > 0 for ms in result["step_ms"].values())
 

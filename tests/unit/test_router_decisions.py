@@ -270,7 +270,7 @@ class Simulation:
             return self.rng.choice([*FAULTS, EngineFault])("said by the decode worker")
         if chance < 0.1 and leg.kind == "decode":
             return Overloaded("the prefill worker had no room")
-        if leg.kind == "aggregated" and attempt.lacks_scores:
+        if leg.kind == "aggregated" and attempt.awaits_scores:
             return PromptLogprobs(())
         if asked.said < asked.ongoing.request.params.max_tokens:
             last = asked.said + 1 == asked.ongoing.request.params.max_tokens
@@ -282,7 +282,7 @@ class Simulation:
             return Rejection("no room")
         if chance < 0.12:
             return self.rng.choice([*FAULTS, EngineFault, Overloaded])("said by the prefill worker")
-        if attempt.lacks_scores:
+        if attempt.awaits_scores:
             return PromptLogprobs(()) if chance > 0.6 else None
         return Done(FinishReason.LENGTH) if attempt.committed else None
 
@@ -360,7 +360,7 @@ class Simulation:
             for asked in [asked for asked in self.asked.values() if view in asked.legs and view.up]:
                 leg = asked.legs.pop(view)
                 asked.unreachable = set()
-                if leg.kind != "prefill" or not asked.ongoing.attempt.committed or asked.ongoing.attempt.lacks_scores:
+                if leg.kind != "prefill" or not asked.ongoing.attempt.committed or asked.ongoing.attempt.awaits_scores:
                     asked.moves += 1
                 self.seen["drained"] += 1
                 self.do(self.router.on_report(view, leg.ticket, WorkerDrained("taken away"), self.now))
@@ -422,7 +422,7 @@ class Simulation:
         verbs = [self.submit] * 4 + [self.say] * 12 + [self.wait] * 2
         verbs += [self.cancel, self.late, self.die, self.sicken, self.part, self.rise, self.rise, self.replace]
         verbs += [self.leave, self.drained]
-        for _ in range(200):
+        for _ in range(140):
             self.rng.choice(verbs)()
             self.check()
         self.finish()

@@ -24,7 +24,7 @@ from tercet.transfer.protocol.outbound import Outbound
 from tercet.transfer.protocol.outgoing import Outgoing
 from tercet.transfer.protocol.shards import Cancel, ReceiveJoint, SendJoint
 
-SEEDS = 3000
+SEEDS = 2000
 SHAPES = {(1, 1): SEEDS, (2, 1): 1000, (1, 2): 700, (2, 2): 700}  # (sources, destinations) -> seeds
 STEPS = 120
 BLOCKS = 3  # of a prompt

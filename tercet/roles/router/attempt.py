@@ -66,7 +66,7 @@ class Attempt:
     plan: Plan
     legs: dict[WorkerView, Leg]  # those that have not ended
     committed: bool = False  # a token came, so the prefill worker has done its part
-    lacks_scores: bool = False  # the prompt's logprobs, which come before all tokens, are still to come
+    awaits_scores: bool = False  # the prompt's logprobs, which come before all tokens, are still to come
     held: list[TokenEvent | Done] = field(default_factory=list)  # came before them
 
     @classmethod
@@ -85,17 +85,17 @@ class Attempt:
                 plan.decode: replaced(leg, kind=Role.DECODE),
                 plan.prefill: replaced(leg, kind=Role.PREFILL, peer=decoder.transfer_endpoint),
             }
-        return cls(ticket, plan, legs, lacks_scores=params.prompt_logprobs is not None)
+        return cls(ticket, plan, legs, awaits_scores=params.prompt_logprobs is not None)
 
     def next(self, view: WorkerView | None, outcome: Outcome) -> Sequence[RequestEvent]:
         """What a report is to the request. Raises WorkerBusy or AttemptFailed if it ends the attempt."""
         if isinstance(outcome, PromptLogprobs):
-            self.lacks_scores = False
+            self.awaits_scores = False
             return [outcome, *self.held]
         event = self._event(view, outcome)
         if event is None:
             return ()
-        if self.lacks_scores:
+        if self.awaits_scores:
             self.held.append(event)
             return ()
         return (event,)
@@ -123,11 +123,11 @@ class Attempt:
 
     def _prefill_ended(self, view: WorkerView, outcome: Outcome) -> None:
         """Once the first token is here, only the decode worker can say whether the KV has landed."""
-        if isinstance(outcome, Done) and self.lacks_scores:
+        if isinstance(outcome, Done) and self.awaits_scores:
             raise AttemptFailed(view, ProtocolViolation(f"{view.info.worker_id} has not told the prompt's logprobs"))
         if isinstance(outcome, Rejection):
             raise WorkerBusy(self.plan.prefill)
         if isinstance(outcome, Overloaded):  # the decode worker turned its offer down
             raise WorkerBusy(self.plan.decode)
-        if isinstance(outcome, TercetError) and (self.lacks_scores or not self.committed):
+        if isinstance(outcome, TercetError) and (self.awaits_scores or not self.committed):
             raise AttemptFailed(view, outcome)
