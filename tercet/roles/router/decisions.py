@@ -138,9 +138,11 @@ class Decisions:
             ongoing.place.holds = False  # those behind it may be planned now
             self._leave(ongoing.place, planned=True)
             return self._plan(now)
+        if isinstance(outcome, TokenEvent):  # the most of all reports; it leaves no room
+            return self._take(ongoing, worker, outcome, now)
         if isinstance(outcome, WorkerLost):  # its engine has died; the process answers until it is replaced
             worker.up = False
-        if not isinstance(outcome, TokenEvent | PromptLogprobs):
+        if not isinstance(outcome, PromptLogprobs):
             self._leg_ended(ongoing, worker)
         return [*self._take(ongoing, worker, outcome, now), *self._plan(now)]
 
@@ -198,8 +200,7 @@ class Decisions:
         return [StartLeg(worker, leg) for worker, leg in attempt.legs.items()]
 
     def _take(self, ongoing: Ongoing, worker: WorkerView | None, outcome: Outcome, now: float) -> list[RouterEffect]:
-        """What a report is to the request; it may leave room, so whoever calls this plans. worker: whose report it is;
-        None: the deadline's."""
+        """What a report is to the request; the caller plans. worker: who reports; None: the deadline's."""
         assert ongoing.attempt is not None
         effects: list[RouterEffect] = []
         try:
@@ -249,8 +250,7 @@ class Decisions:
     def _done(self, ongoing: Ongoing, done: Done) -> list[RouterEffect]:
         assert ongoing.attempt is not None
         workers = tuple((w.info.role.value, w.info.worker_id) for w in reversed(ongoing.attempt.plan.workers))
-        attempts = ongoing.failures + ongoing.moves + 1
-        told = Tell(ongoing, replace(done, workers=workers, attempts=attempts))
+        told = Tell(ongoing, replace(done, workers=workers, attempts=ongoing.failures + ongoing.moves + 1))
         return [*self._close(ongoing), told, End(ongoing, None)]
 
     def _end(self, ongoing: Ongoing, error: TercetError) -> list[RouterEffect]:
