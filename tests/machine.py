@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tercet.client import Client
 from tercet.errors import TercetError
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -60,6 +63,22 @@ class Machine:
             "TERCET_TEST": self.mark.partition("=")[2],
             **self.variables,
         }
+
+    def tiny_spec(self, name: str) -> tuple[Path, int]:
+        """A spec file of a small random model over one prefill and one decode worker, and its HTTP port."""
+        port, path = free_port(), self.folder / "tiny.yaml"
+        small = {"cpus": 0.25, "pool": "cpu", "kv": {"blocks": 160}}
+        spec = {
+            "name": name,
+            "model": {"source": tiny_model(), "dtype": "float32", "max_context": 1024},
+            "topology": "pd",
+            "pools": {"cpu": {"accelerator": "cpu"}},
+            "roles": {"prefill": small, "decode": small},
+            "gateway": {"http": {"port": port}, "grpc": {"port": 0}},
+            "ray": {"address": "local"},
+        }
+        path.write_text(yaml.safe_dump(spec, sort_keys=False))
+        return path, port
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         path = self.folder / f"{secrets.token_hex(4)}.log"

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tercet.devices import device_of
+
 MOST_ROWS = 512  # of one oneDNN product
 PACK_ROWS = 16  # the batch that oneDNN lays the weights out for; that layout is the best for 1 to 128 rows, too
 CPU = torch.device("cpu")
@@ -136,8 +138,13 @@ class WidenedLinear(PackedLinear):
 
 def compute_dtype(weight_dtype: torch.dtype, device: torch.device = CPU) -> torch.dtype:
     """The dtype of activations: that of the weights, or float32 where the CPU has no bfloat16 instructions."""
-    native = device != CPU or weight_dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = not _packs(device) or weight_dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight_dtype if native else torch.float32
+
+
+def _packs(device: torch.device) -> bool:
+    """Whether weights are laid out for the processor; elsewhere torch's own product takes them as they are."""
+    return device_of(device).kernels == "cpu"
 
 
 class LinearPacker:
@@ -149,7 +156,7 @@ class LinearPacker:
         self._scratch = WideScratch(max_fan_in if self._widens else 0)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        if self._device != CPU:
+        if not _packs(self._device):
             return PackedLinear(weight, bias)
         if self._widens and _fbgemm_packs() and Fp16Linear.holds(weight):
             return Fp16Linear(weight, bias)

@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.machine import BIN, ROOT, Machine, Served, free_port, is_ready, new_machine, until
-from tests.tiny import tiny_model
+from tests.machine import BIN, ROOT, Machine, Served, is_ready, new_machine, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(170)]
 
@@ -176,19 +174,7 @@ def machine() -> Iterator[Machine]:
 @pytest.fixture(scope="module")
 def spec(machine: Machine) -> tuple[Path, int]:
     """A spec of a small random model, and its HTTP port."""
-    port, path = free_port(), machine.folder / "tiny.yaml"
-    small = {"cpus": 0.25, "pool": "cpu", "kv": {"blocks": 160}}
-    written = {
-        "name": "typed",
-        "model": {"source": tiny_model(), "dtype": "float32", "max_context": 1024},
-        "topology": "pd",
-        "pools": {"cpu": {"accelerator": "cpu"}},
-        "roles": {"prefill": small, "decode": small},
-        "gateway": {"http": {"port": port}, "grpc": {"port": 0}},
-        "ray": {"address": "local"},
-    }
-    path.write_text(yaml.safe_dump(written))
-    return path, port
+    return machine.tiny_spec("typed")
 
 
 def test_make_demo_answers_and_says_what_each_stage_took(machine, spec):

@@ -9,10 +9,9 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-import yaml
 
-from tests.machine import Machine, Served, free_port, is_ready, new_machine, until
-from tests.tiny import VOCAB, tiny_model
+from tests.machine import Machine, Served, is_ready, new_machine, until
+from tests.tiny import VOCAB
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(170)]
 
@@ -23,18 +22,7 @@ TOKENS = 50
 @pytest.fixture
 def served() -> Iterator[Served]:
     machine = new_machine()
-    port, path = free_port(), machine.folder / "tiny.yaml"
-    small = {"cpus": 0.25, "pool": "cpu", "kv": {"blocks": 160}}
-    spec = {
-        "name": "scaled",
-        "model": {"source": tiny_model(), "dtype": "float32", "max_context": 1024},
-        "topology": "pd",
-        "pools": {"cpu": {"accelerator": "cpu"}},
-        "roles": {"prefill": small, "decode": small},
-        "gateway": {"http": {"port": port}, "grpc": {"port": 0}},
-        "ray": {"address": "local"},
-    }
-    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    path, port = machine.tiny_spec("scaled")
     process = machine.start("tercet", "serve", str(path))
     made = Served(machine, process, "scaled", port)
     until(lambda: process.poll() is not None or is_ready(made.client()), 90)
