@@ -51,7 +51,7 @@ _Outbox = asyncio.Queue[pb.Command | None]  # None: the stream has ended
 class WorkerLink:
     """The stream to one worker. Event loop only.
 
-    on_report(ticket, outcome): a leg's next event, in order.
+    on_reports(reports): the next events of its legs, in order: what one message holds, as an engine step made it.
     on_load(load): what the worker says of itself.
     on_change(fault): None: the stream came up. Else it was lost, perhaps by that fault, with what was under way on it.
     """
@@ -60,7 +60,7 @@ class WorkerLink:
         self,
         info: WorkerInfo,
         cluster_token: str,
-        on_report: Callable[[Ticket, Outcome], None],
+        on_reports: Callable[[Sequence[tuple[Ticket, Outcome]]], None],
         on_load: Callable[[Load], None],
         on_change: Callable[[str | None], None],
     ) -> None:
@@ -68,7 +68,7 @@ class WorkerLink:
         self.up = False
         self.fault = ""  # why the last stream ended
         self._token = cluster_token
-        self._on_report = on_report
+        self._on_reports = on_reports
         self._on_load = on_load
         self._on_change = on_change
         self._outbox: _Outbox = asyncio.Queue()
@@ -150,8 +150,8 @@ class WorkerLink:
         if not self.up:
             self.up = True
             self._on_change(None)
-        for report in reports.reports:
-            self._on_report(ticket_from_proto(report.ticket), _outcome(report))
+        if reports.reports:
+            self._on_reports([(ticket_from_proto(report.ticket), _outcome(report)) for report in reports.reports])
 
 
 async def _commands(outbox: _Outbox) -> AsyncIterator[pb.Command]:

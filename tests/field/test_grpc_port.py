@@ -162,7 +162,9 @@ async def linked(address):
     """The gateway's own link; `told` is what comes over it."""
     up, told = asyncio.Event(), asyncio.Queue()
     info = WorkerInfo("aggregated-0", Role.AGGREGATED, 1, address, "", "")
-    link = WorkerLink(info, "secret", lambda *said: told.put_nowait(said), id, lambda fault: fault is None and up.set())
+    link = WorkerLink(
+        info, "secret", lambda said: [*map(told.put_nowait, said)], id, lambda fault: fault is None and up.set()
+    )
     link.told = told
     try:
         async with asyncio.timeout(10):

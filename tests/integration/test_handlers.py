@@ -36,8 +36,9 @@ class Host:
         self.link = WorkerLink(self.info, TOKEN, self.hear, lambda load: None, lambda fault: up.set())
         await asyncio.wait_for(up.wait(), 10)
 
-    def hear(self, ticket, outcome) -> None:
-        self.heard[ticket].put_nowait(outcome)
+    def hear(self, reports) -> None:
+        for ticket, outcome in reports:
+            self.heard[ticket].put_nowait(outcome)
 
     def begin(self, ticket: Ticket, kind: Role, prompt: list[int], peer: str = "") -> None:
         self.heard[ticket] = asyncio.Queue()

@@ -91,9 +91,9 @@ async def test_tokens_wait_for_scores_that_come_late(monkeypatch, reference):
     """The two workers' streams have no order between them; here all that the prefill worker says comes late."""
     async with cluster(spec_of("pd", decoders=1, source=tiny_model())) as made:
         link = next(link for link in made.router._links.values() if link.info.role is Role.PREFILL)
-        heard = link._on_report
+        heard = link._on_reports
         later = asyncio.get_running_loop().call_later
-        monkeypatch.setattr(link, "_on_report", lambda *report: later(0.3, heard, *report))
+        monkeypatch.setattr(link, "_on_reports", lambda reports: later(0.3, heard, reports))
         assert_scores(await events_of(made, prompt_of(40)), prompt_of(40), reference)
 
 

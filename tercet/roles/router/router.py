@@ -93,6 +93,8 @@ class Router:
     def _carry_out(self, effects: Iterable[RouterEffect]) -> None:
         for effect in effects:
             match effect:
+                case Tell(ongoing, event):  # first, since most are
+                    self._tell(ongoing, event)
                 case StartLeg(view, leg):
                     self._links[view].start(leg)
                 case AbortLeg(view, leg):
@@ -103,8 +105,6 @@ class Router:
                     closing = asyncio.create_task(self._close(view))
                     self._closing.add(closing)
                     closing.add_done_callback(self._closing.discard)
-                case Tell(ongoing, event):
-                    self._tell(ongoing, event)
                 case End(ongoing, TercetError() as error):
                     self._tell(ongoing, error)
         self._arm()
@@ -115,8 +115,8 @@ class Router:
             self._links.pop(view, None)  # not before: its last legs may still be aborted
 
     def _tell(self, ongoing: Ongoing, event: RequestEvent | TercetError) -> None:
-        if ongoing in self._heard:
-            self._heard[ongoing].put_nowait(event)
+        if (heard := self._heard.get(ongoing)) is not None:
+            heard.put_nowait(event)
 
     def _arm(self) -> None:
         """The timer, for when something is due."""
@@ -136,8 +136,11 @@ class Router:
     def _link(self, view: WorkerView) -> WorkerLink:
         decisions = self._decisions
 
-        def on_report(ticket: Ticket, outcome: Outcome) -> None:
-            self._carry_out(decisions.on_report(view, ticket, outcome, time.monotonic()))
+        def on_reports(reports: Sequence[tuple[Ticket, Outcome]]) -> None:
+            now, effects = time.monotonic(), list[RouterEffect]()
+            for ticket, outcome in reports:
+                effects += decisions.on_report(view, ticket, outcome, now)
+            self._carry_out(effects)
 
         def on_load(load: Load) -> None:
             decisions.on_load(view, load)
@@ -146,4 +149,4 @@ class Router:
             now = time.monotonic()
             self._carry_out(decisions.on_up(view, now) if fault is None else decisions.on_down(view, fault, now))
 
-        return WorkerLink(view.info, self._token, on_report, on_load, on_change)
+        return WorkerLink(view.info, self._token, on_reports, on_load, on_change)
