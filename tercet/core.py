@@ -1,4 +1,4 @@
-"""The nouns of a request's life. Plain frozen data, no behaviour beyond validation; imports nothing above it.
+"""The data types of a request's life cycle: plain frozen data, no behaviour beyond validation.
 
 GenerateRequest --router--> Start legs --worker--> TokenEvent ... Done
 """
@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from tercet.errors import InvalidRequest, TercetError
 
-GREEDY_BELOW = 1e-5  # temperature; as in vLLM, since dividing by less leaves no number worth a draw
-MOST_LOGPROBS = 20  # of the likeliest tokens, as in the OpenAI API
+GREEDY_BELOW = 1e-5  # temperature; as in vLLM; the draw would be greedy anyway, and the division may overflow
+MOST_LOGPROBS = 20  # likeliest tokens per position, as in the OpenAI API
 
 
 class Role(enum.StrEnum):
@@ -96,14 +96,14 @@ class GenerateRequest:
 
 
 TopLogprobs = tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
-PromptScore = tuple[float, TopLogprobs]  # what the model gave one token of a prompt, and the likeliest in its place
+PromptScore = tuple[float, TopLogprobs]  # logprob of one prompt token, and the likeliest tokens at its position
 
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """What the model gave each token of the prompt but the first, and the k most likely in its place.
+    """The logprob of each prompt token but the first, with the k most likely tokens at its position.
 
-    The first event of a request whose params have `prompt_logprobs`, once, however many attempts it takes.
+    Comes before the first token if the params have `prompt_logprobs`; once, however many attempts the request takes.
     """
 
     entries: tuple[PromptScore, ...]  # [prompt tokens - 1]
@@ -117,7 +117,7 @@ class TokenEvent:
     logprob: float | None = None
     top_logprobs: TopLogprobs = ()
     finish: FinishReason | None = None  # set on the last token
-    at: float = field(default_factory=time.monotonic, compare=False)  # when this process had it
+    at: float = field(default_factory=time.monotonic, compare=False)  # when this process created or received it
 
 
 STAGES = {  # in the order in which a request passes them; a stage's seconds are measured where it runs
@@ -131,11 +131,11 @@ StageSeconds = tuple[tuple[str, float], ...]  # (stage, seconds)
 
 @dataclass(frozen=True)
 class StageTimes:
-    """What a request took in each stage that it has passed, and what was moved for it."""
+    """How long a request spent in each stage that it has passed, and what was transferred for it."""
 
     seconds: StageSeconds = ()  # each stage once
     kv_bytes: int = 0  # KV bytes that crossed from prefill to decode
-    transport: str = ""  # shm, tcp; empty if nothing had to cross
+    transport: str = ""  # shm, tcp, ...; empty if no KV had to cross
 
     def of(self, stage: str) -> float:
         return dict(self.seconds).get(stage, 0.0)
@@ -157,20 +157,20 @@ class Done:
 
 
 class Ticket(NamedTuple):
-    """One attempt at a request, and the handover of its KV to one incarnation of a decode worker."""
+    """Names one attempt at a request, and the handover of its KV to one incarnation of a decode worker."""
 
-    request_id: str  # unique, unlike a client's
+    request_id: str  # unique, unlike the id that a client gives
     attempt: int
     epoch: int  # of the worker that decodes
 
 
 @dataclass(frozen=True)
 class Leg:
-    """What one worker is to do for one attempt at a request."""
+    """The part of one attempt at a request that one worker does."""
 
     ticket: Ticket
     kind: Role  # which handler serves it
-    token_ids: tuple[int, ...]  # the prompt, then what an earlier attempt has emitted
+    token_ids: tuple[int, ...]  # the prompt, then the tokens that earlier attempts emitted
     num_prompt: int
     params: SamplingParams
     timeout_s: float
@@ -179,12 +179,12 @@ class Leg:
 
 @dataclass(frozen=True)
 class Admitted:
-    """The worker that decodes has taken the leg in: it holds blocks or a place in the queue."""
+    """The worker that decodes has accepted the leg: it holds blocks or a place in the queue."""
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """The worker did not take the leg."""
+    """The worker did not accept the leg."""
 
     reason: str
 
@@ -194,18 +194,18 @@ Outcome = Admitted | PromptLogprobs | TokenEvent | Done | Rejection | TercetErro
 
 @dataclass(frozen=True)
 class PairState:
-    """What a prefill worker knows of its way to a decode worker."""
+    """A prefill worker's connection to one decode worker."""
 
     worker_id: str  # of the decode worker
     transport: str = ""
     bandwidth: float = 0.0  # bytes per second, measured when the pair connected
-    latency_s: float = 0.0  # there and back
+    latency_s: float = 0.0  # round trip
     fault: str = ""  # why there is no connection
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a worker says of itself with every report; an input to routing decisions."""
+    """A worker's load, sent with every report; an input to routing decisions."""
 
     running: int = 0
     waiting: int = 0
@@ -216,7 +216,7 @@ class Load:
     blocks_in_flight: int = 0
     blocks_quarantined: int = 0
     preemptions: int = 0  # sequences sent back to be recomputed, since the start
-    transfer_dropped: int = 0  # messages that named no live ticket: late, doubled, or of an old epoch
+    transfer_dropped: int = 0  # messages that named no live ticket: late, duplicate, or of an old epoch
     transfer_refused: int = 0  # connections turned away or cut off: mismatch, garbage
     transfer_corrupt: int = 0  # units of KV that landed with a wrong digest and were fetched again
     pairs: tuple[PairState, ...] = ()  # of a prefill worker

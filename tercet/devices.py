@@ -1,4 +1,4 @@
-"""What a worker may compute on, as one table: a new kind of device is a new row."""
+"""The devices that a worker may compute on, as one table: a new kind of device is a new row."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Device:
     kind: str  # pools.*.accelerator
     torch_type: str
     collectives: str  # backend of torch.distributed
-    kernels: str  # cpu: packed for the processor; plain: torch's own
-    staged: bool  # transfers reach its KV through a host copy, which is pinned if the device can read it so
+    kernels: str  # cpu: weights packed for the CPU; plain: torch's own operations
+    staged: bool  # transfers read and write a copy of its KV in host memory (engine/kv_cache.py)
 
     def torch_device(self) -> torch.device:
-        """The one of this process. Raises UnsupportedSpec if torch sees none here."""
+        """The device of this process. Raises UnsupportedSpec if torch sees none."""
         if self.torch_type == "cuda" and not torch.cuda.is_available():
             raise UnsupportedSpec(f"accelerator {self.kind}: torch {torch.__version__} sees no CUDA device here")
         return torch.device(self.torch_type, 0) if self.staged else torch.device(self.torch_type)

@@ -1,7 +1,7 @@
-"""Control path. What Ray reads from the environment when it is imported is set here, before any file imports it.
+"""Control path. Sets what Ray reads from the environment when it is imported, before any file imports it.
 
-No usage report leaves this machine; accelerators are left as they are; 127.0.0.1 is not taken for the address of a
-network interface; and Ray does not end our process when it loses its control store, the GCS: that is for us to do.
+Ray sends no usage reports, leaves the environment variables of accelerators as they are, does not replace 127.0.0.1 by
+the address of a network interface, and does not end our process when it loses its control store (GCS): we do that.
 """
 
 import os

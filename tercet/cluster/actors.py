@@ -1,4 +1,4 @@
-"""Thin Ray actors around the roles' objects. Imported where no torch must be: a role is imported in its own actor.
+"""Thin Ray actors around the roles' objects. Each role is imported inside its actor, so that this imports no torch.
 
     controller --start/health/drain/stop--> WorkerActor  --> tercet.roles.worker.Worker
     controller --set_workers/status/...---> GatewayActor --> tercet.roles.gateway.gateway.Gateway
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from tercet.roles.gateway.gateway import GatewayInfo
 
 
-LOOK_EVERY_S = 0.1  # for the raylet; Ray's own look, which ends a process without a word, comes every second
+LOOK_EVERY_S = 0.1  # whether the raylet lives; Ray itself checks every second, and ends the process without a message
 LAST_WORD_S = 2.0
 STOP_TIMEOUT_S = 5.0
-MOST_ASKED = 16  # questions for another number of workers that wait for the controller
-LAST_ANSWER_S = 0.5  # between the end of `stop` and that of the process, for saying so
+MOST_ASKED = 16  # scale requests that the controller has not answered yet
+LAST_ANSWER_S = 0.5  # between the end of `stop` and the end of the process, to send the reply
 
 
 def node_address() -> str:
@@ -36,7 +36,7 @@ def node_address() -> str:
 
 
 async def end_with_raylet(last_word: Callable[[], Awaitable[None]] | None = None) -> None:
-    """Ray may leave an async actor running when its raylet is killed; it would hold its ports and memory for ever."""
+    """End this process with its raylet: Ray may leave an async actor running, with its ports and memory, for ever."""
     parent = os.getppid()
     while os.getppid() == parent:
         await asyncio.sleep(LOOK_EVERY_S)
@@ -47,7 +47,7 @@ async def end_with_raylet(last_word: Callable[[], Awaitable[None]] | None = None
 
 
 async def stop_and_end(stop: Coroutine[Any, Any, None]) -> None:
-    """Stop, answer, and end this process, whatever comes of that: without its GCS Ray cannot end it."""
+    """Stop, reply, and end this process, even if that fails: without its GCS Ray cannot end it."""
     loop = asyncio.get_running_loop()
     loop.call_later(STOP_TIMEOUT_S, os._exit, 1)
     await stop
@@ -55,7 +55,7 @@ async def stop_and_end(stop: Coroutine[Any, Any, None]) -> None:
 
 
 class WorkerActor:
-    """One replica of a role. The role's object is made in `start`, where an error of its own can cross as itself."""
+    """One replica of a role. The role's object is made in `start`, whose errors reach the caller as they are."""
 
     def __init__(self, worker_id: str, role: Role, epoch: int, spec: ClusterSpec, cluster_token: str) -> None:
         self._identity = (worker_id, role, epoch, spec)
@@ -81,14 +81,14 @@ class WorkerActor:
 
 
 class GatewayActor:
-    """The cluster's front door; also where `tercet down`, `tercet scale` and `tercet status` knock."""
+    """The gateway; also answers `tercet scale`, `tercet status` and `tercet down --address`."""
 
     def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
         self._spec = spec
         self._token = cluster_token
         self._stop_requested = False
-        self._overview: dict[str, Any] = {"target": {}, "members": {}, "answers": {}}  # as the controller last told
-        self._asked: list[dict[str, Any]] = []  # what it has not answered
+        self._overview: dict[str, Any] = {"target": {}, "members": {}, "answers": {}}  # as last told by the controller
+        self._asked: list[dict[str, Any]] = []  # scale requests that the controller has not answered
 
     async def start(self) -> GatewayInfo:
         from tercet.roles.gateway.gateway import Gateway
@@ -102,18 +102,18 @@ class GatewayActor:
         await self._gateway.set_workers(workers)
 
     async def health(self) -> dict[str, Any]:
-        """The gateway's status, where it is reached, the controller's overview, and what is asked of the controller."""
+        """The gateway's status and addresses, the controller's overview, and the requests to the controller."""
         place = {"pid": os.getpid(), "node": node_address()}
         asked = {"stop_requested": self._stop_requested, "asked": self._asked}
         return self._gateway.status() | asdict(self._info) | place | self._overview | asked
 
     async def note(self, overview: dict[str, Any]) -> None:
-        """Keep what the controller says of its target and its members (`members.overview`)."""
+        """Keep the controller's overview of its target and members (`members.overview`)."""
         self._overview = overview
         self._asked = [asked for asked in self._asked if asked["id"] not in overview["answers"]]
 
     async def request_scale(self, ask_id: str, role: str, replicas: int) -> None:
-        """The controller sees it at its next look. Harmless if it is asked again. Raises Overloaded."""
+        """Leave a request for the controller, which reads it with the next health. Idempotent. Raises Overloaded."""
         if ask_id in self._overview["answers"] or any(asked["id"] == ask_id for asked in self._asked):
             return
         if len(self._asked) >= MOST_ASKED:
@@ -121,7 +121,7 @@ class GatewayActor:
         self._asked.append({"id": ask_id, "role": role, "replicas": replicas})
 
     async def request_stop(self) -> None:
-        """The controller sees it at its next look and drains the cluster."""
+        """Leave a request for the controller to drain the cluster, which it reads with the next health."""
         self._stop_requested = True
 
     async def drain(self, timeout_s: float, reason: str = "draining") -> None:

@@ -49,7 +49,7 @@ async def wait(what: str, timeout_s: float, function: Callable[..., T], *args: o
 def start(function: Callable[..., T], *args: object) -> Future[T]:
     """Run it on a daemon thread."""
     future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
+    future.set_running_or_notify_cancel()  # so that it cannot be cancelled
 
     def run() -> None:
         try:

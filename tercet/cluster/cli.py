@@ -1,7 +1,7 @@
 """The `tercet` command. Torch and Ray are imported by the commands that need them, so that the others start fast.
 
-Exit codes: 0 done (`serve`: it stood, and was asked to end); 1 failed; 2 the spec or the command line is wrong;
-130 interrupted (`serve`: before it stood).
+Exit codes: 0 done (`serve`: it was ready, and was asked to end); 1 failed; 2 the spec or the command line is wrong;
+130 interrupted (`serve`: before it was ready).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     except SystemExit as end:
         code = end.code
     except TercetError as error:
-        for line in str(error).splitlines():  # several faults of a spec; else it is one
+        for line in str(error).splitlines():  # a spec may have several faults
             output.report(line)
         code = 2 if isinstance(error, SpecError) else 1
     except KeyboardInterrupt:
@@ -218,7 +218,7 @@ def _serve(
 
 
 def _where(name: str | None, address: str | None) -> tuple[str | None, str]:
-    """A cluster's name and its Ray's address. To be called before Ray is imported, which reads its environment then."""
+    """A cluster's name and its Ray's address. Call it before Ray is imported, which reads its environment then."""
     if address is not None:
         return name, address
     here = run_file.find_reachable(name)
@@ -233,7 +233,7 @@ def _refuse_missing_transport(spec: ClusterSpec) -> None:
 
 
 def _can_be_written(path: Path) -> bool:
-    """Without making it: who waits for it takes that for the word."""
+    """Checked without creating the file, since its existence means that the cluster is ready."""
     if path.exists():
         return not path.is_dir() and os.access(path, os.W_OK)
     return path.parent.is_dir() and os.access(path.parent, os.W_OK)

@@ -1,11 +1,11 @@
-"""The reconcile loop: holds the target (which members there are) against what is, and mends the difference.
+"""The reconcile loop: compares the target (which members there should be) with what runs, and mends the difference.
 
-bring_up    start all members at once; the first fault ends it, since a user waits
-run         replace the target if that is asked for; look, decide (`reconcile.diff`), act; until stop is asked for
+bring_up    start all members at once; the first fault ends it, since a user is waiting
+run         until asked to stop: replace the target if asked to; observe, decide (`reconcile.diff`), act
 shut_down   gateway drains, workers drain, all stop, all are killed
 
-What is known of one incarnation of a member lies in its `Slot` alone. Whoever waits for an answer writes it into the
-slot that was asked, never into the member's newest one, so an answer that comes late says nothing about a successor.
+What is known of one incarnation of a member is in its `Slot` alone. An answer is written into the slot that was asked,
+never into the member's newest one, so that a late answer says nothing about a successor.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tercet.spec import ClusterSpec
 
 LOOK_EVERY_S = 0.3
 STOP_TIMEOUT_S = 5.0
-DEAF_AFTER_S = 3.0  # a member that is silent for so long will not drain: it is stopped, or hangs
-MOST_ANSWERS = 32  # that are kept for who asks again; a gateway holds fewer questions (actors.MOST_ASKED)
-LAST_WORD_S = 2.0  # for telling members that they end now
+DEAF_AFTER_S = 3.0  # a member that is silent for so long is stopped or hangs, and will not drain
+MOST_ANSWERS = 32  # kept for repeated requests; more than the requests that a gateway holds (actors.MOST_ASKED)
+LAST_WORD_S = 2.0  # for members to end their streams
 
 
 class Controller:
@@ -44,13 +44,13 @@ class Controller:
         """gateway_is_up: called with the info of each gateway, since a new one may have other ports."""
         self._gateway_is_up = gateway_is_up
         self._target = target
-        self._answers: dict[str, dict[str, str]] = {}  # id of a question for another target -> error, if there is one
+        self._answers: dict[str, dict[str, str]] = {}  # id of a scale request -> error, if there is one
         self._starter = starter
         self._report = report
         self._slots: dict[str, Slot] = {}  # member id -> its newest incarnation
         self._home: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._is_up = False  # once: before that a fault ends it all, after it the member is replaced
+        self._is_up = False  # was ready once: before that a fault ends everything, then the member is replaced
         self._fault: TercetError | None = None  # the first one
 
     @property
@@ -70,7 +70,7 @@ class Controller:
         return self._target.spec
 
     async def bring_up(self) -> None:
-        """Return when all members live and a real request has passed. Raises the first TercetError of a member."""
+        """Return when all members live and a real request has succeeded. Raises the first TercetError of a member."""
         deadline = time.monotonic() + self._spec.ray.start_timeout_s
         self._home = asyncio.create_task(self._starter.watch_home())
         while not self._ready():
@@ -82,7 +82,7 @@ class Controller:
         self._is_up = True
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Keep the cluster as it should be until `stop` is set or someone asks the gateway for it.
+        """Reconcile until `stop` is set or the gateway is asked to stop.
 
         Raises RayLost.
         """
@@ -95,7 +95,7 @@ class Controller:
             await self._step()
 
     async def _scale(self, role: str, replicas: int) -> dict[str, str]:
-        """Replace the target by one with another number of workers of a role. -> why it stays, or nothing."""
+        """Replace the target by one with another number of workers of a role. -> the error, else empty."""
         try:
             spec = scaled(self._spec, role, replicas)
             if spec != self._spec:
@@ -109,16 +109,16 @@ class Controller:
         return {}
 
     async def shut_down(self, reason: str = "") -> None:
-        """Drain what runs, then end it all; each step has a deadline, so this ends too. Clients are told the reason."""
+        """Drain, then end every member; each step has a deadline. Clients are told the reason."""
         await self._cancel_tasks()
         words = (reason,) if reason else ()
-        if GATEWAY in self._alive():  # its streams need the workers, so who is silent meanwhile is ended
+        if GATEWAY in self._alive():  # its streams need the workers, so a silent worker is ended meanwhile
             await first(self._drain(GATEWAY, *words), self._until_all_are_silent())
         await asyncio.gather(*(self._drain(member_id) for member_id in self._alive() if member_id != GATEWAY))
         await self._stop(STOP_TIMEOUT_S)
 
     async def end_now(self) -> None:
-        """End every member; what runs is ended with a typed error, if its gateway is quick."""
+        """End every member; streams end with a typed error if the gateway manages within LAST_WORD_S."""
         await self._cancel_tasks()
         await self._stop(LAST_WORD_S)
 
@@ -128,12 +128,12 @@ class Controller:
         await self._while_heard(member_id, call)
 
     async def _until_all_are_silent(self) -> None:
-        """Of the workers."""
+        """Return when no worker answers any more."""
         workers = [member_id for member_id in self._alive() if member_id != GATEWAY]
         await asyncio.gather(*(self._while_heard(member_id, asyncio.Event().wait()) for member_id in workers))
 
     async def _while_heard(self, member_id: str, work: Coroutine[Any, Any, Any]) -> None:
-        """Do the work unless the member says nothing meanwhile: then it is ended. A fault is named."""
+        """Do the work for as long as the member answers; if it falls silent, kill it. Faults are reported."""
         slot, actor = self._slots[member_id], self._actor(member_id)
         try:
             await first(work, self._watch_health(slot, actor, DEAF_AFTER_S))
@@ -144,7 +144,7 @@ class Controller:
                 await actor.kill()
 
     async def _stop(self, timeout_s: float) -> None:
-        """Ask all at once; who does not do it is named, and killed like all."""
+        """Ask all members to stop, at once; report those that fail to. Then kill all."""
         calls = [self._actor(member_id).call("stop", timeout_s=timeout_s) for member_id in self._alive()]
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, TercetError):
@@ -166,7 +166,7 @@ class Controller:
                 await self._changed.wait()
         for task in (self._home, *(slot.task for slot in self._slots.values())):
             if task is not None and task.done():
-                task.result()  # of the home: Ray is lost; of a member: a bug of ours, which must be seen
+                task.result()  # raises if Ray is lost (home) or a member's task has a bug
 
     async def _act(self, action: Action) -> None:
         match action:
@@ -185,7 +185,7 @@ class Controller:
                 slot.task = asyncio.create_task(self._end(slot, slot.task, was_drained))
             case Drop(member_id):
                 self._leaves(member_id, State.GONE)
-            case Publish(epochs):  # the last one, so that none of the others is decided on what was before it
+            case Publish(epochs):  # always the last action, so that the others were decided on one state
                 infos = [self._slots[worker_id].info for worker_id in epochs]
                 gateway = self._gateway
                 if await self._tell(gateway, "set_workers", infos):
@@ -197,7 +197,7 @@ class Controller:
         return slot
 
     async def _end(self, slot: Slot, life: asyncio.Task[None] | None, was_drained: bool) -> None:
-        """End the process of a member that is not wanted any more. Who still starts is not asked: it may hear late."""
+        """End the process of a member that is no longer wanted. One that still starts is killed without a `stop`."""
         if life is not None:
             life.cancel()
             await asyncio.gather(life, return_exceptions=True)
@@ -212,7 +212,7 @@ class Controller:
         self._changed.set()
 
     async def _live(self, slot: Slot, target: Target) -> None:
-        """One life of one member: launch, start, watch until it has drained; once it is lost, kill what is left."""
+        """One incarnation of a member: launch, start, watch until it has drained; if it is lost, kill what is left."""
         try:
             slot.actor = await self._starter.launch(slot.member_id, slot.member.epoch, target)
             slot.info = await slot.actor.call("start", timeout_s=self._spec.ray.start_timeout_s)
@@ -240,7 +240,7 @@ class Controller:
         await actor.call("drain", timeout_s, timeout_s=timeout_s + STOP_TIMEOUT_S)
 
     async def _watch_health(self, slot: Slot, actor: Running, deadline_s: float) -> None:
-        """Return never. Raises TercetError."""
+        """Never returns. Raises TercetError."""
         while True:
             slot.status = await actor.call("health", timeout_s=deadline_s)
             self._changed.set()
@@ -262,7 +262,7 @@ class Controller:
                 gateway.noted = told
 
     async def _tell(self, gateway: Slot, method: str, told: object) -> bool:
-        """Whether it was heard."""
+        """Whether the gateway answered."""
         try:
             await self._actor(GATEWAY).call(method, told, timeout_s=self._spec.ray.health_deadline_s)
         except TercetError as error:

@@ -1,4 +1,4 @@
-"""What `tercet doctor` looks at: whether this machine can run what a spec may ask for, a line each."""
+"""What `tercet doctor` checks: whether this machine can run what a spec may ask for, one line each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tercet.transfer.transports.table import ALL
 
-EXTRAS = {"nixl", "ucx"}  # what that target installs
+EXTRAS = {"nixl", "ucx"}  # what `make extras` installs
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Finding:
 
 
 def findings() -> list[Finding]:
-    """Every transport, and what the kernel must allow for them."""
+    """Every transport, and the kernel features that they need."""
     found = [_transport(cls.name, cls.missing()) for cls in ALL]
     return [*found, _can("memfd", lambda: os.close(os.memfd_create("tercet-doctor"))), _can("pidfd", _open_pidfd)]
 

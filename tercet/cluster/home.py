@@ -1,6 +1,6 @@
 """Watches the Ray that a controller uses: its control store (GCS) and the node that it runs on.
 
-Without them nothing can be started or replaced, and Ray ends processes at a time of its own. Requests need neither.
+Without them nothing can be started or replaced, and Ray may end processes at any time. Requests need neither.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ ASK_TIMEOUT_S = 2.0
 
 
 class Home:
-    """Each of Ray's servers (what it is -> host:port) may be silent for `deadline_s`; `report` hears of it at once."""
+    """servers: name -> host:port. Each may be silent for up to `deadline_s`; `report` is told at once."""
 
     def __init__(
         self, servers: Mapping[str, str], deadline_s: float, report: Callable[[str], None], node_of: str = ""
     ) -> None:
-        """node_of: the GCS whose node must run on this machine, while the node's address is not known yet."""
+        """node_of: a GCS of which a node must run on this machine; while that node's address is not known yet."""
         self._servers = servers
         self._node_of = node_of
         self._deadline_s = deadline_s
         self._report = report
 
     async def watch(self) -> None:
-        """Return never. Raises RayLost once a server is silent for too long."""
+        """Never returns. Raises RayLost once a server is silent for too long."""
         answered, told = time.monotonic(), ""
         while True:
             fault = await self._fault()
@@ -44,7 +44,7 @@ class Home:
             await asyncio.sleep(WATCH_EVERY_S)
 
     async def _fault(self) -> str:
-        """What is silent, or nothing."""
+        """Which server is silent; empty if none is."""
         for name, address in self._servers.items():
             answer = await bounded.wait(f"asking {name}", 2 * ASK_TIMEOUT_S, ray_address.ask, address, ASK_TIMEOUT_S)
             if answer.silent:

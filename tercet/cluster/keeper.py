@@ -1,13 +1,12 @@
-"""Keeps a Ray that a controller started, and ends it when the controller is gone, however that went.
+"""Ends a Ray that a controller started when the controller is gone, however that ended.
 
     controller ── starts ──> keeper ── starts ──> ray_head, which starts Ray's processes, says where, and ends
         └── holds a pipe to the keeper's standard input; when it closes, also by SIGKILL, the keeper ends everything
 
-The keeper leads a session of its own and blocks the signals by which a service is ended, in all that it starts too. Be
-they sent to the controller, to its process group or to every process there is, the controller ends things, in order.
-The keeper imports nothing of Ray, whose libraries end a process when Ray is in trouble. What it ends are the other
-processes of its session: those that descend from ray_head. The kernel gives a session's number to nobody else while
-the session has a process left.
+The keeper leads a session of its own and blocks the signals that end a service, as do all processes that it starts: so
+even if they are sent to every process, it is the controller that ends things, in order. The keeper imports nothing of
+Ray, whose libraries end a process when Ray is in trouble. It ends the other processes of its session: those that
+descend from ray_head. The kernel does not reuse a session's number while the session has a process left.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
 END_TIMEOUT_S = 10.0
 POLL_S = 0.05
 TIDY_EVERY_S = 1.0
-UMASK = 0o077  # what Ray writes is this user's alone
+UMASK = 0o077  # only this user may read what Ray writes
 
 
 def main() -> None:
-    """Arguments: the folder that this Ray lives in, then those of ray_head."""
+    """Arguments: the folder of this Ray, then those of ray_head."""
     folder, *arguments = sys.argv[1:]
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans are reparented to us, not to init
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))  # Ray inherits it
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 def _close(folder: str) -> None:
-    """Ray opens its folders to everybody, again with every worker that it starts. Nobody comes that far, but still."""
+    """Ray opens its folders to everybody, again with every worker that it starts. Only this user can get there."""
     for path, _, _ in os.walk(folder):
         with contextlib.suppress(FileNotFoundError):
             os.chmod(path, 0o700)
@@ -64,8 +63,8 @@ def clear(folder: Path, session: int) -> None:
 
 
 def clear_abandoned(folder: Path, session: int) -> None:
-    """`clear`, when the keeper was killed long ago and its number may be someone else's: of the session only those who
-    have a file of the folder open."""
+    """`clear` for a keeper that was killed long ago, whose session number may have been reused: kill only processes of
+    the session that have a file of the folder open."""
     _end(lambda pid: _session(pid) == session and _uses(pid, folder))
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -79,7 +78,7 @@ def _end(is_meant: Callable[[int], bool]) -> None:
 
 
 def _kill(pid: int, is_meant: Callable[[int], bool]) -> None:
-    """By a descriptor of the process, so that nobody who got its number in the meantime is meant."""
+    """By pidfd, so that a process that has got the number in the meantime is not killed."""
     with contextlib.suppress(ProcessLookupError):
         try:
             process = os.pidfd_open(pid)
@@ -98,7 +97,7 @@ def _others() -> list[int]:
 
 
 def _session(pid: int) -> int | None:
-    """Of a process that lives; a zombie has nothing left to end."""
+    """The session of a live process; None for zombies, of which nothing is left to end."""
     try:
         state, _, _, session = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:4]
     except OSError:

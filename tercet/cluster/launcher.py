@@ -2,7 +2,7 @@
 
 A worker runs in its own placement group, pinned to the node that placement chose while that node lives, else to any
 node with its pool's labels. The gateway takes no CPU and runs on the controller's node. Nothing is detached: Ray ends
-every actor when the controller's process ends, however it ends. What Ray may never answer is asked through `bounded`.
+every actor when the controller's process ends, however it ends. Calls that Ray may never answer go through `bounded`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tercet.spec import ClusterSpec
 NODE_ID_LABEL = "ray.io/node-id"
 PLACE_TIMEOUT_S = 30.0
 POLL_S = 0.1
-ASK_TIMEOUT_S = 10.0  # for an answer of Ray's that takes milliseconds
+ASK_TIMEOUT_S = 10.0  # for calls that usually take Ray milliseconds
 KILL_TIMEOUT_S = 2.0
-MAX_CALLS = 16  # at once to one actor: health, drain and their like
+MAX_CALLS = 16  # concurrent calls to one actor: health, drain and the like
 NAME_TIMEOUT_S = 10.0  # Ray frees the name of a dead actor a moment after its death
 
 
@@ -43,7 +43,8 @@ def actor_name(cluster: str, member_id: str) -> str:
 
 
 class Actor:
-    """A member that runs. Every call ends in its result, a TercetError, or WorkerLost (dead, or silent too long)."""
+    """A running member. A call returns its result or raises a TercetError, which is WorkerLost if the member is dead or
+    silent."""
 
     def __init__(self, member_id: str, handle: Any, group: PlacementGroup | None) -> None:
         self.member_id = member_id
@@ -64,7 +65,7 @@ class Actor:
             raise WorkerLost(f"{self.member_id}: {_first_line(error)}") from error
 
     async def kill(self) -> None:
-        """SIGKILL by Ray, a stopped process included (that takes it 5 s), and its resources are given back."""
+        """Have Ray SIGKILL it and free its resources. Ray takes 5 s for a process that is stopped (SIGSTOP)."""
         with contextlib.suppress(ClusterError):  # without its GCS Ray cannot; then `stop` has ended the process
             await bounded.wait(f"the end of {self.member_id}", KILL_TIMEOUT_S, self._end)
 
@@ -75,7 +76,7 @@ class Actor:
 
 
 class Launcher:
-    """What the controller starts members with."""
+    """Starts members, for the controller (`members.Starter`)."""
 
     def __init__(self, cluster: str, cluster_token: str, home: Home) -> None:
         self._cluster = cluster
@@ -88,7 +89,7 @@ class Launcher:
         return plan(spec, nodes, target.placement.workers, taken)
 
     async def launch(self, member_id: str, epoch: int, target: Target) -> Actor:
-        """Create the actor; its `start` is the caller's to call. Raises ClusterError if Ray has no room for it."""
+        """Create the actor; the caller calls its `start`. Raises ClusterError if Ray has no room for it."""
         if member_id == GATEWAY:
             return await self._gateway(target)
         wanted = next(worker for worker in target.placement.workers if worker.worker_id == member_id)
@@ -115,7 +116,7 @@ class Launcher:
         args = (wanted.worker_id, wanted.role, epoch, spec, self._token)
         try:
             return Actor(wanted.worker_id, await self._create(wanted.worker_id, WorkerActor, options, *args), group)
-        except BaseException:  # cancelled or not: nobody else knows the group
+        except BaseException:  # including a cancel: nobody else knows the group
             _give_back(group)
             raise
 
@@ -168,7 +169,7 @@ async def _created(group: PlacementGroup) -> bool:
 
 
 def _give_back(group: PlacementGroup) -> None:
-    """Without waiting: this is called while something else is being raised."""
+    """Remove the group without waiting, since this is called while an error is being raised."""
     bounded.start(remove_placement_group, group)
 
 

@@ -1,4 +1,4 @@
-"""A Ray of this machine alone, started for one cluster and ended with it."""
+"""A Ray on this machine alone, started for one cluster and ended with it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tercet.cluster import keeper
 from tercet.cluster.ray_address import AUTH_VARIABLES
 from tercet.errors import ClusterError
 
-# Ray keeps sockets below its folder, and the path of a Unix socket may have 107 bytes.
+# Ray keeps sockets below its folder, and the path of a Unix socket has at most 107 bytes.
 MAX_PATH = 107
 DEEPEST = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 QUIET = {
-    "RAY_enable_metrics_collection": "0",  # no exporter, which would answer every user of this machine
-    "RAY_raylet_death_check_interval_milliseconds": "3600000",  # members notice it themselves, and end with an error
-    "DASHBOARD_METRIC_PORT": "0",  # this one cannot be turned off: at least not at a port that others want
+    "RAY_enable_metrics_collection": "0",  # no metrics exporter, which every user of this machine could read
+    "RAY_raylet_death_check_interval_milliseconds": "3600000",  # members do it (actors.end_with_raylet)
+    "DASHBOARD_METRIC_PORT": "0",  # this server cannot be turned off; take a free port at least
 }
 KEEPER_TIMEOUT_S = keeper.END_TIMEOUT_S + 2.0
 STOP_TIMEOUT_S = KEEPER_TIMEOUT_S + keeper.END_TIMEOUT_S
 
 
 class LocalRay:
-    """`start`, `address`, and `stop`, whatever they have said. If this process is killed, the keeper stops it."""
+    """Call `start`, `address`, and always `stop`. If this process is killed, the keeper ends this Ray."""
 
     def __init__(self, parent: Path) -> None:
         """parent: a folder that only this user can enter."""
@@ -39,25 +39,25 @@ class LocalRay:
 
     @property
     def session(self) -> int:
-        """Of its processes, once started."""
+        """Session number of its processes, once started."""
         assert self._keeper is not None
         return self._keeper.pid
 
     @property
     def token_path(self) -> Path | None:
-        """The token that it asks of everyone; None if the user's own settings say how to join."""
+        """The file of the token that joining takes; None if the user's own settings apply."""
         path = self.folder / "token"
         return path if path.exists() else None
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process sets before it imports Ray to join this one."""
+        """The variables that a process must set before it imports Ray to join this one."""
         return (
             {} if self.token_path is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
         )
 
     def start(self, cpus: int) -> None:
-        """Begin; `address` waits for the end."""
+        """Begin to start; `address` waits until that is done."""
         if not AUTH_VARIABLES & os.environ.keys():
             with _private(self.folder / "token") as file:
                 file.write(secrets.token_hex(32).encode())
@@ -73,7 +73,7 @@ class LocalRay:
             )
 
     def address(self) -> str:
-        """host:port, once it stands; blocks. Raises ClusterError with Ray's reason."""
+        """host:port, once Ray is up; blocks. Raises ClusterError with Ray's reason."""
         assert self._keeper is not None
         assert self._keeper.stdout is not None
         line = self._keeper.stdout.readline()
@@ -83,7 +83,7 @@ class LocalRay:
         return str(told["address"])
 
     def stop(self) -> None:
-        """End every process of it and remove its folder; blocks."""
+        """End all its processes and remove its folder; blocks."""
         if self._keeper is None:
             shutil.rmtree(self.folder)
             return
@@ -103,7 +103,7 @@ class LocalRay:
 
 
 def _wait_unreaped(pid: int) -> None:
-    """For the end of the keeper. Its number stays its own, so that the session of that number is still its session."""
+    """Wait for the end of the keeper, but do not reap it, so that its pid, the session's number, is not reused."""
     deadline = time.monotonic() + KEEPER_TIMEOUT_S
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < deadline:
         time.sleep(keeper.POLL_S)
@@ -118,5 +118,5 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _private(path: Path) -> BinaryIO:
-    """A new file, of which nobody else reads a byte at any time."""
+    """A new file that no other user can ever read."""
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")

@@ -1,4 +1,4 @@
-"""What the controller should keep, and what it holds of each member."""
+"""The controller's target, and what it knows of each member."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ASK_PORTS_EVERY_S = 2.0
 
 @dataclass(frozen=True)
 class Target:
-    """What the cluster should be. It is replaced as a whole."""
+    """The desired state of the cluster; replaced as a whole."""
 
     spec: ClusterSpec
     placement: Placement
@@ -31,31 +31,31 @@ class Target:
 
 
 class Running(Protocol):
-    """A member's process. `call` raises TercetError; `kill` never fails and may be called on the dead."""
+    """A member's process. `call` raises TercetError; `kill` never fails and may be called on a dead one."""
 
     async def call(self, method: str, *args: object, timeout_s: float) -> Any: ...
     async def kill(self) -> None: ...
 
 
 class Starter(Protocol):
-    """Makes processes, and looks at them from outside."""
+    """Starts members' processes, and checks them from outside."""
 
     async def place(self, target: Target, spec: ClusterSpec, taken: Collection[str]) -> Placement:
-        """A placement of `spec` in which who runs by `target` stays where it is. Raises ClusterError."""
+        """A placement of `spec` that keeps the workers of `target` where they are. Raises ClusterError."""
 
     async def launch(self, member_id: str, epoch: int, target: Target) -> Running:
-        """Raises ClusterError when there is no room for one."""
+        """Create the member's process. Raises ClusterError if there is no room."""
 
     async def ask_ports(self, info: Any, timeout_s: float) -> None:
-        """Connect anew to every port of a member. Raises WorkerLost naming one that does not answer in time."""
+        """Open a new connection to each port of a member. Raises WorkerLost naming one that does not answer in time."""
 
     async def watch_home(self) -> None:
-        """Return never; raises RayLost once nothing can be mended from here any more, saying why."""
+        """Never returns. Raises RayLost, with the reason, once members can no longer be started or replaced."""
 
 
 @dataclass
 class Slot:
-    """One incarnation of a member as this controller holds it."""
+    """What this controller knows of one incarnation of a member."""
 
     member_id: str
     role: str
@@ -63,10 +63,10 @@ class Slot:
     actor: Running | None = None
     info: Any = None  # WorkerInfo or GatewayInfo, once LIVE
     task: asyncio.Task[None] | None = None  # its start, then its watch and its drain; then its end
-    leave: asyncio.Event = field(default_factory=asyncio.Event)  # set: it is to drain
-    told: Mapping[str, int] | None = None  # of the gateway: the workers that it was last told of
-    noted: Mapping[str, Any] | None = None  # of the gateway: the `overview` that it was last told
-    status: Any = field(default_factory=dict)  # its last health; of the gateway: what `GatewayActor.health` gives
+    leave: asyncio.Event = field(default_factory=asyncio.Event)  # set when it is to drain
+    told: Mapping[str, int] | None = None  # gateway only: the workers that it was last told of
+    noted: Mapping[str, Any] | None = None  # gateway only: the `overview` that it was last sent
+    status: Any = field(default_factory=dict)  # the last `health`: a Load, or what `GatewayActor.health` gives
 
     @property
     def title(self) -> str:
@@ -83,8 +83,8 @@ class Slot:
 
 
 async def watch_ports(slot: Slot, starter: Starter, deadline_s: float) -> None:
-    """Return never. A process that answers Ray may still have lost a port, so each is asked from outside; one miss is
-    none. Raises TercetError."""
+    """Never returns. Checks each port from outside, since a process that answers Ray may have lost a port. A single
+    miss is ignored. Raises TercetError."""
     answered, misses = time.monotonic(), 0
     while True:
         await asyncio.sleep(ASK_PORTS_EVERY_S)
@@ -99,7 +99,7 @@ async def watch_ports(slot: Slot, starter: Starter, deadline_s: float) -> None:
 
 
 def overview(target: Target, slots: Mapping[str, Slot], answers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What `tercet status` and `tercet scale` are told, as plain data. answers: id of a question -> error, if any."""
+    """What `tercet status` and `tercet scale` are told, as plain data. answers: id of a request -> error, if any."""
     present = {m: s for m, s in sorted(slots.items()) if m != GATEWAY and s.member.state is not State.GONE}
     return {
         "target": {role.value: wanted.replicas for role, wanted in target.spec.roles.items()},
@@ -118,6 +118,6 @@ def _told_of(slot: Slot) -> dict[str, Any]:
     }
     if isinstance(slot.info, WorkerInfo):
         told |= {"pid": slot.info.pid, "node": slot.info.node}
-    if member.state is State.DRAINING and isinstance(slot.status, Load):  # the gateway hears of it no more
+    if member.state is State.DRAINING and isinstance(slot.status, Load):  # the gateway no longer gets its reports
         told |= {"load": asdict(slot.status)}
     return told

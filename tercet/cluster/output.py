@@ -15,8 +15,8 @@ def open_closed() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115, till the end
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115, never closed
 
 
 def say(line: str) -> None:

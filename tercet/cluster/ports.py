@@ -1,4 +1,4 @@
-"""Whether a member's ports still serve, asked from outside its process: a new connection each, closed after its answer.
+"""Whether a member's ports still serve, checked from outside its process by a new connection to each.
 
 The process itself cannot tell: a server that no longer accepts connections still serves its open streams.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104, compared, not bound
 
-Asked = tuple[str, Callable[[str, float], str], str]  # what it is, how it is asked, where
+Asked = tuple[str, Callable[[str, float], str], str]  # name, check, address
 
 
 async def ask_ports(info: WorkerInfo | GatewayInfo, timeout_s: float) -> None:
@@ -46,7 +46,7 @@ def _ports(info: WorkerInfo | GatewayInfo) -> Iterator[Asked]:
 
 
 def _http(url: str, timeout_s: float) -> str:
-    """Any answer will do, 503 included. -> what went wrong, or nothing."""
+    """Any answer will do, 503 included. -> what went wrong; empty if nothing did."""
     host, port = urlsplit(url).hostname or "", urlsplit(url).port
     connection = http.client.HTTPConnection(_reachable(host), port, timeout=timeout_s)
     try:
@@ -60,13 +60,13 @@ def _http(url: str, timeout_s: float) -> str:
 
 
 def _grpc(address: str, timeout_s: float) -> str:
-    """Any status will do: a worker knows no health service and says so."""
+    """Any status will do: a worker has no health service, and answers so."""
     answer = knock.ask(listening.address(*_split(address)), timeout_s)
     return f"{answer.status}: {answer.details}" if answer.silent else ""
 
 
 def _tcp(address: str, timeout_s: float) -> str:
-    """The acceptor speaks first, with its challenge."""
+    """The acceptor sends first: a CHALLENGE."""
     try:
         with socket.create_connection(_split(address), timeout_s) as connection:
             return "" if connection.recv(1) else "it closes them"

@@ -1,4 +1,4 @@
-"""Checks of a spec on this machine that would otherwise fail a minute later, when Ray and members start."""
+"""Checks of a spec against this machine that would otherwise fail a minute later, once Ray and the members start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tercet.wire.listening import EVERYWHERE, listen_error
 
 
 def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
-    """What the gateway needs, since it always runs here. Raises ClusterError for its ports, ModelError."""
+    """Check the gateway's ports and model, since it always runs on this machine. Raises ClusterError, ModelError."""
     for name, listen in (("http", spec.gateway.http), ("grpc", spec.gateway.grpc)):
         try:
             _bind(listen)
@@ -24,7 +24,7 @@ def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
 
 
 def refuse_missing_transport(spec: ClusterSpec) -> None:
-    """For workers that all run on this machine. Raises SpecError."""
+    """Check the transport, where all workers run on this machine. Raises SpecError."""
     if spec.transfer.transport != transports.AUTO:
         transports.usable(spec.transfer.transport)
 

@@ -1,6 +1,6 @@
 """Which Ray a cluster joins: one that answers as Ray, and that this user runs or has asked for by name.
 
-Nothing here imports Ray, which reads once, when it is imported, how to join.
+Nothing here imports Ray, which reads the environment variables for joining only once, when it is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tercet.wire.knock import Answer, Certificates
 
 ANSWER_TIMEOUT_S = 5.0
 IDENTITY = "/ray.rpc.NodeInfoGcsService/GetClusterId"  # what Ray's own clients ask first
-AUTH_VARIABLES = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # any one set: the user decides
+AUTH_VARIABLES = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # if any is set, the user's settings apply
 _REFUSED = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
 
 
@@ -39,7 +39,7 @@ def resolve(wanted: str, report: Callable[[str], None]) -> str | None:
 
 
 def _found(report: Callable[[str], None]) -> str | None:
-    """What the address file says, if it is to be trusted. Anyone may have put it where Ray looks for it."""
+    """The address in Ray's address file, if it can be trusted: any user may have put a file there."""
     path = _address_file()
     try:
         address = _read_own(path)
@@ -57,7 +57,7 @@ def _found(report: Callable[[str], None]) -> str | None:
         report(f"the Ray at {address}, which {path} names, is passed over: it does not answer ({fault})")
         return None
     if _token() and not AUTH_VARIABLES & os.environ.keys():
-        os.environ["RAY_AUTH_MODE"] = "token"  # as Ray does for a Ray that it finds itself
+        os.environ["RAY_AUTH_MODE"] = "token"  # as Ray itself does for a Ray that it finds
     return address
 
 
@@ -99,7 +99,7 @@ def _is_address(text: str) -> bool:
 
 
 def _fault(address: str) -> str:
-    """Why this is no Ray, or nothing. One that asks for a token is left to Ray's own client, which says what to do."""
+    """Why this is no Ray; empty if it is. If it refuses our token, Ray's own client will say what to do."""
     answer = ask(address, ANSWER_TIMEOUT_S, IDENTITY)
     if answer.status == "OK":
         return "" if answer.reply else "it has no identity"
@@ -122,7 +122,7 @@ def _certificates() -> Certificates | None:
 
 
 def _token() -> list[tuple[str, str]]:
-    """Where Ray's clients look for it, in their order."""
+    """The token as a gRPC header, from where Ray's clients look for it, in their order."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return []
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -134,7 +134,7 @@ def _token() -> list[tuple[str, str]]:
 
 
 def _runs_here(address: str) -> bool:
-    """Whether this user runs a node of that Ray on this machine; ours would be its processes' children."""
+    """Whether this user runs a node of that Ray on this machine: our actors would be children of its processes."""
     return os.getuid() in owners(address)
 
 

@@ -1,7 +1,7 @@
 """Starts the processes of a one-node Ray that only this machine and this user can reach, says where it is, and ends.
 
 The keeper runs it as a file, with the number of CPUs, in the environment that `local_ray` gives. It writes one line
-of JSON, {"address": host:port} or {"error": why}. `ray start` always opens the port of the Ray Client.
+of JSON, {"address": host:port} or {"error": why}. `ray start` is not used, since it always opens the Ray Client's port.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import json
 import logging
 import sys
 
-OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least is 75 MiB; nothing of ours goes through it
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's minimum is 75 MiB; we put nothing into it
 HOST = "127.0.0.1"
 
 
 def main() -> None:
     try:
         told = {"address": _start(int(sys.argv[1]))}
-    except Exception as error:  # noqa: BLE001, whatever it is, the one who waits must hear of it
+    except Exception as error:  # noqa: BLE001, any error must reach the controller, which waits
         told = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
     print(json.dumps(told), flush=True)  # noqa: T201, the answer
 

@@ -1,4 +1,4 @@
-"""This process's connection to a Ray. These functions may block for long, so they are called through `bounded`."""
+"""This process's connection to a Ray. These functions may block for long, so call them through `bounded`."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def nodes() -> list[Node]:
 
 
 def log_folder() -> str:
-    """Where the processes of this Ray write their logs on this node. Ray has no public word for it before 2.60."""
+    """Where the processes of this Ray write their logs on this node. Ray has no public API for it before 2.60."""
     node: Any = ray._private.worker._global_node
     return str(node.get_logs_dir_path())
 
 
 def servers(gcs_address: str) -> dict[str, str]:
-    """Those of Ray's servers that this process depends on: what it is -> host:port."""
+    """The servers of Ray that this process depends on: name -> host:port."""
     own = ray.get_runtime_context().get_node_id()
     node = next(n for n in ray.nodes() if n["NodeID"] == own)  # type: ignore[no-untyped-call]
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"

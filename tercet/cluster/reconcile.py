@@ -1,6 +1,7 @@
-"""The controller's decisions, apart from their execution. Pure: what should be and what is, actions out.
+"""The controller's decisions, apart from their execution. Pure: desired and actual state in, actions out.
 
-The life of a member (a worker or the gateway). On the left it is wanted, on the right not, or not any more:
+The life cycle of a member (a worker or the gateway). On the left it is in the target, on the right it is not, or no
+longer:
 
     absent, GONE                                     LOST ──Drop──> GONE
        │ Start(epoch + 1)                              ^
@@ -13,8 +14,8 @@ The life of a member (a worker or the gateway). On the left it is wanted, on the
        v
      LOST ──Start(epoch + 1), after a backoff──> STARTING
 
-Who is wanted again while it drains is drained to its end, and starts from GONE: nothing goes back. GONE keeps the
-epoch, so that an id that is given again goes on from there.
+A member that is wanted again while it drains still drains to its end, and starts again from GONE: there is no way back.
+GONE keeps the epoch, so that a reused id continues from there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 
 GATEWAY = "gateway"
 
-STABLE_S = 30.0  # a member that lived so long is not in a crash loop
+STABLE_S = 30.0  # a member that was live for so long is not in a crash loop
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 30.0
 
@@ -47,7 +48,7 @@ class Member:
     epoch: int
     state: State
     since: float
-    crashes: int = 0  # in a row, each before STABLE_S
+    crashes: int = 0  # consecutive, each before STABLE_S
     retry_at: float = 0.0
     reason: str = ""  # why it was lost
 
@@ -60,21 +61,21 @@ class Start:
 
 @dataclass(frozen=True)
 class Drain:
-    """Let what runs on a worker end; the gateway sends it nothing new."""
+    """Let a worker's legs end; the gateway sends it no new ones."""
 
     member_id: str
 
 
 @dataclass(frozen=True)
 class Stop:
-    """End the member's process, also one that still starts."""
+    """End the member's process, even if it is still starting."""
 
     member_id: str
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Start no successor of a member that was lost."""
+    """Start no successor for a member that was lost."""
 
     member_id: str
 
@@ -94,7 +95,7 @@ def diff(
 ) -> tuple[Action, ...]:
     """What to do so that `actual` becomes `target`; nothing if it already is, or if something must end first.
 
-    told: what the gateway was last told, None if the live gateway was told nothing yet.
+    told: the workers that the gateway was last told of; None if it was not told yet.
     """
     actions: list[Action] = []
     for member_id in sorted({*target, *actual}):
@@ -141,7 +142,7 @@ def leaving(member: Member, state: State, now: float) -> Member:
 
 
 def lost(member: Member, reason: str, now: float) -> Member:
-    """The first loss is mended at once, the next ones after 1, 2, 4 ... 30 s."""
+    """The first loss is followed by a restart at once, further ones after 1, 2, 4 ... 30 s."""
     stable = _live(member) and now - member.since >= STABLE_S
     crashes = 1 if stable else member.crashes + 1
     wait = 0.0 if crashes == 1 else min(FIRST_BACKOFF_S * 2.0 ** (crashes - 2), LAST_BACKOFF_S)

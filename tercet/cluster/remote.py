@@ -30,14 +30,14 @@ def refuse_second(cluster: str) -> None:
 
 
 def status(name: str | None, address: str) -> dict[str, Any]:
-    """The gateway's status (`GatewayActor.health`) and its cluster's `name`. Raises ClusterError if there is none."""
+    """The gateway's status (`GatewayActor.health`), with its cluster's `name`. Raises ClusterError if there is none."""
     with runtime.joined(address):
         found = pick(name, address)
         return dict(ask(found, "health"), name=found)
 
 
 def down(name: str | None, address: str, timeout_s: float) -> str:
-    """Have a cluster drained and ended; its name once it is gone. Raises ClusterError if it does not go."""
+    """Have a cluster drained and ended. -> its name, once it is gone. Raises ClusterError if it is not in time."""
     with runtime.joined(address):
         found = pick(name, address)
         ask(found, "request_stop")

@@ -1,8 +1,8 @@
 """Which clusters are served on this machine: one file each, locked for as long as its controller lives.
 
-The lock, not the file, says that a cluster runs. A file left by a killed controller only tells that the folder of its
-Ray may be left too. Creating, writing, reading and removing a file are done under the folder's lock, so nobody sees a
-file half written, or mistakes a reader's shared lock for a controller.
+The lock, not the file, says that a cluster runs. A file left by a killed controller only says that its Ray's folder may
+be left, too. Files are created, written, read and removed under the folder's lock, so that nobody sees a file half
+written, or mistakes a reader's shared lock for a controller's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Served:
     pid: int  # of the controller
     ray_address: str = ""
     http_url: str = ""
-    ray_folder: str = ""  # of the Ray that it started; empty: the Ray is somebody else's
+    ray_folder: str = ""  # of the Ray that it started; empty if it joined one
     ray_session: int = 0  # the number of its processes' session
     ray_environment: Mapping[str, str] = field(default_factory=dict)  # to set before Ray is imported, to join that Ray
 
@@ -54,7 +54,7 @@ class RunFile:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
                 self._lock()
             before = _parse(os.pread(self._fd, MAX_BYTES, 0))
-        if before is not None and before.ray_folder:  # its keeper should have done it, unless that was killed too
+        if before is not None and before.ray_folder:  # its keeper has cleared up, unless it was killed, too
             keeper.clear_abandoned(Path(before.ray_folder), before.ray_session)
         try:
             self.write(Served(self._name, os.getpid()))
@@ -75,15 +75,15 @@ class RunFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         with contextlib.suppress(OSError), _alone_in(self.folder):  # without its lock the file means nothing
-            if os.path.samestat(self._path.lstat(), os.fstat(self._fd)):  # else ours was removed: this is another's
+            if os.path.samestat(self._path.lstat(), os.fstat(self._fd)):  # else it is another process's file
                 self._path.unlink()
         os.close(self._fd)
 
     def write(self, served: Served) -> None:
-        """Raises ClusterError, and leaves what stood there, if the disk is full."""
+        """Raises ClusterError, and keeps the old contents, if the disk is full."""
         text = json.dumps(asdict(served)).encode()
         with reaching(self._path), _alone_in(self.folder):
-            os.pwrite(self._fd, text, 0)  # written before truncating, so that the file's disk blocks are kept
+            os.pwrite(self._fd, text, 0)  # before truncating, so that the file keeps its disk blocks
             os.ftruncate(self._fd, len(text))
 
 
@@ -96,7 +96,7 @@ def served() -> list[Served]:
 
 
 def find_reachable(name: str | None) -> Served:
-    """`find`, for a caller that will connect. Raises ClusterError also while it has no address yet."""
+    """`find`, for a caller that will connect. Raises ClusterError, also while the cluster has no address yet."""
     found = find(name)
     if not found.http_url:
         raise ClusterError(f"cluster {found.name} is just starting; try again in a moment")
@@ -123,7 +123,7 @@ def find(name: str | None) -> Served:
 
 
 def end(name: str | None, timeout_s: float) -> str:
-    """Have a cluster drained and ended; its name once it is gone. Raises ClusterError if it does not go.
+    """Have a cluster drained and ended. -> its name, once it is gone. Raises ClusterError if it is not in time.
 
     By signal: that reaches a controller even while its gateway is being replaced.
     """
@@ -151,8 +151,8 @@ def reaching(path: Path) -> Iterator[None]:
 
 
 def _folder() -> Path:
-    """Where the files lie: always in the same place, also while the disk is full. Raises ClusterError if it cannot be
-    used, or if others may have put something there."""
+    """The folder of the files: always the same one, even if the disk is full. Raises ClusterError if it cannot be used,
+    or if others may have written to it."""
     folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"tercet-{os.getuid()}"  # noqa: S108, checked below
     with reaching(folder):
         with contextlib.suppress(FileExistsError):
@@ -170,7 +170,7 @@ def _folder() -> Path:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """For a moment: nobody holds this lock while waiting for anything."""
+    """Hold the folder's lock. Only briefly: nobody may wait for anything else under it."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -187,7 +187,7 @@ def _read(path: Path) -> Served | None:
 def _parse(text: bytes) -> Served | None:
     try:
         found = Served(**json.loads(text))
-    except (ValueError, TypeError, RecursionError):  # of another version, or left by one who was killed before he wrote
+    except (ValueError, TypeError, RecursionError):  # from another version, or never written: killed before
         return None
     texts, numbers = (found.name, found.ray_address, found.http_url, found.ray_folder), (found.pid, found.ray_session)
     fits = all(isinstance(text, str) for text in texts) and all(isinstance(number, int) for number in numbers)

@@ -1,10 +1,10 @@
-"""Have another number of workers of a role in a cluster that another process serves.
+"""Changes the number of workers of a role in a cluster that another process serves.
 
-    this process --request_scale--> gateway --health, each look--> controller   replaces its target, or says why not
+    this process --request_scale--> gateway --health, each poll--> controller   replaces its target, or says why not
     this process <-----health------ gateway <----note, each change----'         answer, target, members
 
-The gateway only carries the words and may be replaced, so a question, known by its id, is asked until the controller
-has answered it.
+The gateway only relays these and may be replaced, so a request, which has an id, is repeated until the controller has
+answered it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ POLL_S = 0.2
 
 
 def scale(name: str | None, address: str, role: str, replicas: int, timeout_s: float) -> str:
-    """Return what has happened once the role has that many workers, all in use and no other.
+    """Return a summary once the role has exactly that many workers, all in use.
 
-    Raises SpecError or ClusterError for what cannot be, and ClusterError naming what is waited for when time is over.
+    Raises SpecError or ClusterError if that cannot be, and ClusterError naming what is missing on a timeout.
     """
     with ray_runtime.joined(address):
         found = remote.pick(name, address)
@@ -51,8 +51,8 @@ def _look(cluster: str, ask_id: str, role: str, replicas: int) -> tuple[dict[str
 
 
 def missing(status: Mapping[str, Any], ask_id: str, role: str, replicas: int) -> str:
-    """What is still to come, or nothing. Pure. Raises the controller's answer if that is an error, and ClusterError if
-    somebody has asked for another number since."""
+    """What is still missing; empty if nothing is. Pure. Raises the controller's answer if that is an error, and
+    ClusterError if a later request has set another number."""
     answer = status["answers"].get(ask_id)
     if answer is None:
         return "the controller has not answered yet"

@@ -1,6 +1,6 @@
 """Serves a cluster from this process: Ray up, members up, until Ctrl-C, SIGTERM or `tercet down`; then all down.
 
-The first signal drains; a later one ends at once. Everything waits inside one event loop, so a signal is heard always.
+The first signal drains; a later one ends at once. All waiting is done in one event loop, so signals are always handled.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ ASK_TIMEOUT_S = 10.0
 def serve(
     spec: ClusterSpec, signals: Signals, report: Callable[[str], None], ready: Visit, visit: Visit | None = None
 ) -> None:
-    """Serve until told to stop. `ready` is called once the cluster is; `visit`, if given, then runs in a thread, and
-    its end ends the cluster. Raises TercetError for whatever keeps the cluster from standing or ends it, and
-    KeyboardInterrupt if it was told to stop before it stood.
+    """Serve until told to stop. `ready` is called once the cluster is ready; `visit`, if given, then runs in a thread,
+    and its end ends the cluster. Raises the TercetError that kept the cluster from getting ready or ended it, and
+    KeyboardInterrupt if it was told to stop before it was ready.
     """
     with RunFile(spec.name) as run_file:
         if not asyncio.run(_Serving(spec, signals, report, run_file).run(ready, visit)):
@@ -53,7 +53,7 @@ def serve(
 
 
 class _Serving:
-    """One cluster, from its Ray to its end. What has begun is ended in the opposite order, however far it came."""
+    """One cluster, from its Ray to its end. What was started is ended in reverse order, however far the start got."""
 
     def __init__(self, spec: ClusterSpec, signals: Signals, report: Callable[[str], None], run_file: RunFile) -> None:
         self._spec = spec
@@ -63,7 +63,7 @@ class _Serving:
         self._served = Served(spec.name, os.getpid())
 
     async def run(self, ready: Visit, visit: Visit | None) -> bool:
-        """Whether it stood."""
+        """-> whether it was ready at any time."""
         self._signals.attach()
         async with AsyncExitStack() as ends:
             starting = asyncio.create_task(self._start(ends))
@@ -81,7 +81,7 @@ class _Serving:
         address = await self._find_ray()
         ours = "" if address is not None else await self._start_ray(ends)
         address = address or ours
-        # Ray itself would wait long for a server that has died, and then not say which.
+        # Ray itself would wait long for a server that has died, and not say which.
         home = Home({GCS: address}, self._spec.ray.lost_after_s, self._report, node_of=ours)
         placement, servers = await first(self._join(address, ends), home.watch())
         from tercet.cluster.launcher import Launcher  # only now: Ray reads its environment when it is imported
@@ -94,12 +94,12 @@ class _Serving:
         return controller
 
     async def _join(self, address: str, ends: AsyncExitStack) -> tuple[Placement, dict[str, str]]:
-        """-> who runs where, and the servers of Ray that we depend on."""
+        """-> the placement, and the servers of Ray that we depend on."""
         from tercet.cluster import ray_runtime, remote
 
         await bounded.wait(f"joining the Ray at {address}", JOIN_TIMEOUT_S, ray_runtime.connect, address)
         ends.push_async_exit(_leaving(ray_runtime.disconnect))
-        self._signals.install()  # again: Ray has put a handler of its own over ours, which prints a stack
+        self._signals.install()  # again: Ray has replaced our handler by one that prints a stack trace
         await bounded.wait("asking Ray for its clusters", 2 * ASK_TIMEOUT_S, remote.refuse_second, self._spec.name)
         nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray_runtime.nodes)
         placement = plan(self._spec, nodes)
@@ -158,7 +158,7 @@ class _Serving:
         self._note(http_url=info.http_url)
 
     def _note(self, **known: Any) -> None:
-        """Keep the run file true. It is for `status` and `down`: what runs does not end for it."""
+        """Update the run file, which `status` and `down` read. The cluster goes on if that fails."""
         self._served = replace(self._served, **known)
         try:
             self._run_file.write(self._served)
@@ -169,9 +169,9 @@ class _Serving:
 def _leaving(disconnect: Callable[[], None]) -> Ending:
     async def end(kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if isinstance(error, RayLost):
-            bounded.leave_behind()  # Ray would end this process in the middle of it, with an exit code of its own
+            bounded.leave_behind()  # Ray would end this process while it disconnects, with an exit code of its own
             return
-        with contextlib.suppress(ClusterError):  # it is left when this process ends
+        with contextlib.suppress(ClusterError):  # the end of this process leaves it, too
             await bounded.wait("leaving Ray", LEAVE_TIMEOUT_S, disconnect)
 
     return end

@@ -4,8 +4,8 @@
     then               the first one sets `stop`, a later one `kill`
     after the loop     nothing: everything has ended, or is ending by its deadlines
 
-A signal that comes within a second of the first is taken for the same request delivered twice: to the process group and
-to the process, or by a terminal and by a parent. SIGHUP counts too, since a closed terminal must not leave a cluster
+A signal within a second of the first counts as the same request, delivered twice: to the process group and to the
+process, or by a terminal and by a parent. SIGHUP counts too, since a closed terminal must not leave a cluster
 behind, unless it is ignored (`nohup`).
 """
 
@@ -49,5 +49,5 @@ class Signals:
             self._first = now
             self.stop.set()
         elif now - self._first >= SAME_WORD_S and not self.kill.is_set():
-            self.kill.set()  # first, as nothing that is only said may come between
+            self.kill.set()  # before the report, which may fail or block
             self._report("ending at once")

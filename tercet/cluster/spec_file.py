@@ -1,6 +1,6 @@
 """Reads a cluster spec: YAML and `--set` overrides in, a checked ClusterSpec out.
 
-Faults become one SpecError, a line each, in the file's order:
+Faults become one SpecError, one line each, in the file's order:
 `configs/x.yaml:12: roles.decode.replicas: must be at least 1, got 0`.
 """
 
@@ -25,8 +25,8 @@ from tercet.spec import ClusterSpec
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> ClusterSpec:
-    """Read, override, check. A model's path becomes absolute, since workers run elsewhere. Raises SpecError,
-    UnsupportedSpec for what can be said but is not built, or ModelFileMissing."""
+    """Read, override, check. A model's path becomes absolute, since workers run in other folders. Raises SpecError,
+    UnsupportedSpec for what is valid but not built, or ModelFileMissing."""
     tree = read_yaml(path)
     for setting in overrides:
         tree.override(setting, _is_text)
@@ -54,7 +54,7 @@ def _with_absolute_source(spec: ClusterSpec, tree: YamlTree) -> ClusterSpec:
 
 def _validate(tree: YamlTree) -> ClusterSpec:
     try:
-        # JSON mode, because in it a strict enum takes its value's text.
+        # JSON mode, because there a strict enum accepts its value as text.
         return ClusterSpec.model_validate_json(json.dumps(tree.data))
     except ValidationError as error:
         faults = sorted(map(_explain, error.errors(include_url=False)), key=lambda fault: tree.order(_path(fault)))
@@ -134,7 +134,7 @@ def _is_text(path: Sequence[str]) -> bool:
 
 
 def _model_at(path: Sequence[str]) -> type[BaseModel]:
-    """The model whose keys stand at `path`; a map's keys (pools, roles) are skipped."""
+    """The pydantic model at `path`; keys of maps (pools, roles) are skipped."""
     kind: Any = ClusterSpec
     for name in path:
         if isinstance(kind, type) and issubclass(kind, BaseModel):

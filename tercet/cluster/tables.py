@@ -48,7 +48,7 @@ def doctor_table(findings: Sequence[Finding]) -> Table:
 
 
 def pairs_table(status: Mapping[str, Any]) -> Table:
-    """The ways that KV takes, as measured when each pair of workers connected."""
+    """The pairs of workers, as measured when each connected."""
     table = Table(title="pairs")
     for column in ("prefill", "decode", "transport", "MB/s", "round trip, µs"):
         table.add_column(column, overflow="fold")
@@ -71,7 +71,7 @@ def status_table(status: Mapping[str, Any]) -> Table:
         "gateway", "", "", "", str(status["pid"]), str(status["node"]), str(status.get("inflight", "")), "", ""
     )
     for worker_id in sorted({*status["members"], *status["workers"]}):
-        # Who is published and whom the controller has are told apart, so one may be ahead of the other.
+        # The gateway's workers and the controller's members come separately, so one may be ahead of the other.
         worker = {"state": "", "pid": "", "node": "", "load": None, **status["workers"].get(worker_id, {})}
         worker |= status["members"].get(worker_id, {})
         load = worker["load"] or {}

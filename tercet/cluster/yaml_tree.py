@@ -1,4 +1,4 @@
-"""YAML as plain data that remembers where each value stands, so that a fault can name file and line.
+"""YAML as plain data, with the origin of each value, so that an error can name file and line.
 
 Only JSON's types are built (map with text keys, list, text, number, bool, null); any other tag is refused.
 """
@@ -36,7 +36,7 @@ class YamlTree:
         return self.origins.get(self._written(path), self.source)
 
     def order(self, path: Sequence[str]) -> int:
-        """Grows from the file's first key to its last one, and on through the settings."""
+        """Position of `path`, to sort by: the file's keys in order, then the settings."""
         return [(), *self.origins].index(self._written(path))
 
     def _written(self, path: Sequence[str]) -> KeyPath:
@@ -44,8 +44,8 @@ class YamlTree:
         return next((ancestor for ancestor in ancestors if ancestor in self.origins), ())
 
     def override(self, setting: str, is_text: Callable[[KeyPath], bool]) -> None:
-        """Apply one `key.path=value` as Helm does: the value is YAML, or what stands there where the key wants a text;
-        null removes the key, `\\.` is a dot in a key."""
+        """Apply one `key.path=value` as Helm does: the value is YAML, or taken literally where the key takes text; null
+        removes the key, `\\.` is a dot in a key."""
         key, equals, text = setting.partition("=")
         path = tuple(part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", key.strip()))
         if not equals or not all(path):

@@ -1,1 +1,1 @@
-"""What the roles share: blocks, sequences, scheduler, runner, sampler, and the loop that turns them."""
+"""What the roles share: blocks, sequences, scheduler, runner, sampler, and the loop that drives them."""

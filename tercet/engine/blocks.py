@@ -7,7 +7,7 @@ Every block is in exactly one state, in this order of precedence, so that at eve
     leased       granted to a remote writer that is expected to fill it
     in flight    a source of a transfer that is not over
     owned        held by sequences (a shared prefix block by several)
-    free         held by nobody; an indexed one (engine/prefix.py) keeps its contents until it is the oldest and needed
+    free         held by nobody; an indexed one (engine/prefix.py) keeps its contents until it is reused, oldest first
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class BlockPool:
     """Not thread-safe."""
 
     def __init__(self, total: int, index: PrefixIndex, on_free: Callable[[], None] = lambda: None) -> None:
-        """on_free: called whenever blocks have become free, for whoever waits for some."""
+        """on_free: called whenever blocks have become free."""
         self.total = total
         self._index = index
         self._on_free = on_free
         self._holds = [[0] * total for _ in Hold]  # hold kind -> block -> how many hold it so
         self._counts = dict.fromkeys(_STATES, 0) | {None: total}  # state -> blocks in it; None is free
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))  # next to be taken first
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))  # in order of reuse
 
     @property
     def available(self) -> int:
         return len(self._free)
 
     def allocate(self, count: int, hold: Hold) -> list[int]:
-        """Take `count` blocks, to be written anew. Raises Overloaded."""
+        """Take `count` free blocks, whose contents are lost. Raises Overloaded if there are fewer."""
         if count > len(self._free):
             raise Overloaded(f"{count} KV blocks are needed, {len(self._free)} of {self.total} are free")
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
@@ -58,7 +58,7 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Take OWNED on blocks whose contents are wanted, whether others hold them or nobody does."""
+        """Add an OWNED hold to blocks whose contents are reused, whether they are free or held by others."""
         for block in blocks:
             self._free.pop(block, None)
             self._change(block, Hold.OWNED, 1)
@@ -70,7 +70,7 @@ class BlockPool:
             self._change(block, target, 1)
 
     def release(self, blocks: Iterable[int], hold: Hold) -> None:
-        """Give blocks back; one that nobody holds any more is free. Later blocks of a chain go first."""
+        """Give blocks back; one that nobody holds any more is free. Later blocks of a chain are reused first."""
         before = len(self._free)
         for block in reversed(list(blocks)):
             assert self._holds[hold][block] > 0, f"block {block} is not {hold.name}"
@@ -78,12 +78,12 @@ class BlockPool:
             if not self._held(block):
                 self._free[block] = None
                 if block not in self._index:
-                    self._free.move_to_end(block, last=False)  # what is worth nothing is taken first
+                    self._free.move_to_end(block, last=False)  # nothing is cached in it, so it is reused first
         if len(self._free) > before:
             self._on_free()
 
     def counts(self) -> dict[Hold | None, int]:
-        """How many blocks are in each state; None is free. Audits the balance on the way, as it is cheap."""
+        """How many blocks are in each state; None is free. Asserts that they sum to `total`."""
         assert sum(self._counts.values()) == self.total, f"the ledger does not balance: {self._counts}"
         assert self._counts[None] == len(self._free), f"{len(self._free)} free blocks: {self._counts}"
         return dict(self._counts)

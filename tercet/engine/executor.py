@@ -1,7 +1,7 @@
-"""Carry a plan out. One runner in this process today; a group of ranks would be another executor.
+"""Execute a plan: by one runner in this process today. A group of ranks would be another executor.
 
-One sequence's fault must not be everybody's: a step that fails is run again, each sequence alone. KV is written where
-it was written before, and a mover takes the same blocks twice, so running again is harmless.
+One sequence's fault must not fail the whole batch: a step that fails is run again, one sequence at a time. That is
+safe, since the same KV goes to the same slots, and the mover accepts the same blocks twice.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 class Executor(Protocol):
     @property
     def vocab_size(self) -> int:
-        """The model knows the token ids below it."""
+        """Token ids below it are valid."""
 
     @property
     def layers_done(self) -> int:
-        """Of all steps together; grows while a step runs. Any thread."""
+        """Layers computed so far, over all steps; grows during a step. Any thread."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """What the step brings each sequence, which may be the fault that ends it. Raises what the model raises if that
-        is broken, and no sequence is to blame."""
+        """A result for each sequence, which may be the fault that ends it. Raises what the model raises if the model
+        itself is broken, so that no sequence is to blame."""
 
 
 class StepRunner(Protocol):
@@ -36,10 +36,10 @@ class StepRunner(Protocol):
     layers_done: int
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Raises whatever the model raises. Changes nothing that keeps the same plan from running again."""
+        """Raises whatever the model raises. The same plan can be run again."""
 
     def check(self) -> None:
-        """Raises what the model raises without any sequence."""
+        """Run the model without any sequence. Raises what it raises."""
 
 
 class LocalExecutor:

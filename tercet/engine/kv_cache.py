@@ -1,4 +1,4 @@
-"""A worker's KV cache as its model sees it, and how its bytes come to where transfers reach them.
+"""The KV cache that a worker's model works in, and how its bytes reach the region that transfers read and write.
 
 tensor  [layers, blocks, 2, block size, Hkv, D]; 2 is K, V
 """
@@ -20,10 +20,10 @@ class HostCache:
         self.tensor = torch.frombuffer(region.view, dtype=dtype).view(region.layout.shape)
 
     def publish(self, layer: int, blocks: Sequence[int]) -> None:
-        """What stands in these blocks of a layer may be read by transfers when this returns."""
+        """Let transfers read these blocks of a layer; they may when this returns."""
 
     def take(self, blocks: Sequence[int]) -> None:
-        """Transfers have written these blocks, of all layers: the model's next step sees them."""
+        """Let the model's next step see these blocks, which transfers have written in all layers."""
 
 
 class StagedCache(HostCache):
@@ -33,7 +33,7 @@ class StagedCache(HostCache):
         super().__init__(region, dtype)
         self._host, self._device = self.tensor, device
         self.tensor = torch.zeros(region.layout.shape, dtype=dtype, device=device)
-        if device.type == "cuda":  # or every copy would go through a small pinned buffer of the driver's
+        if device.type == "cuda":  # else the driver stages every copy through a small pinned buffer
             region.pin(_pin)
 
     def publish(self, layer: int, blocks: Sequence[int]) -> None:

@@ -29,7 +29,7 @@ class Engine:
         quarantine_blocks: int,
         on_step: Callable[[StepReport], None],
     ) -> None:
-        """on_step: what a step has brought; called on the engine's thread."""
+        """on_step: takes the report of each step; called on the engine's thread."""
         self._executor = executor
         self._on_step = on_step
         self._work = threading.Condition()
@@ -82,7 +82,7 @@ class Engine:
         return self._state.finish_after(sequence, token_id)
 
     def check_ids(self, token_ids: Iterable[int]) -> None:
-        """Raises InvalidRequest for an id that the embedding has no row for, wherever it comes from."""
+        """Raises InvalidRequest for an id that the embedding has no row for."""
         size = self._executor.vocab_size
         wrong = next((token for token in token_ids if not 0 <= token < size), None)
         if wrong is not None:
@@ -90,13 +90,14 @@ class Engine:
 
     @property
     def computed(self) -> int:
-        """How much has been computed so far, in layers of steps; it grows while the engine works. Any thread."""
+        """Layers computed so far, over all steps: it grows as long as the engine makes progress. Any thread."""
         return self._executor.layers_done
 
     # ---- the thread
 
     def run(self) -> None:
-        """Until `stop`. A fault ends the loop and stands in `failure`: the worker is then unhealthy and replaced."""
+        """Run steps until `stop`. An exception ends the loop and is kept in `failure`: the worker is then unhealthy and
+        is replaced."""
         try:
             while (plan := self._next_plan()) is not None:
                 self._run(plan)
@@ -110,7 +111,7 @@ class Engine:
             self._work.notify()
 
     def _next_plan(self) -> StepPlan | None:
-        """Waits for one; None: the engine stops."""
+        """Wait for work. None: the engine stops."""
         with self._work:
             while not self._stopping:
                 plan = self._state.plan(time.monotonic())

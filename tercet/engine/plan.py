@@ -1,8 +1,9 @@
-"""What a step computes and what it brings, as plain data: an executor needs nothing else, in whatever process it runs.
+"""What a step computes and its results, as plain data: all that an executor needs, in whatever process it runs.
 
     EngineState.plan ─StepPlan─> Executor.execute ─StepResult─> EngineState.commit
 
-Tuples all the way down, so msgpack packs a plan as it is; `pack` and `unpack` are for an executor elsewhere.
+A plan is made of tuples and lists, so msgpack packs it as it is; `pack` and `unpack` are for an executor in another
+process.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from tercet.errors import EngineFault
 
 
 class Draw(NamedTuple):
-    """All that decides the next token beside its logits: the same draw gives the same token, wherever it is made."""
+    """All that decides the next token besides the logits: equal draws give equal tokens, on whichever worker."""
 
     params: SamplingParams
     position: int  # tokens of the output so far
-    prompt: Sequence[int] = ()  # the tokens so far, where a penalty counts them
+    prompt: Sequence[int] = ()  # the tokens so far; empty unless a penalty counts them
     output: Sequence[int] = ()
 
 
 class Push(NamedTuple):
-    """Prompt blocks that stand complete with this step, layer by layer, and are handed over."""
+    """Prompt blocks that this step completes, layer by layer, and that are handed over."""
 
-    first: int  # index in the prompt
+    first: int  # index of the first one among the prompt's blocks
     blocks: Sequence[int]
-    tail: int = 0  # tokens in the last one, if it is not full and no more will come; behind them it is zeroed
+    tail: int = 0  # tokens in the last block, if it stays partial; the rest of it is zeroed
 
 
 class Piece(NamedTuple):
@@ -44,8 +45,8 @@ class Piece(NamedTuple):
     blocks: Sequence[int]  # the block table, up to the last of them
     draw: Draw | None = None
     push: Push | None = None
-    follow: Sequence[int] = ()  # tokens of the prompt behind each of these, whose logprobs are wanted
-    most_likely: int = 0  # so many for each of them, too
+    follow: Sequence[int] = ()  # the prompt token after each of `token_ids`, if its logprob is wanted
+    most_likely: int = 0  # how many top logprobs are wanted for each of `follow`
 
     @property
     def end(self) -> int:
@@ -54,30 +55,31 @@ class Piece(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    decodes: Sequence[Piece] = ()  # one token each; they are computed together
+    decodes: Sequence[Piece] = ()  # one token each, computed as one batch
     chunks: Sequence[Piece] = ()  # of prompts
-    landed: Sequence[int] = ()  # blocks that transfers have written since the plan before; to be taken before all else
+    landed: Sequence[int] = ()  # blocks that transfers wrote since the last plan; the cache takes them first
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         return (*self.decodes, *self.chunks)
 
     def apart(self) -> Iterator[StepPlan]:
-        """Each piece as a step of its own, in order. What has landed is taken once: a step may write behind it."""
+        """Each piece as a step of its own, in order. Only the first takes `landed`: a step may
+        since have written to the same blocks."""
         alone = [StepPlan(decodes=(piece,)) for piece in self.decodes]
         alone += [StepPlan(chunks=(piece,)) for piece in self.chunks]
         yield from (plan._replace(landed=() if number else self.landed) for number, plan in enumerate(alone))
 
 
 class PieceResult(NamedTuple):
-    """What a step has brought one sequence."""
+    """The result of a step for one sequence."""
 
     tokens: Sequence[TokenEvent] = ()  # drawn
     scores: Sequence[PromptScore] = ()  # of Piece.follow
     fault: EngineFault | None = None  # what ends the sequence
 
 
-StepResult = list[PieceResult]  # one a piece, in their order
+StepResult = list[PieceResult]  # one per piece, in their order
 
 
 _values_of = attrgetter(*(field.name for field in fields(SamplingParams)))

@@ -1,4 +1,4 @@
-"""Who runs next: decisions alone. Blocks and preemption are the scheduler's matter (engine/scheduler.py)."""
+"""Who runs next: only the choice. The scheduler (engine/scheduler.py) allocates blocks and preempts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from tercet.engine.sequence import Sequence
 
 
 class Policy(Protocol):
-    """Looks at sequences, changes none."""
+    """Reads sequences, changes none."""
 
     def prompt_tokens(self, num_decodes: int) -> int:
         """Tokens of prompts that a step may compute beside so many decodes."""
 
     def next(self, waiting: Rows[Sequence]) -> Sequence:
-        """Who of those that wait starts first; nobody starts before it. waiting: at least one, the preempted first."""
+        """The waiting sequence to start next; if it does not fit, none starts. waiting: not empty, preempted ones
+        first."""
 
     def victims(self, running: Rows[Sequence]) -> Iterable[Sequence]:
-        """In which order they are preempted when blocks run out. running: in order of arrival."""
+        """The order in which sequences are preempted when blocks run out. running: in order of arrival."""
 
 
 class FirstComeFirstServed:

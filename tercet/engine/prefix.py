@@ -1,5 +1,5 @@
-"""The prefix index: which blocks hold the KV of which full prompt blocks. It knows contents; who holds a block is the
-ledger's matter (engine/blocks.py)."""
+"""The prefix index: which blocks hold the KV of which full blocks of tokens. Who holds a block is in the ledger
+(engine/blocks.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PrefixIndex:
     """Not thread-safe."""
 
     def __init__(self, *, enabled: bool = True) -> None:
-        """enabled: False: nothing is ever found."""
+        """enabled: if False, nothing is ever found."""
         self._enabled = enabled
         self._hash_of: dict[int, bytes] = {}  # block -> hash of its contents
         self._block_of: dict[bytes, int] = {}  # the inverse
@@ -37,13 +37,13 @@ class PrefixIndex:
         return blocks
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Offer a full, verified block to later prompts; the first of equal contents stays."""
+        """Offer a full, verified block to later prompts. Of blocks with equal contents only the first is indexed."""
         if self._enabled and digest not in self._block_of and block not in self._hash_of:
             self._hash_of[block] = digest
             self._block_of[digest] = block
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Offer these to no later prompt: they are written anew, or what stands in them is wrong."""
+        """Stop offering these blocks: they will be overwritten, or their contents are wrong."""
         for block in blocks:
             digest = self._hash_of.pop(block, None)
             if digest is not None:

@@ -1,4 +1,4 @@
-"""What a step has brought, for the handler whose leg it is."""
+"""The outcome of a step, for the handlers of the legs in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Faulted:
-    """A sequence's own step failed, and ended it."""
+    """The step failed on this sequence, which is over."""
 
     sequence: Sequence
     error: EngineFault
@@ -28,7 +28,7 @@ class Faulted:
 
 @dataclass(frozen=True)
 class Scored:
-    """The logprobs of a whole prompt, as its request wanted; the first token follows."""
+    """The logprobs of a whole prompt, if its request asked for them; the first token follows."""
 
     sequence: Sequence
     scores: PromptLogprobs

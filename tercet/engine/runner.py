@@ -1,7 +1,7 @@
 """Turn a plan into tensors, run the model over the paged cache, and draw tokens.
 
-The KV cache is a tensor over the bytes of a transfer Region, or on a device with that region as its copy on the host
-(kv_cache.py). Tokens are drawn on the host.
+The KV cache is a tensor over the bytes of a transfer Region, or a tensor on a device, of which the region is the host
+copy (kv_cache.py). Tokens are drawn on the host.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tercet.models.batch import PrefillChunk, StepBatch
 from tercet.models.transformer import Transformer
 from tercet.transfer.memory.region import Region
 
-SCORE_ROWS = 64  # of a prompt at a time: logits of a whole one would be gigabytes
+SCORE_ROWS = 64  # prompt tokens at a time: the logits of a whole prompt would take gigabytes
 
 PushBlocks = Callable[[Ticket, int, int, Rows[int]], object]
-"""(ticket, layer, first, blocks): prompt blocks from index `first` on stand complete in `blocks` of `layer`. Called on
-the engine's thread while it computes; after a fault the same ones may come again."""
+"""(ticket, layer, first, blocks): the prompt's blocks from index `first` on are complete in cache blocks `blocks` of
+`layer`. Called on the engine's thread during a step; after a fault the same ones may come again."""
 
 
 class Runner:
     def __init__(self, model: Transformer, region: Region, push: PushBlocks | None = None) -> None:
-        """push: hands over what a plan says; a plan that says nothing needs none."""
+        """push: hands over the blocks that a plan says to; not needed if no plan does."""
         self._model = model
         self._push = push
         self._block_size = region.layout.block_size
-        self.layers_done = 0  # of all steps together; grows while a step runs
+        self.layers_done = 0  # over all steps; grows during a step
         self.vocab_size = model.config.vocab_size  # rows of the embedding
         self._cache = cache_of(region, model.dtype, model.device)
         self.kv_cache = self._cache.tensor
@@ -54,13 +54,13 @@ class Runner:
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compute a token of nobody's, in a cache of its own. Raises what the model raises: no request is at fault."""
+        """Compute a dummy token, in a scratch cache. Raises what the model raises: then no request is at fault."""
         zero = torch.zeros(1, dtype=torch.int64, device=self._model.device)
         batch = StepBatch(zero, zero, zero, 1, zero.view(1, 1), zero + 1, (), zero)
         self._model.forward(batch, torch.zeros_like(self.kv_cache[:, :1]))
 
     def _scores(self, piece: Piece, hidden: Tensor) -> list[PromptScore] | EngineFault:
-        """The logprobs of the tokens that follow. hidden: of the piece's rows, and more."""
+        """The logprobs of the piece's `follow`. hidden: begins with the piece's rows."""
         scores: list[PromptScore] = []
         for at in range(0, len(piece.follow), SCORE_ROWS):
             wanted = piece.follow[at : at + SCORE_ROWS]
@@ -71,7 +71,7 @@ class Runner:
         return scores
 
     def _batch(self, plan: StepPlan) -> StepBatch:
-        """Its logit rows are those of the pieces that draw, in order."""
+        """The plan as tensors. Its logit rows are those of the pieces that draw, in order."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -111,10 +111,10 @@ class Runner:
         return torch.tensor(values, dtype=torch.int64, device=self._model.device)
 
     def _on_layer(self, chunks: Rows[Piece]) -> Callable[[int], None]:
-        """What counts a layer once it is computed, and hands over the blocks that are complete in it."""
+        """A callback that counts each layer once it is computed, and hands over the blocks that are complete in it."""
         pushed = [(chunk.ticket, chunk.push) for chunk in chunks if chunk.push is not None]
         for _, push in pushed:
-            if push.tail:  # nothing of an earlier owner of the block crosses to another worker
+            if push.tail:  # so that no KV of the block's earlier owner crosses
                 self.kv_cache[:, push.blocks[-1], :, push.tail :] = 0
 
         def on_layer(layer: int) -> None:

@@ -1,12 +1,13 @@
 """Draw next tokens from logits.
 
-A draw is a race: each token t has the time E(t) / p(t), where E(t) is exponential and a function of (seed, output
-position, t) alone, and the first one is drawn; that gives token t with probability p(t) (the Gumbel-max trick). So the
-sampler state that travels with a request is its seed and its tokens: whichever worker draws, and however often a
-request is retried, it is the same. And since each token has a random number of its own, a logit that differs by
-rounding changes the draw only where two tokens all but tie, not whenever the sum before it moved (decision 005).
+A draw is an exponential race: token t gets the time E(t) / p(t), where E(t) is an exponential variate that depends on
+(seed, output position, t) alone, and the token with the smallest time is drawn, which is t with probability p(t) (the
+Gumbel-max trick). So the sampler state that travels with a request is its seed and its tokens: whichever worker draws,
+and however often a request is retried, the draw is the same. And since each token has a random number of its own, a
+logit that differs by rounding changes the draw only where two tokens all but tie, whereas in inverse-CDF sampling it
+would move the bounds of all later tokens (decision 005).
 
-Shapes: logits [R, vocab] float32, one row a draw.
+Shapes: logits [R, vocab] float32, one row per draw.
 Order, as in vLLM V1: penalties, temperature, min-p, top-k, top-p. Logprobs are those of the raw logits.
 """
 
@@ -31,8 +32,8 @@ NOT_FINITE = EngineFault("the model's logits are not finite numbers: no token ca
 
 
 def sample(logits: Tensor, draws: Rows[Draw]) -> list[TokenEvent | EngineFault]:
-    """One token a row, or why there is none."""
-    usable = logits.amax(dim=-1).isfinite().tolist()  # NaN, if a row has one
+    """One token per row, or why there is none."""
+    usable = logits.amax(dim=-1).isfinite().tolist()  # amax is NaN if the row holds one
     likeliest = _argmax(logits)
     return [
         _sample_row(logits[row], int(likeliest[row]), draw) if usable[row] else NOT_FINITE
@@ -41,7 +42,7 @@ def sample(logits: Tensor, draws: Rows[Draw]) -> list[TokenEvent | EngineFault]:
 
 
 def score(logits: Tensor, token_ids: Rows[int], count: int) -> list[PromptScore]:
-    """What each row gives the token that follows it, and its `count` most likely ones. token_ids: one a row."""
+    """The logprob that each row gives the token after it, and its `count` most likely ones. token_ids: one per row."""
     logprobs = logits.log_softmax(dim=-1)
     given = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1).tolist()
     top = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
@@ -101,7 +102,7 @@ def truncated(scores: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         ordered, order = scores.softmax(dim=-1).sort(descending=True, stable=True)
         left_out = ordered.cumsum(0) - ordered >= params.top_p
-        left_out[0] = False  # whatever top_p is in float32
+        left_out[0] = False  # even if top_p rounds to 0 in float32
         scores = scores.masked_fill(left_out.scatter(0, order, left_out), -torch.inf)
     return scores
 
@@ -114,14 +115,14 @@ def exponentials(seed: int, position: int, count: int) -> Tensor:
     bits += np.uint32(int.from_bytes(digest[4:]))
     _mix(bits)
     bits &= np.uint32(0x7FFFFFFF)
-    # 31 bits, and never 0 or 1. Small ones decide a race, and those keep all their digits.
+    # 31 bits, never 0 or 1. The small values decide the race, and float32 holds those without rounding.
     uniform = torch.from_numpy(bits.view(np.int32)).float().add_(0.5).mul_((1 - 2.0**-22) * 2.0**-31)
     return uniform.neg_().log1p_().neg_()
 
 
 @functools.lru_cache(maxsize=4)
 def _weyl(count: int) -> Bits:
-    """Multiples of the golden ratio's 32 bits; integers wrap."""
+    """A Weyl sequence: multiples of 2**32 divided by the golden ratio, modulo 2**32."""
     return np.arange(1, count + 1, dtype=np.uint32) * np.uint32(0x9E3779B9)
 
 

@@ -1,5 +1,5 @@
-"""What the next step computes: every running decode that fits, then chunks of prompts. Who comes first, and who gives
-way when blocks run out, is the policy's choice (engine/policy.py); who is preempted is later recomputed."""
+"""What the next step computes: every running decode that fits, then chunks of prompts. The policy (engine/policy.py)
+chooses who comes first and who is preempted when blocks run out; a preempted sequence is later recomputed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tercet.engine.sequence import Phase, Sequence
 class Chunk:
     sequence: Sequence
     length: int  # tokens from sequence.computed on
-    last: bool  # behind it no token is left to be computed, so the next one is sampled
-    push: range = range(0)  # indices of the blocks that stand complete with it and are handed over
+    last: bool  # no token is left to compute after it, so the next one is sampled
+    push: range = range(0)  # indices of the blocks that it completes and that are handed over
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Scheduler:
         """Choose the next step and allocate its blocks."""
         step = self._choose()
         while not step and len(self.running) > 1 and self._preempt():
-            step = self._choose()  # half-done prompts held each other's blocks
+            step = self._choose()  # half-done prompts each held blocks that the others needed
         return step
 
     def remove(self, sequence: Sequence) -> None:
@@ -61,12 +61,12 @@ class Scheduler:
 
     @property
     def claims(self) -> int:
-        """Blocks that come before a newcomer's: each running sequence's next one, and all of those that wait."""
+        """Blocks that a newcomer must leave free: each running sequence's next one, and all of the waiting ones'."""
         return len(self.running) + sum(self._blocks_of(len(s.token_ids)) for s in self.waiting)
 
     def _choose(self) -> Step:
         fitting = [s for s in list(self.running) if s.phase is Phase.DECODING and self._fit(s, 1)]
-        decodes = [s for s in fitting if s.phase is Phase.DECODING]  # none that gave way to a later one
+        decodes = [s for s in fitting if s.phase is Phase.DECODING]  # without those preempted for a later one
         budget = self.policy.prompt_tokens(len(decodes))
         chunks: list[Chunk] = []
         for sequence in [s for s in self.running if s.phase is Phase.PREFILLING]:
@@ -79,8 +79,8 @@ class Scheduler:
         return Step(tuple(decodes), tuple(chunks))
 
     def _start(self, sequence: Sequence) -> bool:
-        """Move a waiting sequence to running, on top of what the prefix cache has; False if it must wait."""
-        # The last token's logits must be computed, and where the prompt's own are wanted, all of them.
+        """Move a waiting sequence to running, reusing what the prefix cache has; False if it must wait."""
+        # The last token is always computed, for its logits; all of them are, if the prompt's logprobs are wanted.
         reusable = 0 if sequence.wants_scores else (len(sequence.token_ids) - 1) // self.block_size
         matched = self.index.find(sequence.extend_hashes(self.block_size)[:reusable])
         self.pool.share(matched)
@@ -132,7 +132,7 @@ class Scheduler:
         return True
 
     def _preempt(self) -> bool:
-        """Send one whose blocks nobody else reads back to waiting; it will be recomputed."""
+        """Send one back to waiting, to be recomputed; none whose blocks a transfer reads."""
         victim = next((s for s in self.policy.victims(self.running) if not s.hand_over), None)
         if victim is None:
             return False

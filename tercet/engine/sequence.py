@@ -37,15 +37,15 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     num_prompt: int
     params: SamplingParams
-    kind: Role | None = None  # of its leg: whose handler is told what a step brings
+    kind: Role | None = None  # of its leg: which handler gets its part of a step's report
     hand_over: bool = False  # compute the prompt, hand its KV over, sample one token, be done
 
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose KV stands in `blocks`
-    cached_tokens: int = 0  # of the prompt, served by the prefix cache
-    scores: list[PromptScore] = field(default_factory=list)  # of the prompt's tokens but the first, if wanted
-    pushed_blocks: int = 0  # handed over already, or not wanted
+    cached_tokens: int = 0  # tokens of the prompt that the prefix cache served
+    scores: list[PromptScore] = field(default_factory=list)  # one per prompt token but the first, if wanted
+    pushed_blocks: int = 0  # prompt blocks that the receiver has, or that are handed over already
     hashes: list[bytes] = field(default_factory=list)  # chained, of the full blocks
     published: int = 0  # blocks offered to the prefix cache
     arrived: float = 0.0  # time.monotonic()
@@ -57,7 +57,7 @@ class Sequence:
 
     @property
     def wants_scores(self) -> bool:
-        """Whether the prompt's own logprobs are to be computed; once there is an output they have been."""
+        """Whether the prompt's logprobs are still to be computed; once there is an output they have been."""
         return self.params.prompt_logprobs is not None and not self.num_output
 
     @property

@@ -1,7 +1,7 @@
-"""What a worker's engine knows and decides: verbs by which roles put requests in and take them out, and the two halves
-of a step, `plan` and `commit`. No thread, no lock, no clock, no torch: engine/loop.py brings those.
+"""The state and decisions of a worker's engine: verbs by which roles put requests in and take them out, and the two
+halves of a step, `plan` and `commit`. No thread, no lock, no clock (see engine/loop.py), no torch.
 
-Verbs may come between `plan` and `commit`. Blocks that a step touches are given back only behind it.
+Verbs may be called between `plan` and `commit`. Blocks that a step touches are freed only after its commit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class EngineState:
     # ---- verbs
 
     def add(self, sequence: Sequence, now: float) -> None:
-        """Queue a sequence whose prompt is computed here. Raises Overloaded when too many are."""
+        """Queue a sequence whose prompt is computed here. Raises Overloaded when too many are running or waiting."""
         active = len(self._scheduler.running) + len(self._scheduler.waiting)
         if active >= self._max_active:
             raise Overloaded(f"{active} requests are running or waiting already")
@@ -69,7 +69,7 @@ class EngineState:
         hits = self._index.find(sequence.extend_hashes(self._block_size))
         self._pool.share(hits)
         missing = -(-len(sequence.token_ids) // self._block_size) - len(hits)
-        # Who runs needs a next block, or is preempted at once; and who was preempted came first.
+        # Leave running sequences their next block, else one is preempted at once; those preempted came first, too.
         if missing + self._scheduler.claims > self._pool.available:
             free = self._pool.available
             self._pool.release(hits, Hold.OWNED)
@@ -85,8 +85,8 @@ class EngineState:
         return len(hits), leased
 
     def join(self, sequence: Sequence, first_token: int) -> None:
-        """The KV of a reserved sequence has landed and is verified: decode it from its first token on, unless it is
-        over with that one already."""
+        """The KV of a reserved sequence has landed and is verified: decode it from its first token on, unless that
+        one already ends it."""
         self._reserved.remove(sequence)
         self._landed.update(sequence.blocks[sequence.published :])
         self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.OWNED)
@@ -139,7 +139,7 @@ class EngineState:
             sequence.blocks = []
 
     def finish_after(self, sequence: Sequence, token_id: int) -> tuple[FinishReason, int | None] | None:
-        """Why `sequence` would be over with `token_id` as its next token, with the id that stops it, if it does."""
+        """Why `sequence` would be over with `token_id` as its next token, with the id that stops it, if one does."""
         return sequence.finish_reason_of(token_id, sequence.num_output + 1, self._eos, self._max_context)
 
     def load(self) -> Load:
@@ -207,7 +207,7 @@ class EngineState:
         )
 
     def _take(self, sequence: Sequence, piece: PieceResult) -> StepReport:
-        """What a step has brought a sequence that may be over meanwhile."""
+        """Apply a step's result to a sequence, which may have ended meanwhile."""
         if piece.fault is not None:
             self._index.forget(sequence.blocks)
         elif not sequence.over:
@@ -263,7 +263,7 @@ class EngineState:
     def _retire(self, sequence: Sequence) -> None:
         sequence.phase = Phase.OVER
         self._scheduler.remove(sequence)
-        self._on_work()  # it leaves a place in the batch
+        self._on_work()  # its place in the batch is free
         if sequence not in self._step.sequences:
             self._give_back(sequence)
 

@@ -1,1 +1,1 @@
-"""The data path, one file a stop: gateway, router, prefill, decode, aggregated."""
+"""The data path: gateway, router, and one file per kind of worker: prefill, decode, aggregated."""

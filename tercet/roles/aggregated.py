@@ -1,4 +1,4 @@
-"""Compute prompts and decode them in one engine: the comparison, and the small deployment."""
+"""Compute prompts and decode them in one engine: for small deployments, and as a baseline to compare with."""
 
 from __future__ import annotations
 

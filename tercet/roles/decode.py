@@ -27,7 +27,7 @@ class _Incoming:
     first: Sampled | None = None  # the noted token
     times: StageTimes = field(default_factory=StageTimes)
     joined_at: float | None = None
-    decoded: bool = False  # a token of its own is out
+    decoded: bool = False  # a token that was sampled here is out
 
 
 class Decode(Handler):
@@ -90,7 +90,7 @@ class Decode(Handler):
                 self.legs.fail(active, error)
             case Quiesced(_, verified):
                 del self._incoming[event.ticket]
-                # What came from a worker whose own step failed is whole, but it may be wrong.
+                # KV from a worker whose step failed is intact as sent, but may have been computed wrongly.
                 trusted = not isinstance(incoming.error, EngineFault)
                 self.engine.release(active.sequence, verified if trusted else 0)
 
@@ -129,7 +129,7 @@ class Decode(Handler):
             self.give_up(active, TercetError("given up"))
 
     def _drop(self, incoming: _Incoming) -> None:
-        """The KV stands, but there is no good first token to go on from; it was too late to cancel."""
+        """The KV is complete, but there is no valid first token to go on from; it was too late to cancel."""
         active = incoming.active
         del self._incoming[active.ticket]
         self.engine.release(active.sequence)

@@ -1,6 +1,6 @@
-"""What a prefill worker says to a decode worker about the first token: the note that comes with WRITTEN.
+"""What a prefill worker tells a decode worker about the first token: the note in WRITTEN.
 
-The mover carries it unread. It comes from a peer, so each field is checked.
+The mover does not parse it. It comes from a peer, so each field is checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FirstToken:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Every id that it names."""
+        """Every token id in it."""
         return (self.token_id, *(token_id for token_id, _ in self.top_logprobs))
 
     def encode(self) -> bytes:
@@ -66,7 +66,7 @@ def _is_alternative(value: object) -> bool:
 
 
 def _is_stage(value: object) -> bool:
-    """Of a stage that is known, so that what is unknown here reaches no client."""
+    """A known stage with its seconds; an unknown one must not reach clients."""
     match value:
         case [str(name), float(seconds)]:
             return name in STAGES and math.isfinite(seconds)

@@ -1,8 +1,8 @@
-"""The legs of a worker: each is served by the handler of its kind, all over one engine. Event loop only.
+"""The legs of a worker: each is served by the handler of its kind, all on one engine. Event loop only.
 
-`Legs` is what the wire and the engine talk to (a `wire.worker_server.LegHandler`). It takes legs in, watches their
+`Legs` is what the wire and the engine talk to (a `wire.worker_server.LegHandler`). It accepts legs, watches their
 deadlines and ends them; a `Handler` says how legs of its kind begin, what a step's report means for them, and how
-they are given up. Which handlers a worker has is what it announces; nothing else depends on its role.
+they are given up. A worker serves the kinds of legs that it has handlers for, whatever its role.
 """
 
 from __future__ import annotations
@@ -105,20 +105,20 @@ class Legs:
             active.stream.failed(active.leg, error)
 
     def forget(self, active: ActiveLeg) -> bool:
-        """Take a leg out of the table. False: it was out already."""
+        """Remove a leg from the table. False: it was removed before."""
         active.timer.cancel()
         return self._active.pop(active.ticket, None) is not None
 
     # ---- what the worker calls
 
     def die(self, error: TercetError) -> None:
-        """The engine is dead: fail every leg, and each that still comes."""
+        """The engine is dead: fail every leg, and each later one."""
         self._dead = error
         for active in list(self._active.values()):
             self.fail(active, error)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new legs and wait for those under way; who is not done in time ends with WorkerDrained."""
+        """Take no new legs and wait for those under way; those not done in time end with WorkerDrained."""
         self._draining = True
         deadline = self.loop.time() + timeout_s
         while self._active and self.loop.time() < deadline:
@@ -127,7 +127,7 @@ class Legs:
             self._end(active, WorkerDrained(f"{active.ticket} did not end within the {timeout_s:g} s of the drain"))
 
     def load(self) -> Load:
-        """The engine's, with what the handlers have counted."""
+        """The engine's load, with the handlers' counters."""
         load = self.engine.load()
         for handler in self.handlers.values():
             load = handler.counted(load)
@@ -159,8 +159,8 @@ class Legs:
 class Handler(ABC):
     """Serves the legs of one kind."""
 
-    push: PushBlocks | None = None  # takes the blocks that the engine hands over
-    endpoint: str = ""  # where KV for this handler's legs is sent to
+    push: PushBlocks | None = None  # called with the blocks that the engine completes
+    endpoint: str = ""  # where prefill workers send the KV of this handler's legs
 
     def __init__(self, legs: Legs) -> None:
         self.legs = legs
@@ -171,26 +171,26 @@ class Handler(ABC):
 
     @abstractmethod
     def begin(self, active: ActiveLeg) -> None:
-        """Take a leg in, or raise Overloaded."""
+        """Accept a leg, or raise Overloaded."""
 
     @abstractmethod
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
-        """Free what the leg holds here and at the peer; the leg is already out of the table."""
+        """Free what the leg holds here and at the peer; it is no longer in the table."""
 
     @abstractmethod
     def on_step(self, report: StepReport) -> None:
-        """What an engine step brought for legs of this kind. Called on the engine's thread."""
+        """Take a step's report on legs of this kind. Called on the engine's thread."""
 
     def settling(self, ticket: Ticket) -> bool:
         """Whether blocks of an earlier leg of this ticket are not settled yet."""
         return False
 
-    def meet(self, endpoints: Iterable[str]) -> None:  # noqa: B027  # only prefill goes to others
+    def meet(self, endpoints: Iterable[str]) -> None:  # noqa: B027  # only prefill connects
         """Connect to these decode workers, before the first request needs them."""
 
     def counted(self, load: Load) -> Load:
-        """`load` with what this handler has counted added."""
+        """`load` plus this handler's counters."""
         return load
 
     async def close(self) -> None:  # noqa: B027  # some hold nothing
-        """Nothing more comes: end what this handler has opened."""
+        """No more legs will come: close what this handler has opened."""

@@ -43,9 +43,9 @@ class Prefill(Handler):
         self._outgoing: dict[Ticket, _Outgoing] = {}  # until OpDone
         self._wanted: set[str] = set()  # endpoints of the live decode workers
         self._faults: dict[str, PairState] = {}  # endpoint -> why it is not connected
-        self._met: set[str] = set()  # endpoints that are looked after
+        self._met: set[str] = set()  # endpoints that `_look_after` keeps connected
         self._dialers = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-dial")
-        self._meeters = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-meet")  # of its own: no request waits for it
+        self._meeters = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-meet")  # separate: no request waits for it
 
     def meet(self, endpoints: Iterable[str]) -> None:
         self._wanted = set(endpoints)
@@ -54,7 +54,7 @@ class Prefill(Handler):
             self._look_after(endpoint)
 
     def _look_after(self, endpoint: str) -> None:
-        """Keep a wanted worker connected: look again and again, dial if need be."""
+        """Keep a wanted worker connected: check every MEET_AGAIN_S, dial if need be."""
         if endpoint not in self._wanted:
             self._met.discard(endpoint)
             self._faults.pop(endpoint, None)
@@ -160,7 +160,7 @@ class Prefill(Handler):
     # ---- the engine
 
     def on_step(self, report: StepReport) -> None:
-        """On the engine's thread: the first token goes with the WRITTEN, behind the last layer."""
+        """On the engine's thread: the first token goes with WRITTEN, after the last layer."""
         for item in report:
             if isinstance(item, Faulted):
                 self.sender.cancel(item.sequence.ticket, item.error)

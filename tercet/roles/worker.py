@@ -1,5 +1,5 @@
-"""One worker process: the model, the engine on its thread, the handlers of its legs, and the ports. Cluster starts and
-watches it."""
+"""One worker process: the model, the engine on its thread, the handlers of its legs, and the ports. The controller
+starts and watches it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STUCK_S = 60.0  # a step that runs longer than any step should: the worker is un
 
 
 class _Mover(NamedTuple):
-    """What both sides of the mover are made of."""
+    """The arguments that both sides of the mover share."""
 
     config: MoverConfig
     region: Region
@@ -54,8 +54,8 @@ class Worker:
         cluster_token: str,
         serves: Sequence[Role] = (),
     ) -> None:
-        """role: which of the spec's roles sizes it, and what it announces. serves: kinds of legs; by default its
-        role's."""
+        """role: the spec's role that sizes it, and the one that it announces. serves: the kinds of legs; by default
+        its role's."""
         self._worker_id = worker_id
         self._role = role
         self._epoch = epoch

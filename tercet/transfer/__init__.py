@@ -19,9 +19,9 @@
 A ticket may have several sources and several destinations, each with a part of the layers and heads: then every part
 has an exchange of its own, and both engines hear of one.
 
-Floors, held by import-linter, each imports only those behind it:
+Floors, enforced by import-linter; each imports only those below it in this list:
 
-    mover       both ends, with their threads: sender and receiver, who dials and who accepts, loader and lander
+    mover       both ends, with their threads: sender and receiver, dialer and acceptor, loader and lander
     transports  what a way to move bytes must do (contract.py), and one file each
     links       sockets that carry frames
     protocol    the messages and the two state machines (outbound, inbound): no I/O, no thread, no clock

@@ -6,9 +6,9 @@
 
 A request counts as one, however many choices it has: its first choice runs at once, each further one takes a place
 when fewer run than the limit. So a request of many prompts starves nobody. One client alone may have as many
-requests as the limit; when they are that many, a client that has fewer than its share (the limit divided by the
-clients that have any, at least one) is let in all the same. Never are there more than twice as many requests as the
-limit, and their further choices never take a place beyond it.
+requests as the limit; beyond the limit a client is let in only if it has fewer than its share (the limit divided by
+the number of clients with requests, at least one). There are never more than twice as many requests as the limit, and
+further choices never take a place beyond it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Admission:
             raise
 
     def free(self, client: str) -> None:
-        """Give a place back; who holds the fewest gets it."""
+        """Give a place back; of the waiting clients the one with the fewest places gets it."""
         self._count(client, -1)
         while self._waiting and self.in_use < self._limit:
             first = min(self._waiting, key=self._held.__getitem__)
@@ -100,7 +100,7 @@ class Admission:
 
 
 class Places:
-    """Those of one request. Made by Admission.enter, with one place."""
+    """The places of one request. Made by Admission.enter, with one place."""
 
     def __init__(self, admission: Admission, client: str) -> None:
         self._admission = admission

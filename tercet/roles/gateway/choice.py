@@ -28,7 +28,7 @@ class Choice:
         echo: str = "",
         prompt_only: bool = False,
     ) -> None:
-        """`echo`: the prompt's text, if the answer is to begin with it; `prompt_only`: it has no more than that."""
+        """`echo`: the prompt's text, if the answer is to begin with it; `prompt_only`: it has nothing else."""
         self.index = index
         self.request = request
         self.echo = echo
@@ -67,8 +67,8 @@ class Choice:
         return Delta(self.index, text, (), time.monotonic(), reason)
 
     def _held(self, piece: str, event: TokenEvent) -> int:
-        """Characters of the piece that are those of earlier tokens, which had to wait for this one."""
-        if event.logprob is None:  # nobody asks
+        """Characters of the piece that belong to earlier tokens and were held back until this one."""
+        if event.logprob is None:  # no offsets are asked for
             return 0
         own = self._tokenizer.token_text(event.token_id)
         return len(piece) - len(own) if piece.endswith(own) else 0
@@ -96,7 +96,7 @@ class Choice:
 
     @property
     def completion_tokens(self) -> int:
-        """Those that the client gets."""
+        """Tokens that the client gets."""
         return 0 if self._prompt_only else self.num_tokens
 
     @property

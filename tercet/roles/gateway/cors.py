@@ -31,7 +31,7 @@ class Cors:
             response.headers["Access-Control-Expose-Headers"] = EXPOSED
 
     async def preflight(self, request: web.Request) -> web.Response:
-        """What a browser asks before it sends anything of its own. Without the headers it refuses by itself."""
+        """Answer a browser's preflight request. Without the headers the browser does not send the real one."""
         wanted = request.headers.get("Access-Control-Request-Headers", "")
         headers = {"Allow": METHODS}
         if self.allows(request.headers.get("Origin")):

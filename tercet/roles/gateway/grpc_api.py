@@ -31,7 +31,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Written with context.write, not as a generator, so that a cancellation always lands in our frames."""
+    """Written with context.write, not as a generator, so that a cancellation is always raised in our code."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend

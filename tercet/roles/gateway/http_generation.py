@@ -28,8 +28,8 @@ from tercet.wire.inflate import inflate
 _Parse = Callable[[bytes, str | None, float, Origin], Parsed]
 
 LAST_WORD_S = 1.0  # for telling a slow client why its stream ends
-MOST_HELD = 1 << 18  # tokens, and logprobs of others in their places, of an answer that is not streamed
-HEAVY = 2000  # of them, that are rendered in the loop
+MOST_HELD = 1 << 18  # tokens and top logprobs of an answer that is not streamed
+HEAVY = 2000  # tokens and logprobs: more than that are rendered in a thread
 MOST_IGNORED = 1024  # characters of the header that names what was ignored
 PLAIN = "identity"  # the encoding of a body that has none
 _SSE = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -48,7 +48,7 @@ class Generation:
         return await self._generate(request, parse_completion, CompletionReply)
 
     async def invite(self, request: web.Request) -> None:
-        """A client that sends its body only when asked to (Expect: 100-continue)."""
+        """Ask a client for its body that waits to be asked (Expect: 100-continue)."""
         if request.headers[hdrs.EXPECT].lower() != "100-continue":
             raise InvalidRequest("Expect: nothing but 100-continue is understood")
         self._check_head(request)
@@ -76,7 +76,7 @@ class Generation:
         """Raises UnsupportedMedia, BodyTooLarge, before the body is read."""
         declared = request.headers.get(hdrs.CONTENT_TYPE)
         media = (declared or "").partition(";")[0].strip().lower()
-        # A browser's page may send undeclared bodies, texts and forms to anybody; JSON only to who allows it (CORS).
+        # A web page may send undeclared bodies, text and forms to any origin; JSON only to one that allows it (CORS).
         unsaid = declared is None and hdrs.ORIGIN not in request.headers
         if not unsaid and media != "application/json" and not media.endswith("+json"):
             raise UnsupportedMedia(f"the body must be declared as application/json, not {media[:60] or 'undeclared'}")
@@ -126,7 +126,7 @@ class Generation:
             await self._write_deltas(request, response, body, parsed, kind)
         except ConnectionResetError as error:
             raise Cancelled("the client has closed the connection") from error
-        except Exception as error:  # a boundary: the status is out, so whatever it is must be told here
+        except Exception as error:  # a boundary: the status has been sent, so any error must be told here
             if not response.prepared:
                 raise
             named = as_named(error, request[REQUEST_ID])

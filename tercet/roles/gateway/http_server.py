@@ -36,8 +36,8 @@ RETRY_AFTER_S = "1"  # with every 503
 REQUEST_ID = web.RequestKey("request_id", str)
 LINGER_S = 2.0  # an unwanted body is read for so long, so that its sender sees the answer
 MOST_FRAMING = 64 * 1024  # bytes around a body's own: chunk sizes, their extensions, trailers
-FRAMING = 0.5  # and for each byte of it; chunks of 12 bytes have less
-NO_LOG: Any = None  # aiohttp takes it so, and saves the time
+FRAMING = 0.5  # and so many more for each byte of it; chunks of 12 bytes need less
+NO_LOG: Any = None  # aiohttp takes None, and then writes no access log
 TOO_MANY_HEADERS = "Too many headers"  # aiohttp has no class for it
 
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -58,11 +58,11 @@ class HttpProtocol(web.RequestHandler):
         self.guard = guard
         self._count = count
         self._body: StreamReader | None = None  # of a request that has no answer yet
-        self._came = 0  # bytes, of it and of what frames it
+        self._came = 0  # bytes of it so far, with its framing
 
     @contextmanager
     def receiving(self, body: StreamReader) -> Iterator[None]:
-        """No part of an answer leaves within it, unless the body has come whole."""
+        """Watch how a body is framed. Within it nothing is answered before the whole body has come."""
         self._body, self._came = body, 0
         try:
             yield
@@ -108,7 +108,7 @@ class HttpProtocol(web.RequestHandler):
 
 
 class Boundary:
-    """Every request: counted as served, given an id, and every failure of it named, counted and told."""
+    """Wraps every request: marks it as served, gives it an id, and names, counts and answers each failure."""
 
     def __init__(self, handler: _Handler, count: _Count) -> None:
         self._handler = handler
@@ -169,7 +169,7 @@ def _of_parser(error: HttpProcessingError) -> TercetError:
     message = error.message
     if TOO_MANY_HEADERS in message:
         return HeadTooLarge("too many headers")
-    reason = message.partition(":\n")[0]  # behind it aiohttp draws where
+    reason = message.partition(":\n")[0]  # after it aiohttp quotes the bytes
     return InvalidRequest(f"this is no HTTP request: {reason[:200]}")
 
 

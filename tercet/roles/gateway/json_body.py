@@ -19,7 +19,7 @@ def json_object(body: bytes) -> dict[str, Any]:
     _bound_nodes(body)
     try:
         body.decode("utf-8")  # from_json does not say where
-        # Every text of a cache of strings would be kept; it serves only bodies with many equal ones.
+        # The cache would keep strings of past bodies alive; it only helps bodies with many equal ones.
         value = from_json(body, cache_strings=False)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8 (byte {error.start})") from error
@@ -32,7 +32,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def _bound_nodes(body: bytes) -> None:
-    """A parsed list, map or key costs far more than its bytes, so they are counted first; most bodies at a glance."""
+    """A parsed list, map or key costs far more than its bytes, so they are counted first."""
     if _too_many(body) and _too_many(_outside(body)):
         raise InvalidRequest(f"the body holds more than {JSON_NODES} JSON lists and objects, or as many keys")
 

@@ -55,7 +55,7 @@ class OffLoop:
         self._long.close()
 
     def _trim_later(self) -> None:
-        """When the last of what the work has made is gone."""
+        """Call `trim` once the results of the work are likely freed."""
         loop = asyncio.get_running_loop()
         if self._trim is not None:
             self._trim.cancel()
@@ -78,7 +78,7 @@ class Lane:
         try:
             return await asyncio.shield(running)
         finally:
-            del running  # else a failure, its traceback and what stands in its frames would keep each other alive
+            del running  # else an error and its traceback's frames would keep each other alive
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -99,7 +99,7 @@ class Lane:
     def _next(self, done: asyncio.Future[T] | None = None) -> None:
         """Let the next client have its turn, and go to the end of the line if it has more work."""
         if done is not None and not done.cancelled():
-            done.exception()  # seen, also if nobody waits for it any more
+            done.exception()  # mark it as retrieved, even if the caller was cancelled
         while self._waiting:
             client, line = next(iter(self._waiting.items()))
             turn = line.popleft()

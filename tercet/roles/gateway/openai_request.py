@@ -55,11 +55,11 @@ NEUTRAL: _Neutral = {  # not built; these values, and null, ask for nothing
     "use_beam_search": (False,),
     "web_search_options": (),
 }
-HARMLESS = frozenset(  # say nothing about the tokens
+HARMLESS = frozenset(  # have no effect on the tokens
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     | {"parallel_tool_calls"}
 )
-NEUTRAL_IN: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {  # likewise, where it takes more to see it: the body
+NEUTRAL_IN: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {  # likewise, but told from the whole body
     "best_of": lambda body: body["best_of"] == body.get("n", 1),
     "logit_bias": lambda body: isinstance(body["logit_bias"], dict) and not any(body["logit_bias"].values()),
     "tools": lambda body: not body["tools"] or body.get("tool_choice") == "none",
@@ -69,7 +69,7 @@ TEMPLATE_OWN = ("messages", "add_generation_prompt", "tools", "documents")  # no
 
 @dataclass(frozen=True)
 class Origin:
-    """Who asks, and how the answer is known."""
+    """Who asks, when, and the id of the answer."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     client: str = ""
@@ -91,7 +91,7 @@ class _StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-# Some clients write every number with a point.
+# Some clients write every number as a float.
 _Int = Annotated[int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)]
 
 
@@ -141,7 +141,7 @@ class Parsed:
     ask: Ask
     options: Options
     model: str | None  # as the client named it
-    ignored: tuple[str, ...] = ()  # parameters that nobody knows
+    ignored: tuple[str, ...] = ()  # unknown parameters
 
 
 def parse_chat(body: bytes, timeout_header: str | None, limit_s: float, origin: Origin | None = None) -> Parsed:
@@ -206,7 +206,7 @@ _Body = TypeVar("_Body", bound=_Common)
 
 
 def _validated(kind: type[_Body], body: bytes, elsewhere: _Neutral) -> tuple[_Body, tuple[str, ...]]:
-    """-> the body, and the names in it that nobody knows. `elsewhere`: what only the other endpoint has built."""
+    """-> the body, and the unknown names in it. `elsewhere`: what only the other endpoint has built."""
     given = {name: value for name, value in json_object(body).items() if value is not None}
     bound_fields(given)
     unbuilt = {**NEUTRAL, **elsewhere}
@@ -244,7 +244,7 @@ def _timeout(b: _Common, header: str | None, limit_s: float) -> float:
 
 
 def _template_kwargs(kwargs: dict[str, Any]) -> Mapping[str, Any]:
-    """Raises InvalidRequest for what is too large, or would stand in for a field of its own."""
+    """Raises InvalidRequest if they are too large, or if one would replace a field of the request."""
     bound_depth(kwargs, "chat_template_kwargs")
     if taken := kwargs.keys() & TEMPLATE_OWN:
         raise InvalidRequest(f"chat_template_kwargs.{min(taken)} cannot be given here")

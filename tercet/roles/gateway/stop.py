@@ -7,7 +7,7 @@ from functools import lru_cache
 
 
 class StopMatcher:
-    """Feeds on pieces of text and gives back what can no longer be part of a stop string.
+    """Takes pieces of text and returns what can no longer be part of a stop string.
 
     push("Hel") -> "Hel"      stop = ("lo!",)
     push("l")   -> "l" is held back, it may begin "lo!"

@@ -10,7 +10,7 @@ from tercet.roles.gateway.ask import Chat, Prompt, ServedModel
 from tercet.roles.gateway.offloop import INLINE, OffLoop
 
 PIECE = 64 * 1024  # characters that are counted at once: memory for tokens is bounded by it
-SHORT = 16 * 1024  # characters: they are counted in tokens, which is the better answer, however short the context is
+SHORT = 16 * 1024  # characters: such a text is always tokenised, so that the error can tell its tokens
 SLACK = 16  # extra tokens that splitting a text in two may produce
 
 
@@ -24,7 +24,7 @@ class Tokenising:
         self._max_chars = model.max_context * min(max_chars_per_token, longest or max_chars_per_token)
 
     async def ids(self, prompts: Iterable[Prompt], client: str, add_special: bool = True) -> list[tuple[int, ...]]:
-        """Those of each prompt. Raises InvalidRequest, ContextTooLong."""
+        """The token ids of each prompt. Raises InvalidRequest, ContextTooLong."""
         prompts = tuple(prompts)
         sizes = [self._size(prompt) for prompt in prompts]
         # Many short prompts are as much work as a long one.
@@ -94,7 +94,7 @@ class Tokenising:
 
 
 def _texts(prompt: str | Chat) -> Iterable[str]:
-    """What a client has written."""
+    """The texts that a client has written."""
     return prompt.texts if isinstance(prompt, Chat) else (prompt,)
 
 

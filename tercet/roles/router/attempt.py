@@ -32,7 +32,7 @@ class WorkerBusy(Exception):  # never leaves the router
 
 
 class AttemptFailed(Exception):  # likewise
-    """The attempt is over. reporter: whose word that is; None: the deadline's."""
+    """The attempt is over. reporter: the worker that reported it; None: the deadline has passed."""
 
     def __init__(self, reporter: WorkerView | None, error: TercetError) -> None:
         self.reporter, self.error = reporter, error
@@ -43,14 +43,14 @@ RequestEvent = PromptLogprobs | TokenEvent | Done
 
 @dataclass
 class Told:
-    """What the client has got so far, of all attempts."""
+    """What the client has been sent so far, over all attempts."""
 
     tokens: list[TokenEvent] = field(default_factory=list)
     scored: bool = False  # the prompt's logprobs
 
     @property
     def finish(self) -> FinishReason | None:
-        """Set once the last token was told."""
+        """Set once the last token has been sent."""
         return self.tokens[-1].finish if self.tokens else None
 
     def add(self, event: PromptLogprobs | TokenEvent) -> None:
@@ -67,12 +67,12 @@ class Attempt:
     legs: dict[WorkerView, Leg]  # those that have not ended
     committed: bool = False  # a token came, so the prefill worker has done its part
     awaits_scores: bool = False  # the prompt's logprobs, which come before all tokens, are still to come
-    held: list[TokenEvent | Done] = field(default_factory=list)  # came before them
+    held: list[TokenEvent | Done] = field(default_factory=list)  # events that came before them
 
     @classmethod
     def of(cls, name: tuple[str, int], request: GenerateRequest, told: Told, plan: Plan, now: float) -> Attempt:
-        """What was emitted is computed again as a part of the prompt. name: of the request's tickets, and the attempt's
-        number."""
+        """Tokens emitted by earlier attempts are recomputed as part of the prompt. name: the request's unique name and
+        the attempt's number, for the ticket."""
         decoder, params = plan.decode.info, request.params
         if told.scored:
             params = replaced(params, prompt_logprobs=None)
@@ -88,7 +88,7 @@ class Attempt:
         return cls(ticket, plan, legs, awaits_scores=params.prompt_logprobs is not None)
 
     def next(self, view: WorkerView | None, outcome: Outcome) -> Sequence[RequestEvent]:
-        """What a report is to the request. Raises WorkerBusy or AttemptFailed if it ends the attempt."""
+        """The events that a report brings the request. Raises WorkerBusy or AttemptFailed if it ends the attempt."""
         if isinstance(outcome, PromptLogprobs):
             self.awaits_scores = False
             return [outcome, *self.held]

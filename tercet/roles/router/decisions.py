@@ -6,8 +6,8 @@
                │        │  to its place in the line, and nobody behind it is planned before it has been admitted
                └────────┴─ failed or lost: likewise, and the new attempt goes on behind the last token that came
 
-Requests wait in one line (line.py) while no worker has room: what was put on each worker is counted here, so that its
-REJECT is the exception (its blocks ran out). Which workers a request gets: policy.py.
+Requests wait in one line (line.py) while no worker has room. The legs on each worker are counted here, so a worker
+rejects one only if it runs out of blocks. Which workers a request gets: policy.py.
 
 A new attempt sends prompt + emitted tokens as its prompt; the sampler depends only on seed and position
 (engine/sampler.py), so no token is lost or repeated.
@@ -43,8 +43,8 @@ from tercet.roles.router.line import Line, Place
 from tercet.roles.router.policy import History, Plan, choose
 from tercet.spec import LimitsSpec
 
-ROOM_S = 0.2  # at the latest after so long the first in line looks again whether a worker has room
-MAX_DEATHS = 2  # a request that was on board of so many workers when they died is not tried on a third
+ROOM_S = 0.2  # the first in line, for whom nobody had room, is tried again after so long at the latest
+MAX_DEATHS = 2  # a request that was on this many workers when they died is not tried on another
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Decisions:
     """Not thread-safe. Every verb returns the effects to be carried out, in their order."""
 
     def __init__(self, roles: Sequence[Role], capacity: Mapping[Role, int], limits: LimitsSpec) -> None:
-        """roles: that a request passes, in order; one if a worker does all. capacity: legs that a worker takes."""
+        """roles: of a request's workers, in order; one if a worker does all. capacity: legs that a worker takes."""
         self._limits = limits
         self.directory = Directory(roles, capacity)
         self.proven: set[tuple[Incarnation, Incarnation]] = set()  # pairs through which a request has passed
@@ -62,7 +62,7 @@ class Decisions:
         self._running: dict[Ticket, Ongoing] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, number of a place)
         self._refused: Place | None = None  # the first in line, for whom nobody had room
-        self._look_at = 0.0  # it is looked at again then, or when there is more room
+        self._look_at = 0.0  # it is tried again then, or once there is more room
 
     # ---- requests
 
@@ -84,7 +84,7 @@ class Decisions:
         return [*self._close(ongoing), *self._plan(now)]
 
     def wake_at(self) -> float | None:
-        """When `tick` is due; None: nobody waits for a time."""
+        """When `tick` is due; None: no time is set."""
         while self._deadlines and self._deadlines[0][1] not in self._places:
             heapq.heappop(self._deadlines)
         due = [self._deadlines[0][0]] if self._deadlines else []
@@ -132,13 +132,13 @@ class Decisions:
     def on_report(self, worker: WorkerView, ticket: Ticket, outcome: Outcome, now: float) -> list[RouterEffect]:
         """The next event of a leg, in order."""
         ongoing = self._running.get(ticket)
-        if ongoing is None:  # a late word of an attempt that is over
+        if ongoing is None:  # a late report of an attempt that is over
             return []
         if isinstance(outcome, Admitted):
             ongoing.place.holds = False  # those behind it may be planned now
             self._leave(ongoing.place, planned=True)
             return self._plan(now)
-        if isinstance(outcome, TokenEvent):  # the most of all reports; it leaves no room
+        if isinstance(outcome, TokenEvent):  # most reports are tokens; they free no room, so nothing is planned
             return self._take(ongoing, worker, outcome, now)
         if isinstance(outcome, WorkerLost):  # its engine has died; the process answers until it is replaced
             worker.up = False
@@ -149,7 +149,7 @@ class Decisions:
     # ---- the line
 
     def _plan(self, now: float) -> list[RouterEffect]:
-        """Start attempts from the front of the line on, as far as there is room; part from who has left."""
+        """Start attempts from the front of the line while there is room; part from workers that have left."""
         effects: list[RouterEffect] = []
         while (place := self._line.head()) is not None:
             ongoing = self._places[place.number]
@@ -200,7 +200,7 @@ class Decisions:
         return [StartLeg(worker, leg) for worker, leg in attempt.legs.items()]
 
     def _take(self, ongoing: Ongoing, worker: WorkerView | None, outcome: Outcome, now: float) -> list[RouterEffect]:
-        """What a report is to the request; the caller plans. worker: who reports; None: the deadline's."""
+        """Apply a report to the request; the caller plans. worker: who reports; None: the deadline has passed."""
         assert ongoing.attempt is not None
         effects: list[RouterEffect] = []
         try:
@@ -219,9 +219,9 @@ class Decisions:
         return effects
 
     def _failed(self, ongoing: Ongoing, failed: AttemptFailed, now: float) -> list[RouterEffect]:
-        """Another attempt, unless there is a reason against it."""
+        """Go back to the line, unless the error is final or a limit is reached."""
         assert ongoing.attempt is not None
-        if (finish := ongoing.told.finish) is not None:  # only the word that it was the last was lost
+        if (finish := ongoing.told.finish) is not None:  # it has every token; only Done was lost
             return self._done(ongoing, Done(finish))
         history, error = ongoing.history, failed.error
         if isinstance(error, WorkerDrained):  # nobody's fault, so it is no failure
@@ -257,7 +257,7 @@ class Decisions:
         return [*self._close(ongoing), End(ongoing, error)]
 
     def _close(self, ongoing: Ongoing) -> list[RouterEffect]:
-        """It is over: off the books and out of the line."""
+        """The request is over: remove it from the tables and from the line."""
         effects = self._stop(ongoing)
         ongoing.over = True
         self._leave(ongoing.place, planned=False)
@@ -265,7 +265,7 @@ class Decisions:
         return effects
 
     def _stop(self, ongoing: Ongoing) -> list[RouterEffect]:
-        """Take the attempt off the books, if one runs; abort the legs that have not ended."""
+        """End the attempt, if one runs: free its room, charge the client, abort the legs that have not ended."""
         attempt, ongoing.attempt = ongoing.attempt, None
         if attempt is None:
             return []
@@ -278,7 +278,7 @@ class Decisions:
         return [AbortLeg(worker, leg) for worker, leg in legs if worker.up]
 
     def _leg_ended(self, ongoing: Ongoing, worker: WorkerView) -> None:
-        """Take a leg off the books, if it stands there: its worker has room for another one."""
+        """Stop counting a leg, if it is still counted: its worker has room for another one."""
         assert ongoing.attempt is not None
         leg = ongoing.attempt.legs.pop(worker, None)
         if leg is not None:

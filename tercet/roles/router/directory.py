@@ -1,4 +1,4 @@
-"""Who lives, and what the router knows of each. No I/O."""
+"""The live workers, and what the router knows of each. No I/O."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class WorkerView:
     """One incarnation of a worker, as decisions see it."""
 
     info: WorkerInfo
-    load: Load = field(default_factory=Load)  # as it last said itself
-    up: bool = False  # its stream stands, and its engine has not died
+    load: Load = field(default_factory=Load)  # as last reported
+    up: bool = False  # its stream is open, and its engine has not died
     legs: int = 0  # that the router has put on it and that have not ended
     tokens: int = 0  # of their prompts
 
@@ -32,12 +32,12 @@ class WorkerView:
 
 class Directory:
     def __init__(self, roles: Sequence[Role], capacity: Mapping[Role, int]) -> None:
-        """roles: that a request passes, in order; one if a worker does all. capacity: legs that a worker takes."""
+        """roles: of a request's workers, in order; one if a worker does all. capacity: legs that a worker takes."""
         self.first, self.last = roles[0], roles[-1]
         self._roles = tuple(roles)
         self._capacity = capacity
         self.views: dict[str, WorkerView] = {}  # worker id -> its live incarnation
-        self._leaving: list[WorkerView] = []  # not announced any more; what runs there goes on
+        self._leaving: list[WorkerView] = []  # no longer in the live set, but with legs that still run
 
     def replace(self, workers: Iterable[WorkerInfo]) -> list[WorkerView]:
         """Make `workers` the live set. -> those that are new."""
@@ -51,7 +51,7 @@ class Directory:
         return new
 
     def take_parted(self) -> list[WorkerView]:
-        """Those that have left, each once: their legs have ended, or their successors prove that they are dead."""
+        """Workers that have left, each once: their legs have ended, or a successor proves that they are dead."""
         parted = [view for view in self._leaving if not view.legs or view.info.worker_id in self.views]
         self._leaving = [view for view in self._leaving if view not in parted]
         return parted

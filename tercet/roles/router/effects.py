@@ -17,16 +17,16 @@ class Ongoing:
     """A request from its submission to its end."""
 
     request: GenerateRequest
-    name: str  # of its tickets: clients use their ids again
+    name: str  # unique, for its tickets: clients reuse their ids
     place: Place
-    give_up: float  # at the latest then it waits no more for a role that nobody has
+    give_up: float  # how long it waits for a role without a live worker, as time.monotonic()
     told: Told = field(default_factory=Told)
     history: History = field(default_factory=History)
     attempt: Attempt | None = None  # while it runs
     attempts: int = 0
     failures: int = 0
-    moves: int = 0  # attempts that ended since their worker was taken away
-    before: int = 0  # tokens that were told before this attempt
+    moves: int = 0  # attempts that ended because a worker was drained
+    before: int = 0  # tokens that earlier attempts produced
     over: bool = False
 
 
@@ -52,7 +52,7 @@ class Introduce:
 
 @dataclass(frozen=True)
 class Part:
-    """Close the stream to a worker that is not announced any more: nothing of ours is under way there."""
+    """Close the stream to a worker that has left the live set: none of our legs runs there."""
 
     worker: WorkerView
 

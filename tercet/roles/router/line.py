@@ -1,12 +1,12 @@
 """The requests that wait to be planned, as data: fair between clients, first come first planned within one. No I/O.
 
 Between clients it is deficit round robin over tokens (Shreedhar and Varghese, SIGCOMM 1995), and a client that has
-just come is served before those that have been waiting (the new flows of RFC 8290, section 4.2): who sends little does
-not wait behind who sends much. A client pays for a prompt when it is planned and for the output when it has been made,
-so its credit may be negative.
+just come is served before those that have been waiting (the new flows of RFC 8290, section 4.2), so a client that
+sends little does not wait behind one that sends much. A client pays for a prompt when it is planned and for the output
+when it has been made, so its credit may be negative.
 
-Who is next stays next until it has left, even if it cannot be planned yet: what has become free is not taken by those
-behind it.
+The head stays the head until it leaves, even if it cannot be planned yet, so that those behind it do not take the room
+that becomes free.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-QUANTUM = 64  # tokens that a turn is worth: a short prompt, so that who has just come waits for few others
+QUANTUM = 64  # tokens of credit per turn: a short prompt's worth, so that a newcomer waits for few others
 
 
 @dataclass(order=True)
 class Place:
-    """A request's place; it keeps it when it comes back, because a worker had no room after all."""
+    """A request's place in the line, which it keeps if it comes back."""
 
     number: int  # in order of arrival
     client: str = field(compare=False)
     tokens: int = field(compare=False)  # of the prompt
     paid: bool = field(default=False, compare=False)
     stands: bool = field(default=False, compare=False)  # in the line
-    holds: bool = field(default=False, compare=False)  # was turned away: it stays in front until it has been admitted
+    holds: bool = field(default=False, compare=False)  # was rejected: it stays in front until it has been admitted
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Line:
         return self._head
 
     def _turn(self, clients: deque[str]) -> None:
-        """Look at the first client of a list: it has its turn, or goes behind the old ones, or is gone."""
+        """Give the first client of a list its turn, or move it behind the old ones, or drop it."""
         name = clients[0]
         client = self._clients[name]
         if client.credit <= 0:

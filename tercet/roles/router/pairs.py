@@ -1,4 +1,4 @@
-"""Whether every way that KV may take is as fast as the spec asks. Pure."""
+"""Whether every pair of a prefill and a decode worker is as fast as the spec asks. Pure."""
 
 from __future__ import annotations
 

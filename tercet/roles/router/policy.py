@@ -1,5 +1,5 @@
-"""Which workers serve an attempt. Pure: views of workers and what a request has been through in, a plan out, with the
-score that it won by."""
+"""Which workers serve an attempt. Pure: from views of the workers and a request's history to a plan, with the score
+that it won by."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tercet.spec import SchedulerSpec
 
 @dataclass(frozen=True)
 class Plan:
-    """The workers of one attempt; the same one twice where one does both."""
+    """The workers of one attempt; twice the same one if it does both."""
 
     prefill: WorkerView
     decode: WorkerView
@@ -25,7 +25,7 @@ class Plan:
 
     @property
     def workers(self) -> tuple[WorkerView, ...]:
-        """The decoding one first, since it admits first."""
+        """The decode worker first, since it admits first."""
         return (self.decode,) if self.prefill is self.decode else (self.decode, self.prefill)
 
     @property
@@ -35,7 +35,7 @@ class Plan:
 
 @dataclass
 class History:
-    """What a request has been through, as far as the choice of its next workers goes."""
+    """What of a request's earlier attempts matters to the choice of its next workers."""
 
     busy: set[WorkerView] = field(default_factory=set)  # had no room when they were asked in this round
     strikes: Counter[WorkerView] = field(default_factory=Counter)  # failures that each had a part in
@@ -43,15 +43,15 @@ class History:
     keep: WorkerView | None = None  # holds KV of an earlier attempt, and is asked again, once
     kept: bool = False
     last: tuple[WorkerView, WorkerView] | None = None  # the pair whose handover has just failed
-    deaths: set[Incarnation] = field(default_factory=set)  # workers that died with the request on board
+    deaths: set[Incarnation] = field(default_factory=set)  # workers that died while they served the request
 
     @property
     def is_blank(self) -> bool:
-        """Nothing of it weighs on a pair."""
+        """Whether it leaves the score of every pair as it is."""
         return self.keep is None and not self.strikes and not self.failures
 
     def failed(self, plan: Plan, reporter: WorkerView | None, error: TercetError) -> None:
-        """Blame who is at fault, which need not be who said so."""
+        """Give strikes to the worker at fault, which need not be the reporter."""
         keep, self.keep = self.keep, None
         self.last = plan.prefill, plan.decode
         self.failures[self.last] += 1
@@ -72,7 +72,7 @@ class History:
 
 
 class Score(NamedTuple):
-    """Of a pair of workers; the least wins, and what stands first counts first."""
+    """The score of a pair of workers, compared field by field; the lowest wins."""
 
     not_kept: bool  # another decode worker holds KV of an earlier attempt
     failures: int  # of this pair, with this request
@@ -83,11 +83,10 @@ class Score(NamedTuple):
 
 
 def choose(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], history: History) -> Plan | None:
-    """The pair that has failed the least, with the fewest strikes and no known fault between them, then the least
-    loaded; the worker that keeps KV before all others. None: those that have room have just said that they have none,
-    or there is no other pair than the one that has just failed; so a new round begins after a pause.
+    """The pair with the lowest score. None, so that a new round begins after a pause: every worker with room has just
+    rejected the request, or the best pair is the one that has just failed.
 
-    prefills, decodes: those that live and have room; the same list where one worker does both.
+    prefills, decodes: live workers with room; the same list where one worker does both.
     """
     for views in (prefills, decodes):
         if views and history.busy.issuperset(views):
@@ -104,7 +103,7 @@ def choose(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], histor
 def _best(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], history: History) -> Plan | None:
     if prefills is decodes:
         pairs = [(view, view) for view in prefills]
-    elif history.is_blank:  # then the two are chosen one by one, unless a fault stands between them
+    elif history.is_blank:  # each is then chosen on its own, unless the two cannot connect
         pairs = _least_loaded(prefills, decodes)
     else:
         pairs = list(itertools.product(prefills, decodes))
@@ -116,7 +115,7 @@ def _best(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], history
 
 
 def _least_loaded(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView]) -> list[tuple[WorkerView, WorkerView]]:
-    """Of all pairs those of which one is the best, for a request that nothing has happened to."""
+    """For a blank history: the least loaded workers, or all pairs if those two cannot connect."""
     if not prefills or not decodes:
         return []
     prefill, decode = min(prefills, key=pressure), min(decodes, key=pressure)
@@ -147,5 +146,5 @@ def capacity(role: Role, scheduler: SchedulerSpec) -> int:
 
 
 def pressure(view: WorkerView) -> tuple[int, int, str]:
-    """What the router itself has put on a worker is fresher than what the worker reports."""
+    """How loaded a worker is. The router's own count comes first: it is fresher than the worker's report."""
     return view.tokens, view.load.running + view.load.waiting, view.info.worker_id

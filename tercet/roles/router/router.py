@@ -1,4 +1,4 @@
-"""Carry out what is decided: one stream a worker, one timer, one queue of events a request. Event loop only."""
+"""Carry out the decisions: one stream per worker, one timer, one queue of events per request. Event loop only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Router:
         self._carry_out(effects)
 
     async def close(self) -> None:
-        """Cut every stream, also those on which something runs."""
+        """Close every stream, even those with legs that run."""
         await self.set_workers([])
         await asyncio.gather(*self._closing, *map(self._close, list(self._links)))
         if self._timer is not None:
@@ -119,7 +119,7 @@ class Router:
             heard.put_nowait(event)
 
     def _arm(self) -> None:
-        """The timer, for when something is due."""
+        """Set the timer to when `tick` is due."""
         due = self._decisions.wake_at()
         if self._timer is not None:
             if due is not None and self._timer.when() == due and not self._timer.cancelled():

@@ -1,7 +1,7 @@
-"""Frames on a stream socket, and the posting of small ones without ever blocking.
+"""Frames on a stream socket, and a mailbox that posts small ones without blocking.
 
-A channel has at most one reader thread. `send` blocks until the kernel has every byte and is for one thread too; a
-`Mailbox` is for frames that any thread may post.
+A channel has at most one reader thread. `send` blocks until the kernel has every byte, and is for one thread, too; any
+thread may post to a `Mailbox`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tercet.transfer.links.wires import BUFFER
 from tercet.transfer.protocol.messages import HEADER, MAX_BODY, Data, Message, Probe, decode_body, decode_header, encode
 
 IOV_MAX = 1024  # buffers of one vectored call, Linux limit
-OUTBOX = 8192  # frames that a peer may leave unread; more, and it is treated as gone
+OUTBOX = 8192  # frames that may wait for a peer; with more it is treated as gone
 
 
 class Channel:
@@ -26,7 +26,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.deadline: float | None = None  # time.monotonic(): what is received until then
+        self.deadline: float | None = None  # time.monotonic() by which everything must be received
 
     def send(self, message: Message, payload: Sequence[memoryview] = (), fds: Sequence[int] = ()) -> None:
         """Blocks until the kernel has taken every byte."""
@@ -51,7 +51,7 @@ class Channel:
                 views[first] = views[first][sent:]
 
     def try_send(self, head: bytes) -> int:
-        """Send what goes at once. -> bytes sent."""
+        """Send what the kernel takes without blocking. -> bytes sent."""
         try:
             return self.sock.send(head, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -124,7 +124,7 @@ class Channel:
         self.sock.settimeout(seconds)
 
     def shutdown(self) -> None:
-        """Wake whoever waits on it with an end of stream; safe from any thread, any number of times."""
+        """End the stream, which wakes threads that wait on it. From any thread, any number of times."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
@@ -133,7 +133,7 @@ class Channel:
 
 
 def join_all(threads: Sequence[threading.Thread], timeout_s: float) -> None:
-    """Wait for threads that have been told to end, all together no longer than that."""
+    """Wait for threads that have been told to end, `timeout_s` at most for all together."""
     deadline = time.monotonic() + timeout_s
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
@@ -147,12 +147,12 @@ class Mailbox:
         self._channel = channel
         self._backlog: deque[bytes] = deque()
         self._changed = threading.Condition()
-        self._over = False  # nothing more is taken
+        self._over = False  # nothing more is accepted
         self._thread = threading.Thread(target=self._run, name=f"kv-write-{name}", daemon=True)
         self._thread.start()
 
     def post(self, message: Message) -> bool:
-        """False: it will never be sent, since the channel is over (a full backlog ends it)."""
+        """False: it will never be sent, since the stream has ended (a full backlog ends it, too)."""
         assert not isinstance(message, Data | Probe)
         head = encode(message)
         with self._changed:
@@ -172,7 +172,7 @@ class Mailbox:
             return True
 
     def finish(self, timeout: float) -> None:
-        """Empty the backlog, then end the stream."""
+        """Send the backlog, for at most `timeout` seconds, then end the stream."""
         with self._changed:
             self._changed.wait_for(lambda: self._over or not self._backlog, timeout)
             self._end()

@@ -1,4 +1,4 @@
-"""The sockets below every link: TCP anywhere, abstract Unix sockets within one host."""
+"""The sockets of links: TCP anywhere, abstract Unix sockets within one host."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from urllib.parse import urlsplit
 
 from tercet.errors import PeerDown, PeerMismatch
 
-USER_TIMEOUT_MS = 5_000  # unacknowledged data: the peer or the way to it is gone; the kernel's own limit is 15 minutes
-KEEPALIVE_S = (2, 1, 3)  # idle, interval, probes: the same for a silent connection
-BUFFER = 1 << 20  # bytes in the kernel, each way
+USER_TIMEOUT_MS = 5_000  # for unacknowledged data: then the peer counts as gone; the kernel's limit is 15 minutes
+KEEPALIVE_S = (2, 1, 3)  # idle, interval, probes: the like for a silent connection
+BUFFER = 1 << 20  # kernel buffer in bytes, each way
 UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
 def host_id() -> str:
-    """Equal in two processes exactly where an abstract Unix socket and a pidfd reach from one to the other."""
+    """Equal in two processes of one user that reach each other by abstract Unix sockets and pidfds."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
     return f"{boot}:{os.stat('/proc/self/ns/net').st_ino}:{os.stat('/proc/self/ns/pid').st_ino}:{os.getuid()}"
 
 
 def listen_tcp(host: str) -> tuple[socket.socket, str]:
-    """host: an address, with or without `:port`; without, a free one."""
+    """host: an address, with `:port` or without, for a free port."""
     name, wanted = _split(host)
     family = socket.AF_INET6 if ":" in name else socket.AF_INET
     sock = socket.create_server((name, wanted), family=family, backlog=64)
@@ -84,7 +84,7 @@ def dial_unix(address: str, timeout_s: float) -> socket.socket:
 
 
 def vet_unix(sock: socket.socket) -> int:
-    """-> a pidfd of the process that connected, by which its death is proven. Only our own user may."""
+    """-> a pidfd of the process that connected, to prove its death. Raises PeerMismatch for another user's process."""
     pid, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
     if uid != os.getuid():
         raise PeerMismatch(f"a process of user {uid} may not map the KV cache of user {os.getuid()}")

@@ -1,4 +1,4 @@
-"""Whether sources that hold parts of a destination's layers and heads make it whole."""
+"""Whether sources that each hold a part of a destination's layers and heads cover it exactly once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tercet.transfer.memory.layout import KvLayout, Pair
 
 
 def flaw(pairs: Sequence[Pair], all_here: bool) -> str | None:
-    """What keeps these sources from giving their one destination every layer of every head exactly once; None: nothing.
+    """Why these sources do not give their one destination every layer of every head exactly once; None if they do.
 
     all_here: no further source will come, so what is missing now stays missing.
     """
@@ -31,7 +31,7 @@ def _within(part: range, whole: range) -> slice:
 
 
 def _named(wrong: NDArray[np.bool_], dst: KvLayout) -> str:
-    """The smallest range of layers and of heads of the model that has all of them."""
+    """The smallest ranges of layers and heads of the model that contain all the wrong ones."""
     layers, heads = (np.flatnonzero(wrong.any(axis=axis)) for axis in (1, 0))
     first_layer, first_head = dst.window.start, dst.heads.start
     return (

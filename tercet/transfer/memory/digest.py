@@ -3,7 +3,7 @@ memory or the transport.
 
     digest = xxh3_64(key rows of the unit, then value rows; seed = layer, head, unit)
 
-XXH3 is no cryptographic hash: it finds corruption, not forgery; who may write at all is settled by the handshake.
+XXH3 is not a cryptographic hash: it detects corruption, not forgery; the handshake decides who may write at all.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from tercet.transfer.memory.pack import Cells, Memory, Scratch, pieces_of
 
 Digests = NDArray[np.uint64]
-AT_ONCE = 256 << 10  # bytes that are gathered for their digests: they stay in a core's cache
+AT_ONCE = 256 << 10  # bytes gathered at a time for their digests, so that they stay in a core's cache
 
 
 def digests_of(pieces: Iterable[Memory], layers: range, units: range, heads: range) -> Digests:
-    """Digests of the bytes of each (layer, unit, head), as transfer/pack.py gives them: [layers, units, heads]."""
+    """Digests of the bytes of each (layer, unit, head), in the order of memory/pack.py: [layers, units, heads]."""
     axes = [np.arange(axis.start, axis.stop, dtype=np.uint64) for axis in (layers, units, heads)]
     layer, unit, head = np.ix_(*axes)
     seeds = (layer << np.uint64(48)) ^ (head << np.uint64(32)) ^ unit

@@ -73,7 +73,7 @@ class KvLayout:
 
     @cached_property
     def token_bytes(self) -> int:
-        """From a row to that of the next token."""
+        """Bytes from a row to the same head's row of the next token."""
         return self.row_bytes * (len(self.heads) if self.order == "NHD" else 1)
 
     @cached_property
@@ -116,11 +116,11 @@ class Units:
 
 @dataclass(frozen=True)
 class Pair:
-    """What a source and a destination cache have to do with each other. Raises PeerMismatch if they can't."""
+    """A source and a destination layout: which layers, heads and bytes move. Raises PeerMismatch if none can."""
 
     src: KvLayout
     dst: KvLayout
-    convert: bool = False  # a lossy change of dtype was asked for
+    convert: bool = False  # a lossy change of dtype is allowed
 
     def __post_init__(self) -> None:
         src, dst = self.src, self.dst
@@ -182,7 +182,7 @@ class Pair:
 
     @cached_property
     def run_bytes(self) -> float:
-        """How long the runs of a unit are in the mean; those of neighbouring units may be joined."""
+        """Mean length of a unit's runs, before those of neighbouring units are joined."""
         return self.unit_bytes / int(self.pattern.shape[1])
 
     @cached_property
@@ -196,8 +196,8 @@ class Pair:
 
 
 def runs_of(pair: Pair, layers: range, src: Units, dst: Units) -> list[Run]:
-    """Runs that move the units `src` of the layers to `dst`, in the order of layers, units, then as a unit lies in the
-    destination; what is adjacent on both sides is one run."""
+    """Runs that move the units `src` of the layers to `dst`, in the order of layers, units, then of the destination's
+    memory; runs that are adjacent on both sides are joined."""
     assert src.count == dst.count
     assert not pair.converts, "bytes of another dtype cannot be copied"
     sides = (pair.src, src), (pair.dst, dst)
@@ -206,7 +206,7 @@ def runs_of(pair: Pair, layers: range, src: Units, dst: Units) -> list[Run]:
         blocks, subs = units.places(side.block_size // pair.unit)
         begins[row] = side.offset(layers.start, 0) + blocks * side.block_bytes + subs * (pair.unit * side.token_bytes)
     runs = _merged((begins[:, :, None] + pair.pattern[:, None, :]).reshape(3, -1))
-    strides = np.array([pair.src.layer_bytes, pair.dst.layer_bytes, 0])  # layers lie alike, one behind another
+    strides = np.array([pair.src.layer_bytes, pair.dst.layer_bytes, 0])  # every layer has the same layout
     every = runs[:, None, :] + (strides[:, None] * np.arange(len(layers)))[:, :, None]
     return list(zip(*every.reshape(3, -1).tolist(), strict=True))
 

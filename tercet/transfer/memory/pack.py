@@ -1,4 +1,4 @@
-"""Units of KV between a cache and one contiguous buffer, by numpy; and the declared, lossy change of dtype.
+"""Units of KV between a cache and one contiguous buffer, by numpy; and the lossy change of dtype, if allowed.
 
 Packed shape: [layers, units, heads, parts, unit tokens, row bytes], whatever the cache's order, block size or
 tensor-parallel degree. So a packed buffer is what a *contiguous send* moves (P/D-Serve, section 3.5: pages are gathered
@@ -31,7 +31,7 @@ class Scratch:
         self._buffer = np.empty(0, dtype=np.uint8)
 
     def take(self, shape: tuple[int, ...]) -> Bytes:
-        """An array whose content nobody needs, until the next `take`."""
+        """An uninitialised array, valid until the next `take`."""
         num_bytes = math.prod(shape)
         if self._buffer.size < num_bytes:
             self._buffer = np.empty(num_bytes, dtype=np.uint8)
@@ -44,7 +44,7 @@ class Cells:
     def __init__(
         self, layout: KvLayout, memory: Memory, layers: range, units: Units, unit: int, heads: range | None = None
     ) -> None:
-        """unit: its tokens. heads: those of the model, all that the cache holds by default."""
+        """unit: tokens of one. heads: numbers in the model; by default all that the cache holds."""
         self._layout, self._memory, self._layers, self._units, self._unit = layout, memory, layers, units, unit
         self._heads = heads or layout.heads
         self._first_head = self._heads.start - layout.heads.start
@@ -73,7 +73,7 @@ class Cells:
             self._rows[:, block, sub] = rows[:, number]
 
     def zero(self) -> None:
-        """Overwrite units that no token will be written to: nothing of a block's earlier owner may be read from it."""
+        """Zero units that hold no token of this prompt, so that no KV of a block's earlier owner can be read."""
         for block, sub in self._places:
             self._rows[:, block, sub] = np.zeros((), dtype=self._rows.dtype)
 
@@ -116,7 +116,7 @@ def pieces_of(packed: Bytes) -> Iterator[Memory]:
 
 
 def convert(pair: Pair, packed: Bytes) -> Bytes:
-    """Rows of the source's dtype to the destination's. float8 saturates, int8 is value / scale, rounded."""
+    """Convert rows from the source's dtype to the destination's. float8 saturates, int8 is value / scale, rounded."""
     import torch  # only a change of dtype needs it, and a process without it starts seconds sooner
 
     src, dst = (getattr(torch, layout.dtype) for layout in (pair.src, pair.dst))

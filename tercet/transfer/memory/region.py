@@ -1,5 +1,5 @@
-"""The memory of a worker's KV cache that transfers reach: anonymous, shareable by file descriptor, gone with its last
-process. It lies on the host; of a cache on a device it is the copy there (engine/kv_cache.py)."""
+"""The host memory of a worker's KV cache, which transfers read and write: anonymous, shared by file descriptor, freed
+with its last process. For a cache on a device it is the host copy (engine/kv_cache.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from tercet.transfer.memory.layout import KvLayout
 
-SCRATCH = 1 << 20  # bytes behind the cache, in which links are measured; no KV ever lies there
+SCRATCH = 1 << 20  # bytes behind the cache for measuring links; they never hold KV
 
 
 class Region:
@@ -36,9 +36,9 @@ class Region:
         return self.view[start : start + self.layout.block_bytes]
 
     def pin(self, register: Callable[[int, int], object]) -> None:
-        """Let a device's driver have the memory, by `register(address, bytes)`; until the mapping goes."""
+        """Register the memory with a device's driver, by `register(address, bytes)`, for as long as it is mapped."""
         register(int(np.frombuffer(self.memory, dtype=np.uint8).ctypes.data), self.num_bytes)
 
     def close(self) -> None:
-        """Close the descriptor; the mapping goes with the last tensor that looks at it."""
+        """Close the descriptor; the mapping is freed with the last tensor over it."""
         os.close(self.fd)

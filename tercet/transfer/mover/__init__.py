@@ -1,1 +1,1 @@
-"""Both ends of the KV mover: the protocol's machines, run by threads over links and transports."""
+"""Both ends of the KV mover: the protocol's state machines, run by threads over links and transports."""

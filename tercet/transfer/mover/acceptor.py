@@ -1,4 +1,5 @@
-"""The front door of a decode worker's mover: listens, greets, turns away. Who may come in is served elsewhere."""
+"""Accepts connections for a decode worker's mover: listens, does the first half of the handshake, turns strangers away.
+The receiver serves those that are let in."""
 
 from __future__ import annotations
 
@@ -18,22 +19,22 @@ from tercet.transfer.transports.contract import HANDSHAKE_S, MoverConfig, check_
 
 MAX_HELLO = 8192
 MAX_CONNECTIONS = 1024
-MAX_STRANGERS = 64  # that have not yet said a good HELLO; one more, and the oldest must go
+MAX_STRANGERS = 64  # connections without a valid HELLO yet; one more, and the oldest is closed
 
 
 class _Gone(Exception):
-    """A stranger left of its own accord before its HELLO, as one does who only asks whether the port serves."""
+    """A stranger closed its connection before its HELLO, as one does that only checks whether the port is open."""
 
 
 class Acceptor:
-    """One thread a listener and one a connection, which calls `serve`; the connection is closed when that returns."""
+    """One thread per listener, and one per connection, which calls `serve` and then closes the connection."""
 
     def __init__(self, config: MoverConfig, serve: Callable[[Channel, Hello], None]) -> None:
         self._config = config
         self._serve = serve
         self._lock = threading.Lock()
         self._listeners: list[socket.socket] = []
-        self._num_connections = 0  # without the strangers
+        self._num_connections = 0  # not counting strangers
         self._strangers: dict[Channel, None] = {}  # in the order in which they came
         self._stopping = threading.Event()
         self._refused: Counter[str] = Counter()
@@ -57,7 +58,7 @@ class Acceptor:
             self._refused[code] += 1
 
     def stop(self) -> None:
-        """Let nobody in any more."""
+        """Accept no more connections."""
         self._stopping.set()
         for listener in self._listeners:
             with contextlib.suppress(OSError):
@@ -79,7 +80,7 @@ class Acceptor:
                 channel.close()
 
     def _admit(self, channel: Channel) -> None:
-        """One connection, from its HELLO to its end."""
+        """Serve one connection, from its HELLO to its end."""
         admitted = False
         try:
             hello = self._greet(channel)
@@ -105,7 +106,7 @@ class Acceptor:
                 self._num_connections -= admitted
 
     def _greet(self, channel: Channel) -> Hello:
-        """Its HELLO, if that is a good one and comes in time."""
+        """Send a CHALLENGE and return the HELLO, if it is valid and comes in time."""
         with self._lock:
             self._strangers[channel] = None
             if len(self._strangers) > MAX_STRANGERS:

@@ -36,10 +36,10 @@ from tercet.transfer.transports.contract import (
     pair_of,
 )
 
-QUIET = 4096  # pairs that are over and that a worker has yet to be told of
+QUIET = 4096  # pairs that are over, of which their workers have yet to be told
 MAX_QUIET = 64  # of them in one HELLO
-PROBES = 5  # small ones, for the latency; the best counts
-BULK_PROBES = 3  # of a whole scratch on each link, for the bandwidth
+PROBES = 5  # small ones per link, for the latency; the lowest counts
+BULK_PROBES = 3  # of SCRATCH bytes each, on each link, for the bandwidth
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ class DecodePeer:
             channel.shutdown()
 
     def close(self) -> None:
-        """Give up a pair whose threads were never started."""
+        """Close a pair whose threads were never started."""
         for _, outlet in self.links:
             outlet.close()
-        with contextlib.suppress(PeerDown):  # else the next HELLO says so
+        with contextlib.suppress(PeerDown):  # then the next HELLO says so
             self.channel.send(Goodbye("this pair is not used"))
         self.shutdown()
         for channel, _ in self.links:
@@ -97,8 +97,8 @@ class Dialer:
             self._quiet.append((peer.endpoint, peer.id))
 
     def dial(self, encoded: str) -> DecodePeer:
-        """Connect by every transport that reaches, and keep the one that was measured to be the fastest; shared memory
-        is taken unmeasured, since every other way copies more. A transport that fails is named in the log."""
+        """Connect by every transport that reaches, and keep the one with the highest measured bandwidth. If shared
+        memory connects, no other is tried, since all others copy more. A transport that fails is logged."""
         endpoint = Endpoint.decode(encoded)
         made: list[DecodePeer] = []
         failures: list[TransferError] = []
@@ -140,7 +140,7 @@ class Dialer:
         return peer
 
     def _candidates(self, endpoint: Endpoint) -> list[Transport]:
-        """Those that both have and that reach. Raises PeerMismatch if none does."""
+        """Transports that both ends have and that reach the peer. Raises PeerMismatch if there is none."""
         near = endpoint.host_id == self._host_id
         found = [t for t in self._transports if t.name in endpoint.transports and (near or not t.one_host)]
         if not found:
@@ -153,7 +153,7 @@ class Dialer:
             if transport.one_host:
                 return dial_unix(endpoint.unix, HANDSHAKE_S)
             return dial_tcp(endpoint.tcp[number % len(endpoint.tcp)], HANDSHAKE_S)
-        except OSError as error:  # of this process: no descriptor is left
+        except OSError as error:  # this process has no descriptor left
             raise PeerDown(f"no transfer connection to {endpoint.worker_id}: {error}") from error
 
     def _greet(self, peer: DecodePeer) -> None:
@@ -162,8 +162,8 @@ class Dialer:
         over = [each for each in list(self._quiet) if each[0] == peer.endpoint][-MAX_QUIET:]
         hello = self._hello(peer, peer.channel, [pair for _, pair in over])
         welcome = accept_welcome(peer.channel.receive()[0], self._config.token, hello.nonce)
-        for each in over:  # it knows them now
-            with contextlib.suppress(ValueError):  # so it was told on another connection
+        for each in over:  # the worker knows now
+            with contextlib.suppress(ValueError):  # another connection has told it
                 self._quiet.remove(each)
         peer.id, peer.worker_id = welcome.pair, welcome.worker_id
         peer.pair = pair_of(self._region.layout, welcome.layout, peer.transport, self._config.convert)
@@ -199,8 +199,8 @@ class Dialer:
         return hello
 
     def _attest(self, peer: DecodePeer) -> PairState:
-        """Measure the links, all at once since they may share a wire, by bytes that go where KV goes: into the scratch
-        behind the peer's cache."""
+        """Measure the links, all at once since they may share a wire, by writes into the scratch behind the peer's
+        cache."""
         latency = min(self._probe(peer, *link, 64) for link in peer.links for _ in range(PROBES))
         with ThreadPoolExecutor(len(peer.links)) as pool:
             for _ in range(2):  # the first touches the pages

@@ -1,4 +1,4 @@
-"""Take the bytes of a DATA in: place them, verify them, zero what lies behind them."""
+"""Land the bytes of a DATA: place them, verify them, zero the rest of the prompt's last block."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Lander:
     def land(
         self, terms: Terms, inlet: Inlet, channel: Channel, data: Data, payload: int, landing: Landing
     ) -> NDArray[np.bool_]:
-        """-> whether each (layer, unit) of the DATA stands with its digest. Raises PeerDown, ProtocolViolation."""
+        """-> for each (layer, unit) of the DATA, whether its digest matches. Raises PeerDown, ProtocolViolation."""
         pair, layers = terms.pair, range(data.layer, data.layer + data.layers)
         cells = Cells(pair.dst, self._memory, layers, landing.units, pair.unit, pair.heads)
-        # What a one-sided writer has placed in our memory is looked at where it lies.
+        # What a one-sided writer has placed in our memory is verified in place.
         packed = cells.packed(self._scratch) if data.packed and not terms.one_sided else None
         if packed is not None:
             inlet.land(channel, payload, [packed.reshape(-1).data])
@@ -47,7 +47,7 @@ class Lander:
         return good
 
     def _views(self, pair: Pair, layers: range, units: Units) -> Sequence[Memory]:
-        """The destination in the order of the stream. Which source blocks the bytes come from has no say in that."""
+        """The destination in the order of the stream, which does not depend on the source's blocks."""
         if pair.converts:
             raise ProtocolViolation("bytes of another dtype must come packed")
         source = Units(range(units.count), 0, units.count)

@@ -39,8 +39,8 @@ class Loader:
         return Parcel(data, packed.reshape(-1).data, [(0, 0, packed.nbytes)], scatter)
 
     def _packs(self, transport: Transport, pair: Pair, cells: Cells) -> bool:
-        """Whether units travel packed: if many small runs would cost more than gathering them, and where a digest has
-        to gather them anyway, unless that would cost a mapped peer another copy."""
+        """Whether units travel packed: if many small runs would cost more than gathering them, or if a digest must
+        gather them anyway, except for a one-sided transport, which would need another copy."""
         if not transport.packs or pair.converts:
             return transport.packs
         if self._integrity and not cells.contiguous and not transport.one_sided:

@@ -31,7 +31,7 @@ class PrefillPeer:
         self.transport = transport
         self.channel = channel
         self.terms = terms
-        self.quiet_fd = os.eventfd(0)  # readable when the writer has said on a new connection that this one is over
+        self.quiet_fd = os.eventfd(0)  # readable once the writer has said, in a new HELLO, that this pair is over
         self.mailbox = Mailbox(channel, worker_id)
         self.thread = threading.current_thread()  # the reader of the control link
         self.links: list[Link] = []

@@ -1,7 +1,7 @@
 """The decode side of the KV mover: listens, lands bytes, verifies them, and reports the facts of each ticket.
 
-Threads: one reader a link, one clock, and those of its acceptor. All state is `Inbound`, behind one lock. `on_event` is
-called under that lock, in order, on a mover thread; it must be quick and must not call back into the receiver.
+Threads: one reader per link, one clock, and those of its acceptor. All state is `Inbound`, behind one lock. `on_event`
+is called under that lock, in order, on a mover thread; it must be quick and must not call back into the receiver.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class KvReceiver:
         self._on_event = on_event
         self._inbound = Inbound(epoch, config.lease_s)
         self._lock = threading.Lock()
-        self._peers: dict[str, PrefillPeer] = {}  # pair id -> peer, until nothing of it can land any more
+        self._peers: dict[str, PrefillPeer] = {}  # pair id -> peer, until none of its writes can land any more
         self._acceptor = Acceptor(config, self._serve)
         self._stopping = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
@@ -95,7 +95,7 @@ class KvReceiver:
         return self._acceptor.refused()
 
     def stop(self) -> None:
-        """Close every connection. Tickets that are still open fail; their proof may never come, the process ends."""
+        """Close every connection. Open tickets fail, and may never become quiet: the process is about to end."""
         self._stopping.set()
         os.write(self._stop_write, b"x")
         self._acceptor.stop()
@@ -104,9 +104,9 @@ class KvReceiver:
         for peer in peers:
             peer.mailbox.finish(timeout=1.0)
             peer.shutdown()
-        # A thread that the end of the process meets inside a library aborts it.
+        # A thread that is inside a library when the process ends would abort it.
         join_all([peer.thread for peer in peers], STOP_S)  # each joins those of its links
-        os.close(self._stop_write)  # the read end stays readable for whoever still waits for a death
+        os.close(self._stop_write)  # so the read end is readable for threads that still wait for a death
 
     # ---- handshakes
 
@@ -165,7 +165,7 @@ class KvReceiver:
             self._run(self._inbound.on_message(peer, peer.terms, message, time.monotonic()))
 
     def _end(self, peer: PrefillPeer) -> None:
-        """The pair is over: fail what it carried, then free it as soon as nothing can land any more."""
+        """The pair is over: fail its tickets, then free their blocks as soon as nothing can land any more."""
         with self._lock:
             peer.over = True  # no link joins it now
         peer.shutdown()
@@ -221,7 +221,7 @@ class KvReceiver:
         except ProtocolViolation as error:
             self._acceptor.count_refused(error.code())
         except PeerDown:
-            pass  # `_end` says so to whom it concerns
+            pass  # `_end` reports it
         finally:
             peer.shutdown()
 
@@ -258,7 +258,7 @@ class KvReceiver:
                 self._run(self._inbound.end_landing(peer, data, good, time.monotonic()))
 
     def _pass_over(self, peer: PrefillPeer, link: Link, data: Data, payload: int) -> None:
-        """Let bytes go by that must not be placed: those on the channel here, those of a library by its inlet."""
+        """Skip bytes that must not be placed, whether they come on the channel or through the transport's library."""
         num_bytes = data.layers * data.count * peer.terms.pair.unit_bytes
         if num_bytes > self._region.layout.total_bytes:
             raise ProtocolViolation(f"DATA of {num_bytes} bytes is more than a whole cache")

@@ -1,8 +1,8 @@
 """The prefill side of the KV mover: connects to decode workers and writes layers as they are computed.
 
-Threads: one reader a pair, one writer a data link, one clock; a dial runs on the thread that calls `open`. All state is
-`Outbound`, behind one lock. `on_event` is called under that lock, in order, on a mover thread; it must be quick and
-must not call back into the sender.
+Threads: one reader per pair, one writer per data link, one clock; a dial runs on the thread that calls `open` or
+`connect`. All state is `Outbound`, behind one lock. `on_event` is called under that lock, in order, on a mover thread;
+it must be quick and must not call back into the sender.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class KvSender:
         on_event: Callable[[SendEvent], None],
         computed: Callable[[], int] | None = None,
     ) -> None:
-        """computed: how much the engine that fills the source has done so far; it grows while the engine works. None:
-        nobody knows, so an engine is taken to work."""
+        """computed: how much the engine that fills the source has done so far; it grows while the engine makes
+        progress. None: unknown, so the engine is assumed to make progress."""
         self._config = config
         self._computed = computed or itertools.count(1).__next__
         self._on_event = on_event
@@ -48,8 +48,8 @@ class KvSender:
         self._region = region
         self._lock = threading.Lock()
         self._dialer = Dialer(config, region, transports, self._lock)
-        self._dialing: dict[str, Future[DecodePeer]] = {}  # endpoint -> one handshake, however many ask
-        self._peers: dict[str, DecodePeer] = {}  # endpoint -> pair, until nothing of it will be written any more
+        self._dialing: dict[str, Future[DecodePeer]] = {}  # endpoint -> the handshake that all callers wait for
+        self._peers: dict[str, DecodePeer] = {}  # endpoint -> pair, until no more of its writes can follow
         self._stopping = threading.Event()
         threading.Thread(target=self._clock, name="kv-clock", daemon=True).start()
 
@@ -58,10 +58,10 @@ class KvSender:
     def open(
         self, ticket: Ticket, endpoint: str | list[str], num_tokens: int, deadline: float, dial: bool = True
     ) -> str:
-        """Offer a request to the decode worker at `endpoint`, or to those at several, which then hold a part of the
-        layers and heads each; connects first if need be, which may block for some seconds, or raises PeerDown unless
-        `dial`. deadline: time.monotonic(); of what waits to be written, the earliest goes first.
-        -> the transport's name, of several joined by "+". Raises PeerDown or PeerMismatch."""
+        """Offer a request to the decode worker at `endpoint`, or to those at several endpoints, which then each hold a
+        part of the layers and heads. If there is no connection, makes one, which may block for some seconds, or raises
+        PeerDown if `dial` is false. deadline: time.monotonic(); waiting writes go in the order of their deadlines.
+        -> the transport's name, several joined by "+". Raises PeerDown or PeerMismatch."""
         endpoints = [endpoint] if isinstance(endpoint, str) else endpoint
         peers = [self._connect(each, dial) for each in endpoints]
         pairs: dict[PeerKey, Pair] = {peer: peer.pair for peer in peers}
@@ -76,12 +76,12 @@ class KvSender:
         return "+".join(sorted({peer.transport.name for peer in peers}))
 
     def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> None:
-        """Prompt blocks from index `first` on stand complete in source `blocks` of `layer`."""
+        """The prompt's blocks from index `first` on are complete in source `blocks` of `layer`."""
         with self._lock:
             self._run(self._outbound.push(ticket, layer, first, blocks))
 
     def finish(self, ticket: Ticket, note: bytes) -> None:
-        """All was pushed. note: for the role that receives; unread here, at most MAX_NOTE bytes."""
+        """All was pushed. note: for the receiving role, opaque to the mover, at most MAX_NOTE bytes."""
         with self._lock:
             self._run(self._outbound.finish(ticket, note, time.monotonic()))
 
@@ -122,7 +122,7 @@ class KvSender:
         for peer in peers:
             peer.mailbox.finish(timeout=1.0)
             peer.shutdown()
-        # A thread that the end of the process meets inside a library aborts it.
+        # A thread that is inside a library when the process ends would abort it.
         join_all([thread for peer in peers for thread in peer.threads], STOP_S)
 
     def _wrote_all(self, peer: DecodePeer) -> bool:
@@ -135,7 +135,7 @@ class KvSender:
         self._connect(endpoint)
 
     def connected(self, endpoint: str) -> bool:
-        """Whether `open` will not have to dial."""
+        """Whether `open` can do without dialling."""
         with self._lock:
             return endpoint in self._peers
 
@@ -195,7 +195,7 @@ class KvSender:
             self._end(peer)
 
     def _end(self, peer: DecodePeer) -> None:
-        """No other pair with this worker begins before its HELLO can say that nothing of this one will be written."""
+        """The pair is over. Only after this a new one with this worker begins, whose HELLO says that this is quiet."""
         peer.shutdown()
         with self._lock:
             peer.over = True
@@ -210,11 +210,11 @@ class KvSender:
         peer.channel.close()
 
     def _write_loop(self, peer: DecodePeer, channel: Channel, outlet: Outlet) -> None:
-        """One data link: the most urgent write, again and again."""
+        """One data link: carry out the most urgent write, again and again."""
         loader = Loader(self._region, self._config.integrity)
         try:
             self._write_all(peer, channel, outlet, loader)
-        finally:  # a fault of ours is raised, but nobody shall wait for what will not be written
+        finally:  # an unexpected error is raised, but the pair must end, since nothing more is written here
             peer.shutdown()
             outlet.close()
             channel.close()
@@ -234,7 +234,7 @@ class KvSender:
                     peer.shutdown()
 
     def _end_write(self, peer: DecodePeer, write: Write) -> Written | None:
-        """-> the WRITTEN that is due behind this write. It follows on the write's link, whose reader is awake."""
+        """-> the WRITTEN that is due after this write, if any. It goes over the write's link, whose reader is awake."""
         with self._lock:
             effects = self._outbound.end_write(peer, write, time.monotonic())
             due = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Written)]

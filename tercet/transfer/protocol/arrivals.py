@@ -13,7 +13,7 @@ from tercet.transfer.protocol.messages import Data
 
 @dataclass(frozen=True)
 class Landing:
-    """Where a DATA goes, and what behind the prompt's last unit is to be zeroed in its last block."""
+    """Where the units of a DATA go, and which units after the prompt's last one are to be zeroed."""
 
     units: Units
     tail: Units | None
@@ -40,7 +40,7 @@ class Arrivals:
 
     @property
     def num_landed(self) -> int:
-        """Of `num_cells`, those that stand verified."""
+        """How many of `num_cells` have landed and are verified."""
         return int(self._landed.sum())
 
     @property
@@ -49,8 +49,8 @@ class Arrivals:
         return self._landed.size
 
     def begin(self, data: Data) -> Landing | None:
-        """Where the bytes of a DATA go; None if it names what is not here, what has landed, or what was asked for
-        again meanwhile (then only the answer to that is taken: a late copy would ask twice)."""
+        """Where the bytes of a DATA go. None if it names units that were not granted, that have landed or are landing,
+        or that were asked for again: of those only the answer to the RESEND is taken, not a late copy."""
         cells, size = self._cells(data), data.layers * data.count
         if size < 1 or self._landed[cells].size != size:
             return None
@@ -61,7 +61,7 @@ class Arrivals:
         return self._landing_of(data)
 
     def end(self, data: Data, good: NDArray[np.bool_] | None) -> None:
-        """good: which of its [layers, units] stand verified; None: the placing was cut off."""
+        """good: which of its [layers, units] are verified; None: the landing was cut off."""
         cells = self._cells(data)
         self._landing[cells] = False
         if good is not None:
@@ -71,7 +71,7 @@ class Arrivals:
         self._asked[layer, unit] = number
 
     def verified_blocks(self) -> int:
-        """Destination blocks from the first on that hold every layer of their units."""
+        """How many destination blocks, from the first on, hold their units in every layer."""
         whole = self._landed.all(axis=0)
         units = whole.size if whole.all() else int(np.argmin(whole))
         return units // self._per_block

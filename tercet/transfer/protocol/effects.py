@@ -1,4 +1,4 @@
-"""What both halves of the handover ask the mover to do. Their other effects are facts, and each half has its own."""
+"""What both halves of the handover ask the mover to do. Their other effects are facts (facts.py)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ class Send:
 
 @dataclass(frozen=True)
 class Cut:
-    """Close the connection: its peer is silent, and what is under way on it can end in no other way."""
+    """Close the connection: its peer is silent, and there is no other way to end what is under way on it."""
 
     peer: PeerKey

@@ -41,7 +41,7 @@ SendEvent = Granted | SendFailed | Released | OpDone
 
 @dataclass(frozen=True)
 class Noted:
-    """The note of the role that sends has come; the KV may still be landing."""
+    """The note of the sending role has come; the KV may still be landing."""
 
     ticket: Ticket
     note: bytes
@@ -51,7 +51,7 @@ class Noted:
 class Complete:
     ticket: Ticket
     num_bytes: int
-    transfer_s: float  # everything pushed until the last byte had landed
+    transfer_s: float  # from the last push until the last byte had landed
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ReceiveFailed:
 
 @dataclass(frozen=True)
 class Quiesced:
-    """verified: how many of the granted blocks, from the first on, hold all layers of their tokens, verified."""
+    """No write can land any more. verified: how many granted blocks, from the first on, are verified in all layers."""
 
     ticket: Ticket
     verified: int = 0

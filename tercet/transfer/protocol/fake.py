@@ -1,12 +1,12 @@
-"""Sources and destinations between which every step is chosen by the caller: what is delivered next, what is
-duplicated, dropped, corrupted or never comes, when a write begins and ends, who dies. No threads, no sockets; the clock
+"""Sources and destinations between which the caller chooses every step: what is delivered next, what is duplicated,
+dropped, corrupted or never comes, when a write begins and ends, who dies. No threads, no sockets; the clock
 moves only by `pass_time`. So a seed replays exactly.
 
 Each source holds one head and each destination some of the layers, so every source writes to every destination. The
-destinations are the ranks of one worker: they lease the same blocks, and what their receivers tell is joined.
+destinations are the ranks of one worker: they lease the same blocks, and their receivers' facts are joined.
 
-It checks what no other transport can, at the step that breaks it, by AssertionError: a write into a block that is not
-leased to the write's ticket, a read of a source block after OpDone, corrupt KV that counts as complete.
+It checks what no other transport can, and raises AssertionError at the step that breaks it: a write into a block that
+is not leased to the write's ticket, a read of a source block after OpDone, corrupt KV that counts as complete.
 
     link.admit(ticket, [2, 3]); link.open(ticket, [0, 1])
     while (choices := link.choices()): rng.choice(choices)()
@@ -75,7 +75,7 @@ class FakeLink:
         self.blocks: dict[Ticket, list[int]] = {}  # ticket -> its destination blocks, for the check at Complete
         self.reading: list[dict[Ticket, list[int]]] = [{} for _ in self.sources]  # source blocks, until OpDone
         self.memory: dict[tuple[int, int, int], object] = {}  # (layer, head, destination block) -> what stands there
-        self.flips = 0  # so many of the next units arrive corrupt
+        self.flips = 0  # how many of the next units arrive corrupt
         self.writes: list[tuple[int, int, Write]] = []  # under way
         self.landings: list[tuple[int, int, Data, Landing]] = []  # under way
         self.to_decode: dict[tuple[PeerKey, PeerKey], list[Message]] = {pair: [] for pair in self.pairs}  # in any order
@@ -86,7 +86,7 @@ class FakeLink:
         return [*self.received, *(event for sent in self.sent for event in sent)]
 
     def live(self) -> list[Ticket]:
-        """Tickets that any of the machines still knows."""
+        """Tickets that any of the state machines still knows."""
         return [t for i in self.inbounds for t in i.live()] + [t for o in self.outbounds for t in o.live()]
 
     # ---- the workers' verbs
@@ -120,7 +120,7 @@ class FakeLink:
     def cancel_outbound(self, ticket: Ticket, s: int = 0) -> None:
         self._sender(s, self.outbounds[s].cancel(ticket, TercetError("cancelled at the prefill worker")))
 
-    # ---- the world's moves
+    # ---- what may happen next
 
     def choices(self) -> list[Move]:
         """Everything that may happen next without time passing."""
@@ -150,7 +150,7 @@ class FakeLink:
         del wire[at : at + 1]
 
     def _on_a_wire(self, number: int) -> tuple[list[Message], int]:
-        """One of the messages on their way; of a wire that has none, its end."""
+        """-> a wire, and the index of a message on it; 0 if it has none."""
         wires = [*self.to_prefill.values(), *self.to_decode.values()]
         wire = wires[number % len(wires)]
         return wire, number // len(wires) % len(wire) if wire else 0
@@ -186,7 +186,7 @@ class FakeLink:
             self._receiver(d, self.inbounds[d].peer_dead(s))
 
     def decode_dies(self, d: int = 0) -> None:
-        """One rank's process is gone with its memory; whoever looks after the group says so for it."""
+        """One rank's process is gone with its memory; the group reports it on its behalf."""
         gone, self.inbounds[d] = self.inbounds[d], Inbound(self.epoch, LEASE_S)
         self.landings = [landing for landing in self.landings if landing[1] != d]
         for s in self.sources:

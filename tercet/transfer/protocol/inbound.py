@@ -1,16 +1,16 @@
-"""The receiving half of the KV handover: a state machine without I/O, threads or clocks of its own. Here is the table
+"""The receiving half of the KV handover: a state machine without I/O, threads or clocks of its own. This is the table
 of its tickets; what happens to one of them is in incoming.py.
 
-Four facts are kept apart. OpDone is the sender's. Here: `Complete` (units landed and verified = units granted, of every
-source), `ReceiveFailed(cause)`, and `Quiesced`: proof that no further write can land. A caller frees blocks on Complete
-or Quiesced and on nothing else. Proof is, for each source, one of
+Four facts are kept apart. OpDone is the sender's. The receiver's are `Complete` (units landed and verified = units
+granted, of every source), `ReceiveFailed(cause)`, and `Quiesced`: proof that no further write can land. A caller frees
+blocks on Complete or Quiesced and on nothing else. Proof is, for each source, one of
   * no write is possible: nothing was granted, or the transport places bytes at the receiver (tcp) and no landing is
     under way;
   * the writer's word: ABORT, ABORT_ACK, GOODBYE or WRITTEN from the writer, after which it writes no more;
   * the writer's end (`peer_dead`): its death, or a link that this side has fenced.
 A timeout is never proof.
 
-Messages may come in any order, twice or late; what names no ticket of ours is counted in `dropped`. Methods return
+Messages may come in any order, twice or late; those that name no live ticket are counted in `dropped`. Methods return
 effects for the caller to carry out, in order.
 """
 
@@ -39,7 +39,7 @@ class Inbound:
         self.corrupt = 0  # units that landed with a wrong digest
         self._lease_s = lease_s
         self._tickets: dict[Ticket, Incoming] = {}
-        self._offers: dict[Ticket, dict[PeerKey, Source]] = {}  # came before admission
+        self._offers: dict[Ticket, dict[PeerKey, Source]] = {}  # that came before admission
 
     # ---- the decode worker's verbs
 
@@ -47,7 +47,7 @@ class Inbound:
         self, ticket: Ticket, first_block: int, blocks: Sequence[int], now: float, sources: int = 1
     ) -> list[InboundEffect]:
         """Open a ticket: `blocks` are leased to it until Complete or Quiesced names it. sources: how many peers will
-        offer it, each a part of the layers and heads; with the last of them it is whole, or it fails at once."""
+        offer it, each a part of the layers and heads; if the last offer leaves a hole, the ticket fails at once."""
         assert ticket not in self._tickets, f"{ticket} admitted twice"
         incoming = Incoming(ticket, first_block, blocks, sources, self._lease_s, now)
         self._tickets[ticket] = incoming
@@ -55,11 +55,11 @@ class Inbound:
         return [effect for source in offers for effect in self._after(incoming, incoming.offer(source, now))]
 
     def refuse(self, ticket: Ticket, reason: str) -> list[InboundEffect]:
-        """Answer the ticket's OFFERs that came with REJECT."""
+        """Answer the OFFERs of this ticket that have come with a REJECT."""
         return [Send(peer, Reject(ticket, reason)) for peer in self._offers.pop(ticket, {})]
 
     def cancel(self, ticket: Ticket, error: TercetError) -> list[InboundEffect]:
-        """Give a ticket up. Quiesced follows, now or when it is proven."""
+        """Give up a ticket. Quiesced follows, now or when it is proven."""
         incoming = self._tickets.get(ticket)
         return self._after(incoming, incoming.fail(error)) if incoming else []
 
@@ -97,7 +97,7 @@ class Inbound:
         return landing
 
     def end_landing(self, peer: PeerKey, data: Data, good: NDArray[np.bool_] | None, now: float) -> list[InboundEffect]:
-        """The bytes of `data` stand; good: whether each (layer, unit) has its digest. None: it was cut off."""
+        """The bytes of `data` are placed; good: whether each (layer, unit) matches its digest. None: it was cut off."""
         incoming = self._tickets[data.ticket]
         if good is not None and not incoming.failed:
             self.corrupt += good.size - int(good.sum())
@@ -113,17 +113,17 @@ class Inbound:
         return effects
 
     def peer_dead(self, peer: PeerKey) -> list[InboundEffect]:
-        """Nothing of the peer can land any more: it said so, its process is proven dead, or its link is fenced."""
+        """No write of the peer can land any more: it said so, its process is proven dead, or its link is fenced."""
         return [e for t in self._of(peer) for e in self._after(t, t.writer_done(t.sources[peer]))]
 
     def tick(self, now: float) -> list[InboundEffect]:
-        """Fail what has heard nothing from a writer, or has not advanced, for a lease; forget stale offers."""
+        """Fail tickets that have not heard from a writer, or not advanced, for a lease; forget stale offers."""
         self._keep_offers(lambda source: source.expires >= now)
         return [e for incoming in list(self._tickets.values()) for e in self._after(incoming, incoming.tick(now))]
 
     def heartbeats(self) -> list[InboundEffect]:
-        """One HEARTBEAT a peer, naming the live tickets that it serves and how far they are; and once more the ABORT of
-        each ticket that waits for the writer's word."""
+        """One HEARTBEAT per peer, naming the live tickets that it serves and their marks; and once more the ABORT of
+        each failed ticket whose writer has not answered."""
         by_peer: dict[PeerKey, Heartbeat] = {}
         effects: list[InboundEffect] = []
         for incoming in self._tickets.values():

@@ -1,4 +1,4 @@
-"""One ticket of the receiving half: its sources, and what each message, landing and silence means for it.
+"""One ticket of the receiving half: its sources, and what messages, landings and timeouts do to it.
 
     opened ──OFFER/GRANT of each source──> granted ──DATA*, WRITTEN of each──> Complete
       │                                      │  └──corrupt: RESEND──┘
@@ -6,7 +6,7 @@
          leave a hole or overlap
 
 The sources hold parts of the destination's layers and heads (memory/cover.py). The ticket is complete when every part
-stands, fails with the first that fails, and is quiet when every source is.
+is, fails with the first that fails, and is quiet when every source is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Terms:
     """What a connection agreed on."""
 
     pair: Pair
-    one_sided: bool  # the writer places the bytes, so it must say or be shown to have stopped
+    one_sided: bool  # the writer places the bytes, so it must say, or it must be proven, that it has stopped
     fenceable: bool  # closing our end of the link proves that nothing lands any more
 
 
@@ -47,13 +47,13 @@ class Source:
     peer: PeerKey
     terms: Terms
     num_units: int
-    expires: float  # unless it is heard of before
+    expires: float  # unless it is heard from before
     peer_mark: int = 0
     arrivals: Arrivals | None = None  # set when GRANT was sent
     resends: int = 0
     written: Written | None = None
     written_at: float = 0.0
-    done: bool = False  # it writes no more, by word or end
+    done: bool = False  # it writes no more: it said so, or it is proven
 
     @property
     def granted_bytes(self) -> int:
@@ -69,12 +69,12 @@ class Source:
 
     @property
     def stands(self) -> bool:
-        """Its whole part is written, has landed, and is verified."""
+        """Its whole part was written, has landed, and is verified."""
         return self.written is not None and self.arrivals is not None and self.arrivals.all_landed
 
     @property
     def quiet(self) -> bool:
-        """Proof that nothing of it can land any more."""
+        """Whether it is proven that none of its writes can land any more."""
         may_write = self.arrivals is not None and self.terms.one_sided and not self.done
         return not self.landing and not may_write
 
@@ -100,8 +100,8 @@ class Incoming:
         self._num_sources = num_sources
         self._lease_s = lease_s
         self._offers_due = now + lease_s
-        self._advanced = now  # when it last did
-        self._mark = 0  # grows as it advances, for the writers to see
+        self._advanced = now  # when it last advanced
+        self._mark = 0  # grows as it advances; sent to the writers
         self._noted = False
         self._abort: Abort | None = None  # what the writers were told when it failed
 
@@ -131,7 +131,7 @@ class Incoming:
             return self.fail(TransferError(f"the handover of {self.ticket.request_id} is not whole: {counted}"))
         self._advance(now)
         source.written, source.written_at = message, now
-        source.done = source.resends == 0  # it was its last write, but for what it was asked for
+        source.done = source.resends == 0  # no more writes, except units that were asked for again
         if message.note and self._noted:
             return self.fail(TransferError(f"two sources of {self.ticket.request_id} came with a note"))
         noted = [Noted(self.ticket, message.note)] if message.note else []
@@ -156,7 +156,7 @@ class Incoming:
     def heartbeat(self, source: Source, mark: int, now: float) -> None:
         source.expires = now + self._lease_s
         if mark > source.peer_mark:
-            source.peer_mark, self._advanced = mark, now  # and no mark of ours: two echoes would never end
+            source.peer_mark, self._advanced = mark, now  # not our own mark: the two would echo forever
 
     def writer_done(self, source: Source, error: TercetError | None = None) -> list[InboundEffect]:
         """A source has said, or it is proven, that it writes no more."""
@@ -177,14 +177,14 @@ class Incoming:
         silent = [s for s in self.sources.values() if s.expires < now and not s.quiet]
         return effects + [Cut(s.peer) for s in silent if s.landing or s.terms.fenceable]
 
-    # ---- what its writers are told again and again
+    # ---- what its writers are told periodically
 
     def aborts(self) -> list[InboundEffect]:
-        """The ABORT once more, for the sources whose word is awaited."""
+        """The ABORT once more, for the sources that are not quiet yet."""
         return [Send(s.peer, self._abort) for s in self.sources.values() if self._abort and not s.quiet]
 
     def mark_for(self, source: Source) -> int:
-        """How far the ticket is, as `source` cannot know: here and at the other sources."""
+        """The ticket's progress that `source` does not know of: here and at the other sources."""
         return self._mark + sum(other.peer_mark for other in self.sources.values() if other is not source)
 
     # ---- transitions
@@ -234,7 +234,7 @@ class Incoming:
         ]
 
     def _settle(self) -> list[InboundEffect]:
-        """Quiesced, if it is proven for this failed ticket."""
+        """Quiesced, once every source of this failed ticket is quiet."""
         if self.over or not all(source.quiet for source in self.sources.values()):
             return []
         self.over = True

@@ -3,13 +3,13 @@
     frame = magic "TCT5" | kind u8 | 3 zero bytes | body length u32 | payload length u64 | body (msgpack list) | payload
 
 The body is the message's fields in order. Only DATA and PROBE have a payload. Bodies are bounded, types are checked,
-and what is no frame of ours raises ProtocolViolation: the connection is closed, nothing else happens.
+and anything else raises ProtocolViolation: the connection is closed, nothing else happens.
 
-    CHALLENGE D>P  the first word on every connection
-    HELLO     P>D  who I am, what I speak              WELCOME   D>P  where I lie, or REFUSE with a reason
+    CHALLENGE D>P  the first message on every connection
+    HELLO     P>D  who I am, what I speak              WELCOME   D>P  my layout, or REFUSE with a reason
     PROBE     P>D  bytes to measure a link by          PROBE_ACK D>P  they have landed
     OFFER     P>D  I have this request                 GRANT     D>P  write these blocks
-    DATA      P>D  these bytes (have landed); digests  WRITTEN   P>D  that was all; a note
+    DATA      P>D  these bytes (have landed); digests  WRITTEN   P>D  that was all; a note for D's role
     RESEND    D>P  these have landed corrupt           RELEASE   D>P  all landed and verified
     REJECT    D>P  I will not take it                  HEARTBEAT both the tickets that I hold, and how far each is
     ABORT     both this ticket is over; from P it is proof that P writes no more
@@ -44,7 +44,7 @@ MAX_NOTE = 1 << 16
 @dataclass(frozen=True)
 class Challenge:
     version: int
-    nonce: bytes  # that the HELLO's proof answers (transfer/protocol/proof.py)
+    nonce: bytes  # for the HELLO's proof (transfer/protocol/proof.py)
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Hello:
     worker_id: str
     fingerprint: str  # model
     layout: list[object]  # KvLayout, as its fields
-    transport: str  # that the pair will use
+    transport: str  # name of the one that the pair will use
     pair: str  # "": a new pair, this is its control link; else a data link of that pair
-    quiet: list[str]  # earlier pairs of this process that are over: nothing of them will write any more
-    nonce: bytes  # that the WELCOME's proof answers
+    quiet: list[str]  # earlier pairs of this process that are over: they write no more
+    nonce: bytes  # for the WELCOME's proof
     proof: bytes = b""
 
 
@@ -66,7 +66,7 @@ class Welcome:
     epoch: int
     layout: list[object]
     pair: str
-    blob: bytes  # what the transport needs to know
+    blob: bytes  # for the transport's other end
     proof: bytes = b""
 
 
@@ -102,7 +102,7 @@ class Grant:
 @dataclass(frozen=True)
 class Data:
     ticket: Ticket
-    layer: int  # the model's
+    layer: int  # number in the model
     layers: int  # how many from that one on
     index: int  # first granted unit in this message
     count: int  # how many of them, in each layer
@@ -114,7 +114,7 @@ class Data:
 @dataclass(frozen=True)
 class Resend:
     ticket: Ticket
-    number: int  # of the RESENDs of this ticket, so that a duplicate is known as one
+    number: int  # counts the RESENDs of this ticket to this source, so that duplicates are recognised
     layer: int
     index: int  # the granted unit
 
@@ -123,8 +123,8 @@ class Resend:
 class Written:
     ticket: Ticket
     num_bytes: int  # of the units that were written, each counted once
-    transfer_s: float  # everything pushed until the last write had ended
-    note: bytes  # of the role that sends, for the role that receives; empty: none
+    transfer_s: float  # from the last push until the last write had ended
+    note: bytes  # from the sending role to the receiving one; empty: none
 
     def __post_init__(self) -> None:
         if len(self.note) > MAX_NOTE:
@@ -156,10 +156,10 @@ class AbortAck:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """That a ticket is named says that its peer lives; that its mark has grown, that the ticket advances there."""
+    """A ticket that is named is live at the sender; if its mark has grown, it has advanced there."""
 
     tickets: list[Ticket]
-    marks: list[int]  # one a ticket
+    marks: list[int]  # one per ticket
 
     def __post_init__(self) -> None:
         if len(self.tickets) != len(self.marks):
@@ -257,7 +257,7 @@ _FITS: dict[object, Callable[[object], bool]] = {  # type of a field -> whether 
     list[int]: lambda v: isinstance(v, list) and all(map(_is_count, v)),
     list[str]: lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
     list[object]: lambda v: isinstance(v, list),
-    list[Ticket]: lambda v: False,  # a list was seen to before
+    list[Ticket]: lambda v: False,  # lists are handled before
 }
 
 

@@ -1,17 +1,17 @@
-"""The sending half of the KV handover: a state machine without I/O, threads or clocks of its own. Here is the table of
+"""The sending half of the KV handover: a state machine without I/O, threads or clocks of its own. This is the table of
 its tickets; what happens to one of them on its way to one destination is in outgoing.py.
 
 `OpDone` says that the source blocks may be reused: no write of the ticket is under way or will begin, whichever
 destination it is for. It always comes, once, and last. The links of a peer ask for their next write (`next_write`),
-carry it out and say so (`end_write`), so an ABORT_ACK is sent only when no write can follow: it is the receiver's
-proof. The WRITTEN is sent when the last write has ended, whichever link carried it.
+carry it out and report its end (`end_write`), so an ABORT_ACK is sent only when no write can follow: it is the
+receiver's proof. The WRITTEN is sent when the last write has ended, whichever link carried it.
 
-A ticket may go to several destinations, each a part of the layers and heads; its worker hears of one (shards.py).
+A ticket may go to several destinations, each with a part of the layers and heads; their facts are joined (shards.py).
 
-A peer's bandwidth is shared by deadline: the request that must be done first is written first, `MAX_WRITE` bytes at a
-time. What waits meanwhile is coalesced: layers of the same units travel as one write.
+A peer's bandwidth is shared by deadline: the request with the earliest deadline is written first, `MAX_WRITE` bytes at
+a time. Waiting layers of the same units are coalesced into one write.
 
-Messages may come in any order, twice or late; what names no ticket of ours is counted in `dropped`.
+Messages may come in any order, twice or late; those that name no live ticket are counted in `dropped`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from tercet.transfer.protocol.messages import (
 from tercet.transfer.protocol.outgoing import OutboundEffect, Outgoing, Write
 from tercet.transfer.protocol.shards import Cancel, SendJoint
 
-MAX_WRITE = 8 << 20  # bytes: a later, more urgent request waits for no more
-MAX_UNSEEN_WRITE = 64 << 20  # where the peer need not look at them meanwhile: it is woken less often
+MAX_WRITE = 8 << 20  # bytes: a more urgent request waits for at most one such write per link
+MAX_UNSEEN_WRITE = 64 << 20  # where the peer need not verify the bytes: it is woken less often
 
 
 class Outbound:
@@ -64,8 +64,8 @@ class Outbound:
         now: float,
         max_write: int = MAX_WRITE,
     ) -> list[OutboundEffect]:
-        """pairs: destination -> what it has to do with the source. max_write: bytes of one write, as far as a unit is
-        not larger."""
+        """pairs: destination -> the layouts of source and destination. max_write: bytes of one write, which has at
+        least one unit."""
         assert ticket not in self._joints, f"{ticket} opened twice"
         self._joints[ticket] = SendJoint(pairs)
         offers: list[OutboundEffect] = []
@@ -78,11 +78,11 @@ class Outbound:
         return offers
 
     def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> list[OutboundEffect]:
-        """Prompt blocks `first ...` of `layer` stand in source `blocks`; write those that were granted, each once."""
+        """The prompt's blocks from `first` on are in source `blocks` of `layer`; write the granted units, each once."""
         return [effect for out in self._of(ticket) for effect in out.push(layer, first, blocks)]
 
     def finish(self, ticket: Ticket, note: bytes, now: float) -> list[OutboundEffect]:
-        """All was pushed. The note goes with each WRITTEN, when the writes have ended."""
+        """All was pushed. The note goes with each WRITTEN, once the writes have ended."""
         return [effect for out in self._of(ticket) for effect in self._after(out, out.finish(note, now))]
 
     def cancel(self, ticket: Ticket, error: TercetError) -> list[OutboundEffect]:
@@ -99,7 +99,7 @@ class Outbound:
         return min(waiting, key=lambda out: out.deadline).next_write() if waiting else None
 
     def end_write(self, peer: PeerKey, write: Write, now: float) -> list[OutboundEffect]:
-        """A write has ended; whether it went well is the connection's matter."""
+        """A write has ended, well or not: if not, the connection is closed."""
         self._worked += 1
         out = self._shards[write.ticket, peer]
         return self._after(out, out.end_write(write, now))
@@ -133,10 +133,10 @@ class Outbound:
         return effects
 
     def tick(self, now: float, computed: int = 0) -> list[OutboundEffect]:
-        """Fail what has heard nothing from its reader, or has not advanced, for a lease.
+        """Fail tickets that have not heard from their reader, or not advanced, for a lease.
 
-        computed: how much the engine has done so far. A ticket that waits advances with it and with every write and
-        ticket that ends, whoever they were for.
+        computed: how much the engine has done so far. A ticket that waits counts as advancing while this grows, or
+        while any write or ticket of the worker ends.
         """
         effects: list[OutboundEffect] = []
         # First those that do not wait: their end is what the others may be waiting for.
@@ -145,7 +145,7 @@ class Outbound:
         return effects
 
     def heartbeats(self) -> list[OutboundEffect]:
-        """One HEARTBEAT a peer, naming its live tickets and how far they are."""
+        """One HEARTBEAT per peer, naming its live tickets and their marks."""
         by_peer: dict[PeerKey, Heartbeat] = {}
         for out in self._shards.values():
             if not out.over:
@@ -187,7 +187,7 @@ class Outbound:
         return []
 
     def _after(self, out: Outgoing, effects: list[OutboundEffect]) -> list[OutboundEffect]:
-        """What the worker hears of a ticket when a shard of it has told these."""
+        """Forget a shard that has ended, and join the facts in its effects with those of the ticket's other shards."""
         if out.ended and self._shards.pop((out.ticket, out.peer), None) is not None:
             self._worked += 1
         told: list[OutboundEffect] = []

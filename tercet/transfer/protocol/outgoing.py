@@ -22,7 +22,7 @@ from tercet.transfer.protocol.messages import Abort, AbortAck, Grant, Resend, Wr
 
 @dataclass(frozen=True)
 class Write:
-    """Write source units of `layers` layers to the destination's, as granted units `index ...` of the ticket."""
+    """Write the source's units of `layers` layers to the destination, as the ticket's granted units from `index` on."""
 
     ticket: Ticket
     layer: int
@@ -45,10 +45,10 @@ OutboundEffect = Send | Ready | Cut | SendEvent
 
 @dataclass
 class _Pending:
-    """What is to be written: granted units, of one layer or of some that follow each other."""
+    """Granted units that are to be written, of one layer or of several consecutive ones."""
 
     layer: int
-    unit: int  # granted, the first
+    unit: int  # the first, counted from the first granted one
     units: int
     layers: int = 1
     resend: int = 0
@@ -65,23 +65,23 @@ class Outgoing:
     deadline: float
     max_write: int
     lease_s: float
-    expires: float  # unless the peer is heard of before
-    advanced: float  # when it last did
-    mark: int = 0  # grows as it advances, for the peer to see
+    expires: float  # unless the peer is heard from before
+    advanced: float  # when it last advanced
+    mark: int = 0  # grows as it advances; sent to the peer
     peer_mark: int = 0
     worked: int = 0  # what the worker as a whole had done when this ticket last advanced while it waited
     grant: Grant | None = None
-    blocks: dict[int, int] = field(default_factory=dict)  # index in the prompt -> source block, of what was pushed
+    blocks: dict[int, int] = field(default_factory=dict)  # block index in the prompt -> source block, once pushed
     pending: deque[_Pending] = field(default_factory=deque)
     writing: int = 0  # writes handed out and not yet ended
-    pushed: dict[int, int] = field(default_factory=dict)  # layer -> granted units that were pushed
+    pushed: dict[int, int] = field(default_factory=dict)  # layer -> how many granted units were pushed
     written_bytes: int = 0
-    resent: set[int] = field(default_factory=set)  # numbers of the RESENDs that were obeyed
+    resent: set[int] = field(default_factory=set)  # numbers of the RESENDs that were accepted
     note: bytes | None = None  # set when all was pushed, until WRITTEN is sent
     finished_at: float | None = None  # when all was pushed
     over: bool = False  # failed or released: no new write begins
     ended: bool = False  # OpDone was told
-    farewell: Abort | AbortAck | None = None  # proof for the receiver, due when the last write has ended
+    farewell: Abort | AbortAck | None = None  # the receiver's proof, sent once the last write has ended
 
     def advance(self, now: float) -> None:
         self.advanced = now
@@ -89,24 +89,24 @@ class Outgoing:
 
     @property
     def waits(self) -> bool:
-        """For the engine to compute it, or for a link that is busy with others: neither is this ticket's own matter."""
+        """Whether it waits for the engine to compute it, or for a link that is busy with other tickets."""
         to_come = self.finished_at is None or bool(self.pending)
         return self.grant is not None and not self.writing and to_come
 
     @property
     def granted_bytes(self) -> int:
-        """Of all layers together."""
+        """Over all layers."""
         assert self.grant is not None
         return max(0, self.num_units - self.grant.first_unit) * len(self.pair.layers) * self.pair.unit_bytes
 
     @cached_property
     def units_per_block(self) -> tuple[int, int]:
-        """Of the source, of the destination."""
+        """(of the source, of the destination)"""
         return self.pair.src.block_size // self.pair.unit, self.pair.dst.block_size // self.pair.unit
 
     @cached_property
     def most_units(self) -> int:
-        """Of all layers of a write together."""
+        """Units of one write, over all its layers."""
         return max(1, self.max_write // self.pair.unit_bytes)
 
     # ---- what the worker does
@@ -114,7 +114,7 @@ class Outgoing:
     def push(self, layer: int, first: int, blocks: Sequence[int]) -> list[OutboundEffect]:
         if self.over or self.grant is None or layer not in self.pair.layers:
             return []
-        if first + len(blocks) - 1 not in self.blocks:  # else another layer of the same blocks
+        if first + len(blocks) - 1 not in self.blocks:  # else they are known from another layer
             self.blocks.update(enumerate(blocks, first))
         per_block, granted = self.units_per_block[0], self.grant.first_unit
         start = max(first * per_block - granted, self.pushed.get(layer, 0))
@@ -160,7 +160,7 @@ class Outgoing:
         return [Granted(self.ticket, grant.first_unit // self.units_per_block[0])]
 
     def resend(self, asked: Resend, now: float) -> list[OutboundEffect]:
-        """Write one unit again; its source stands until the RELEASE."""
+        """Write one unit again; its source block is kept until the RELEASE."""
         self.advance(now)
         if self.grant is None:
             return self.give_up(TransferError("a unit was asked for again before any was granted"))
@@ -178,7 +178,7 @@ class Outgoing:
     def heartbeat(self, mark: int, now: float) -> None:
         self.expires = now + self.lease_s
         if mark > self.peer_mark:
-            self.peer_mark, self.advanced = mark, now  # and no mark of ours: two echoes would never end
+            self.peer_mark, self.advanced = mark, now  # not our own mark: the two would echo forever
 
     def fail(self, error: TercetError, farewell: Abort | AbortAck | None) -> list[OutboundEffect]:
         self.farewell = farewell or self.farewell
@@ -190,7 +190,7 @@ class Outgoing:
     # ---- time
 
     def tick(self, now: float, worked: int) -> list[OutboundEffect]:
-        """worked: what the worker as a whole has done; while this ticket waits, it advances with that."""
+        """worked: the worker's progress as a whole, which counts as this ticket's while it waits."""
         if self.waits and self.worked != worked:
             self.worked = worked
             self.advance(now)
@@ -199,7 +199,7 @@ class Outgoing:
         if min(self.expires, self.advanced + self.lease_s) >= now:
             return []
         error = self._expired(now)
-        self.expires = now + self.lease_s  # for the write that may be under way
+        self.expires = now + self.lease_s  # time for a write that may be under way
         return self.give_up(error)
 
     def _expired(self, now: float) -> LeaseExpired:
@@ -214,7 +214,7 @@ class Outgoing:
     # ---- transitions
 
     def _add(self, layer: int, unit: int, units: int) -> list[OutboundEffect]:
-        """Join a layer with those before it that wait to be written, if they fit one write."""
+        """Coalesce a layer with the pending ones before it, if they fit one write."""
         last = self.pending[-1] if self.pending else None
         if (
             last is not None
@@ -224,10 +224,10 @@ class Outgoing:
             last.layers += 1
             return []
         self.pending.append(_Pending(layer, unit, units))
-        return [] if last else [Ready(self.peer)]  # who waits for a write has to be woken only now
+        return [] if last else [Ready(self.peer)]  # links wait only while nothing is pending
 
     def _cut(self) -> _Pending:
-        """The first pending write; of one that is over the limit, as much as fits."""
+        """Take the first pending write, or as much of it as is within the limit."""
         first, most = self.pending[0], self.most_units
         if first.units <= most:
             return self.pending.popleft()

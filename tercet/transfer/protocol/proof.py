@@ -19,7 +19,7 @@ _Proven = TypeVar("_Proven", Hello, Welcome)
 
 
 def signed(message: _Proven, token: str, nonce: bytes) -> _Proven:
-    """The message with its proof; `nonce` is that of who will read it."""
+    """The message with its proof; `nonce` is the receiver's."""
     return dataclasses.replace(message, proof=secret.proof(token, nonce, _bare(message)))
 
 

@@ -1,10 +1,10 @@
-"""A ticket in several parts, heard as one: what the parts tell goes in, what their role hears comes out.
+"""Joins the facts of a ticket's parts into those that its role hears.
 
     SendJoint      the parts of one source, one for each destination
     ReceiveJoint   the parts of one destination, one for each rank, whose receivers lease the same blocks
 
-What all must do (grant, release, complete, become quiet) is told when the last has; what one is enough for (a failure,
-a note) with the first. A failure cancels the other parts.
+What all parts must do (grant, release, complete, become quiet) is reported when the last one has; a failure or a note,
+with the first. A failure cancels the other parts.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Cancel:
 
 class SendJoint:
     def __init__(self, parts: Iterable[Part]) -> None:
-        self.parts = list(parts)  # that are not done
-        self._first_blocks: dict[Part, int | None] = dict.fromkeys(self.parts)  # part -> of its grant
+        self.parts = list(parts)  # without OpDone
+        self._first_blocks: dict[Part, int | None] = dict.fromkeys(self.parts)  # part -> first block of its grant
         self._unreleased = set(self.parts)
         self._failed = False
 

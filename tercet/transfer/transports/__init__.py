@@ -1,1 +1,1 @@
-"""Ways to move bytes over a data link: what each must do (contract.py), and one file each."""
+"""Ways to move bytes over a data link: the contract (contract.py), and one file per transport."""

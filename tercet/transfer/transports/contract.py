@@ -1,13 +1,13 @@
-"""What a transport must do for the mover, and the endpoint by which a decode worker is reached.
+"""What the mover requires of a transport, and the endpoint by which a decode worker is reached.
 
 Two workers are a *pair*: one control link for messages, and data links that carry DATA. A data link has two ends:
 
     Inlet   decode side, used by that link's reader thread:   land, again and again; fence and close at its end
     Outlet  prefill side, used by that link's writer thread:  write, again and again; close at its end
 
-Both are made while the link's HELLO and WELCOME pass; the WELCOME carries a `blob` for it. All methods raise PeerDown
-when the link breaks and ProtocolViolation on what makes no sense. `one_sided` says who places the bytes: if the writer
-does, only its word, its proven death or a fence can quiesce a ticket (transfer/protocol/incoming.py).
+Both are made during the link's handshake; the WELCOME carries the inlet's `blob` to the outlet. All methods raise
+PeerDown when the link breaks and ProtocolViolation on invalid input. `one_sided`: the writer places the bytes, so only
+its word, its proven death or a fence can quiesce a ticket (transfer/protocol/incoming.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STOP_S = 2.0  # how long the end of a mover waits for its threads
 
 @dataclass(frozen=True)
 class MoverConfig:
-    """What both sides of a mover need to know of themselves."""
+    """What a sender or a receiver is configured with."""
 
     worker_id: str
     fingerprint: str
@@ -52,10 +52,10 @@ class Endpoint:
 
     worker_id: str
     epoch: int
-    host_id: str  # equal where shared memory reaches
+    host_id: str  # equal in two processes that can share memory
     unix: str  # address of the Unix socket
-    tcp: list[str]  # one address a network interface
-    transports: list[str]  # that it speaks
+    tcp: list[str]  # one address per network interface
+    transports: list[str]  # names of those it has
 
     def encode(self) -> str:
         return json.dumps(dataclasses.astuple(self))
@@ -91,19 +91,19 @@ class Inlet(ABC):
     death_fd: int | None = None  # readable when the writer's process is dead
 
     def connected(self) -> None:  # noqa: B027  # most need nothing
-        """The WELCOME is on its way; finish what takes both ends."""
+        """The WELCOME has been sent; do the part of the setup that takes both ends."""
 
     @abstractmethod
     def land(self, channel: Channel, payload: int, views: Sequence[memoryview]) -> None:
-        """The bytes of a DATA stand in `views` when this returns; `payload` bytes of them follow on the channel."""
+        """Place the bytes of a DATA in `views`; `payload` bytes of them follow on the channel."""
 
     def pass_over(self, channel: Channel, payload: int, num_bytes: int) -> None:
-        """Let the bytes of a DATA go by that must not be placed; `num_bytes` in all, `payload` on the channel."""
+        """Skip the bytes of a DATA, which must not be placed: `num_bytes` in all, `payload` of them on the channel."""
         channel.discard(payload)
 
     @abstractmethod
     def fence(self) -> bool:
-        """Close this end. True: nothing of the writer can land any more. Idempotent."""
+        """Close this end. True: no write of the peer can land any more. Idempotent."""
 
 
 class Outlet(ABC):
@@ -111,26 +111,26 @@ class Outlet(ABC):
 
     @abstractmethod
     def write(self, channel: Channel, parcel: Parcel) -> None:
-        """Move the parcel and say so with its message. When this returns, its source may be reused and nothing of it
-        will be written later."""
+        """Move the parcel and send its message. When this returns, its source may be reused and none of it will be
+        written later."""
 
     def close(self) -> None:  # noqa: B027  # most hold nothing
-        """Let go of the peer's memory and of what the library holds."""
+        """Release the peer's memory and what the library holds."""
 
 
 @dataclass(frozen=True)
 class LinkContext:
-    """What a transport may know when it makes one end of a link."""
+    """What a transport gets to make one end of a link."""
 
     channel: Channel
     region: Region
-    timeout_s: float  # after so long a silent peer is given up: the lease
+    timeout_s: float  # how long to wait for a silent peer: the lease
     blob: bytes = b""  # the other end's
     fds: Sequence[int] = field(default=())
 
     @property
     def is_local(self) -> bool:
-        """The link goes over a loopback address; so what a library opens beside it need not be reached from outside."""
+        """Whether the link is over loopback, so that sockets which a library opens besides may be, too."""
         return self.channel.sock.getsockname()[0] in ("127.0.0.1", "::1")
 
 
@@ -141,7 +141,7 @@ class Transport(ABC):
     one_host: ClassVar[bool] = False  # reaches only within one host, over Unix sockets
     pack_below: ClassVar[float] = 4096  # mean bytes of a run below which units are gathered, sent once and scattered
     packs: ClassVar[bool] = True  # can send packed at all
-    links: ClassVar[int] = 1  # of a pair, by default
+    links: ClassVar[int] = 1  # data links of a pair, by default
 
     @classmethod
     def missing(cls) -> str | None:
@@ -166,7 +166,7 @@ def accept_challenge(message: object) -> bytes:
 
 
 def accept_welcome(message: object, secret: str, nonce: bytes) -> Welcome:
-    """The answer to our HELLO, or the error that it stands for."""
+    """-> the WELCOME that answers our HELLO. Raises PeerMismatch, ProtocolViolation."""
     match message:
         case Welcome():
             proof.check(message, secret, nonce)
@@ -177,7 +177,7 @@ def accept_welcome(message: object, secret: str, nonce: bytes) -> Welcome:
 
 
 def check_hello(hello: Hello, secret: str, nonce: bytes, fingerprint: str) -> None:
-    """Raises PeerMismatch if a peer that answers our `nonce` by `hello` may not write to us."""
+    """Raises PeerMismatch unless the sender of `hello`, which answers our `nonce`, may write to us."""
     if hello.version != VERSION:
         raise PeerMismatch(f"transfer protocol {hello.version} at {hello.worker_id}, {VERSION} here")
     proof.check(hello, secret, nonce)
@@ -188,7 +188,7 @@ def check_hello(hello: Hello, secret: str, nonce: bytes, fingerprint: str) -> No
 def pair_of(
     src: Sequence[object] | KvLayout, dst: Sequence[object] | KvLayout, transport: Transport, convert: bool
 ) -> Pair:
-    """What two layouts have to do with each other over a transport. Raises PeerMismatch."""
+    """The pair of two layouts, if the transport can move KV between them. Raises PeerMismatch."""
     ours, theirs = (side if isinstance(side, KvLayout) else layout_of(side) for side in (src, dst))
     pair = Pair(ours, theirs, convert)
     if pair.converts and not transport.packs:
@@ -206,7 +206,7 @@ def layout_of(fields: Sequence[object]) -> KvLayout:
 
 @contextlib.contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """What a transfer library raises becomes PeerDown, which ends the pair: its own errors tell no more than that."""
+    """Turn what a transfer library raises into PeerDown, which ends the pair; its errors tell no more than that."""
     try:
         yield
     except TercetError:

@@ -1,14 +1,14 @@
 """NIXL: one-sided writes from the prefill cache into the decode cache, each with a notification (UCX below: RDMA, TCP,
-shared memory). One agent a data link on each side, named by a uuid, so a restarted peer is never taken for its former
-self. The message goes ahead on the channel, then the write; so the receiver pumps only while a write is under way.
+shared memory). One agent per data link on each side, named by a uuid, so a restarted peer is never taken for its
+predecessor. The message goes first, on the channel, then the write; so the receiver pumps only during a write.
 
 Copies: none on RDMA; over TCP and shared memory UCX copies into its buffers and out of them. Pumping: both ends must
 call into the library while a write is under way, at first without a pause, then with a sleep that grows (there is no
-descriptor to wait for); an idle link does nothing. UCX_TLS is the user's to set; unset, it is made `^cma,knem,xpmem`,
-see `_direct`.
+descriptor to wait for); an idle link does nothing. The user may set UCX_TLS; by default it is `^cma,knem,xpmem`, see
+`_direct`.
 
-Cancel: releasing a request does not stop its write (measured), only the end of the destination's agent does, and
-only where that agent or its network card places the bytes. By CMA, KNEM or XPMEM the writer's process copies into ours,
+Cancel: releasing a request does not stop its write (measured); only destroying the destination's agent does, and only
+where that agent or its network card places the bytes. By CMA, KNEM or XPMEM the writer's process copies into ours,
 with or without our agent: there `fence` answers False, and only the writer's word ends a ticket.
 """
 
@@ -34,8 +34,8 @@ from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parc
 
 INSTALL = "pip install --no-deps nixl nixl-cu12"
 SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, since only these calls drive the library
-LOOKS = 32  # at the library, for each at the clock and the channel
-NAP_S = (20e-6, 500e-6)  # between two looks later on: the shortest and the longest
+LOOKS = 32  # at the library, between two checks of clock and channel
+NAP_S = (20e-6, 500e-6)  # sleep between two checks after SPIN_S: the shortest and the longest
 DIRECT = {"cma", "knem", "xpmem"}  # UCX transports by which one process copies into the memory of another
 DIRECT_ALIASES = DIRECT | {"all", "shm", "sm"}
 DRAM = "DRAM"
@@ -78,7 +78,7 @@ class _NixlInlet(Inlet):
         self._landed.remove(_name_of(self._number))
 
     def pass_over(self, channel: Channel, payload: int, num_bytes: int) -> None:
-        self.land(channel, payload, ())  # the writer has placed it all the same, and only it can end its ticket
+        self.land(channel, payload, ())  # the writer has placed the bytes anyway; only its word ends the ticket
 
     def fence(self) -> bool:
         self._agent.close()
@@ -122,7 +122,7 @@ class _Agent:
     """A NIXL agent that has the whole region registered. For one thread at a time."""
 
     def __init__(self, context: LinkContext) -> None:
-        if context.is_local:  # read by UCX when an agent is made; by itself it listens on the node's address
+        if context.is_local:  # UCX reads it when an agent is made; by default it listens on the node's address
             os.environ.setdefault("UCX_NET_DEVICES", "lo")
         with library_errors("no nixl agent"):
             api = _library()
@@ -163,7 +163,7 @@ class _Agent:
         """End the agent: nothing is read or placed by it any more. Idempotent."""
         agent, self._agent = self._agent, None
         if agent is not None:
-            with contextlib.suppress(Exception):  # a peer that is gone; the end of the agent is what counts
+            with contextlib.suppress(Exception):  # the peer may be gone; what matters is that the agent ends
                 agent.deregister_memory(self._memory)
             self._memory = None
 
@@ -175,13 +175,13 @@ def _library() -> Any:
 
 
 def _direct(tls: str) -> bool:
-    """Whether UCX_TLS lets a process copy into the memory of another, which no end of an agent stops."""
+    """Whether UCX_TLS lets a process copy into the memory of another, which destroying the agent does not stop."""
     names = {name.strip() for name in tls.lstrip("^").split(",")}
     return not names >= DIRECT if tls.startswith("^") else bool(names & DIRECT_ALIASES)
 
 
 def _pump(channel: Channel, timeout_s: float, done: Callable[[], bool]) -> None:
-    """Until `done`, which drives the library. Raises PeerDown when the channel ends or `timeout_s` has passed."""
+    """Call `done`, which drives the library, until it is true. Raises PeerDown if the channel ends or on a timeout."""
     poller = select.poll()
     poller.register(channel.sock, select.POLLRDHUP)
     began = time.monotonic()

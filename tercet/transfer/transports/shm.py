@@ -3,7 +3,7 @@ and copies into it; DATA says what has landed.
 
 Copies: one, source cache to destination cache. Cancel: the receiver cannot fence a mapping, so a granted ticket is
 quiesced by the writer's word (ABORT, ABORT_ACK, WRITTEN, GOODBYE) or by its death, proven by a pidfd that was opened
-while the connection stood. Nothing has to be pumped; waits block in the kernel, nobody polls.
+while the connection was open. Nothing has to be pumped or polled: waits block in the kernel.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ class _ShmOutlet(Outlet):
             raise ProtocolViolation(f"WELCOME over shared memory carries {len(context.fds)} descriptors, not 1")
         num_bytes = int.from_bytes(context.blob, "big")
         try:
-            if os.fstat(context.fds[0]).st_size != num_bytes:  # touching what is not there would be a SIGBUS
+            if os.fstat(context.fds[0]).st_size != num_bytes:  # touching memory beyond its end would be a SIGBUS
                 raise ValueError(f"it is not {num_bytes} bytes long")
             self._memory: memoryview | None = memoryview(mmap.mmap(context.fds[0], num_bytes))
         except (OSError, ValueError, OverflowError) as error:
             raise ProtocolViolation(f"the peer's KV cache cannot be mapped: {error}") from error
-        # A page that is first touched by a request costs it a fault, 16,000 of them for 64 MiB. By numpy and not by
-        # MAP_POPULATE: that would keep every other thread from running, for seconds.
+        # Touch every page now, or the first requests take the page faults: 16,000 of them for 64 MiB. By numpy and not
+        # by MAP_POPULATE, which would keep every other thread from running, for seconds.
         np.frombuffer(self._memory, dtype=np.uint8)[:: mmap.PAGESIZE].max()
 
     def write(self, channel: Channel, parcel: Parcel) -> None:
         assert self._memory is not None
         if parcel.scatter is not None:
             parcel.scatter(self._memory)
-        else:  # by numpy, which lets other threads of this process run meanwhile
+        else:  # by numpy, which releases the GIL for large copies
             source, target = (np.frombuffer(memory, dtype=np.uint8) for memory in (parcel.source, self._memory))
             for src, dst, size in parcel.runs:
                 target[dst : dst + size] = source[src : src + size]
         channel.send(parcel.message)
 
     def close(self) -> None:
-        self._memory = None  # the dead peer's cache would stay mapped until a garbage collection
+        self._memory = None  # else the peer's cache would stay mapped until a garbage collection

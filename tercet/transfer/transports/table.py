@@ -21,8 +21,8 @@ def missing(name: str) -> str | None:
 
 
 def usable(name: str) -> list[Transport]:
-    """The transports that `name` allows and that are installed. A named one that is not raises SpecError: nothing is
-    silently put in its place."""
+    """The transports that `name` allows and that are installed. Raises SpecError if a named one is not:
+    no other is silently used instead."""
     if name == AUTO:
         return [cls() for cls in ALL if cls.name not in BY_NAME and cls.missing() is None]
     if (why := missing(name)) is not None:

@@ -1,8 +1,8 @@
-"""TCP: DATA carries its bytes, vectored out of the source cache and received straight into the destination blocks; or
-packed, where that makes few large pieces of many small ones.
+"""TCP: the bytes follow their DATA on the channel, sent from the source cache by vectored I/O and received straight
+into the destination blocks; or packed, where that makes few large pieces of many small ones.
 
 Copies: one into the kernel, one out; packed: one more on each side, which a digest takes anyway. Cancel is exact: the
-receiver places the bytes, so a ticket that is over is fenced as soon as no landing is under way. Nothing has to be
+receiver places the bytes, so a ticket that is over is quiet as soon as no landing is under way. Nothing has to be
 pumped. Silent peers are noticed by TCP_USER_TIMEOUT and keepalive (transfer/links/wires.py), not by the kernel's
 defaults.
 """
@@ -18,7 +18,7 @@ from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parc
 
 class TcpTransport(Transport):
     name = "tcp"
-    links = 2  # one thread prepares what it sends or lands while the other one's bytes are on their way
+    links = 2  # one link's threads pack and digest while the other's bytes are in flight
 
     def inlet(self, context: LinkContext) -> Inlet:
         return _TcpInlet()

@@ -28,7 +28,7 @@ class Group:
 
     @classmethod
     def at_receiver(cls, context: LinkContext) -> Group:
-        """Its store listens where the link's own socket does; by itself it would listen on every address."""
+        """The store listens on the address of the link's socket; by default it would listen on every address."""
         host = context.channel.sock.getsockname()[0]
         try:
             listener = socket.create_server((host, 0), family=context.channel.sock.family)
@@ -53,7 +53,7 @@ class Group:
 
     @property
     def address(self) -> bytes:
-        """Of the store, for the other end."""
+        """Address of the store, for the other end."""
         return f"{self._host}:{self._store.port}".encode()
 
     def meet(self) -> None:

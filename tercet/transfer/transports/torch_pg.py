@@ -1,11 +1,11 @@
 """`torch.distributed` point to point: a two-rank gloo group for each data link. (NCCL between GPUs and HCCL on Ascend
-are other backends of the same calls; they are not built, since no worker's KV lies on a GPU or NPU yet.)
+are other backends of the same calls; they are not built, since transfers reach KV only in host memory.)
 
 Copies: into the library's buffers and out of them, besides the packing. It has no one-sided write, so units always
-travel packed: the library fills a staging buffer of the receiver and never sees the cache. So a cancel is exact. The
-receiver's reader thread pumps, while it lands. gloo closes a pair for good at its first timeout or failure, so the link
-then ends and a new one gets a new group; it notices a dead peer when its socket closes, a stopped one after the lease.
-The store at which a group meets, and the group itself, know no cluster token: for networks that are trusted.
+travel packed: the library fills a staging buffer of the receiver and never sees the cache. So a cancel is exact.
+Pumping: the receiver's reader thread, while it lands. gloo closes a pair for good at its first timeout or failure, so
+the link then ends and a new one gets a new group; it notices a dead peer when its socket closes, a stopped one after
+the lease. Neither the store at which a group meets nor the group checks the cluster's token: for trusted networks only.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class TorchTransport(Transport):
     pack_below = float("inf")  # always packed
 
     def __init__(self) -> None:
-        # Not with this module, since who does not use it starts seconds sooner; nor with the first link, which has
-        # only the lease to come up.
+        # Imported neither with this module, which would slow every start by seconds, nor with the first link, which
+        # must connect within the lease.
         from tercet.transfer.transports.torch_group import Group
 
         self._group: type[Group] = Group

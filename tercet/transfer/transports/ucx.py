@@ -1,13 +1,14 @@
 """UCX through `ucxx`: tagged messages over whatever UCX finds that can tell a dead peer (TCP; RDMA with a system UCX).
-The message goes ahead on the channel, the bytes follow as one UCX message, and the decode side's word on the channel (a
-PROBE_ACK) ends the write; UCX calls a send done before its last bytes have left.
+The message goes first, on the channel; the bytes follow as one UCX message; and the decode side's PROBE_ACK on the
+channel ends the write, since UCX reports a send as done before its last bytes have left.
 
-Copies: those of UCX, one or two a side over TCP; and one a side where the bytes lie scattered, which is why units
+Copies: those of UCX, one or two per side over TCP; and one per side where the bytes are scattered, which is why units
 travel packed unless runs are large. Pumping: both ends, only while a write is under way; between, they block in poll
 on the worker's descriptor.
 
-Cancel: exact. A receive is posted only while `land` runs. Where that fails, its worker ends before the error is raised,
-so what the peer still sends has nowhere to go. Schemes in which the sender's process places bytes are turned off.
+Cancel: exact. A receive is posted only while `land` runs. If that fails, its UCX worker is destroyed before the error
+is raised, so that what the peer still sends cannot be placed. Schemes in which the sender's process places bytes are
+turned off.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parc
 
 INSTALL = "pip install --no-deps ucxx-cu12 libucxx-cu12 'libucx-cu12<1.22'"
 CONFIG = {
-    "RNDV_THRESH": "0",  # always: an eager message would wait in the receiver's buffers, at the sender out of our hands
-    "RNDV_SCHEME": "get_zcopy",  # the receiver fetches, or UCX copies at both ends; the sender never reaches over
+    "RNDV_THRESH": "0",  # rendezvous always: an eager message would be buffered, where it cannot be cancelled
+    "RNDV_SCHEME": "get_zcopy",  # the receiver fetches, or UCX copies at both ends; never the sender alone
     "TCP_TX_SEG_SIZE": "256k",  # 8 KB otherwise, at half the rate
     "TCP_RX_SEG_SIZE": "256k",
 }
 GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
-BACKUP_MS = 50  # a worker is looked at so often though its descriptor is silent
+BACKUP_MS = 50  # how often a worker is checked even if its descriptor is silent
 
 
 class UcxTransport(Transport):
@@ -63,7 +64,7 @@ class UcxTransport(Transport):
 
 class _UcxInlet(Inlet):
     def __init__(self, context: LinkContext) -> None:
-        self._secret = secrets.randbits(32)  # so that no stranger who finds the worker's port hits a tag
+        self._secret = secrets.randbits(32)  # so that a stranger who finds the worker's port cannot guess a tag
         self._number = 0  # of the last message
         self._staging = bytearray()
         self._worker = _UcxWorker(context)
@@ -176,13 +177,13 @@ class _UcxWorker:
 
     def close(self) -> None:
         """End the worker: nothing is read or placed by it any more. Idempotent."""
-        with contextlib.suppress(Exception):  # a peer that is gone; the end of the worker is what counts
+        with contextlib.suppress(Exception):  # the peer may be gone; what matters is that the worker ends
             if self._worker is not None:
                 self._worker.cancel_inflight_requests()
         self._request = self._endpoint = self._worker = None
 
     def _is_over(self) -> bool:
-        """Whether the request is; raises what it failed by."""
+        """Whether the request is over; raises its error if it failed."""
         if not self._request.completed:
             return False
         self._request.check_error()
@@ -213,7 +214,7 @@ class _UcxWorker:
 def _library() -> Any:
     """The core API. Raises ImportError or OSError."""
     os.environ.setdefault("UCX_TCP_CM_REUSEADDR", "y")
-    with contextlib.suppress(ModuleNotFoundError):  # ucxx itself looks for the wheel's UCX only beside librmm
+    with contextlib.suppress(ModuleNotFoundError):  # ucxx itself loads the UCX wheel only if librmm is there
         importlib.import_module("libucx").load_library()
     return importlib.import_module("ucxx._lib.libucxx")
 
