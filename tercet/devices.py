@@ -13,7 +13,7 @@ from tercet.errors import UnsupportedSpec
 class Device:
     kind: str  # pools.*.accelerator
     torch_type: str
-    collectives: str  # backend of torch.distributed
+    collectives: str  # backend of torch.distributed between the ranks of a group; a worker of one rank needs none
     kernels: str  # cpu: weights packed for the CPU; plain: torch's own operations
     staged: bool  # transfers read and write a copy of its KV in host memory (engine/kv_cache.py)
 
@@ -21,7 +21,7 @@ class Device:
         """The device of this process. Raises UnsupportedSpec if torch sees none."""
         if self.torch_type == "cuda" and not torch.cuda.is_available():
             raise UnsupportedSpec(f"accelerator {self.kind}: torch {torch.__version__} sees no CUDA device here")
-        return torch.device(self.torch_type, 0) if self.staged else torch.device(self.torch_type)
+        return torch.device("cuda", 0) if self.torch_type == "cuda" else torch.device(self.torch_type)
 
 
 DEVICES = {

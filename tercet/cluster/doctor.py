@@ -21,7 +21,11 @@ class Finding:
 def findings() -> list[Finding]:
     """Every transport, and the kernel features that they need."""
     found = [_transport(cls.name, cls.missing()) for cls in ALL]
-    return [*found, _can("memfd", lambda: os.close(os.memfd_create("tercet-doctor"))), _can("pidfd", _open_pidfd)]
+    return [
+        *found,
+        _can("memfd", lambda: os.close(os.memfd_create("tercet-doctor")), "no worker can start: its KV lies in one"),
+        _can("pidfd", _open_pidfd, "shm cannot be used; set transfer.transport to tcp"),
+    ]
 
 
 def _transport(name: str, missing: str | None) -> Finding:
@@ -34,9 +38,9 @@ def _open_pidfd() -> None:
     os.close(os.pidfd_open(os.getpid()))
 
 
-def _can(name: str, attempt: Callable[[], None]) -> Finding:
+def _can(name: str, attempt: Callable[[], None], otherwise: str) -> Finding:
     try:
         attempt()
     except OSError as error:
-        return Finding(name, False, f"{error.strerror}: shm cannot be used; set transfer.transport to tcp")
+        return Finding(name, False, f"{error.strerror}: {otherwise}")
     return Finding(name, True, "the kernel allows it")

@@ -79,6 +79,8 @@ class Prefill(Handler):
     async def close(self) -> None:
         self.meet(())  # or it would connect again
         await self.legs.loop.run_in_executor(None, self.sender.stop)
+        for pool in (self._dialers, self._meeters):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def begin(self, active: ActiveLeg) -> None:
         if len(self._outgoing) >= self._max_legs:

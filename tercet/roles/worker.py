@@ -149,7 +149,7 @@ class Worker:
             raise ClusterError(f"the engine of {self._worker_id} died: {self.engine.failure!r}")
         started = self.engine.step_started
         if started is not None and time.monotonic() - started > STUCK_S:
-            raise ClusterError(f"the engine of {self._worker_id} is stuck in one step for over {STUCK_S} s")
+            raise ClusterError(f"the engine of {self._worker_id} is stuck in one step for over {STUCK_S:g} s")
         return self.legs.load()
 
     async def drain(self, timeout_s: float) -> None:

@@ -197,7 +197,8 @@ class KvReceiver:
 
     def _serve_link(self, channel: Channel, hello: Hello) -> None:
         transport = self._transport_of(hello, channel)
-        peer = self._peers.get(hello.pair)
+        with self._lock:
+            peer = self._peers.get(hello.pair)
         if peer is None or peer.transport is not transport:
             raise PeerMismatch("a data link of no pair that is known here")
         if not transport.one_host:

@@ -242,7 +242,7 @@ class Incoming:
         return [Quiesced(self.ticket, verified)]
 
     def _expired(self, now: float) -> LeaseExpired | None:
-        name, lease = self.ticket.request_id, f"for {self._lease_s} s"
+        name, lease = self.ticket.request_id, f"for {self._lease_s:g} s"
         silent = sum(source.expires < now for source in self.sources.values())
         if self._offers_due < now:
             silent += self._num_sources - len(self.sources)

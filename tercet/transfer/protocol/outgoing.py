@@ -203,7 +203,7 @@ class Outgoing:
         return self.give_up(error)
 
     def _expired(self, now: float) -> LeaseExpired:
-        name, lease = self.ticket.request_id, f"for {self.lease_s} s"
+        name, lease = self.ticket.request_id, f"for {self.lease_s:g} s"
         if self.expires < now:
             return LeaseExpired(f"no word of {name} from its decode worker {lease}")
         if self.grant is None:
