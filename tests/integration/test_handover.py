@@ -116,10 +116,10 @@ async def test_more_requests_than_fit_all_finish():
 
 @pytest.mark.parametrize("topology", ["aggregated", "pd"])
 async def test_preemption_changes_no_token(topology):
-    prompts = [p[:10] for p in PROMPTS[2:]]
-    async with cluster(spec_of(topology, decoders=1)) as made:
+    prompts = [[token % VOCAB for token in p[:10]] for p in PROMPTS[2:]]
+    async with cluster(spec_of(topology, decoders=1, source=tiny_model())) as made:
         expected = await tokens_of(made, prompts, max_tokens=60, ignore_eos=True)
-    async with cluster(spec_of(topology, decoders=1, kv__blocks=12)) as made:
+    async with cluster(spec_of(topology, decoders=1, source=tiny_model(), kv__blocks=12)) as made:
         assert await tokens_of(made, prompts, max_tokens=60, ignore_eos=True) == expected
         decoding = next(worker for name, worker in made.workers.items() if not name.startswith("prefill"))
         assert decoding.engine.load().preemptions > 0
