@@ -70,6 +70,7 @@ gpu-wheels: setup  ## Fetch the wheels that `gpu-check` needs on a bare machine 
 	  -c constraints.txt -d build/gpu-wheels $(GPU_WHEELS)
 
 gpu-check:  ## Compare a GPU's tokens with the CPU's and time its steps; uses build/gpu-wheels if it is there
+	@$(PYTHON) -c 'import torch, transformers' || { echo "$(PYTHON) lacks torch or transformers; set PYTHON="; exit 1; }
 	if [ -d build/gpu-wheels ]; then $(PYTHON) -m pip install -q --no-index --no-deps --upgrade \
 	  --target build/gpu-site build/gpu-wheels/*.whl; fi
 	PYTHONPATH=build/gpu-site $(PYTHON) -m benchmarks.gpu_check $(ARGS)

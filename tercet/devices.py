@@ -20,7 +20,10 @@ class Device:
     def torch_device(self) -> torch.device:
         """The device of this process. Raises UnsupportedSpec if torch sees none."""
         if self.torch_type == "cuda" and not torch.cuda.is_available():
-            raise UnsupportedSpec(f"accelerator {self.kind}: torch {torch.__version__} sees no CUDA device here")
+            raise UnsupportedSpec(
+                f"accelerator {self.kind}: torch {torch.__version__} sees no CUDA device here; that takes a GPU, its "
+                "driver and a torch built for CUDA"
+            )
         return torch.device("cuda", 0) if self.torch_type == "cuda" else torch.device(self.torch_type)
 
 

@@ -60,7 +60,7 @@ class KvSpec(Frozen):
 
 
 class RoleSpec(Frozen):
-    replicas: Positive = 1
+    replicas: Annotated[int, Field(ge=1, le=4096)] = 1  # bounded: a cluster that serves searches for a placement
     pool: Name = "default"
     parallel: ParallelSpec = ParallelSpec()
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # Ray CPUs of one replica

@@ -46,7 +46,8 @@ def joined(wanted: str) -> Iterator[str]:
     try:
         yield address
     finally:
-        bounded.call("leaving Ray", DISCONNECT_TIMEOUT_S, disconnect)
+        with contextlib.suppress(ClusterError):  # the end of this process leaves it, too
+            bounded.call("leaving Ray", DISCONNECT_TIMEOUT_S, disconnect)
 
 
 def nodes() -> list[Node]:

@@ -34,8 +34,9 @@ def scale(name: str | None, address: str, role: str, replicas: int, timeout_s: f
             waits_for = fault or missing(status, ask_id, role, replicas)
             if not waits_for:
                 return told(found, role, before, _members_of(status, role))
-            if time.monotonic() > deadline:
-                raise ClusterError(f"{role} has not {replicas} workers after {timeout_s:g} s: {waits_for}")
+            if not time.monotonic() <= deadline:  # also if it is nan
+                late = f"{role} does not have {replicas} workers after {timeout_s:g} s: {waits_for}"
+                raise ClusterError(f"{late}; `tercet status` shows the target and what still goes on")
             time.sleep(POLL_S)
 
 
@@ -70,7 +71,8 @@ def missing(status: Mapping[str, Any], ask_id: str, role: str, replicas: int) ->
 
 
 def told(cluster: str, role: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    came, went = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
+    went = sorted(before.keys() - after.keys())
+    came = sorted(m for m in after if m not in before or before[m]["epoch"] != after[m]["epoch"])
     changes = [f"{', '.join(names)} {word}" for names, word in ((came, "came"), (went, "went")) if names]
     workers = "1 worker" if len(after) == 1 else f"{len(after)} workers"
     return f"cluster {cluster}: {role} has {workers} ({'; '.join(changes) or 'as before'})"

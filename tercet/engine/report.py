@@ -34,4 +34,5 @@ class Scored:
     scores: PromptLogprobs
 
 
-StepReport = list[Sampled | Faulted | Scored]
+StepItem = Sampled | Faulted | Scored
+StepReport = list[StepItem]

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from tercet.core import Role
 from tercet.errors import ClusterError, SpecError
-from tercet.spec import ClusterSpec
+from tercet.spec import ClusterSpec, RoleSpec
 
 MAX_DEAD_ENDS = 20_000
 EPSILON = 1e-6  # fractions of a CPU do not add up exactly
@@ -79,8 +79,8 @@ def scaled(spec: ClusterSpec, role: str, replicas: int) -> ClusterSpec:
         raise SpecError(
             f"{role} cannot have {replicas} workers: without one no request can be served; `tercet down` ends all"
         )
-    wanted = spec.roles[Role(role)].model_copy(update={"replicas": replicas})
     try:
+        wanted = RoleSpec.model_validate({**dict(spec.roles[Role(role)]), "replicas": replicas})
         return ClusterSpec.model_validate({**dict(spec), "roles": {**spec.roles, Role(role): wanted}})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
@@ -103,6 +103,8 @@ def plan(
     for replica in replicas:
         if not any(replica.may_use(node) for node in nodes):
             raise ClusterError(_nowhere(replica, nodes))
+        if absent := [kind for kind in replica.needs if not any(n.resources.get(kind) for n in nodes)]:
+            raise ClusterError(_absent(replica, absent[0], nodes))
     # The hardest first: few nodes carry its labels, or it needs much.
     order = sorted(replicas, key=lambda r: (sum(map(r.may_use, nodes)), -sum(r.needs.values())))
     chosen = _Search(order, nodes, stay).run()
@@ -220,6 +222,13 @@ def _nowhere(replica: _Replica, nodes: Sequence[Node]) -> str:
     return (
         f"roles.{replica.role}: no node carries the labels {labels} of its pool; start one with "
         f"`ray start --labels {labels}`; the nodes are {_described(nodes)}"
+    )
+
+
+def _absent(replica: _Replica, kind: str, nodes: Sequence[Node]) -> str:
+    return (
+        f"roles.{replica.role}: {replica.worker_id} needs {_amounts({kind: replica.needs[kind]})}, and no node has any "
+        f"that Ray sees; the nodes are {_described(nodes)}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from tercet.core import Done, StageTimes
-from tercet.engine.report import Faulted, Scored, StepReport
+from tercet.engine.report import Faulted, Scored, StepItem, StepReport
 from tercet.errors import TercetError
 from tercet.roles.legs import ActiveLeg, Handler, Legs
 
@@ -25,30 +25,29 @@ class Aggregated(Handler):
         self.engine.abort(active.sequence)
 
     def on_step(self, report: StepReport) -> None:
-        self.legs.loop.call_soon_threadsafe(self._report, report, time.monotonic())
+        self.legs.take_each(report, self._take)
 
-    def _report(self, report: StepReport, now: float) -> None:
-        for item in report:
-            active = self.legs.of(item.sequence.ticket)
-            if active is None:
-                continue
-            if isinstance(item, Faulted):
-                self._times_of(active, now)
-                self.legs.fail(active, item.error)
-                continue
-            if isinstance(item, Scored):
-                active.stream.prompt_logprobs(active.leg, item.scores)
-                continue
-            active.stream.token(active.leg, item.token)
-            if active not in self._first_token_at:
-                self._first_token_at[active] = now
-            elif active not in self._first_decode_s:
-                self._first_decode_s[active] = now - self._first_token_at[active]
-            if item.token.finish is not None:
-                self.legs.forget(active)
-                times = self._times_of(active, now)
-                done = Done(item.token.finish, item.stop_token_id, item.sequence.cached_tokens, times)
-                active.stream.finished(active.leg, done)
+    def _take(self, item: StepItem, now: float) -> None:
+        active = self.legs.of(item.sequence.ticket)
+        if active is None:
+            return
+        if isinstance(item, Faulted):
+            self._times_of(active, now)
+            self.legs.fail(active, item.error)
+            return
+        if isinstance(item, Scored):
+            active.stream.prompt_logprobs(active.leg, item.scores)
+            return
+        active.stream.token(active.leg, item.token)
+        if active not in self._first_token_at:
+            self._first_token_at[active] = now
+        elif active not in self._first_decode_s:
+            self._first_decode_s[active] = now - self._first_token_at[active]
+        if item.token.finish is not None:
+            times = self._times_of(active, now)
+            done = Done(item.token.finish, item.stop_token_id, item.sequence.cached_tokens, times)
+            active.stream.finished(active.leg, done)
+            self.legs.forget(active)
 
     def _times_of(self, active: ActiveLeg, now: float) -> StageTimes:
         sequence = active.sequence

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from tercet.core import Done, Load, StageTimes, Ticket, TokenEvent
-from tercet.engine.report import Faulted, Sampled, Scored, StepReport
+from tercet.engine.report import Faulted, Sampled, Scored, StepItem, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import ActiveLeg, Handler, Legs
@@ -138,31 +138,31 @@ class Decode(Handler):
     # ---- the engine
 
     def on_step(self, report: StepReport) -> None:
-        self.legs.loop.call_soon_threadsafe(self._report, report, time.monotonic())
+        self.legs.take_each(report, self._take)
 
-    def _report(self, report: StepReport, now: float) -> None:
-        for item in report:
-            incoming = self._incoming.get(item.sequence.ticket)
-            if incoming is None or incoming.joined_at is None:
-                continue
-            active = incoming.active
-            assert not isinstance(item, Scored), "prompts are not computed here"
-            if isinstance(item, Faulted):
-                del self._incoming[active.ticket]
-                self.legs.fail(active, item.error)
-                continue
-            if not incoming.decoded:
-                incoming.times = incoming.times.with_stage("first_decode", now - incoming.joined_at)
-                incoming.decoded = True
-            active.stream.token(active.leg, item.token)
-            if item.token.finish is not None:
-                self._finish(incoming, item)
+    def _take(self, item: StepItem, now: float) -> None:
+        incoming = self._incoming.get(item.sequence.ticket)
+        if incoming is None or incoming.joined_at is None:
+            return
+        active = incoming.active
+        assert not isinstance(item, Scored), "prompts are not computed here"
+        if isinstance(item, Faulted):
+            del self._incoming[active.ticket]
+            self.legs.fail(active, item.error)
+            return
+        if not incoming.decoded:
+            incoming.times = incoming.times.with_stage("first_decode", now - incoming.joined_at)
+            incoming.decoded = True
+        active.stream.token(active.leg, item.token)
+        if item.token.finish is not None:
+            self._finish(incoming, item)
 
     def _finish(self, incoming: _Incoming, last: Sampled) -> None:
         active, note = incoming.active, incoming.note
-        del self._incoming[active.ticket]
-        if self.legs.forget(active):
+        if self.legs.of(active.ticket) is active:
             assert note is not None
             assert last.token.finish is not None
             done = Done(last.token.finish, last.stop_token_id, note.cached_tokens, incoming.times)
             active.stream.finished(active.leg, done)
+            self.legs.forget(active)
+        del self._incoming[active.ticket]

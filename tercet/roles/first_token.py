@@ -54,11 +54,11 @@ class FirstToken:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**32  # as on the gateway's wire
 
 
 def _is_logprob(value: object) -> bool:
-    return type(value) is float and not math.isnan(value)
+    return type(value) is float and value < math.inf  # false for nan
 
 
 def _is_alternative(value: object) -> bool:
@@ -69,5 +69,5 @@ def _is_stage(value: object) -> bool:
     """A known stage with its seconds; an unknown one must not reach clients."""
     match value:
         case [str(name), float(seconds)]:
-            return name in STAGES and math.isfinite(seconds)
+            return name in STAGES and 0 <= seconds < math.inf
     return False

@@ -8,17 +8,21 @@ they are given up. A worker serves the kinds of legs that it has handlers for, w
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tercet.core import Leg, Load, Role, Ticket
 from tercet.engine.loop import Engine
-from tercet.engine.report import StepReport
+from tercet.engine.report import StepItem, StepReport
 from tercet.engine.runner import PushBlocks
 from tercet.engine.sequence import Sequence
-from tercet.errors import DeadlineExceeded, Overloaded, ProtocolViolation, TercetError, WorkerDrained
+from tercet.errors import DeadlineExceeded, EngineFault, Overloaded, ProtocolViolation, TercetError, WorkerDrained
 from tercet.wire.worker_server import ReportStream
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -108,6 +112,20 @@ class Legs:
         """Remove a leg from the table. False: it was removed before."""
         active.timer.cancel()
         return self._active.pop(active.ticket, None) is not None
+
+    def take_each(self, report: StepReport, take: Callable[[StepItem, float], None]) -> None:
+        """On the engine's thread: have `take(item, now)` called on the loop for each item. One that raises ends its own
+        leg, and costs the others of the step nothing."""
+        self.loop.call_soon_threadsafe(self._take_each, report, take, time.monotonic())
+
+    def _take_each(self, report: StepReport, take: Callable[[StepItem, float], None], now: float) -> None:
+        for item in report:
+            try:
+                take(item, now)
+            except Exception as error:  # a boundary between requests
+                log.exception("a report on %s could not be passed on", item.sequence.ticket)
+                if (active := self._active.get(item.sequence.ticket)) is not None:
+                    self._end(active, EngineFault(f"{active.ticket}: unexpected {type(error).__name__}: {error}"))
 
     # ---- what the worker calls
 

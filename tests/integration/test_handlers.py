@@ -13,6 +13,7 @@ from tercet.core import Admitted, Done, Leg, Role, SamplingParams, Ticket, Token
 from tercet.errors import ProtocolViolation, TercetError
 from tercet.roles.worker import Worker
 from tercet.wire.worker_client import WorkerLink
+from tercet.wire.worker_server import ReportStream
 from tests.helpers import TOKEN, cluster, spec_of
 from tests.tiny import VOCAB, tiny_model
 
@@ -148,3 +149,22 @@ async def test_every_kind_ends_when_the_engine_dies():
         host.worker.legs.die(TercetError("broken on purpose"))
         for ticket in tickets:
             assert "broken on purpose" in str((await host.end_of(ticket))[-1])
+
+
+@pytest.mark.parametrize("kind", [Role.AGGREGATED, Role.DECODE])
+async def test_a_report_that_cannot_be_passed_on_costs_only_its_own_leg(kind, monkeypatch):
+    """Both run in the same steps; the end of the first to end cannot be put into a message."""
+    finished = ReportStream.finished
+
+    def stumbles(stream, leg, done):
+        if len(leg.token_ids) == len(PROMPTS[2]) and leg.kind is kind:
+            raise ValueError("out of range")
+        finished(stream, leg, done)
+
+    async with hosts(ALL, ALL) as (one, other):
+        ask = (lambda p: in_one(p, one)) if kind is Role.AGGREGATED else (lambda p: handed_over(p, other, one))
+        expected = [await ask(prompt) for prompt in (PROMPTS[3], PROMPTS[4])]
+        monkeypatch.setattr(ReportStream, "finished", stumbles)
+        faulty, *others = await asyncio.gather(*map(ask, PROMPTS[2:5]), return_exceptions=True)
+        assert "unexpected ValueError: out of range" in str(faulty)
+        assert others == expected

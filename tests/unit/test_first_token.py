@@ -35,6 +35,10 @@ BAD = [
     ),
     *((4, value) for value in (1, None, {}, ["queue"], [["queue", 1]], [["queue", float("nan")]], [["nap", 0.1]])),
     *((4, value) for value in ([["queue", float("inf")]], [["queue", 0.1, 0.2]], [["queue", 0.1], ["queue", 0.1]])),
+    *((4, [[stage, value]]) for stage, value in (("queue", -0.1), ("prefill", float("-inf")))),
+    *((at, 2**32) for at in (0, 3)),
+    (1, float("inf")),
+    (2, [[7, float("inf")]]),
     (5, b"tcp"),
 ]
 

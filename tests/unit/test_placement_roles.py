@@ -121,6 +121,11 @@ def test_who_stays_on_a_node_that_died_takes_no_room_elsewhere():
     [
         ("decode", 0, "decode cannot have 0 workers: without one no request can be served"),
         ("decode", -1, "cannot have -1 workers"),
+        (
+            "decode",
+            999_999_999_999,
+            "cannot have 999999999999 workers: Input should be less than or equal to 4096",
+        ),
         ("aggregated", 2, "topology pd has no role aggregated; the roles of tercet are prefill, decode"),
         ("decoder", 2, "no role decoder"),
         ("decode", 4, "decode cannot have 4 workers: roles.prefill.cpus: pool 'default' has 4 cpus, its roles need 5"),
@@ -131,3 +136,10 @@ def test_what_no_cluster_can_be_scaled_to_is_named(role, replicas, want):
     assert scaled(spec, "decode", 3).roles[Role.DECODE].replicas == 3
     with pytest.raises(SpecError, match=want):
         scaled(spec, role, replicas)
+
+
+def test_a_kind_of_device_that_no_node_has_is_named():
+    pools = {"default": PoolSpec(), "gpus": PoolSpec(accelerator="gpu", gpus=2)}
+    spec = spec_of(RoleSpec(), RoleSpec(pool="gpus", gpus=1), pools)
+    with pytest.raises(ClusterError, match=r"worker-1 needs 1 GPU, and no node has any that Ray sees"):
+        plan(spec, [node("a", 8)])

@@ -54,9 +54,11 @@ def test_an_answer_is_raised_as_what_it_is_and_a_later_question_is_told():
 
 
 def test_what_happened_is_told():
-    assert told("c", "decode", {"a": 1}, {"a": 1, "b": 2}) == "cluster c: decode has 2 workers (b came)"
-    assert told("c", "decode", {"a": 1, "b": 2}, {"a": 1}) == "cluster c: decode has 1 worker (b went)"
-    assert told("c", "decode", {"a": 1}, {"a": 1}) == "cluster c: decode has 1 worker (as before)"
+    a, b, newer = {"a": {"epoch": 1}}, {"b": {"epoch": 2}}, {"a": {"epoch": 2}}
+    assert told("c", "decode", a, a | b) == "cluster c: decode has 2 workers (b came)"
+    assert told("c", "decode", a | b, a) == "cluster c: decode has 1 worker (b went)"
+    assert told("c", "decode", a, a) == "cluster c: decode has 1 worker (as before)"
+    assert told("c", "decode", a, newer) == "cluster c: decode has 1 worker (a came)"
 
 
 def test_status_shows_who_drains_and_the_target():

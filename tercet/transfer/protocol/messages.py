@@ -23,6 +23,7 @@ follow the last DATA there; all else travels on its control link.
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -250,7 +251,7 @@ def _is_count(value: object) -> bool:
 
 _FITS: dict[object, Callable[[object], bool]] = {  # type of a field -> whether a value has it
     int: _is_count,
-    float: lambda v: isinstance(v, float),
+    float: lambda v: type(v) is float and 0 <= v < math.inf,
     str: lambda v: isinstance(v, str),
     bool: lambda v: isinstance(v, bool),
     bytes: lambda v: isinstance(v, bytes),
