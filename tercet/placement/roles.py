@@ -103,8 +103,9 @@ def plan(
     for replica in replicas:
         if not any(replica.may_use(node) for node in nodes):
             raise ClusterError(_nowhere(replica, nodes))
-        if absent := [kind for kind in replica.needs if not any(n.resources.get(kind) for n in nodes)]:
-            raise ClusterError(_absent(replica, absent[0], nodes))
+        for kind in replica.needs:
+            if not any(node.resources.get(kind) for node in nodes if replica.may_use(node)):
+                raise ClusterError(_absent(replica, kind, nodes))
     # The hardest first: few nodes carry its labels, or it needs much.
     order = sorted(replicas, key=lambda r: (sum(map(r.may_use, nodes)), -sum(r.needs.values())))
     chosen = _Search(order, nodes, stay).run()
@@ -227,8 +228,8 @@ def _nowhere(replica: _Replica, nodes: Sequence[Node]) -> str:
 
 def _absent(replica: _Replica, kind: str, nodes: Sequence[Node]) -> str:
     return (
-        f"roles.{replica.role}: {replica.worker_id} needs {_amounts({kind: replica.needs[kind]})}, and no node has any "
-        f"that Ray sees; the nodes are {_described(nodes)}"
+        f"roles.{replica.role}: {replica.worker_id} needs {_amounts({kind: replica.needs[kind]})}, and no node "
+        f"of its pool has any that Ray sees; the nodes are {_described(nodes)}"
     )
 
 

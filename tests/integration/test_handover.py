@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tercet.core import FinishReason, Role
+from tercet.core import FinishReason, Role, Ticket
 from tercet.errors import DeadlineExceeded, PeerDown, WorkerLost
+from tercet.roles.router.decisions import Decisions
 from tercet.spec import ClusterSpec
 from tercet.transfer.mover.parcels import Loader
 from tercet.transfer.transports.table import ALL
@@ -249,3 +250,23 @@ async def test_pairs_are_measured_before_the_first_request():
         assert made.router.slow_pair() == ""
         pairs = made.router.loads()["prefill-0"].pairs
         assert {(p.worker_id, p.transport) for p in pairs} == {("decode-0", "shm"), ("decode-1", "shm")}
+
+
+async def test_a_report_that_cannot_be_taken_loses_no_token_of_those_before_it(monkeypatch):
+    """Two reports of one message, told by their time: the second one raises, so the stream is opened anew."""
+    prompts = [[token % VOCAB for token in prompt] for prompt in PROMPTS[2:]]
+    on_report, times = Decisions.on_report, []
+
+    def stumbles(self, worker, ticket, outcome, now):
+        times.append(now)
+        if times.count(now) == 2 and len(times) > 40 and not fallen:
+            fallen.append(ticket)
+            raise ValueError("cannot be taken")
+        return on_report(self, worker, ticket, outcome, now)
+
+    fallen: list[Ticket] = []
+    async with cluster(spec_of("aggregated", decoders=1, source=tiny_model())) as made:
+        expected = await tokens_of(made, prompts, max_tokens=60, ignore_eos=True)
+        monkeypatch.setattr(Decisions, "on_report", stumbles)
+        assert await tokens_of(made, prompts, max_tokens=60, ignore_eos=True) == expected
+    assert fallen

@@ -141,5 +141,5 @@ def test_what_no_cluster_can_be_scaled_to_is_named(role, replicas, want):
 def test_a_kind_of_device_that_no_node_has_is_named():
     pools = {"default": PoolSpec(), "gpus": PoolSpec(accelerator="gpu", gpus=2)}
     spec = spec_of(RoleSpec(), RoleSpec(pool="gpus", gpus=1), pools)
-    with pytest.raises(ClusterError, match=r"worker-1 needs 1 GPU, and no node has any that Ray sees"):
+    with pytest.raises(ClusterError, match=r"worker-1 needs 1 GPU, and no node of its pool has any that Ray sees"):
         plan(spec, [node("a", 8)])

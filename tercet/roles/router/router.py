@@ -138,9 +138,11 @@ class Router:
 
         def on_reports(reports: Sequence[tuple[Ticket, Outcome]]) -> None:
             now, effects = time.monotonic(), list[RouterEffect]()
-            for ticket, outcome in reports:
-                effects += decisions.on_report(view, ticket, outcome, now)
-            self._carry_out(effects)
+            try:
+                for ticket, outcome in reports:
+                    effects += decisions.on_report(view, ticket, outcome, now)
+            finally:  # also if one raises: to the decisions, what the earlier ones brought has been told
+                self._carry_out(effects)
 
         def on_load(load: Load) -> None:
             decisions.on_load(view, load)
