@@ -37,6 +37,7 @@ from tercet.engine.report import Sampled
 from tercet.engine.runner import Runner
 from tercet.engine.sequence import Sequence as EngineSequence
 from tercet.errors import WorkerLost
+from tercet.kernels.kinds import choose_kernels
 from tercet.models.config import ModelConfig
 from tercet.models.sources import load_model, locate
 from tercet.spec import ModelSpec, RoleSpec
@@ -49,6 +50,7 @@ RATES = {"read": "GB/s", "gemm": "GFLOPS"}
 COLUMNS = (("tercet", ",.1f"), ("transformers", ",.1f"), ("ratio", ".2f"), ("machine", ",.1f"), ("reached", ".0%"))
 
 Dtype = Literal["bfloat16", "float32"]
+Wanted = Literal["auto", "native", "torch"]
 Prompts = Sequence[Sequence[int]]
 Figures = dict[str, float]
 
@@ -88,8 +90,11 @@ SPEEDS: dict[str, Callable[[Workload, Outcome], float]] = {  # tokens per second
 class Tercet:
     """Engine and runner as a worker has them, on their own thread, without the wires around them."""
 
-    def __init__(self, spec: ModelSpec, threads: int) -> None:
-        loaded, role = load_model(spec), RoleSpec(threads=threads)
+    def __init__(self, spec: ModelSpec, threads: int, kernels: Wanted = "auto") -> None:
+        chosen = choose_kernels(kernels)
+        chosen.set_threads(threads)
+        self.kernels = str(chosen)
+        loaded, role = load_model(spec, chosen), RoleSpec(threads=threads)
         self.config = loaded.config
         region = Region(loaded.model.kv_layout(role.kv.blocks, role.kv.block_size))
         executor = LocalExecutor(Runner(loaded.model, region))
@@ -270,6 +275,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="compute threads, of both")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "bfloat16",
     rival_dtype: Annotated[Dtype | None, typer.Option(help="of transformers' weights; default: the same")] = None,
+    kernels: Annotated[Wanted, typer.Option(help="of our engine")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="rounds")] = 5,
     shrink: Annotated[int, typer.Option(min=1, help="divide every size by this, to try the script out")] = 1,
     result_file: Annotated[Path | None, typer.Option("--json", help="where the JSON goes")] = None,
@@ -279,7 +285,9 @@ def main(
     about = facts() | {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype or dtype, "repeats": repeats}
     workloads = {name: work.shrunk(shrink) for name, work in WORKLOADS.items()}
     memory = [resident_mb()]
-    ours = Tercet(ModelSpec(dtype=dtype), threads)
+    ours = Tercet(ModelSpec(dtype=dtype), threads, kernels)
+    torch.set_num_threads(threads)  # of transformers; with native kernels ours uses none of torch's
+    about["kernels"] = ours.kernels
     memory.append(resident_mb())
     theirs = Transformers(ModelSpec(dtype=rival_dtype or dtype))
     memory.append(resident_mb())
@@ -289,6 +297,7 @@ def main(
     result = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
     result |= {"resident_mb.tercet": memory[1] - memory[0], "resident_mb.transformers": memory[2] - memory[1]}
     title = f"{dtype} against {about['rival_dtype']}, {threads} of {about['cores']} cores, {about['cpu']}"
+    title += f", kernels {about['kernels']}"
     title += f", {about['commit'][:12]}"
     Console().print(table(result, workloads, title))
     if result_file is not None:

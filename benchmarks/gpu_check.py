@@ -38,6 +38,7 @@ from tercet.devices import DEVICES
 from tercet.engine.plan import Draw, Piece, StepPlan
 from tercet.engine.runner import Runner
 from tercet.errors import UnsupportedSpec
+from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_model
 from tercet.roles.router.router import Router
 from tercet.roles.worker import Worker
@@ -208,7 +209,9 @@ def time_steps(device: Kind, hidden: int, layers: int) -> dict[str, float]:
     """Milliseconds of a step, a median."""
     with tempfile.TemporaryDirectory() as directory:
         source = save_model(Path(directory), hidden, layers, 32000)
-        model = load_model(ModelSpec(source=source, dtype="bfloat16"), DEVICES[device].torch_device()).model
+        model = load_model(
+            ModelSpec(source=source, dtype="bfloat16"), Kernels("torch", DEVICES[device].torch_device())
+        ).model
     runner = Runner(model, Region(model.kv_layout(BLOCKS, BLOCK)))
     return {name: 1e3 * median_s(lambda plan=plan: runner.run(plan)) for name, plan in STEPS.items()}  # type: ignore[misc]  # bound early
 

@@ -65,6 +65,8 @@ class RoleSpec(Frozen):
     parallel: ParallelSpec = ParallelSpec()
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # Ray CPUs of one replica
     threads: Positive = 1  # compute threads of one replica
+    # auto: C++ compiled for the CPU where there is a compiler, else torch's; why not is logged
+    kernels: Literal["auto", "native", "torch"] = "auto"
     gpus: Annotated[int, Field(ge=0)] = 0  # of one replica
     npus: Annotated[int, Field(ge=0)] = 0
     scheduler: SchedulerSpec = SchedulerSpec()

@@ -14,7 +14,9 @@ from tercet.engine.loop import Engine
 from tercet.engine.report import Faulted, StepReport
 from tercet.engine.runner import PushBlocks, Runner
 from tercet.engine.sequence import Sequence
-from tercet.kernels.linear import LinearPacker, PackedLinear
+from tercet.kernels.kinds import Kernels
+from tercet.kernels.linear import PackedLinear
+from tercet.kernels.packing import LinearPacker
 from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
 from tercet.spec import KvSpec, ModelSpec, RoleSpec, SchedulerSpec
@@ -26,12 +28,12 @@ GREEDY = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
 
 
 def load_tiny() -> LoadedModel:
-    """With plain torch products: oneDNN would make a new kernel for each new number of rows, which takes longer than
-    these products do."""
+    """With torch's kernels and plain products: oneDNN would make a new kernel for each new number of rows, which takes
+    longer than these products do."""
     pack = LinearPacker.pack
     LinearPacker.pack = lambda self, weight, bias=None: PackedLinear(weight, bias)  # type: ignore[method-assign]
     try:
-        return load_model(ModelSpec(source=tiny_model(), dtype="float32", max_context=CONTEXT))
+        return load_model(ModelSpec(source=tiny_model(), dtype="float32", max_context=CONTEXT), Kernels())
     finally:
         LinearPacker.pack = pack  # type: ignore[method-assign]
 

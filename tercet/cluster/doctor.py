@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tercet.kernels.native.library import library
+from tercet.kernels.native.trial import missing
 from tercet.transfer.transports.table import ALL
 
 EXTRAS = {"nixl", "ucx"}  # what `make extras` installs
@@ -19,10 +21,11 @@ class Finding:
 
 
 def findings() -> list[Finding]:
-    """Every transport, and the kernel features that they need."""
+    """Every transport, the kernel features that they need, and the compute kernels."""
     found = [_transport(cls.name, cls.missing()) for cls in ALL]
     return [
         *found,
+        _native_kernels(),
         _can("memfd", lambda: os.close(os.memfd_create("tercet-doctor")), "no worker can start: its KV lies in one"),
         _can("pidfd", _open_pidfd, "shm cannot be used; set transfer.transport to tcp"),
     ]
@@ -32,6 +35,17 @@ def _transport(name: str, missing: str | None) -> Finding:
     if missing is not None and name in EXTRAS:
         missing += "; or, in a checkout, `make extras`"
     return Finding(f"transport {name}", missing is None, missing or "can be used")
+
+
+def _native_kernels() -> Finding:
+    """Compiles them if that was not done yet."""
+    reason = missing()
+    told = (
+        f"can be used, compiled for {library().instructions().decode()}"
+        if reason is None
+        else f"{reason}: torch's are used, which are slower"
+    )
+    return Finding("kernels native", reason is None, told)
 
 
 def _open_pidfd() -> None:

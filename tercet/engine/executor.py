@@ -33,7 +33,9 @@ class StepRunner(Protocol):
     """What computes a plan as a whole (engine/runner.py)."""
 
     vocab_size: int
-    layers_done: int
+
+    @property
+    def layers_done(self) -> int: ...
 
     def run(self, plan: StepPlan) -> StepResult:
         """Raises whatever the model raises. The same plan can be run again."""

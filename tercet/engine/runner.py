@@ -34,10 +34,13 @@ class Runner:
         self._model = model
         self._push = push
         self._block_size = region.layout.block_size
-        self.layers_done = 0  # over all steps; grows during a step
         self.vocab_size = model.config.vocab_size  # rows of the embedding
         self._cache = cache_of(region, model.dtype, model.device)
         self.kv_cache = self._cache.tensor
+
+    @property
+    def layers_done(self) -> int:
+        return self._model.layers_done
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -110,15 +113,16 @@ class Runner:
     def _ints(self, values: Rows[int] | Rows[Rows[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._model.device)
 
-    def _on_layer(self, chunks: Rows[Piece]) -> Callable[[int], None]:
-        """A callback that counts each layer once it is computed, and hands over the blocks that are complete in it."""
+    def _on_layer(self, chunks: Rows[Piece]) -> Callable[[int], None] | None:
+        """A callback that hands over the blocks that are complete in a layer, if there are any."""
         pushed = [(chunk.ticket, chunk.push) for chunk in chunks if chunk.push is not None]
+        if not pushed:
+            return None
         for _, push in pushed:
             if push.tail:  # so that no KV of the block's earlier owner crosses
                 self.kv_cache[:, push.blocks[-1], :, push.tail :] = 0
 
         def on_layer(layer: int) -> None:
-            self.layers_done += 1
             for ticket, push in pushed:
                 assert self._push is not None, "a plan says push, but nobody does"
                 self._cache.publish(layer, push.blocks)

@@ -19,7 +19,6 @@ On AVX512-BF16, bf16 packed by oneDNN takes half of what `functional.linear` tak
 
 from __future__ import annotations
 
-import functools
 import threading
 
 import torch
@@ -30,7 +29,6 @@ from tercet.devices import device_of
 
 MOST_ROWS = 512  # of one oneDNN product
 PACK_ROWS = 16  # the batch that oneDNN lays the weights out for; that layout is the best for 1 to 128 rows, too
-CPU = torch.device("cpu")
 SLICE = 1024  # output columns widened at once: 2.4 MB of float32 for SmolLM2, which stays in the cache
 
 
@@ -43,7 +41,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class PackedLinear:
     """weight [n, k], bias [n] or None. `linear`: x [T, k] -> [T, n], in `compute_dtype(weight.dtype)`.
 
-    This one is plain torch; `LinearPacker` chooses.
+    This one is plain torch; `LinearPacker` (packing.py) chooses.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -136,54 +134,8 @@ class WidenedLinear(PackedLinear):
         return out if self._bias is None else out.add_(self._bias)
 
 
-def compute_dtype(weight_dtype: torch.dtype, device: torch.device = CPU) -> torch.dtype:
+def compute_dtype(weight_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of activations: that of the weights, or float32 where the CPU has no bfloat16 instructions."""
-    native = not _packs(device) or weight_dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    packs = device_of(device).kernels == "cpu"
+    native = not packs or weight_dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight_dtype if native else torch.float32
-
-
-def _packs(device: torch.device) -> bool:
-    """Whether weights are laid out for the processor; elsewhere torch's own product takes them as they are."""
-    return device_of(device).kernels == "cpu"
-
-
-class LinearPacker:
-    """Makes a model's `PackedLinear`s: on a CPU the fastest kind for the dtype, elsewhere the plain one."""
-
-    def __init__(self, dtype: torch.dtype, max_fan_in: int, device: torch.device = CPU) -> None:
-        self._dtype, self._device = dtype, device
-        self._widens = compute_dtype(dtype, device) != dtype
-        self._scratch = WideScratch(max_fan_in if self._widens else 0)
-
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        if not _packs(self._device):
-            return PackedLinear(weight, bias)
-        if self._widens and _fbgemm_packs() and Fp16Linear.holds(weight):
-            return Fp16Linear(weight, bias)
-        if self._widens:
-            return WidenedLinear(weight, bias, self._scratch)
-        return OnednnLinear(weight, bias) if _onednn_packs(self._dtype) else PackedLinear(weight, bias)
-
-
-@functools.cache
-def _fbgemm_packs() -> bool:
-    """Whether fbgemm's float16 product is there and right in this torch, on this CPU."""
-    weight = torch.linspace(-1, 1, 64 * 64).reshape(64, 64).bfloat16()
-    x = torch.linspace(-1, 1, 3 * 64).reshape(3, 64)
-    try:
-        packed = Fp16Linear(weight, None).linear(x)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return torch.allclose(packed, linear_reference(x, weight, None), rtol=1e-4, atol=1e-4)
-
-
-@functools.cache
-def _onednn_packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's private ops are there and right in this torch, on this CPU, for this dtype."""
-    weight = torch.linspace(-1, 1, 64 * 64).reshape(64, 64).to(dtype)
-    x = torch.linspace(-1, 1, 3 * 64).reshape(3, 64).to(dtype)
-    try:
-        packed = OnednnLinear(weight, None).linear(x)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return torch.allclose(packed, linear_reference(x, weight, None), rtol=2e-2, atol=2e-2)

@@ -27,6 +27,11 @@ class RopeTable:
         self._cos = torch.cat((cos, cos), -1).unsqueeze(1).to(device)
         self._sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(device)
 
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of each pair's angle, [max_context, D/2] float32, contiguous."""
+        half = self._cos.shape[-1] // 2
+        return self._cos[:, 0, :half].contiguous(), self._sin[:, 0, half:].contiguous()
+
     def rows(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [T] -> cos and signed sin, [T, 1, D] each: what one step needs, for all its layers."""
         return self._cos[positions].to(dtype), self._sin[positions].to(dtype)

@@ -15,10 +15,13 @@ import xxhash
 from torch import Tensor
 
 from tercet.errors import ModelFileCorrupt, UnsupportedModel
-from tercet.kernels.linear import CPU, LinearPacker, PackedLinear, compute_dtype
+from tercet.kernels.kinds import Kernels
+from tercet.kernels.linear import PackedLinear
 from tercet.kernels.norm import RmsNorm
+from tercet.kernels.packing import LinearPacker, activation_dtype
 from tercet.models.config import ModelConfig
-from tercet.models.transformer import Layer, Transformer, Weights
+from tercet.models.layers import Layer
+from tercet.models.transformer import Transformer, Weights
 from tercet.models.weights import WeightSource
 
 
@@ -29,27 +32,25 @@ class LoadedModel:
     fingerprint: str  # sha256 of config, dtype and every weight's bytes: equal models are interchangeable
 
 
-def build_model(
-    config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device = CPU
-) -> LoadedModel:
+def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype, kernels: Kernels) -> LoadedModel:
     """Raises ModelFileCorrupt for a tensor that is missing or has another shape than the config says, UnsupportedModel
     for one that the config has no place for."""
     _check_heads(source, config)
-    reader = _WeightReader(source, config, dtype, device)
+    reader = _WeightReader(source, config, dtype, kernels)
     with torch.inference_mode():
         weights = _weights(reader, config)
     reader.refuse_unused()
-    return LoadedModel(Transformer(config, weights), config, reader.fingerprint())
+    return LoadedModel(Transformer(config, weights, kernels), config, reader.fingerprint())
 
 
 class _WeightReader:
     """Reads each weight once, in the model's dtype, and remembers what it has read."""
 
-    def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._source, self._config, self._dtype, self._device = source, config, dtype, device
+    def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> None:
+        self._source, self._config, self._dtype, self._kernels = source, config, dtype, kernels
         self._unread = source.names()
         self.packer = LinearPacker(
-            dtype, max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim), device
+            dtype, max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim), kernels
         )
         self._digest = hashlib.sha256(json.dumps([asdict(config), str(dtype)], sort_keys=True).encode())
 
@@ -64,11 +65,13 @@ class _WeightReader:
         self._unread.discard(name)
         content = xxhash.xxh3_128_digest(weight.contiguous().view(torch.uint8).numpy().data)
         self._digest.update(f"{name} {[*shape]} ".encode() + content)
-        return weight.to(self._device)
+        return weight.to(self._kernels.device)
 
     def norm(self, name: str, size: int) -> RmsNorm:
-        weight = self.weight(f"{name}.weight", size).to(compute_dtype(self._dtype, self._device))
-        return RmsNorm(weight, self._config.rms_norm_eps)
+        return self.norm_of(self.weight(f"{name}.weight", size))
+
+    def norm_of(self, weight: Tensor) -> RmsNorm:
+        return RmsNorm(weight.to(activation_dtype(self._dtype, self._kernels)), self._config.rms_norm_eps)
 
     def linear(self, names: Sequence[str], outs: Sequence[int], fan_in: int, bias: bool) -> PackedLinear:
         """The matrices of `names`, stacked into one linear layer."""
@@ -127,5 +130,4 @@ def _qk_norm(reader: _WeightReader, config: ModelConfig, at: str) -> RmsNorm:
     """One norm over queries and keys together; weight [H + Hkv, D]."""
     query = reader.weight(f"{at}self_attn.q_norm.weight", config.head_dim).expand(config.num_heads, -1)
     key = reader.weight(f"{at}self_attn.k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)
-    weight = torch.cat((query, key))
-    return RmsNorm(weight.to(compute_dtype(weight.dtype, weight.device)), config.rms_norm_eps)
+    return reader.norm_of(torch.cat((query, key)))

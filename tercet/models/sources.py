@@ -28,8 +28,7 @@ from tercet.models.source_path import PACKAGE, as_path, source_path
 from tercet.spec import ModelSpec
 
 if TYPE_CHECKING:
-    import torch
-
+    from tercet.kernels.kinds import Kernels
     from tercet.models.loader import LoadedModel
     from tercet.models.tokenizer import Tokenizer
 
@@ -71,30 +70,31 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
         return tokenizer_from_hf(path, load_config(spec).eos_token_ids, spec.control_tokens_in_text)
 
 
-def load_model(spec: ModelSpec, device: torch.device | None = None) -> LoadedModel:
-    """Reads and packs the weights, for the CPU if `device` is None; seconds. Raises ModelFileMissing, ModelFileCorrupt,
-    UnsupportedModel."""
+def load_model(spec: ModelSpec, kernels: Kernels | None = None) -> LoadedModel:
+    """Reads and packs the weights for these kernels, or for the best that this CPU has; seconds. Raises
+    ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
     path = locate(spec, weights=True)
     with _named(path):
-        return _loaded(path, spec, device)
+        return _loaded(path, spec, kernels)
 
 
-def _loaded(path: Path, spec: ModelSpec, device: torch.device | None) -> LoadedModel:
+def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel:
     import torch
 
+    from tercet.kernels.kinds import choose_kernels
     from tercet.models.loader import build_model
     from tercet.models.weights import GgufWeights, SafetensorsWeights
 
-    dtype, where = getattr(torch, spec.dtype), device or torch.device("cpu")
+    dtype, kernels = getattr(torch, spec.dtype), kernels or choose_kernels()
     if path.suffix == ".gguf":
         file = GgufFile(path)
         config = config_from_gguf(file, spec.max_context)
-        return build_model(config, GgufWeights(file, config), dtype, where)
+        return build_model(config, GgufWeights(file, config), dtype, kernels)
     from tercet.models.tokenizer_hf import end_token_ids
 
     config = config_from_hf(path, spec.max_context)
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))
-    return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, where)
+    return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ starts and watches it."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import threading
@@ -11,14 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
-
 from tercet.core import Load, Role, WorkerInfo
 from tercet.devices import DEVICES
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
 from tercet.errors import ClusterError, WorkerLost
+from tercet.kernels.kinds import choose_kernels
 from tercet.models.sources import load_model
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
@@ -32,6 +32,7 @@ from tercet.transfer.transports.contract import MoverConfig, Transport
 from tercet.transfer.transports.table import usable
 from tercet.wire.worker_server import WorkerServer
 
+log = logging.getLogger(__name__)
 STUCK_S = 60.0  # a step that runs longer than any step should: the worker is unhealthy
 
 
@@ -69,9 +70,11 @@ class Worker:
         UnsupportedSpec if the pool's accelerator is not here."""
         loop = asyncio.get_running_loop()
         spec = self._spec.roles[self._role]
-        torch.set_num_threads(spec.threads)
         device = DEVICES[self._spec.pools[spec.pool].accelerator].torch_device()
-        loaded = await loop.run_in_executor(None, load_model, self._spec.model, device)
+        kernels = await loop.run_in_executor(None, choose_kernels, spec.kernels, device)
+        log.info("%s computes with kernels %s, threads: %d", self._worker_id, kernels, spec.threads)
+        kernels.set_threads(spec.threads)
+        loaded = await loop.run_in_executor(None, load_model, self._spec.model, kernels)
         region = self._region = Region(loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size))
         self.legs = Legs(loop)
         mover = _Mover(self._mover_config(loaded.fingerprint), region, usable(self._spec.transfer.transport))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tercet.kernels.activation import silu_and_mul, silu_and_mul_reference
+from tercet.kernels.kinds import CPU, Kernels
 from tercet.kernels.linear import (
     SLICE,
     Fp16Linear,
-    LinearPacker,
     OnednnLinear,
     PackedLinear,
     WidenedLinear,
@@ -18,6 +18,7 @@ from tercet.kernels.linear import (
     linear_reference,
 )
 from tercet.kernels.norm import RmsNorm, rms_norm_reference
+from tercet.kernels.packing import LinearPacker
 from tercet.kernels.rope import RopeTable, apply_rope, apply_rope_reference
 
 
@@ -29,16 +30,16 @@ def test_linear(kind, dtype, rows, biased):
     torch.manual_seed(0)
     weight, bias = torch.randn(SLICE + 100, 96).to(dtype), torch.randn(SLICE + 100).to(dtype) if biased else None
     if kind == "chosen":
-        linear = LinearPacker(dtype, 128).pack(weight, bias)
+        linear = LinearPacker(dtype, 128, Kernels()).pack(weight, bias)
     elif kind == "widened":
-        if compute_dtype(dtype) == dtype:
+        if compute_dtype(dtype, CPU) == dtype:
             pytest.skip("this CPU multiplies the dtype itself")
         linear = WidenedLinear(weight, bias, WideScratch(128))
-    elif compute_dtype(dtype) != dtype:
+    elif compute_dtype(dtype, CPU) != dtype:
         pytest.skip("activations are float32 on this CPU")
     else:
         linear = {"plain": PackedLinear, "onednn": OnednnLinear}[kind](weight, bias)
-    x = torch.randn(rows, 96).to(compute_dtype(dtype))
+    x = torch.randn(rows, 96).to(compute_dtype(dtype, CPU))
     tolerance = 1e-4 if dtype == torch.float32 else 0.15  # bfloat16 rounds inputs and results of about 10 to 2^-8
     torch.testing.assert_close(linear.linear(x), linear_reference(x, weight, bias), rtol=1e-2, atol=tolerance)
 
@@ -70,17 +71,17 @@ def test_fp16_linear(rows, biased):
 def test_weights_that_float16_does_not_hold_stay_as_they_are(value):
     weight = torch.full((40, 64), value).bfloat16()
     assert not Fp16Linear.holds(weight)
-    x = torch.randn(2, 64).to(compute_dtype(torch.bfloat16))
-    out = LinearPacker(torch.bfloat16, 64).pack(weight).linear(x)
+    x = torch.randn(2, 64).to(compute_dtype(torch.bfloat16, CPU))
+    out = LinearPacker(torch.bfloat16, 64, Kernels()).pack(weight).linear(x)
     torch.testing.assert_close(out, linear_reference(x, weight, None), rtol=2e-2, atol=value * 0.1)
 
 
 def test_linear_keeps_bfloat16_weights_exact():
     """More than one row is multiplied in float32, whatever the weights were rounded to when they were stored."""
-    if compute_dtype(torch.bfloat16) == torch.bfloat16:
+    if compute_dtype(torch.bfloat16, CPU) == torch.bfloat16:
         pytest.skip("this CPU multiplies bfloat16 itself")
     weight, x = torch.randn(300, 64).bfloat16(), torch.randn(3, 64)
-    out = LinearPacker(torch.bfloat16, 64).pack(weight).linear(x)
+    out = LinearPacker(torch.bfloat16, 64, Kernels()).pack(weight).linear(x)
     torch.testing.assert_close(out, linear_reference(x, weight, None), rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,126 @@
+// y = x wᵀ with w in panels: W outputs side by side, so that one vector holds the same input of W outputs.
+//
+//   n outputs   k inputs (even)   m rows of x
+//   bf16 panel  [k / 2][W] of 32 bits: the bfloat16 of input 2i in the lower half, that of 2i + 1 in the upper
+//   f32 panel   [k][W]
+//
+// Each output is summed over k in order by one accumulator, so a row's result does not depend on the other rows.
+#pragma once
+
+#include <vector>
+
+#include "vec.h"
+
+static inline vf fma_low(vf acc, vu pair, float x) { return acc + (vf)(pair << 16) * splat(x); }
+static inline vf fma_high(vf acc, vu pair, float x) { return acc + (vf)(pair & 0xffff0000u) * splat(x); }
+
+// Weights as float32.
+struct F32 {
+    using Weight = float;
+    using Input = float;
+    static constexpr int STEP = 1;  // inputs of one vector of weights
+    template <int NP, int MR>
+    static inline void step(vf (&acc)[MR][NP], const float* const (&w)[NP], long i, const float* x, long ldx) {
+        vf a[NP];
+        for (int p = 0; p < NP; p++) a[p] = load(w[p] + i * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) {
+            vf b = splat(x[r * ldx + i]);
+            for (int p = 0; p < NP; p++) acc[r][p] += a[p] * b;
+        }
+    }
+};
+
+// bfloat16 weights, widened in registers.
+struct Bf16 {
+    using Weight = uint32_t;
+    using Input = float;
+    static constexpr int STEP = 2;
+    template <int NP, int MR>
+    static inline void step(vf (&acc)[MR][NP], const uint32_t* const (&w)[NP], long i, const float* x, long ldx) {
+        for (int p = 0; p < NP; p++) {
+            vu pair = load(w[p] + i * W);
+#pragma GCC unroll 16
+            for (int r = 0; r < MR; r++) {
+                acc[r][p] = fma_low(acc[r][p], pair, x[r * ldx + 2 * i]);
+                acc[r][p] = fma_high(acc[r][p], pair, x[r * ldx + 2 * i + 1]);
+            }
+        }
+    }
+};
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+
+// bfloat16 weights and inputs, two products an instruction.
+struct Dot {
+    using Weight = uint32_t;
+    using Input = uint32_t;  // pairs
+    static constexpr int STEP = 2;
+    template <int NP, int MR>
+    static inline void step(vf (&acc)[MR][NP], const uint32_t* const (&w)[NP], long i, const uint32_t* x, long ldx) {
+        vu a[NP];
+        for (int p = 0; p < NP; p++) a[p] = load(w[p] + i * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) {
+            __m512bh b = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * ldx + i]));
+            for (int p = 0; p < NP; p++) acc[r][p] = (vf)_mm512_dpbf16_ps((__m512)acc[r][p], (__m512bh)a[p], b);
+        }
+    }
+};
+#endif
+
+constexpr int ROWS = W == 16 ? 12 : W == 8 ? 6 : 4;  // of a tile: with two panels, as many accumulators as registers hold
+
+// out(row, first column, sums) gets W columns at a time.
+template <class P, int NP, int MR, class Out>
+static inline void tile(const typename P::Weight* w, long panel, const typename P::Input* x, long ldx, long steps, int row, int column,
+                        const Out& out) {
+    const typename P::Weight* panels[NP];
+    for (int p = 0; p < NP; p++) panels[p] = w + p * panel;
+    vf acc[MR][NP] = {};
+    for (long i = 0; i < steps; i++) P::template step<NP, MR>(acc, panels, i, x, ldx);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++)
+        for (int p = 0; p < NP; p++) out(row + r, column + p * W, acc[r][p]);
+}
+
+template <class P, int NP, int MR, class Out>
+static inline void tile_of(int rows, const typename P::Weight* w, long panel, const typename P::Input* x, long ldx, long steps, int row,
+                           int column, const Out& out) {
+    if constexpr (MR > 0) {
+        if (rows == MR) return tile<P, NP, MR>(w, panel, x, ldx, steps, row, column, out);
+        tile_of<P, NP, MR - 1>(rows, w, panel, x, ldx, steps, row, column, out);
+    }
+}
+
+// NP panels for all m rows, in tiles of nearly the same size.
+template <class P, int NP, class Out>
+static inline void panels_by_rows(const typename P::Weight* w, long panel, const typename P::Input* x, long ldx, long steps, int m, int row,
+                                  int column, const Out& out) {
+    int tiles = (m + ROWS - 1) / ROWS;
+    for (int t = 0, at = 0; t < tiles; t++) {
+        int rows = (m - at) / (tiles - t);
+        tile_of<P, NP, ROWS>(rows, w, panel, x + at * ldx, ldx, steps, row + at, column, out);
+        at += rows;
+    }
+}
+
+// A buffer of this thread that grows as needed.
+template <class T, int N>
+static inline T* scratch(size_t count) {
+    static thread_local std::vector<T> memory;
+    if (memory.size() < count) memory.resize(count);
+    return memory.data();
+}
+
+constexpr int DIRECT_ROWS = 4;  // more: the weights are widened once, to the cache, not again for each tile
+
+// One bf16 panel [k / 2][W] of pairs -> f32 panel [k][W].
+static inline void widen_panel(const uint32_t* w, long k, float* wide) {
+    for (long i = 0; i < k / 2; i++) {
+        vu pair = load(w + i * W);
+        store(wide + 2 * i * W, (vf)(pair << 16));
+        store(wide + (2 * i + 1) * W, (vf)(pair & 0xffff0000u));
+    }
+}

@@ -1,0 +1,98 @@
+// What Python calls (library.py): each operation alone, and all layers of a step in one call.
+
+#include "attention.h"
+
+struct Layer {
+    const float* attention_norm;  // [hidden]
+    const float* qk_norm;         // [heads + kv_heads, dim] or null
+    const float* mlp_norm;        // [hidden]
+    Linear qkv, output, gate_up, down;
+    int64_t window;
+};
+
+struct Shape {
+    int64_t hidden, heads, kv_heads, dim, intermediate;
+    float eps;
+    const float *cosine, *sine;  // [max_context, dim / 2]
+};
+
+struct Step {
+    int64_t rows;
+    const int64_t *positions, *slots;  // [rows]
+    const Span* spans;
+    int64_t num_spans;
+    void* cache;  // [layers, blocks, 2, block_size, kv_heads, dim]
+    int64_t layer_bytes, block_size;
+    int32_t cache_format;
+};
+
+extern "C" {
+
+int lanes() { return W; }
+
+const char* instructions() {
+#if defined(__AVX512BF16__)
+    return "avx512_bf16";
+#elif defined(__AVX512F__)
+    return "avx512f";
+#elif defined(__AVX2__)
+    return "avx2";
+#else
+    return "baseline";
+#endif
+}
+
+void set_threads(int threads) { Team::instance().resize(threads); }
+
+void pack(const void* weight, int64_t n, int64_t k, int format, void* panels) {
+    if (format == FORMAT_F32)
+        pack_panels(static_cast<const float*>(weight), n, k, static_cast<float*>(panels));
+    else
+        pack_panels(static_cast<const uint16_t*>(weight), n, k, static_cast<uint32_t*>(panels));
+}
+
+void linear_forward(const Linear* l, const float* x, int64_t m, float* y) { linear_into(*l, x, l->k, m, y, l->n, false); }
+
+void rms_norm_forward(const float* x, const float* weight, float eps, int64_t rows, int64_t n, float* y) {
+    rms_norm(x, weight, eps, rows, n, y);
+}
+
+void silu_and_mul_forward(const float* gate_up, int64_t rows, int64_t n, float* y) { silu_and_mul(gate_up, rows, n, y); }
+
+void rotate_and_write_forward(float* qkv, const float* qk_norm, const Shape* s, const Step* step) {
+    Cache cache{step->cache, step->block_size, s->kv_heads, s->dim, step->cache_format};
+    rotate_and_write(qkv, qk_norm, s->eps, s->cosine, s->sine, step->positions, step->slots, step->rows, s->heads, cache);
+}
+
+void attention_forward(const float* query, int64_t ldq, const Shape* s, const Step* step, int64_t window, float* out) {
+    Cache cache{step->cache, step->block_size, s->kv_heads, s->dim, step->cache_format};
+    attend({query, ldq, cache, s->heads, window, 1 / std::sqrt(static_cast<float>(s->dim)), out}, step->spans, step->num_spans);
+}
+
+// All layers, x [rows, hidden] in place. on_layer(i), if given, is called when layer i's K and V are in the cache, and
+// stops it by another value than 0, which is returned. *done counts the layers.
+int layers_forward(const Layer* layers, int64_t count, const Shape* s, const Step* step, float* x, int (*on_layer)(int64_t),
+                   std::atomic<int64_t>* done) {
+    long rows = step->rows, width = (s->heads + 2 * s->kv_heads) * s->dim, attended_width = s->heads * s->dim;
+    float* normed = scratch<float, 6>(rows * (s->hidden + width + attended_width + 3 * s->intermediate));
+    float *qkv = normed + rows * s->hidden, *attended = qkv + rows * width;
+    float *gate_up = attended + rows * attended_width, *activated = gate_up + rows * 2 * s->intermediate;
+    Step here = *step;
+    for (int64_t i = 0; i < count; i++) {
+        const Layer& layer = layers[i];
+        here.cache = static_cast<char*>(step->cache) + i * step->layer_bytes;
+        rms_norm(x, layer.attention_norm, s->eps, rows, s->hidden, normed);
+        linear_into(layer.qkv, normed, s->hidden, rows, qkv, width, false);
+        rotate_and_write_forward(qkv, layer.qk_norm, s, &here);
+        if (int stop = on_layer ? on_layer(i) : 0) return stop;
+        attention_forward(qkv, width, s, &here, layer.window, attended);
+        linear_into(layer.output, attended, attended_width, rows, x, s->hidden, true);
+        rms_norm(x, layer.mlp_norm, s->eps, rows, s->hidden, normed);
+        linear_into(layer.gate_up, normed, s->hidden, rows, gate_up, 2 * s->intermediate, false);
+        silu_and_mul(gate_up, rows, s->intermediate, activated);
+        linear_into(layer.down, activated, s->intermediate, rows, x, s->hidden, true);
+        done->fetch_add(1, std::memory_order_relaxed);
+    }
+    return 0;
+}
+}

@@ -1,0 +1,114 @@
+// Linear layers over packed weights.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "gemm.h"
+#include "team.h"
+
+enum Format : int { FORMAT_F32 = 0, FORMAT_BF16 = 1 };
+
+struct Linear {
+    const void* weight;  // panels, the last one filled up with zeros
+    const float* bias;   // [n] or null
+    long n, k;
+    int format;
+};
+
+constexpr long BLOCK_BYTES = 192 << 10;  // of the rows of x that stay in the cache while panels pass by
+
+static inline void pack_panels(const uint16_t* weight, long n, long k, uint32_t* panels) {
+    for (long o = 0; o < n; o++)
+        for (long i = 0; i < k; i += 2)
+            panels[(o / W * (k / 2) + i / 2) * W + o % W] = weight[o * k + i] | static_cast<uint32_t>(weight[o * k + i + 1]) << 16;
+}
+
+static inline void pack_panels(const float* weight, long n, long k, float* panels) {
+    for (long o = 0; o < n; o++)
+        for (long i = 0; i < k; i++) panels[(o / W * k + i) * W + o % W] = weight[o * k + i];
+}
+
+template <int NP, class Out>
+static inline void bf16_panels(const uint32_t* w, const float* x, long ldx, long k, int m, int row, int column, const Out& out) {
+    long panel = k / 2 * W;
+    if (m <= DIRECT_ROWS) return panels_by_rows<Bf16, NP>(w, panel, x, ldx, k / 2, m, row, column, out);
+    float* wide = scratch<float, 0>(NP * k * W);
+    for (int p = 0; p < NP; p++) widen_panel(w + p * panel, k, wide + p * k * W);
+    panels_by_rows<F32, NP>(wide, k * W, x, ldx, k, m, row, column, out);
+}
+
+#if defined(__AVX512BF16__)
+// Rows of x as bfloat16, [m, k].
+static inline const uint32_t* narrowed_rows(const float* x, long ldx, long k, long m) {
+    uint32_t* to = scratch<uint32_t, 1>(m * k / 2 + W);
+    Team::instance().run(m, [&](long r) {
+        uint16_t* row = reinterpret_cast<uint16_t*>(to) + r * k;
+        long i = 0;
+        for (; i + W <= k; i += W) store_narrowed(row + i, load(x + r * ldx + i));
+        for (; i < k; i++) row[i] = static_cast<uint16_t>(narrowed(splat(x[r * ldx + i]))[0]);
+    });
+    return to;
+}
+#endif
+
+// Calls each(NP, panel) for panels first .. last, four, two or one at a time; `most` is 4 or 2.
+template <class Each>
+static inline void by_panels(long first, long last, long most, const Each& each) {
+    for (; most == 4 && last - first >= 4; first += 4) each(std::integral_constant<int, 4>{}, first);
+    for (; last - first >= 2; first += 2) each(std::integral_constant<int, 2>{}, first);
+    if (first < last) each(std::integral_constant<int, 1>{}, first);
+}
+
+// Calls tiles(NP, panel, row, rows) for all panels of a matrix and all blocks of its rows of x, on the team.
+template <class Tiles>
+static void panels_by_blocks(long n, long k, long m, const Tiles& tiles) {
+    long panels = (n + W - 1) / W, most = m == 1 ? 4 : 2;
+    long rows = std::max<long>(ROWS, BLOCK_BYTES / (k * 4) / ROWS * ROWS), blocks = (m + rows - 1) / rows;
+    long grain = std::max<long>(1, panels / most / (4 * Team::instance().threads())) * most;  // panels of one item
+    long items = (panels + grain - 1) / grain;
+    Team::instance().run(items * blocks, [&](long item) {
+        long row = item / items * rows, first = item % items * grain;
+        by_panels(first, std::min(panels, first + grain), most, [&](auto np, long panel) {
+            tiles(np, panel, static_cast<int>(row), static_cast<int>(std::min(rows, m - row)));
+        });
+    });
+}
+
+// x [m, k], rows ldx apart. out(row, first column, sums) gets W columns at a time.
+template <class Out>
+static void linear(const Linear& l, const float* x, long ldx, long m, const Out& out) {
+    if (l.format == FORMAT_F32) {
+        const float* weight = static_cast<const float*>(l.weight);
+        return panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
+            panels_by_rows<F32, np>(weight + panel * l.k * W, l.k * W, x + row * ldx, ldx, l.k, count, row, panel * W, out);
+        });
+    }
+    const uint32_t* weight = static_cast<const uint32_t*>(l.weight);
+    long panel_size = l.k / 2 * W;
+#if defined(__AVX512BF16__)
+    const uint32_t* pairs = narrowed_rows(x, ldx, l.k, m);
+    panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
+        panels_by_rows<Dot, np>(weight + panel * panel_size, panel_size, pairs + row * (l.k / 2), l.k / 2, l.k / 2, count, row, panel * W, out);
+    });
+#else
+    panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
+        bf16_panels<np>(weight + panel * panel_size, x + row * ldx, ldx, l.k, count, row, panel * W, out);
+    });
+#endif
+}
+
+// y [m, ldy] = x wᵀ + b, or added to what is there.
+static void linear_into(const Linear& l, const float* x, long ldx, long m, float* y, long ldy, bool add) {
+    linear(l, x, ldx, m, [&](int row, int column, vf sums) {
+        float* to = y + row * ldy + column;
+        int count = static_cast<int>(std::min<long>(W, l.n - column));
+        if (count == W) {
+            if (l.bias) sums += load(l.bias + column);
+            store(to, add ? sums + load(to) : sums);
+        } else {
+            if (l.bias) sums += load(l.bias + column, count);
+            store(to, add ? sums + load(to, count) : sums, count);
+        }
+    });
+}

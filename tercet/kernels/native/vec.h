@@ -1,0 +1,99 @@
+// Vectors of W float32 lanes, by the compiler's vector extensions: as wide as the CPU that this is compiled for has them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+static inline vf splat(float x) { return x - vf{}; }
+
+static inline vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
+static inline vu load(const uint32_t* p) { return *reinterpret_cast<const vu*>(p); }
+static inline void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
+static inline void store(uint32_t* p, vu v) { *reinterpret_cast<vu*>(p) = v; }
+
+// The first `count` lanes; the others are 0.
+static inline vf load(const float* p, int count) {
+    vf v = {};
+    memcpy(&v, p, count * sizeof(float));
+    return v;
+}
+static inline void store(float* p, vf v, int count) { memcpy(p, &v, count * sizeof(float)); }
+
+// bfloat16 is the upper half of a float32.
+static inline float widened(uint16_t x) {
+    uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+static inline vf widened(const uint16_t* p) {
+    return (vf)(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vu) << 16);
+}
+
+// To the nearest bfloat16, ties to even, in the lower half of each lane. NaN stays NaN.
+static inline vu narrowed(vf x) {
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return x == x ? rounded : (bits >> 16) | 0x40;
+}
+static inline void store_narrowed(uint16_t* p, vf x) {
+    *reinterpret_cast<vh*>(p) = __builtin_convertvector(narrowed(x), vh);
+}
+
+static inline float sum(vf x) {
+    float lanes[W], total = 0;
+    store(lanes, x);
+    for (int i = 0; i < W; i++) total += lanes[i];
+    return total;
+}
+
+static inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+// e^x, 2 ulp; 0 below -87, e^88 above 88, NaN for NaN. Range reduction to |r| <= ln2 / 2 and a polynomial of degree 6 (Cody and Waite).
+static inline vf exponential(vf x) {
+    vf low = splat(-87.0f), high = splat(88.0f);
+    vf bounded = x < low ? low : x > high ? high : x;
+    vf shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+    vf n = shifted - 12582912.0f;
+    vf r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vf power = (vf)((((vi)shifted << 23)) + (127 << 23));
+    vf result = p * power;
+    return x < low ? vf{} : result;
+}
+
+template <int STRIDE, size_t... LANE>
+static inline void exchange(vu& a, vu& b, std::index_sequence<LANE...>) {
+    vu low = __builtin_shufflevector(a, b, (LANE & STRIDE ? W + LANE - STRIDE : LANE)...);
+    b = __builtin_shufflevector(a, b, (LANE & STRIDE ? W + LANE : LANE + STRIDE)...);
+    a = low;
+}
+
+// rows[i] lane j <-> rows[j] lane i, by exchanging ever smaller blocks.
+template <int STRIDE = W / 2>
+static inline void transpose(vu (&rows)[W]) {
+    for (int i = 0; i < W; i++)
+        if (!(i & STRIDE)) exchange<STRIDE>(rows[i], rows[i + STRIDE], std::make_index_sequence<W>{});
+    if constexpr (STRIDE > 1) transpose<STRIDE / 2>(rows);
+}

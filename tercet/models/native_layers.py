@@ -1,0 +1,62 @@
+"""The decoder layers of the Llama family by the native kernels: one call computes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tercet.kernels.native.layers import NativeLayer, NativeLayers, NativeShape, NativeStep
+from tercet.kernels.native.linear import NativeLinear
+from tercet.kernels.norm import RmsNorm
+from tercet.kernels.rope import RopeTable
+from tercet.models.batch import StepBatch
+from tercet.models.config import ModelConfig
+from tercet.models.layers import Layer
+
+
+class CompiledLayers:
+    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
+        shape = NativeShape(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps, *rope.halves())
+        windows = config.sliding_windows
+        self._layers = NativeLayers(shape, [_native(*each) for each in zip(layers, windows, strict=True)])
+
+    @property
+    def layers_done(self) -> int:
+        return self._layers.layers_done
+
+    def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
+        step = NativeStep(batch.positions, batch.slots, _spans(batch))
+        self._layers.forward(x, step, kv_cache, on_layer)
+        return x
+
+
+def _spans(batch: StepBatch) -> Tensor:
+    tables = batch.decode_block_tables
+    at, width = tables.data_ptr(), tables.shape[1] * tables.element_size()
+    decodes = [[row, 1, context, at + row * width] for row, context in enumerate(batch.decode_context_lens.tolist())]
+    chunks = [[c.start_row, c.length, c.context, c.block_table.data_ptr()] for c in batch.chunks]
+    return torch.tensor(decodes + chunks, dtype=torch.int64)
+
+
+def _native(layer: Layer, window: int | None) -> NativeLayer:
+    return NativeLayer(
+        _weight(layer.attention_norm),
+        None if layer.qk_norm is None else _weight(layer.qk_norm),
+        _weight(layer.mlp_norm),
+        _linear(layer.qkv),
+        _linear(layer.output),
+        _linear(layer.gate_up),
+        _linear(layer.down),
+        window,
+    )
+
+
+def _weight(norm: RmsNorm) -> Tensor:
+    return norm.weight.float().contiguous()
+
+
+def _linear(layer: object) -> NativeLinear:
+    assert isinstance(layer, NativeLinear), "packed for other kernels"
+    return layer
