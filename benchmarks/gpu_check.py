@@ -209,9 +209,8 @@ def time_steps(device: Kind, hidden: int, layers: int) -> dict[str, float]:
     """Milliseconds of a step, a median."""
     with tempfile.TemporaryDirectory() as directory:
         source = save_model(Path(directory), hidden, layers, 32000)
-        model = load_model(
-            ModelSpec(source=source, dtype="bfloat16"), Kernels("torch", DEVICES[device].torch_device())
-        ).model
+        kernels = Kernels("torch", DEVICES[device].torch_device())
+        model = load_model(ModelSpec(source=source, dtype="bfloat16"), kernels).model
     runner = Runner(model, Region(model.kv_layout(BLOCKS, BLOCK)))
     return {name: 1e3 * median_s(lambda plan=plan: runner.run(plan)) for name, plan in STEPS.items()}  # type: ignore[misc]  # bound early
 

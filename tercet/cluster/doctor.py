@@ -40,12 +40,9 @@ def _transport(name: str, missing: str | None) -> Finding:
 def _native_kernels() -> Finding:
     """Compiles them if that was not done yet."""
     reason = missing()
-    told = (
-        f"can be used, compiled for {library().instructions().decode()}"
-        if reason is None
-        else f"{reason}: torch's are used, which are slower"
-    )
-    return Finding("kernels native", reason is None, told)
+    if reason is not None:
+        return Finding("kernels native", False, f"{reason}: torch's are used, which are slower")
+    return Finding("kernels native", True, f"can be used, compiled for {library().instructions().decode()}")
 
 
 def _open_pidfd() -> None:

@@ -145,7 +145,7 @@ struct InCache {
 #pragma GCC unroll 16
         for (int r = 0; r < MR; r++) {
             vf b = splat(x[r * ldx + i]);
-            for (int p = 0; p < NP; p++) acc[r][p] += a[p] * b;
+            for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
         }
     }
 };

@@ -11,8 +11,8 @@
 
 #include "vec.h"
 
-static inline vf fma_low(vf acc, vu pair, float x) { return acc + (vf)(pair << 16) * splat(x); }
-static inline vf fma_high(vf acc, vu pair, float x) { return acc + (vf)(pair & 0xffff0000u) * splat(x); }
+static inline vf fma_low(vf acc, vu pair, float x) { return fma((vf)(pair << 16), splat(x), acc); }
+static inline vf fma_high(vf acc, vu pair, float x) { return fma((vf)(pair & 0xffff0000u), splat(x), acc); }
 
 // Weights as float32.
 struct F32 {
@@ -26,7 +26,7 @@ struct F32 {
 #pragma GCC unroll 16
         for (int r = 0; r < MR; r++) {
             vf b = splat(x[r * ldx + i]);
-            for (int p = 0; p < NP; p++) acc[r][p] += a[p] * b;
+            for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
         }
     }
 };
@@ -50,7 +50,6 @@ struct Bf16 {
 };
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
 
 // bfloat16 weights and inputs, two products an instruction.
 struct Dot {

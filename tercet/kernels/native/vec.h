@@ -1,6 +1,10 @@
 // Vectors of W float32 lanes, by the compiler's vector extensions: as wide as the CPU that this is compiled for has them.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +24,18 @@ typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
 static inline vf splat(float x) { return x - vf{}; }
+
+// a * b + c, rounded once where the CPU can. Said so, since a compiler that chooses would choose otherwise from loop to
+// loop, and equal rows would get unequal results.
+static inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
 
 static inline vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 static inline vu load(const uint32_t* p) { return *reinterpret_cast<const vu*>(p); }
