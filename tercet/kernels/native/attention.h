@@ -11,6 +11,7 @@
 constexpr int TILE = 64;
 constexpr int VALUES = TILE + 2;  // rows of a panel of values: panels a power of two apart would share the same lines of the cache
 constexpr int BLOCK_ROWS = 48;  // query rows (tokens times the query heads of a KV head) that share a tile of one item
+constexpr int FEW_ROWS = 4;      // that take the values from where they lie
 constexpr long MOST_PARTIALS = 8 << 20;  // floats
 
 struct Span {  // one sequence's part of the batch
@@ -158,13 +159,13 @@ static void weigh_values(const Item& item, const Attention& a, long head, long f
     long dim = a.cache.dim, count = last - first, wide = (dim + W - 1) / W;
     find_values(item, a, head, first, last, values);
     auto write = [&](int row, int column, vf s) { store(out + row * ldo + column, s); };
-    if (rows > DIRECT_ROWS || dim % W) {
+    if (rows > FEW_ROWS || dim % W) {
         pack_values(values, count, dim, panels);
-        return by_panels(0, wide, rows <= 3 ? 4 : 2, [&](auto np, long p) {
+        return by_panels(0, wide, panels_at_once(rows), [&](auto np, long p) {
             panels_by_rows<F32, np>(panels + p * VALUES * W, VALUES * W, weights, TILE, count, rows, 0, p * W, write);
         });
     }
-    by_panels(0, wide, rows <= 3 ? 4 : 2, [&](auto np, long p) {
+    by_panels(0, wide, panels_at_once(rows), [&](auto np, long p) {
         panels_by_rows<InCache<T>, np>(values, 0, weights, TILE, count, rows, 0, p * W, write);
         for (long t = 0; t < count; t++) values[t] += np * W;
     });
@@ -198,7 +199,7 @@ static void attend_tile(const Item& item, const Attention& a, const float* query
     float *values = keys + TILE * (dim + W), *scores = values + wide * VALUES * W;
     bool f32 = a.cache.format == FORMAT_F32;
     (f32 ? pack_keys<float> : pack_keys<uint16_t>)(item, a, head, first, last, keys);
-    by_panels(0, panels, rows <= 3 ? 4 : 2, [&](auto np, long p) {
+    by_panels(0, panels, panels_at_once(rows), [&](auto np, long p) {
         panels_by_rows<F32, np>(keys + p * dim * W, dim * W, query, dim, dim, rows, 0, p * W,
                                 [&](int row, int column, vf s) { store(scores + row * TILE + column, s); });
     });

@@ -11,9 +11,6 @@
 
 #include "vec.h"
 
-static inline vf fma_low(vf acc, vu pair, float x) { return fma((vf)(pair << 16), splat(x), acc); }
-static inline vf fma_high(vf acc, vu pair, float x) { return fma((vf)(pair & 0xffff0000u), splat(x), acc); }
-
 // Weights as float32.
 struct F32 {
     using Weight = float;
@@ -38,13 +35,18 @@ struct Bf16 {
     static constexpr int STEP = 2;
     template <int NP, int MR>
     static inline void step(vf (&acc)[MR][NP], const uint32_t* const (&w)[NP], long i, const float* x, long ldx) {
-        for (int p = 0; p < NP; p++) {
-            vu pair = load(w[p] + i * W);
+        vf a[NP];
+        for (int p = 0; p < NP; p++) a[p] = (vf)(load(w[p] + i * W) << 16);
 #pragma GCC unroll 16
-            for (int r = 0; r < MR; r++) {
-                acc[r][p] = fma_low(acc[r][p], pair, x[r * ldx + 2 * i]);
-                acc[r][p] = fma_high(acc[r][p], pair, x[r * ldx + 2 * i + 1]);
-            }
+        for (int r = 0; r < MR; r++) {
+            vf b = splat(x[r * ldx + 2 * i]);
+            for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
+        }
+        for (int p = 0; p < NP; p++) a[p] = (vf)(load(w[p] + i * W) & 0xffff0000u);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) {
+            vf b = splat(x[r * ldx + 2 * i + 1]);
+            for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
         }
     }
 };
@@ -69,6 +71,7 @@ struct Dot {
 };
 #endif
 
+constexpr int REGISTERS = W == 16 ? 32 : 16;
 constexpr int ROWS = W == 16 ? 12 : W == 8 ? 6 : 4;  // of a tile: with two panels, as many accumulators as registers hold
 
 // out(row, first column, sums) gets W columns at a time.
@@ -111,15 +114,4 @@ static inline T* scratch(size_t count) {
     static thread_local std::vector<T> memory;
     if (memory.size() < count) memory.resize(count);
     return memory.data();
-}
-
-constexpr int DIRECT_ROWS = 4;  // more: the weights are widened once, to the cache, not again for each tile
-
-// One bf16 panel [k / 2][W] of pairs -> f32 panel [k][W].
-static inline void widen_panel(const uint32_t* w, long k, float* wide) {
-    for (long i = 0; i < k / 2; i++) {
-        vu pair = load(w + i * W);
-        store(wide + 2 * i * W, (vf)(pair << 16));
-        store(wide + (2 * i + 1) * W, (vf)(pair & 0xffff0000u));
-    }
 }

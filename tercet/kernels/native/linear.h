@@ -29,15 +29,6 @@ static inline void pack_panels(const float* weight, long n, long k, float* panel
         for (long i = 0; i < k; i++) panels[(o / W * k + i) * W + o % W] = weight[o * k + i];
 }
 
-template <int NP, class Out>
-static inline void bf16_panels(const uint32_t* w, const float* x, long ldx, long k, int m, int row, int column, const Out& out) {
-    long panel = k / 2 * W;
-    if (m <= DIRECT_ROWS) return panels_by_rows<Bf16, NP>(w, panel, x, ldx, k / 2, m, row, column, out);
-    float* wide = scratch<float, 0>(NP * k * W);
-    for (int p = 0; p < NP; p++) widen_panel(w + p * panel, k, wide + p * k * W);
-    panels_by_rows<F32, NP>(wide, k * W, x, ldx, k, m, row, column, out);
-}
-
 #if defined(__AVX512BF16__)
 // Rows of x as bfloat16, [m, k].
 static inline const uint32_t* narrowed_rows(const float* x, long ldx, long k, long m) {
@@ -52,10 +43,17 @@ static inline const uint32_t* narrowed_rows(const float* x, long ldx, long k, lo
 }
 #endif
 
-// Calls each(NP, panel) for panels first .. last, four, two or one at a time; `most` is 4 or 2.
+// How many panels a tile has when m rows are tiled: as many as there are registers for its accumulators, up to four.
+static inline long panels_at_once(long m) {
+    long tiles = std::max<long>(1, (m + ROWS - 1) / ROWS), rows = std::max<long>(1, (m + tiles - 1) / tiles);
+    return std::clamp<long>((REGISTERS - 2) / (rows + 1), 2, 4);
+}
+
+// Calls each(NP, panel) for panels first .. last, `most` at a time.
 template <class Each>
 static inline void by_panels(long first, long last, long most, const Each& each) {
     for (; most == 4 && last - first >= 4; first += 4) each(std::integral_constant<int, 4>{}, first);
+    for (; most >= 3 && last - first >= 3; first += 3) each(std::integral_constant<int, 3>{}, first);
     for (; last - first >= 2; first += 2) each(std::integral_constant<int, 2>{}, first);
     if (first < last) each(std::integral_constant<int, 1>{}, first);
 }
@@ -63,7 +61,7 @@ static inline void by_panels(long first, long last, long most, const Each& each)
 // Calls tiles(NP, panel, row, rows) for all panels of a matrix and all blocks of its rows of x, on the team.
 template <class Tiles>
 static void panels_by_blocks(long n, long k, long m, const Tiles& tiles) {
-    long panels = (n + W - 1) / W, most = m == 1 ? 4 : 2;
+    long panels = (n + W - 1) / W, most = panels_at_once(m);
     long rows = std::max<long>(ROWS, BLOCK_BYTES / (k * 4) / ROWS * ROWS), blocks = (m + rows - 1) / rows;
     long grain = std::max<long>(1, panels / most / (4 * Team::instance().threads())) * most;  // panels of one item
     long items = (panels + grain - 1) / grain;
@@ -93,7 +91,7 @@ static void linear(const Linear& l, const float* x, long ldx, long m, const Out&
     });
 #else
     panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
-        bf16_panels<np>(weight + panel * panel_size, x + row * ldx, ldx, l.k, count, row, panel * W, out);
+        panels_by_rows<Bf16, np>(weight + panel * panel_size, panel_size, x + row * ldx, ldx, l.k / 2, count, row, panel * W, out);
     });
 #endif
 }
