@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tercet.core import PromptScore, Ticket, TokenEvent
 from tercet.engine.kv_cache import cache_of
-from tercet.engine.plan import Piece, PieceResult, StepPlan, StepResult
+from tercet.engine.plan import Draw, Piece, PieceResult, StepPlan, StepResult
 from tercet.engine.sampler import sample, score
 from tercet.errors import EngineFault
 from tercet.models.batch import PrefillChunk, StepBatch
@@ -49,11 +49,14 @@ class Runner:
         batch = self._batch(plan)
         hidden = self._model.hidden(batch, self.kv_cache, self._on_layer(plan.chunks))
         draws = [piece.draw for piece in plan.pieces if piece.draw is not None]
-        drawn = iter(sample(self._model.logits(hidden[batch.logit_rows]).cpu(), draws) if draws else ())
+        drawn = iter(self._draw(hidden[batch.logit_rows], draws))
         tokens = [next(drawn) if piece.draw is not None else None for piece in plan.pieces]
         firsts = [*range(batch.num_decodes), *(rows.start_row for rows in batch.chunks)]
         scores = [self._scores(piece, hidden[first:]) for piece, first in zip(plan.pieces, firsts, strict=True)]
         return list(map(_result, tokens, scores))
+
+    def _draw(self, hidden: Tensor, draws: Rows[Draw]) -> list[TokenEvent | EngineFault]:
+        return sample(self._model.logits(hidden).cpu(), draws, self._model.kernels.native) if draws else []
 
     @torch.inference_mode()
     def check(self) -> None:

@@ -25,20 +25,26 @@ from torch import Tensor
 from tercet.core import PromptScore, SamplingParams, TokenEvent
 from tercet.engine.plan import Draw
 from tercet.errors import EngineFault
+from tercet.kernels.native.sampling import RowDraw, draw_tokens
 
 Bits = npt.NDArray[np.uint32]
 
 NOT_FINITE = EngineFault("the model's logits are not finite numbers: no token can be drawn")
 
 
-def sample(logits: Tensor, draws: Rows[Draw]) -> list[TokenEvent | EngineFault]:
-    """One token per row, or why there is none."""
-    usable = logits.amax(dim=-1).isfinite().tolist()  # amax is NaN if the row holds one
-    likeliest = _argmax(logits)
-    return [
-        _sample_row(logits[row], int(likeliest[row]), draw) if usable[row] else NOT_FINITE
-        for row, draw in enumerate(draws)
-    ]
+def sample(logits: Tensor, draws: Rows[Draw], native: bool = False) -> list[TokenEvent | EngineFault]:
+    """One token per row, or why there is none. native: by the native kernels."""
+    scores = penalised(logits, draws)
+    tokens = _draw_natively(scores, draws) if native else [_draw(scores[row], draw) for row, draw in enumerate(draws)]
+    events: list[TokenEvent | EngineFault] = []
+    for row, (token, draw) in enumerate(zip(tokens, draws, strict=True)):
+        if token is None:
+            events.append(NOT_FINITE)
+        elif draw.params.logprobs is None:
+            events.append(TokenEvent(token))
+        else:
+            events.append(_with_logprobs(logits[row], token, draw.params.logprobs))
+    return events
 
 
 def score(logits: Tensor, token_ids: Rows[int], count: int) -> list[PromptScore]:
@@ -55,23 +61,34 @@ def _argmax(x: Tensor) -> npt.NDArray[np.int64]:
     return np.asarray(x.numpy().argmax(axis=-1))
 
 
-def _sample_row(row: Tensor, likeliest: int, draw: Draw) -> TokenEvent | EngineFault:
-    params = draw.params
-    token = likeliest if params.greedy and not params.penalises else _draw(row, draw)
-    if token is None:
-        return NOT_FINITE
-    return TokenEvent(token) if params.logprobs is None else _with_logprobs(row, token, params.logprobs)
+def penalised(logits: Tensor, draws: Rows[Draw]) -> Tensor:
+    """The logits, or a copy if a row has a penalty."""
+    wanted = [row for row, draw in enumerate(draws) if draw.params.penalises]
+    if not wanted:
+        return logits
+    scores = logits.clone()
+    for row in wanted:
+        scores[row] = penalise(logits[row], draws[row])
+    return scores
 
 
-def _draw(row: Tensor, draw: Draw) -> int | None:
-    """None: a penalty has made a score larger than float32 holds."""
+def _draw_natively(scores: Tensor, draws: Rows[Draw]) -> list[int | None]:
+    rows = []
+    for params, position, *_ in draws:
+        bounds = (params.temperature, params.min_p, params.top_p, params.top_k)
+        words = (0, 0) if params.greedy else random_words(params.seed or 0, position)
+        rows.append(RowDraw(*bounds, *words, params.greedy))
+    return [None if token < 0 else token for token in draw_tokens(scores.contiguous(), rows)]
+
+
+def _draw(scores: Tensor, draw: Draw) -> int | None:
+    """None: the model's logits are not finite, or a penalty has made a score larger than float32 holds."""
     params = draw.params
-    scores = penalise(row, draw)
-    if not scores.amax().isfinite():
+    if not scores.amax().isfinite():  # NaN if the row holds one
         return None
     if not params.greedy:
         scores = truncated((scores - scores.amax()) / params.temperature, params)
-        scores = scores - exponentials(params.seed or 0, draw.position, len(row)).log_()
+        scores = scores - exponentials(params.seed or 0, draw.position, len(scores)).log_()
     return int(_argmax(scores))
 
 
@@ -107,12 +124,18 @@ def truncated(scores: Tensor, params: SamplingParams) -> Tensor:
     return scores
 
 
+def random_words(seed: int, position: int) -> tuple[int, int]:
+    """Two words of 32 bits."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
+
+
 def exponentials(seed: int, position: int, count: int) -> Tensor:
     """[count] float32: the exponential variates of output `position`, one a token id, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
-    bits = _weyl(count) ^ np.uint32(int.from_bytes(digest[:4]))
+    first, second = random_words(seed, position)
+    bits = _weyl(count) ^ np.uint32(first)
     _mix(bits)
-    bits += np.uint32(int.from_bytes(digest[4:]))
+    bits += np.uint32(second)
     _mix(bits)
     bits &= np.uint32(0x7FFFFFFF)
     # 31 bits, never 0 or 1. The small values decide the race, and float32 holds those without rounding.

@@ -39,6 +39,7 @@ class Transformer:
         self.config = config
         self.dtype = weights.embedding.dtype  # of the weights and of the KV cache
         self.device = weights.embedding.device
+        self.kernels = kernels
         self._weights = weights
         self._activations = activation_dtype(self.dtype, kernels)
         rope, kind = rope_table(config, self.device), CompiledLayers if kernels.native else TorchLayers

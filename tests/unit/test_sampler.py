@@ -15,6 +15,7 @@ from tercet.core import SamplingParams
 from tercet.engine import sampler
 from tercet.engine.plan import Draw
 from tercet.errors import EngineFault
+from tercet.kernels.native import trial
 
 VOCAB = 500
 
@@ -27,8 +28,16 @@ def rows(count, seed=0, scale=3.0):
     return torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+def sample(logits, draws):
+    """By torch, and the same by the native kernels."""
+    events = sampler.sample(logits, draws)
+    if trial.missing() is None:
+        assert sampler.sample(logits, draws, native=True) == events
+    return events
+
+
 def draw(row, params, output=(7, 7, 7, 3)):
-    [event] = sampler.sample(row.unsqueeze(0), [draw_of(params, output=output)])
+    [event] = sample(row.unsqueeze(0), [draw_of(params, output=output)])
     assert not isinstance(event, EngineFault), event
     return event.token_id
 
@@ -204,7 +213,7 @@ BAD = [
 def test_logits_that_are_no_numbers_are_a_fault_of_their_row_alone(bad, params):
     good = rows(1)[0]
     wanted = SamplingParams(**({"temperature": 1.0, "seed": 5} | params))
-    events = sampler.sample(torch.stack([good, bad, good]), [draw_of(wanted) for _ in range(3)])
+    events = sample(torch.stack([good, bad, good]), [draw_of(wanted) for _ in range(3)])
     assert isinstance(events[1], EngineFault)
     assert not isinstance(events[0], EngineFault)
     assert events[0].token_id == events[2].token_id == draw(good, wanted)
@@ -225,13 +234,13 @@ def test_a_penalty_beyond_float32_is_a_fault(temperature):
     row = rows(1)[0] * 1e37
     wanted = draw_of(SamplingParams(temperature=temperature, repetition_penalty=0.01, seed=1))
     wanted = wanted._replace(prompt=[int(row.argmax())])
-    [event] = sampler.sample(row.unsqueeze(0), [wanted])
+    [event] = sample(row.unsqueeze(0), [wanted])
     assert isinstance(event, EngineFault)
 
 
 def test_more_logprobs_than_the_vocabulary_has():
     row = torch.tensor([[1.0, 2.0, 0.5]])
-    [event] = sampler.sample(row, [draw_of(SamplingParams(temperature=0.0, logprobs=20), (0,), ())])
+    [event] = sample(row, [draw_of(SamplingParams(temperature=0.0, logprobs=20), (0,), ())])
     assert [i for i, _ in event.top_logprobs] == [1, 0, 2]
     assert len(sampler.score(row, [0], 20)[0][1]) == 3
 
@@ -247,7 +256,7 @@ def test_a_masked_token_is_never_drawn():
 def test_logprobs_are_those_of_the_raw_logits(count):
     params = SamplingParams(temperature=0.5, top_k=3, repetition_penalty=1.5, seed=4, logprobs=count)
     for row in rows(10):
-        [event] = sampler.sample(row.unsqueeze(0), [draw_of(params)])
+        [event] = sample(row.unsqueeze(0), [draw_of(params)])
         expected = row.double().log_softmax(-1)
         assert event.logprob == pytest.approx(float(expected[event.token_id]), abs=1e-4)
         top = expected.topk(count)
@@ -259,6 +268,26 @@ def test_a_row_does_not_depend_on_its_batch():
     params = [
         SamplingParams(temperature=t, seed=s, top_p=p) for s, (t, p) in enumerate([(0.7, 0.9), (1.0, 1.0), (0.0, 1.0)])
     ]
-    together = sampler.sample(rows(3), [draw_of(p) for p in params])
-    alone = [sampler.sample(row.unsqueeze(0), [draw_of(p)])[0] for row, p in zip(rows(3), params, strict=True)]
+    together = sample(rows(3), [draw_of(p) for p in params])
+    alone = [sample(row.unsqueeze(0), [draw_of(p)])[0] for row, p in zip(rows(3), params, strict=True)]
     assert [e.token_id for e in together] == [e.token_id for e in alone]
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 63, 64, 65, 500, 4097, 49152])
+def test_both_kernels_draw_the_same_tokens(vocab):
+    """Of all bounds together; many equal scores, and tokens that are masked."""
+    rng, generator = random.Random(vocab), torch.Generator().manual_seed(vocab)
+    logits = torch.randn(48, vocab, generator=generator) * torch.tensor([0.5, 3, 8]).repeat(16).unsqueeze(1)
+    logits[::5] = logits[::5].round()
+    logits[::7, 1:] = logits[::7, 1:].masked_fill(logits[::7, 1:] < 0, -torch.inf)
+    draws = []
+    for _ in range(len(logits)):
+        bounds = {"top_k": rng.choice([0, 1, 5, 50]), "top_p": rng.choice([1.0, 0.95, 0.5, 0.1])}
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 0.3, 1.0, 2.0]),
+            min_p=rng.choice([0.0, 0.05]),
+            seed=rng.randrange(9**9),
+            **bounds,
+        )
+        draws.append(draw_of(params, output=[0] * rng.randrange(9)))
+    assert not any(isinstance(event, EngineFault) for event in sample(logits, draws))

@@ -178,8 +178,7 @@ static inline float softmax_row(float* scores, long first, long low, long high, 
     for (long t = to; t < TILE; t++) scores[t] = -INFINITY;
     vf most = splat(-INFINITY);
     for (int t = 0; t < TILE; t += W) most = larger(load(scores + t), most);
-    float top = -INFINITY;
-    for (int t = 0; t < W; t++) top = most[t] > top ? most[t] : top;
+    float top = largest_lane(most);
     *largest = top;
     if (from == to) return 0;
     vf total = {};

@@ -1,6 +1,7 @@
 // What Python calls (library.py): each operation alone, and all layers of a step in one call.
 
 #include "attention.h"
+#include "sampling.h"
 
 struct Layer {
     const float* attention_norm;  // [hidden]
@@ -67,6 +68,10 @@ void rotate_and_write_forward(float* qkv, const float* qk_norm, const Shape* s, 
 void attention_forward(const float* query, int64_t ldq, const Shape* s, const Step* step, int64_t window, float* out) {
     Cache cache{step->cache, step->block_size, s->kv_heads, s->dim, step->cache_format};
     attend({query, ldq, cache, s->heads, window, 1 / std::sqrt(static_cast<float>(s->dim)), out}, step->spans, step->num_spans);
+}
+
+void draw_tokens_forward(const float* logits, int64_t rows, int64_t n, const Draw* draws, int64_t* tokens) {
+    draw_tokens(logits, rows, n, draws, tokens);
 }
 
 // All layers, x [rows, hidden] in place. on_layer(i), if given, is called when layer i's K and V are in the cache, and

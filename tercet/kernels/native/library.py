@@ -15,7 +15,7 @@ import platform
 import shutil
 import stat
 import subprocess
-from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -67,6 +67,16 @@ class Step(Structure):
     )
 
 
+class Draw(Structure):
+    _fields_ = (
+        *((name, c_float) for name in ("temperature", "min_p", "top_p")),
+        ("top_k", c_int64),
+        ("first", c_uint32),
+        ("second", c_uint32),
+        ("greedy", c_int32),
+    )
+
+
 OnLayer = CFUNCTYPE(c_int, c_int64)  # of the layer; not 0: stop
 
 _SIGNATURES = {
@@ -79,6 +89,7 @@ _SIGNATURES = {
     "silu_and_mul_forward": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "rotate_and_write_forward": (None, (c_void_p, c_void_p, POINTER(Shape), POINTER(Step))),
     "attention_forward": (None, (c_void_p, c_int64, POINTER(Shape), POINTER(Step), c_int64, c_void_p)),
+    "draw_tokens_forward": (None, (c_void_p, c_int64, c_int64, POINTER(Draw), c_void_p)),
     "layers_forward": (
         c_int,
         (POINTER(Layer), c_int64, POINTER(Shape), POINTER(Step), c_void_p, OnLayer, c_void_p),

@@ -1,7 +1,9 @@
 // RMSNorm, rotary embedding with the write of K and V, SwiGLU. All activations are float32.
 #pragma once
 
+#include <algorithm>
 #include <bit>
+#include <functional>
 
 #include "linear.h"
 #include "team.h"

@@ -80,6 +80,12 @@ static inline float sum(vf x) {
 
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
+static inline float largest_lane(vf x) {
+    float most = x[0];
+    for (int i = 1; i < W; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 // e^x, 2 ulp; 0 below -87, e^88 above 88, NaN for NaN. Range reduction to |r| <= ln2 / 2 and a polynomial of degree 6 (Cody and Waite).
 static inline vf exponential(vf x) {
     vf low = splat(-87.0f), high = splat(88.0f);
