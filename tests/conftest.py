@@ -13,6 +13,8 @@ from tercet.models.sources import load_model
 from tercet.roles import worker
 
 torch.set_num_threads(1)  # two cores, and most tests run several workers
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own functions depend on it
 _STATUS = pytest.StashKey[int]()
 _load_once = functools.cache(load_model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import torch
@@ -22,19 +23,22 @@ def _repair() -> None:
     """`range` over device values fails under NumPy 2.4 in Triton 3.6's interpreter, as `int` of an array of one number
     is an error there; and a call of a jit function patches the whole language again, which takes a millisecond."""
     try:
+        import triton.language as tl
         from triton.runtime import interpreter
     except ImportError:
         return  # the tests skip themselves
     patch_tensor, patch_all = interpreter._patch_lang_tensor, interpreter._patch_lang
-    done = []
+    languages, done = {id(tl), id(tl.core)}, set()
 
     def patch_tensor_index(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def patch_once(fn):
-        if not done:
-            done.append(patch_all(fn))
+        modules = frozenset(id(value) for value in fn.__globals__.values() if inspect.ismodule(value)) & languages
+        if modules not in done:
+            done.add(modules)
+            patch_all(fn)
         return _Kept()
 
     interpreter._patch_lang_tensor = patch_tensor_index

@@ -1,0 +1,64 @@
+"""One launch of each Triton operation, as a model would: what `tests.triton_compiler` compiles."""
+
+from __future__ import annotations
+
+import torch
+
+from tercet.kernels.triton import activation, decode, gather, prefill, rms_norm, rope
+
+BF16 = torch.bfloat16
+TOKENS, HEADS, KV_HEADS, DIM, S = 4, 16, 4, 128, 16
+TABLES = torch.zeros(TOKENS, 64, dtype=torch.int32)
+CONTEXTS = torch.full((TOKENS,), 100, dtype=torch.int32)
+
+
+def _cache(kv_heads=KV_HEADS, dim=DIM, dtype=BF16):
+    return torch.zeros(8, 2, S, kv_heads, dim, dtype=dtype)
+
+
+def norm():
+    x = torch.zeros(TOKENS, 1024, dtype=BF16)
+    rms_norm.add_rms_norm(x, x, torch.ones(1024, dtype=BF16), 1e-5)
+    rms_norm.rms_norm(torch.zeros(TOKENS, HEADS, DIM, dtype=BF16), torch.ones(HEADS, DIM), 1e-5)
+    rms_norm.rms_norm(torch.zeros(1, 576), torch.ones(576), 1e-5)
+
+
+def silu():
+    activation.silu_and_mul(torch.zeros(TOKENS, 4096, dtype=BF16))
+
+
+def rotate():
+    angle = torch.zeros(TOKENS, DIM // 2)
+    rope.rope_and_write(
+        torch.zeros(TOKENS, HEADS + 2 * KV_HEADS, DIM, dtype=BF16),
+        angle,
+        angle,
+        _cache(),
+        torch.zeros(TOKENS, dtype=torch.int64),
+        KV_HEADS,
+    )
+
+
+def decode_attention():
+    query = torch.zeros(TOKENS, HEADS, DIM, dtype=BF16)
+    common = {"most_context": 1000, "programs": 264}
+    decode.decode_attention(query, _cache(), TABLES, CONTEXTS, **common)
+    decode.decode_attention(query, _cache(), TABLES, CONTEXTS, window=64, soft_cap=30.0, **common)
+    one = torch.zeros(1, 3, 80)
+    decode.decode_attention(one, _cache(1, 80, torch.float32), TABLES[:1], CONTEXTS[:1], **common)
+
+
+def prefill_attention():
+    query = torch.zeros(TOKENS * 100, HEADS, DIM, dtype=BF16)
+    starts = torch.arange(TOKENS + 1, dtype=torch.int32) * 100
+    prefill.prefill_attention(query, _cache(), TABLES, starts, CONTEXTS, most_rows=100)
+    prefill.prefill_attention(query, _cache(), TABLES, starts, CONTEXTS, most_rows=100, window=64, soft_cap=30.0)
+    wide = torch.zeros(TOKENS * 100, 4, 256, dtype=BF16)
+    prefill.prefill_attention(wide, _cache(2, 256), TABLES, starts, CONTEXTS, most_rows=100)
+    narrow = torch.zeros(TOKENS * 100, 4, 64)
+    prefill.prefill_attention(narrow, _cache(2, 64, torch.float32), TABLES, starts, CONTEXTS, most_rows=100)
+
+
+def pack():
+    blocks = torch.zeros(3, dtype=torch.int64)
+    gather.scatter(_cache(), blocks, 1, gather.gather(_cache(), blocks, 1, 2))
