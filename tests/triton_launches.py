@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tercet.kernels.triton import activation, decode, gather, prefill, rms_norm, rope
+from tercet.kernels.triton import activation, decode, gather, prefill, rms_norm, rope, shared_prefix
 
 BF16 = torch.bfloat16
 TOKENS, HEADS, KV_HEADS, DIM, S = 4, 16, 4, 128, 16
@@ -62,3 +62,10 @@ def prefill_attention():
 def pack():
     blocks = torch.zeros(3, dtype=torch.int64)
     gather.scatter(_cache(), blocks, 1, gather.gather(_cache(), blocks, 1, 2))
+
+
+def shared_prefix_attention():
+    query, prefix = torch.zeros(TOKENS, HEADS, DIM, dtype=BF16), torch.full((1,), 64, dtype=torch.int32)
+    common = {"most_prefix": 64, "most_context": 1000, "programs": 264}
+    for options in ({}, {"window": 64, "soft_cap": 30.0}):
+        shared_prefix.shared_prefix_attention(query, _cache(), TABLES[0], prefix, TABLES, CONTEXTS, **options, **common)

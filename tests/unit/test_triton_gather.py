@@ -44,7 +44,7 @@ def test_there_and_back(case, dtype, index_dtype):
 
 def test_what_does_not_fit_is_refused():
     cache, blocks = torch.zeros(2, 2, 4, 3, 16), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="heads 2 .. 3 of 3"):
+    with pytest.raises(ValueError, match=r"heads 2 \.\. 3 of 3"):
         gather(cache, blocks, 2, 2)
     with pytest.raises(ValueError, match="float16"):
         scatter(cache, blocks, 0, torch.zeros(1, 2, 4, 3, 16, dtype=torch.float16))
