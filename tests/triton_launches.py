@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tercet.kernels.triton import activation, decode, gather, prefill, rms_norm, rope, shared_prefix
+from tercet.kernels.triton import activation, decode, gather, prefill, rms_norm, rope, sampling, shared_prefix
 
 BF16 = torch.bfloat16
 TOKENS, HEADS, KV_HEADS, DIM, S = 4, 16, 4, 128, 16
@@ -69,3 +69,10 @@ def shared_prefix_attention():
     common = {"most_prefix": 64, "most_context": 1000, "programs": 264}
     for options in ({}, {"window": 64, "soft_cap": 30.0}):
         shared_prefix.shared_prefix_attention(query, _cache(), TABLES[0], prefix, TABLES, CONTEXTS, **options, **common)
+
+
+def draw():
+    vocab, row = 128_256, torch.ones(TOKENS)
+    rows = sampling.SamplingRows(row, row, row.int(), row, torch.zeros(TOKENS, 2, dtype=torch.int64))
+    counts = torch.zeros(TOKENS, vocab, dtype=torch.int32)
+    sampling.sample(torch.zeros(TOKENS, vocab), rows, sampling.Penalties(row, row, row, counts.bool(), counts))
