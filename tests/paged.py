@@ -28,6 +28,12 @@ class Paged:
         self.tables = self.tables.to(DEVICE)
         self.contexts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
 
+    def forget(self, firsts):
+        """Give away the whole blocks before each sequence's token `firsts[i]`, as out of its window."""
+        size, nobody = self.cache.shape[2], len(self.cache) - 1
+        for table, first in zip(self.tables, firsts, strict=True):
+            table[: max(0, first) // size] = nobody
+
 
 def attention(query, keys, values, window=None, soft_cap=None):
     """query [T, H, D] of the last T tokens, keys [L, Hkv, D] and values [L, Hkv, Dv] -> [T, H, Dv], a row at a time."""

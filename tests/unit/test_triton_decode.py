@@ -26,6 +26,8 @@ def check(lengths, *, size=8, kv_heads=2, group=3, dim=64, dtype=torch.float32, 
     query = wide[:, : kv_heads * group]
     most = max(lengths, default=0)
     plan = None
+    if options.get("window"):
+        paged.forget([length - options["window"] for length in lengths])
     if lengths:
         window = options.get("window")
         plan = plan_decode(paged.contexts, kv_heads, most_context=most, window=window, programs=programs, tile=TILE)

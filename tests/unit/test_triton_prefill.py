@@ -21,6 +21,8 @@ CHUNK = st.tuples(st.sampled_from([0, 1, 5, 15, 16, 17, 33]), st.sampled_from([0
 
 def check(chunks, *, size=8, kv_heads=2, group=3, dim=64, dtype=torch.float32, seed=0, padding=0, **options):
     paged = Paged([rows + cached for rows, cached in chunks], size, kv_heads, dim, dtype, seed)
+    if options.get("window"):
+        paged.forget([cached - options["window"] + 1 for _, cached in chunks])
     counts = torch.tensor([0] + [rows for rows, _ in chunks])
     starts = counts.cumsum(0)
     total = int(starts[-1])

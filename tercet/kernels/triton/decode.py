@@ -130,7 +130,7 @@ def _stream(
             token = i * TILE + tl.arange(0, TILE)
             k, v = load_tile(
                 cache, block_stride, kind_stride, slot_stride, head_stride, tables + b * table_stride, head, token,
-                context, S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, DOT,
+                lowest, context, S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, DOT,
             )  # fmt: skip
             seen = ((token >= lowest) & (token < context))[None, :]
             top, total, acc = attend(q, k, v, seen, top, total, acc, scale, CAP, DOT)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tercet.kernels.triton.tiles import attend, dot_type, finish, load_tile, sizes, stages
+from tercet.kernels.triton.tiles import attend, dot_type, finish, load_tile, sizes
 
 ROWS = 64  # of a program: tokens times G
 TILE = 64  # KV tokens
@@ -76,7 +76,7 @@ def _prefill(
             key = i * TILE + tl.arange(0, TILE)
             k, v = load_tile(
                 cache, block_stride, kind_stride, slot_stride, head_stride, tables + sequence * table_stride, head,
-                key, context, S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, DOT,
+                key, lowest, context, S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, DOT,
             )  # fmt: skip
             seen = key[None, :] <= position[:, None]
             if WINDOW:
@@ -118,6 +118,6 @@ def prefill_attention(
             query, *query.stride()[:2], cache, *cache.stride()[:4], tables, tables.stride(0), starts, contexts, out,
             heads, dim**-0.5 if scale is None else scale, G=group, ROWS=rows, TILE=TILE, WINDOW=window or 0,
             CAP=soft_cap or 0.0, DOT=dot_type(query.dtype), **constants,
-            num_stages=stages(cache, TILE),
+            num_stages=4,
         )  # fmt: skip
     return out

@@ -42,8 +42,8 @@ def _rope_and_write(
     at = qkv + row * row_stride + head * head_stride + col
     first = tl.load(at, mask=here, other=0.0).to(tl.float32)
     second = tl.load(at + HALF, mask=here, other=0.0).to(tl.float32)
-    c = tl.load(cos + row * angle_stride + col, mask=col < HALF, other=0.0)
-    s = tl.load(sin + row * angle_stride + col, mask=col < HALF, other=0.0)
+    c = tl.load(cos + row * angle_stride + col, mask=col < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + row * angle_stride + col, mask=col < HALF, other=0.0).to(tl.float32)
     turned_first = tl.where(turns, first * c - second * s, first)
     turned_second = tl.where(turns, second * c + first * s, second)
     is_query = here & (head < query_heads)

@@ -71,7 +71,7 @@ def _prefix(
     for i in range(split * tiles // tl.num_programs(2), (split + 1) * tiles // tl.num_programs(2)):
         key = i * TILE + tl.arange(0, TILE)
         k, v = load_tile(
-            cache, block_stride, kind_stride, slot_stride, head_stride, table, head, key, length,
+            cache, block_stride, kind_stride, slot_stride, head_stride, table, head, key, 0, length,
             S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, DOT,
         )  # fmt: skip
         seen = (key < length)[None, :] & (key[None, :] < context[:, None])
@@ -145,7 +145,8 @@ def shared_prefix_attention(
     own = own_contexts(contexts, prefix)
     if plan is None:
         plan = plan_decode(own, kv_heads, most_context=most_context, window=window, programs=programs)
-    rows = max(FEWEST_ROWS, min(ROWS, triton.next_power_of_2(count * group)))
+    most_rows = ROWS if query.element_size() == 2 else ROWS // 4  # without tensor cores a row costs registers
+    rows = max(FEWEST_ROWS, min(most_rows, triton.next_power_of_2(count * group)))
     row_tiles = triton.cdiv(count * group, rows)
     splits = max(1, min(programs // (row_tiles * kv_heads), triton.cdiv(most_prefix, plan.tile)))
     parts = query.new_empty(splits + 1, count, heads, constants["V_DIM"], dtype=torch.float32)

@@ -27,6 +27,7 @@ def load_tile(
     table,
     head,
     at,
+    start,
     stop,
     S: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -35,9 +36,9 @@ def load_tile(
     BLOCK_V: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """at [TILE], token numbers of one sequence -> K [BLOCK_K, TILE] and V [TILE, BLOCK_V]. From `stop` on they are
-    zeros: what an earlier owner left there may be NaN, and times zero that is NaN."""
-    inside = at < stop
+    """at [TILE], token numbers of one sequence -> K [BLOCK_K, TILE] and V [TILE, BLOCK_V]. Outside start .. stop - 1
+    they are zeros: what another owner left there may be NaN, and times zero that is NaN."""
+    inside = (at >= start) & (at < stop)
     block = tl.load(table + at // S, mask=inside, other=0).to(tl.int64)
     rows = cache + block * block_stride + (at % S) * slot_stride + head * head_stride
     k_col = tl.arange(0, BLOCK_K)
@@ -95,9 +96,10 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def stages(cache: Tensor, tile: int) -> int:
-    """How many tiles are in flight: as many as fit the shared memory of an SM twice, up to three."""
+    """Of the compiler's pipeline: one or two tiles ahead, so that two programs of 16 rows fit the shared memory of an
+    SM. K and V wait for the table, so that a tile takes two stages."""
     tile_bytes = 2 * tile * triton.next_power_of_2(cache.shape[-1]) * cache.element_size()
-    return int(max(1, min(3, (112 << 10) // tile_bytes)))
+    return 6 if tile_bytes <= 32 << 10 else 4
 
 
 def sizes(cache: Tensor, value_dim: int | None) -> dict[str, int]:
