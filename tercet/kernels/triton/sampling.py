@@ -3,10 +3,11 @@ top-p, and an exponential race whose variates depend on two hash words of the ro
 
 R rows, one draw each   logits [R, vocab] float32
 
-Nothing is sorted. The cost of a token is how far its score lies below the row's largest, over the temperature: the
-largest has 0. What top-k and top-p keep are the tokens up to some cost: the largest one such that the tokens below it
-are fewer than k, or have less than top_p of the probability. It is searched by bisection over the bits of a float32,
-which are in the order of costs, and each step leaps to costs that tokens have: so it ends at exactly one of them.
+Nothing is sorted. The cost of a token is how far its score lies below the row's largest, which costs 0; its weight is
+the exponential of minus its cost over the temperature. What top-k and top-p keep are the tokens up to some cost: the
+largest one such that the tokens below it are fewer than k, or have less than top_p of the weight. It is searched by
+bisection over the bits of a float32, which are in the order of costs, and each step leaps to costs that tokens have: so
+it ends at exactly one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tercet.kernels.triton.tiles import LOG2_E
+
 TILE = 4096  # tokens
+AHEAD = tl.constexpr(5)  # tiles on their way: one program has a row to itself, and the whole of its SM
 NO_COST = tl.constexpr(0x7F800000)  # bits of infinity
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
@@ -79,26 +83,26 @@ def _penalise(
 
 
 @triton.jit
-def _costs(scores, token, vocab, largest, temperature):
-    """Infinite past the end, and for tokens whose score is minus infinity."""
+def _costs(scores, token, vocab, largest):
+    """Infinite past the end, and for tokens whose score is minus infinity. Never minus zero."""
     score = tl.load(scores + token, mask=token < vocab, other=float("-inf"))
-    return tl.div_rn(largest - score, temperature)
+    return tl.abs(largest - score)
 
 
 @triton.jit
-def _mass_below(scores, vocab, largest, temperature, limit, bound, BY_COUNT: tl.constexpr, TILE: tl.constexpr):
-    """Of tokens that cost at most `limit`: how many cost less than `bound`, or their probability times a constant; the
+def _mass_below(scores, vocab, largest, rate, limit, bound, BY_COUNT: tl.constexpr, TILE: tl.constexpr):
+    """Of tokens that cost at most `limit`: how many cost less than `bound`, or else their weight; the
     largest cost below it and the smallest from it on, as bits, and how many cost exactly it."""
     mass = tl.zeros([TILE], tl.float32)
     below = tl.zeros([TILE], tl.int32)
     above = tl.full([TILE], NO_COST, tl.int32)
     equal = tl.zeros([TILE], tl.int32)
-    for at in range(0, vocab, TILE):
-        cost = _costs(scores, at + tl.arange(0, TILE), vocab, largest, temperature)
+    for at in tl.range(0, vocab, TILE, num_stages=AHEAD):
+        cost = _costs(scores, at + tl.arange(0, TILE), vocab, largest)
         bits = cost.to(tl.int32, bitcast=True)
         allowed = (cost <= limit) & (bits < NO_COST)
         less = allowed & (bits < bound)
-        weight = 1.0 if BY_COUNT else tl.exp(-cost)
+        weight = 1.0 if BY_COUNT else tl.exp2(-cost * rate)
         mass += tl.where(less, weight, 0.0)
         below = tl.maximum(below, tl.where(less, bits, 0))
         above = tl.minimum(above, tl.where(allowed & (bits >= bound), bits, NO_COST))
@@ -107,15 +111,15 @@ def _mass_below(scores, vocab, largest, temperature, limit, bound, BY_COUNT: tl.
 
 
 @triton.jit
-def _largest_kept(scores, vocab, largest, temperature, limit, share, BY_COUNT: tl.constexpr, TILE: tl.constexpr):
-    """-> the largest cost, as bits, such that the mass below it is less than `share`: of all if not BY_COUNT, then the
-    second result is that mass in the units of the first result of `_mass_below`."""
-    whole, high, _, _ = _mass_below(scores, vocab, largest, temperature, limit, NO_COST, BY_COUNT, TILE)
+def _largest_kept(scores, vocab, largest, rate, limit, share, BY_COUNT: tl.constexpr, TILE: tl.constexpr):
+    """-> the largest cost, as bits, such that fewer than `share` tokens are below it, or else less than `share` of the
+    weight; and that number or weight."""
+    whole, high, _, _ = _mass_below(scores, vocab, largest, rate, limit, NO_COST, BY_COUNT, TILE)
     target = share if BY_COUNT else share * whole
     low = high * 0
     while low < high:
         middle = low + (high - low + 1) // 2
-        mass, below, above, _ = _mass_below(scores, vocab, largest, temperature, limit, middle, BY_COUNT, TILE)
+        mass, below, above, _ = _mass_below(scores, vocab, largest, rate, limit, middle, BY_COUNT, TILE)
         if mass < target:
             low = above
         else:
@@ -124,13 +128,13 @@ def _largest_kept(scores, vocab, largest, temperature, limit, share, BY_COUNT: t
 
 
 @triton.jit
-def _tie_end(scores, vocab, largest, temperature, bound, kept, TILE: tl.constexpr):
+def _tie_end(scores, vocab, largest, bound, kept, TILE: tl.constexpr):
     """The id after that of the `kept`th token whose cost has the bits `bound`."""
     before = kept * 0
     end = kept * 0
-    for at in range(0, vocab, TILE):
+    for at in tl.range(0, vocab, TILE, num_stages=AHEAD):
         token = at + tl.arange(0, TILE)
-        cost = _costs(scores, token, vocab, largest, temperature)
+        cost = _costs(scores, token, vocab, largest)
         equal = ((cost.to(tl.int32, bitcast=True) == bound) & (token < vocab)).to(tl.int32)
         rank = before + tl.cumsum(equal, 0)
         end = tl.maximum(end, tl.max(tl.where((equal > 0) & (rank <= kept), token + 1, 0), 0))
@@ -167,12 +171,12 @@ def _race(
     cost more than `limit` or `bound` stay out, and of those that cost `bound` the ids from tie_end on."""
     best = tl.full([TILE], float("-inf"), tl.float32)
     winner = tl.full([TILE], NO_TOKEN, tl.int32)
-    for at in range(0, vocab, TILE):
+    for at in tl.range(0, vocab, TILE, num_stages=AHEAD):
         token = at + tl.arange(0, TILE)
-        cost = _costs(scores, token, vocab, largest, temperature)
+        cost = _costs(scores, token, vocab, largest)
         bits = cost.to(tl.int32, bitcast=True)
         runs = (cost <= limit) & (bits < NO_COST) & ((bits < bound) | ((bits == bound) & (token < tie_end)))
-        time = -cost
+        time = -tl.div_rn(cost, temperature)
         if DRAWS:
             time -= _log_exponential(token, first, second)
         time = tl.where(runs, time, float("-inf"))
@@ -186,7 +190,7 @@ def _sample(logits, row_stride, temperatures, min_ps, top_ks, top_ps, words, tok
     row = tl.program_id(0).to(tl.int64)
     scores = logits + row * row_stride
     largest = tl.full([TILE], float("-inf"), tl.float32)
-    for at in range(0, vocab, TILE):
+    for at in tl.range(0, vocab, TILE, num_stages=AHEAD):
         token = at + tl.arange(0, TILE)
         score = tl.load(scores + token, mask=token < vocab, other=float("-inf"))
         number = score == score  # noqa: PLR0124 # NaN alone does not equal itself: it counts as infinite
@@ -197,24 +201,25 @@ def _sample(logits, row_stride, temperatures, min_ps, top_ks, top_ps, words, tok
         temperature = tl.load(temperatures + row)
         no_bound = tl.full([], NO_COST, tl.int32)
         if temperature > 0:
+            rate = LOG2_E / temperature
             limit = tl.full([], float("inf"), tl.float32)
             min_p = tl.load(min_ps + row)
             if min_p > 0:
-                limit = -tl.log(min_p)
+                limit = -tl.log(min_p) * temperature
             top_k = tl.load(top_ks + row)
             if (top_k > 0) & (top_k < vocab):
-                kth, _ = _largest_kept(scores, vocab, top, temperature, limit, top_k.to(tl.float32), True, TILE)
+                kth, _ = _largest_kept(scores, vocab, top, rate, limit, top_k.to(tl.float32), True, TILE)
                 limit = kth.to(tl.float32, bitcast=True)
             top_p = tl.load(top_ps + row)
             bound = no_bound
             tie_end = vocab + no_bound * 0
             if top_p < 1:
-                bound, target = _largest_kept(scores, vocab, top, temperature, limit, top_p, False, TILE)
-                mass, _, _, ties = _mass_below(scores, vocab, top, temperature, limit, bound, False, TILE)
-                each = tl.exp(-bound.to(tl.float32, bitcast=True))
+                bound, target = _largest_kept(scores, vocab, top, rate, limit, top_p, False, TILE)
+                mass, _, _, ties = _mass_below(scores, vocab, top, rate, limit, bound, False, TILE)
+                each = tl.exp2(-bound.to(tl.float32, bitcast=True) * rate)
                 kept = tl.ceil((target - mass) / each)
                 if kept < ties.to(tl.float32):
-                    tie_end = _tie_end(scores, vocab, top, temperature, bound, tl.maximum(kept, 1.0).to(tl.int32), TILE)
+                    tie_end = _tie_end(scores, vocab, top, bound, tl.maximum(kept, 1.0).to(tl.int32), TILE)
             first = tl.load(words + row * 2).to(tl.uint32)
             second = tl.load(words + row * 2 + 1).to(tl.uint32)
             chosen = _race(scores, vocab, top, temperature, limit, bound, tie_end, first, second, True, TILE)
