@@ -142,7 +142,7 @@ def test_what_is_left_out_is_never_drawn(options, tied):
 
 def test_zeros_of_either_sign_are_equal():
     logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0]], device=DEVICE).repeat(20, 1)
-    draws = [Draw(SamplingParams(seed=seed, top_p=0.9, top_k=4), 0) for seed in range(20)]
+    draws = [Draw(SamplingParams(seed=seed, top_p=0.4, top_k=4), 0) for seed in range(20)]
     assert draw_on_device(logits, draws) == draw_on_host(logits, draws)
 
 
