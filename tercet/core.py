@@ -234,3 +234,4 @@ class WorkerInfo:
     fingerprint: str  # model + layout; a pair must agree
     pid: int = 0
     node: str = ""
+    kernels: str = ""  # what it computes with

@@ -65,12 +65,21 @@ class RoleSpec(Frozen):
     parallel: ParallelSpec = ParallelSpec()
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # Ray CPUs of one replica
     threads: Positive = 1  # compute threads of one replica
+    # Cores that they are pinned to: each replica on a node takes the next `threads` of them. None: any
+    cpu_affinity: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
     # auto: C++ compiled for the CPU where there is a compiler, else torch's; why not is logged
     kernels: Literal["auto", "native", "torch"] = "auto"
     gpus: Annotated[int, Field(ge=0)] = 0  # of one replica
     npus: Annotated[int, Field(ge=0)] = 0
     scheduler: SchedulerSpec = SchedulerSpec()
     kv: KvSpec = KvSpec()
+
+    @model_validator(mode="after")
+    def _divide_cores(self) -> Self:
+        cores = self.cpu_affinity
+        if cores is not None and (not cores or len(cores) % self.threads or len({*cores}) < len(cores)):
+            raise ValueError(f"cpu_affinity: {cores} is not a list of different cores, {self.threads} for each replica")
+        return self
 
 
 class TransferSpec(Frozen):

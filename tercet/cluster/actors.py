@@ -57,9 +57,11 @@ async def stop_and_end(stop: Coroutine[Any, Any, None]) -> None:
 class WorkerActor:
     """One replica of a role. The role's object is made in `start`, whose errors reach the caller as they are."""
 
-    def __init__(self, worker_id: str, role: Role, epoch: int, spec: ClusterSpec, cluster_token: str) -> None:
+    def __init__(
+        self, worker_id: str, role: Role, epoch: int, spec: ClusterSpec, cores: Sequence[int], cluster_token: str
+    ) -> None:
         self._identity = (worker_id, role, epoch, spec)
-        self._token = cluster_token
+        self._cores, self._token = cores, cluster_token
         self._loopback = spec.network.host == "loopback"
 
     async def start(self) -> WorkerInfo:
@@ -67,7 +69,7 @@ class WorkerActor:
 
         self._watch = asyncio.create_task(end_with_raylet())
         host = "127.0.0.1" if self._loopback else node_address()
-        self._worker = Worker(*self._identity, host, self._token)
+        self._worker = Worker(*self._identity, host, self._token, cores=self._cores)
         return await self._worker.start()
 
     async def health(self) -> Load:

@@ -217,7 +217,8 @@ class Controller:
             slot.actor = await self._starter.launch(slot.member_id, slot.member.epoch, target)
             slot.info = await slot.actor.call("start", timeout_s=self._spec.ray.start_timeout_s)
             slot.member = reconcile.up(slot.member, time.monotonic())
-            self._report(f"{slot.title} is up (epoch {slot.member.epoch})")
+            kernels = getattr(slot.info, "kernels", "")  # of a worker
+            self._report(f"{slot.title} is up (epoch {slot.member.epoch}){kernels and f', kernels {kernels}'}")
             if slot.member_id == GATEWAY:
                 self._gateway_is_up(slot.info)
             self._changed.set()

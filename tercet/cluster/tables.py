@@ -29,6 +29,8 @@ def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
         role = spec.roles[worker.role]
         takes = ", ".join(f"{amount:g} {kind}" for kind, amount in worker.needs.items())
         threads = f"{role.threads} thread{'s' if role.threads > 1 else ''}"
+        if worker.cores:
+            threads += f" on core{'s' if len(worker.cores) > 1 else ''} {', '.join(map(str, worker.cores))}"
         cache = f"{role.kv.blocks * role.kv.block_size:,} tokens"
         table.add_row(worker.worker_id, worker.role, role.pool, _place(worker.node), f"{takes}, {threads}", cache)
     return table

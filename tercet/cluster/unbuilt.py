@@ -43,3 +43,5 @@ def _refuse_devices(path: str, holder: PoolSpec | RoleSpec, accelerator: str) ->
         raise UnsupportedSpec(f"{path}.gpus: has no effect in a pool whose accelerator is {accelerator}; use 0")
     if accelerator == "gpu" and isinstance(holder, RoleSpec) and holder.gpus != 1:
         raise UnsupportedSpec(f"{path}.gpus: a worker of a gpu pool runs on one GPU, got {holder.gpus}; use 1")
+    if accelerator == "gpu" and isinstance(holder, RoleSpec) and holder.kernels == "native":
+        raise UnsupportedSpec(f"{path}.kernels: native ones are for CPUs, and its pool has GPUs; use auto")

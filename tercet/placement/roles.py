@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from tercet.core import Role
 from tercet.errors import ClusterError, SpecError
+from tercet.placement.cores import pinned
 from tercet.spec import ClusterSpec, RoleSpec
 
 MAX_DEAD_ENDS = 20_000
@@ -45,6 +46,7 @@ class Assignment:
     node: Node
     labels: Mapping[str, str]  # of the pool: what any node that takes its place must carry
     needs: Mapping[str, float]  # Ray resource -> amount
+    cores: tuple[int, ...] = ()  # of the node, for its compute threads; empty: any
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def plan(
     kept: who runs already, of each role the oldest first; those that are too many are left out. taken: ids that nobody
     new may have.
     Raises ClusterError naming the first replica that fits nowhere, what it needs and what each node has; and for a
-    placement over several addresses when workers listen on loopback.
+    placement over several addresses when workers listen on loopback, or one node's workers that want the same cores.
     """
     assert nodes, "a Ray cluster has at least one node"
     stay = [w for role, wanted in spec.roles.items() for w in [k for k in kept if k.role is role][: wanted.replicas]]
@@ -109,7 +111,7 @@ def plan(
     # The hardest first: few nodes carry its labels, or it needs much.
     order = sorted(replicas, key=lambda r: (sum(map(r.may_use, nodes)), -sum(r.needs.values())))
     chosen = _Search(order, nodes, stay).run()
-    workers = [*stay, *(_assign(r, chosen[r.worker_id]) for r in replicas)]
+    workers = pinned(spec, [*stay, *(_assign(r, chosen[r.worker_id]) for r in replicas)])
     placement = Placement(nodes[0], tuple(sorted(workers, key=lambda w: list(spec.roles).index(w.role))))
     _refuse_split_loopback(spec, placement)
     return placement

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from tercet.core import Load, Role, WorkerInfo
 from tercet.devices import DEVICES
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
-from tercet.errors import ClusterError, WorkerLost
+from tercet.errors import ClusterError, UnsupportedSpec, WorkerLost
 from tercet.kernels.kinds import choose_kernels
 from tercet.models.sources import load_model
 from tercet.roles.aggregated import Aggregated
@@ -54,9 +56,10 @@ class Worker:
         host: str,
         cluster_token: str,
         serves: Sequence[Role] = (),
+        cores: Sequence[int] = (),
     ) -> None:
         """role: the spec's role that sizes it, and the one that it announces. serves: the kinds of legs; by default
-        its role's."""
+        its role's. cores: what its compute threads are pinned to; none: any."""
         self._worker_id = worker_id
         self._role = role
         self._epoch = epoch
@@ -64,6 +67,7 @@ class Worker:
         self._host = host
         self._token = cluster_token
         self._serves = serves or (role,)
+        self._cores = cores
 
     async def start(self) -> WorkerInfo:
         """Load the model, open the ports (free ones on `host`). Raises ModelError, ClusterError, and
@@ -71,9 +75,10 @@ class Worker:
         loop = asyncio.get_running_loop()
         spec = self._spec.roles[self._role]
         device = DEVICES[self._spec.pools[spec.pool].accelerator].torch_device()
-        kernels = await loop.run_in_executor(None, choose_kernels, spec.kernels, device)
+        _refuse_missing_cores(self._role, self._cores)
+        kernels = self._kernels = await loop.run_in_executor(None, choose_kernels, spec.kernels, device)
         log.info("%s computes with kernels %s, threads: %d", self._worker_id, kernels, spec.threads)
-        kernels.set_threads(spec.threads)
+        torch.set_num_threads(spec.threads)
         loaded = await loop.run_in_executor(None, load_model, self._spec.model, kernels)
         region = self._region = Region(loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size))
         self.legs = Legs(loop)
@@ -104,6 +109,7 @@ class Worker:
             loaded.fingerprint,
             os.getpid(),
             socket.gethostname(),
+            str(kernels),
         )
 
     def _mover_config(self, fingerprint: str) -> MoverConfig:
@@ -139,6 +145,9 @@ class Worker:
         return handler
 
     def _run_engine(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._cores:
+            os.sched_setaffinity(0, self._cores)  # of this thread, and of those that it starts
+        self._kernels.set_threads(self._spec.roles[self._role].threads)
         try:
             self.engine.run()
         finally:
@@ -164,3 +173,11 @@ class Worker:
         await self.legs.close()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join, 5.0)
         self._region.close()
+
+
+def _refuse_missing_cores(role: Role, cores: Sequence[int]) -> None:
+    here = os.sched_getaffinity(0)
+    missing = sorted({*cores} - here)
+    if missing:
+        wanted = f"roles.{role}.cpu_affinity: core {missing[0]}"
+        raise UnsupportedSpec(f"{wanted} is not here; this process may use {', '.join(map(str, sorted(here)))}")
