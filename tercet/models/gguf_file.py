@@ -87,6 +87,10 @@ class GgufFile:
             raise ModelFileCorrupt(f"{self.path}: {key} is {value!r:.60}, no token of its vocabulary")
         return value
 
+    def rows(self, name: str) -> npt.NDArray[np.uint8]:
+        """One tensor of the file as it is stored, [..., bytes of a row]."""
+        return self._part_of[name].rows(name)
+
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor, dequantised, [shape] float32. Raises UnsupportedModel if gguf cannot do that."""
         if name not in self._part_of:

@@ -69,11 +69,16 @@ class GgufPart:
         start = header.at + -header.at % align
         self.tensors = {info.name: _placed(info, start, path, len(self.data)) for info in infos}
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
-        """One tensor, dequantised, [shape] float32. Raises UnsupportedModel if gguf cannot do that."""
+    def rows(self, name: str) -> npt.NDArray[np.uint8]:
+        """One tensor as it is stored, [..., bytes of a row]."""
         tensor = self.tensors[name]
         raw = np.frombuffer(self.data, np.uint8, tensor.num_bytes, tensor.offset)
-        rows = raw.reshape(*tensor.shape[:-1], -1)
+        return raw.reshape(*tensor.shape[:-1], -1)
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """One tensor, dequantised, [shape] float32. Raises UnsupportedModel if gguf cannot do that."""
+        tensor, rows = self.tensors[name], self.rows(name)
+        raw = rows.reshape(-1)
         try:
             values = gguf.dequantize(
                 rows if tensor.kind not in _NATIVE else raw.view(_NATIVE[tensor.kind]), tensor.kind

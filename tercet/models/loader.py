@@ -17,6 +17,7 @@ from torch import Tensor
 from tercet.errors import ModelFileCorrupt, UnsupportedModel
 from tercet.kernels.kinds import Kernels
 from tercet.kernels.linear import PackedLinear
+from tercet.kernels.native.linear import Quantised, QuantisedLinear
 from tercet.kernels.norm import RmsNorm
 from tercet.kernels.packing import LinearPacker, activation_dtype
 from tercet.models.config import ModelConfig
@@ -32,27 +33,31 @@ class LoadedModel:
     fingerprint: str  # sha256 of config, dtype and every weight's bytes: equal models are interchangeable
 
 
-def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype, kernels: Kernels) -> LoadedModel:
-    """Raises ModelFileCorrupt for a tensor that is missing or has another shape than the config says, UnsupportedModel
+def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype | None, kernels: Kernels) -> LoadedModel:
+    """dtype: of weights and KV cache. None: matrices stay in the blocks that the file has, which takes native kernels;
+    what is in no such blocks is float32, and the cache bfloat16.
+
+    Raises ModelFileCorrupt for a tensor that is missing or has another shape than the config says, UnsupportedModel
     for one that the config has no place for."""
     _check_heads(source, config)
     reader = _WeightReader(source, config, dtype, kernels)
     with torch.inference_mode():
         weights = _weights(reader, config)
     reader.refuse_unused()
-    return LoadedModel(Transformer(config, weights, kernels), config, reader.fingerprint())
+    return LoadedModel(Transformer(config, weights, kernels, dtype or torch.bfloat16), config, reader.fingerprint())
 
 
 class _WeightReader:
     """Reads each weight once, in the model's dtype, and remembers what it has read."""
 
-    def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> None:
-        self._source, self._config, self._dtype, self._kernels = source, config, dtype, kernels
+    def __init__(self, source: WeightSource, config: ModelConfig, dtype: torch.dtype | None, kernels: Kernels) -> None:
+        self._source, self._config, self._kernels = source, config, kernels
+        self._dtype, self._in_blocks = dtype or torch.float32, dtype is None
         self._unread = source.names()
         self.packer = LinearPacker(
-            dtype, max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim), kernels
+            self._dtype, max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim), kernels
         )
-        self._digest = hashlib.sha256(json.dumps([asdict(config), str(dtype)], sort_keys=True).encode())
+        self._digest = hashlib.sha256(json.dumps([asdict(config), str(dtype or "blocks")], sort_keys=True).encode())
 
     def weight(self, name: str, *shape: int) -> Tensor:
         if name not in self._unread:
@@ -77,8 +82,16 @@ class _WeightReader:
         """The matrices of `names`, stacked into one linear layer."""
         weights = [self.weight(f"{n}.weight", out, fan_in) for n, out in zip(names, outs, strict=True)]
         biases = [self.weight(f"{n}.bias", out) for n, out in zip(names, outs, strict=True)] if bias else []
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return self.packer.pack(weight, torch.cat(biases) if bias else None)
+        return self.packed([f"{n}.weight" for n in names], weights, torch.cat(biases) if bias else None)
+
+    def packed(self, names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | None = None) -> PackedLinear:
+        """The weights of these names, stacked: as they are, or in the blocks that their file has."""
+        found = [self._source.quantised(name) for name in names] if self._in_blocks else []
+        blocks = [part for part in found if part is not None]
+        if blocks and len(blocks) == len(names) and len({part.bits for part in blocks}) == 1:
+            q, scales, leasts = (torch.cat([getattr(b, f) for b in blocks]) for f in ("q", "scales", "leasts"))
+            return QuantisedLinear(Quantised(q, scales, leasts, blocks[0].bits), bias)
+        return self.packer.pack(torch.cat([*weights]) if len(weights) > 1 else weights[0], bias)
 
     def has(self, name: str) -> bool:
         return name in self._unread
@@ -107,7 +120,7 @@ def _weights(reader: _WeightReader, config: ModelConfig) -> Weights:
     layers = tuple(_layer(reader, config, f"model.layers.{i}.") for i in range(config.num_layers))
     norm = reader.norm("model.norm", config.hidden_size)
     if config.tie_word_embeddings and not reader.has("lm_head.weight"):  # used if there is one, as in transformers
-        return Weights(embedding, layers, norm, reader.packer.pack(embedding))
+        return Weights(embedding, layers, norm, reader.packed(["model.embed_tokens.weight"], [embedding]))
     return Weights(embedding, layers, norm, reader.linear(["lm_head"], [config.vocab_size], config.hidden_size, False))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from tercet.errors import ModelFileCorrupt, ModelFileMissing
+from tercet.errors import ModelFileCorrupt, ModelFileMissing, UnsupportedSpec
 from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import config_from_gguf
 from tercet.models.config_hf import config_from_hf
@@ -85,7 +85,11 @@ def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel
     from tercet.models.loader import build_model
     from tercet.models.weights import GgufWeights, SafetensorsWeights
 
-    dtype, kernels = getattr(torch, spec.dtype), kernels or choose_kernels()
+    dtype = None if spec.dtype == "gguf" else getattr(torch, spec.dtype)
+    kernels = kernels or choose_kernels("native" if dtype is None else "auto")
+    refuse_blocks(spec, path)
+    if dtype is None and not kernels.native:
+        raise UnsupportedSpec(f"model.dtype: gguf takes native kernels, and this worker computes with {kernels}")
     if path.suffix == ".gguf":
         file = GgufFile(path)
         config = config_from_gguf(file, spec.max_context)
@@ -95,6 +99,12 @@ def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel
     config = config_from_hf(path, spec.max_context)
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))
     return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels)
+
+
+def refuse_blocks(spec: ModelSpec, path: Path) -> None:
+    """Raises UnsupportedSpec if weights in GGUF's blocks are wanted of something else."""
+    if spec.dtype == "gguf" and path.suffix != ".gguf":
+        raise UnsupportedSpec(f"model.dtype: gguf: {path} is no GGUF file; use bfloat16 or float32")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     T rows of the batch   R rows whose logits are wanted   E hidden size
 
 Called by the engine's runner with a `StepBatch` and its KV cache. Activations have the kernels' `activation_dtype`,
-the cache has the weights' dtype.
+the cache has a dtype of its own.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Weights:
 
 
 class Transformer:
-    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels, dtype: torch.dtype) -> None:
         self.config = config
-        self.dtype = weights.embedding.dtype  # of the weights and of the KV cache
+        self.dtype = dtype  # of the KV cache
         self.device = weights.embedding.device
         self.kernels = kernels
         self._weights = weights

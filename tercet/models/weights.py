@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tercet.errors import ModelFileCorrupt, ModelFileMissing, UnsupportedModel
+from tercet.kernels.native.linear import Quantised
 from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import ROPE_FREQS
 from tercet.models.config_hf import read_json
+from tercet.models.gguf_blocks import quantised
 from tercet.models.gguf_file import GgufFile
 
 GGUF_NAMES = {  # part of a GGUF name -> of a Hugging Face name
@@ -49,6 +51,9 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """In a floating dtype of the source's choice. The name is one of `names`."""
 
+    def quantised(self, name: str) -> Quantised | None:
+        """A matrix in the blocks that the file keeps it in, if it does and the native kernels take them."""
+
 
 class GgufWeights:
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
@@ -61,9 +66,18 @@ class GgufWeights:
 
     def read(self, name: str) -> Tensor:
         weight = torch.from_numpy(self._file.read(self._stored[name]))
-        if self._config.architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            return self._uninterleaved(weight)
-        return weight
+        return self._uninterleaved(weight) if self._interleaves(name) else weight
+
+    def quantised(self, name: str) -> Quantised | None:
+        stored = self._stored[name]
+        found = quantised(self._file.rows(stored), self._file.tensors[stored].kind)
+        if found is None or not self._interleaves(name):
+            return found
+        q, scales, leasts = map(self._uninterleaved, (found.q, found.scales, found.leasts))
+        return Quantised(q, scales, leasts, found.bits)
+
+    def _interleaves(self, name: str) -> bool:
+        return self._config.architecture == "llama" and ("q_proj" in name or "k_proj" in name)
 
     def _uninterleaved(self, weight: Tensor) -> Tensor:
         """GGUF keeps llama's rotary pairs as neighbouring rows; here they are the two halves of a head."""
@@ -100,6 +114,9 @@ class SafetensorsWeights:
             read = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise UnsupportedModel(f"{path}: tensor {stored!r} has dtype {weight.dtype}; {read} are read")
         return weight
+
+    def quantised(self, name: str) -> Quantised | None:
+        return None
 
 
 def _stored(directory: Path) -> dict[str, tuple[Path, str]]:

@@ -3,6 +3,7 @@
 //   n outputs   k inputs (even)   m rows of x
 //   bf16 panel  [k / 2][W] of 32 bits: the bfloat16 of input 2i in the lower half, that of 2i + 1 in the upper
 //   f32 panel   [k][W]
+//   quantised   see Quantised
 //
 // Each output is summed over k in order by one accumulator, so a row's result does not depend on the other rows.
 #pragma once
@@ -47,6 +48,37 @@ struct Bf16 {
         for (int r = 0; r < MR; r++) {
             vf b = splat(x[r * ldx + 2 * i + 1]);
             for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
+        }
+    }
+};
+
+constexpr int QUANT = 32;  // inputs of a quantised block
+
+// Weights of `BITS` bits in blocks of QUANT inputs: w = scale * q + least. A block of a panel is W scales, W leasts, and
+// QUANT * BITS / 32 words for each lane, which hold the q of inputs that follow each other, the first in the lowest bits.
+template <int BITS>
+struct Quantised {
+    using Weight = uint32_t;
+    using Input = float;
+    static constexpr int STEP = QUANT, EACH = 32 / BITS, WORDS = QUANT / EACH, SIZE = (2 + WORDS) * W;
+    template <int NP, int MR>
+    static inline void step(vf (&acc)[MR][NP], const uint32_t* const (&w)[NP], long i, const float* x, long ldx) {
+        for (int word = 0; word < WORDS; word++) {
+            vu q[NP];
+            for (int p = 0; p < NP; p++) q[p] = load(w[p] + i * SIZE + (2 + word) * W);
+            for (int each = 0; each < EACH; each++) {
+                vf a[NP];
+                for (int p = 0; p < NP; p++) {
+                    const float* block = reinterpret_cast<const float*>(w[p] + i * SIZE);
+                    a[p] = fma(__builtin_convertvector((vi)(q[p] & ((1u << BITS) - 1)), vf), load(block), load(block + W));
+                    q[p] >>= BITS;
+                }
+#pragma GCC unroll 16
+                for (int r = 0; r < MR; r++) {
+                    vf b = splat(x[r * ldx + i * QUANT + word * EACH + each]);
+                    for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
+                }
+            }
         }
     }
 };

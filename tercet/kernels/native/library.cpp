@@ -52,6 +52,14 @@ void pack(const void* weight, int64_t n, int64_t k, int format, void* panels) {
         pack_panels(static_cast<const uint16_t*>(weight), n, k, static_cast<uint32_t*>(panels));
 }
 
+// panels: zeros.
+void pack_quantised_weight(const uint8_t* q, const float* scales, const float* leasts, int64_t n, int64_t k, int format, uint32_t* panels) {
+    if (format == FORMAT_Q4)
+        pack_quantised<4>(q, scales, leasts, n, k, panels);
+    else
+        pack_quantised<8>(q, scales, leasts, n, k, panels);
+}
+
 void linear_forward(const Linear* l, const float* x, int64_t m, float* y) { linear_into(*l, x, l->k, m, y, l->n, false); }
 
 void rms_norm_forward(const float* x, const float* weight, float eps, int64_t rows, int64_t n, float* y) {

@@ -24,7 +24,7 @@ FLAGS = (
     *("-shared", "-fPIC", "-pthread"),
 )
 BUILD_S = 300.0  # a compiler that takes longer is stopped
-FORMATS = {"float32": 0, "bfloat16": 1}  # of weights and caches, as in linear.h
+FORMATS = {"float32": 0, "bfloat16": 1, "q4": 2, "q8": 3}  # of weights, the first two of caches too, as in linear.h
 
 
 class Linear(Structure):
@@ -84,6 +84,7 @@ _SIGNATURES = {
     "instructions": (c_char_p, ()),
     "set_threads": (None, (c_int,)),
     "pack": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p)),
+    "pack_quantised_weight": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     "linear_forward": (None, (POINTER(Linear), c_void_p, c_int64, c_void_p)),
     "rms_norm_forward": (None, (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p)),
     "silu_and_mul_forward": (None, (c_void_p, c_int64, c_int64, c_void_p)),

@@ -7,7 +7,7 @@
 #include "gemm.h"
 #include "team.h"
 
-enum Format : int { FORMAT_F32 = 0, FORMAT_BF16 = 1 };
+enum Format : int { FORMAT_F32 = 0, FORMAT_BF16 = 1, FORMAT_Q4 = 2, FORMAT_Q8 = 3 };
 
 struct Linear {
     const void* weight;  // panels, the last one filled up with zeros
@@ -27,6 +27,21 @@ static inline void pack_panels(const uint16_t* weight, long n, long k, uint32_t*
 static inline void pack_panels(const float* weight, long n, long k, float* panels) {
     for (long o = 0; o < n; o++)
         for (long i = 0; i < k; i++) panels[(o / W * k + i) * W + o % W] = weight[o * k + i];
+}
+
+// q [n, k] and scales, leasts [n, k / QUANT] -> panels of Quantised<BITS>.
+template <int BITS>
+static void pack_quantised(const uint8_t* q, const float* scales, const float* leasts, long n, long k, uint32_t* panels) {
+    using P = Quantised<BITS>;
+    long blocks = k / QUANT;
+    for (long o = 0; o < n; o++)
+        for (long b = 0; b < blocks; b++) {
+            uint32_t* block = panels + (o / W * blocks + b) * P::SIZE + o % W;
+            memcpy(block, scales + o * blocks + b, 4);
+            memcpy(block + W, leasts + o * blocks + b, 4);
+            for (int i = 0; i < QUANT; i++)
+                block[(2 + i / P::EACH) * W] |= static_cast<uint32_t>(q[o * k + b * QUANT + i]) << i % P::EACH * BITS;
+        }
 }
 
 #if defined(__AVX512BF16__)
@@ -73,6 +88,37 @@ static void panels_by_blocks(long n, long k, long m, const Tiles& tiles) {
     });
 }
 
+// One panel of Quantised<BITS> -> f32 panel [k][W].
+template <int BITS>
+static inline void widen_panel(const uint32_t* panel, long k, float* wide) {
+    using P = Quantised<BITS>;
+    for (long b = 0; b < k / QUANT; b++, panel += P::SIZE) {
+        vf scale = (vf)load(panel), least = (vf)load(panel + W);
+        for (int i = 0; i < QUANT; i++, wide += W) {
+            vu q = load(panel + (2 + i / P::EACH) * W) >> (i % P::EACH * BITS) & ((1u << BITS) - 1);
+            store(wide, fma(__builtin_convertvector((vi)q, vf), scale, least));
+        }
+    }
+}
+
+constexpr int DIRECT_ROWS = 4;  // more: quantised weights are widened once for a block of rows, not once for each tile
+
+template <int BITS, class Out>
+static void quantised_linear(const Linear& l, const float* x, long ldx, long m, const Out& out) {
+    long panel_size = l.k / QUANT * Quantised<BITS>::SIZE;
+    const uint32_t* weight = static_cast<const uint32_t*>(l.weight);
+    panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
+        const uint32_t* from = weight + panel * panel_size;
+        if (m <= DIRECT_ROWS) {
+            panels_by_rows<Quantised<BITS>, np>(from, panel_size, x + row * ldx, ldx, l.k / QUANT, count, row, panel * W, out);
+            return;
+        }
+        float* wide = scratch<float, 1>(np * l.k * W);
+        for (int p = 0; p < np; p++) widen_panel<BITS>(from + p * panel_size, l.k, wide + p * l.k * W);
+        panels_by_rows<F32, np>(wide, l.k * W, x + row * ldx, ldx, l.k, count, row, panel * W, out);
+    });
+}
+
 // x [m, k], rows ldx apart. out(row, first column, sums) gets W columns at a time.
 template <class Out>
 static void linear(const Linear& l, const float* x, long ldx, long m, const Out& out) {
@@ -82,6 +128,8 @@ static void linear(const Linear& l, const float* x, long ldx, long m, const Out&
             panels_by_rows<F32, np>(weight + panel * l.k * W, l.k * W, x + row * ldx, ldx, l.k, count, row, panel * W, out);
         });
     }
+    if (l.format == FORMAT_Q4) return quantised_linear<4>(l, x, ldx, m, out);
+    if (l.format == FORMAT_Q8) return quantised_linear<8>(l, x, ldx, m, out);
     const uint32_t* weight = static_cast<const uint32_t*>(l.weight);
     long panel_size = l.k / 2 * W;
 #if defined(__AVX512BF16__)

@@ -6,12 +6,15 @@ n outputs   k inputs
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tercet.kernels.linear import PackedLinear
 from tercet.kernels.native.library import FORMATS, Linear, library
+
+BLOCK = 32  # inputs that share a scale
 
 
 class NativeLinear(PackedLinear):
@@ -32,3 +35,31 @@ class NativeLinear(PackedLinear):
         out = torch.empty(len(x), self.struct.n)
         library().linear_forward(ctypes.byref(self.struct), x.data_ptr(), len(x), out.data_ptr())
         return out
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix [n, k] in blocks of 32 inputs: w = scale * q + least."""
+
+    q: Tensor  # [n, k] uint8, below 2**bits
+    scales: Tensor  # [n, k / 32] float32
+    leasts: Tensor  # [n, k / 32] float32
+    bits: int  # 4 or 8
+
+    def values(self) -> Tensor:
+        """[n, k] float32."""
+        blocks = self.q.view(*self.scales.shape, BLOCK).float()
+        return torch.addcmul(self.leasts.unsqueeze(-1), blocks, self.scales.unsqueeze(-1)).view(self.q.shape)
+
+
+class QuantisedLinear(NativeLinear):
+    """The product with the weights that the blocks stand for, which are widened in registers."""
+
+    def __init__(self, weight: Quantised, bias: Tensor | None) -> None:
+        lanes, (n, k), kind = library().lanes(), weight.q.shape, FORMATS[f"q{weight.bits}"]
+        words = k // BLOCK * (2 + weight.bits)
+        self._panels = torch.zeros(-(-n // lanes) * lanes, words, dtype=torch.int32)
+        self._bias = None if bias is None else bias.float().contiguous()
+        parts = [part.contiguous() for part in (weight.q, weight.scales, weight.leasts)]
+        library().pack_quantised_weight(*(part.data_ptr() for part in parts), n, k, kind, self._panels.data_ptr())
+        self.struct = Linear(self._panels.data_ptr(), None if self._bias is None else self._bias.data_ptr(), n, k, kind)
