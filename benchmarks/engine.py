@@ -1,8 +1,9 @@
-"""The engine alone, in this process, against `transformers` and the machine: decode, a batch, prefill.
+"""The engine alone, in this process, against a rival and the machine: decode, a batch, prefill.
 
     python -m benchmarks.engine --threads 1 --json result.json
 
-Every round runs each measure once with our engine, once with transformers (same weights, threads and prompts of random
+The rival is `transformers`, or our engine with torch's kernels (`--rival torch`).
+Every round runs each measure once with our engine, once with the rival (same weights, threads and prompts of random
 ids, greedy, eos ignored), and once reads memory and multiplies matrices, so that noise hits all of them. Each figure,
 ratios too, is the median of the rounds' figures; a ratio above 1 says that our engine is the faster.
 """
@@ -10,16 +11,13 @@ ratios too, is the median of the rounds' figures; a ratio above 1 says that our 
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.machine import DECODE, PREFILL, RATES, Cost, Figures, Machine, facts, resident_mb
 from tercet.core import SamplingParams, Ticket
 from tercet.engine.executor import LocalExecutor
 from tercet.engine.loop import Engine
@@ -43,17 +42,12 @@ from tercet.models.sources import load_model, locate
 from tercet.spec import ModelSpec, RoleSpec
 from tercet.transfer.memory.region import Region
 
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-READ_BYTES = 5 << 28  # 1.25 GiB, far more than any cache holds
-GEMM_SIZE = 2048
-RATES = {"read": "GB/s", "gemm": "GFLOPS"}
-COLUMNS = (("tercet", ",.1f"), ("transformers", ",.1f"), ("ratio", ".2f"), ("machine", ",.1f"), ("reached", ".0%"))
+COLUMNS = (("tercet", ",.1f"), ("rival", ",.1f"), ("ratio", ".2f"), ("machine", ",.1f"), ("reached", ".0%"))
 
 Dtype = Literal["bfloat16", "float32"]
 Ours = Literal["bfloat16", "float32", "gguf"]
 Wanted = Literal["auto", "native", "torch"]
 Prompts = Sequence[Sequence[int]]
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Outcome:
     tokens: list[list[int]]
 
 
-DECODE, BATCH, PREFILL = "decode", "batch", "prefill"
+BATCH = "batch"
 WORKLOADS = {DECODE: Workload(1, 32, 64), BATCH: Workload(16, 128, 64), PREFILL: Workload(1, 1024, 2)}
 SPEEDS: dict[str, Callable[[Workload, Outcome], float]] = {  # tokens per second
     DECODE: lambda work, out: (work.outputs - 1) / (out.total_s - out.first_s),
@@ -165,53 +159,6 @@ class Transformers:
         return Outcome(stamps.times[1] - start, stamps.times[-1] - start, out[:, ids.shape[1] :].tolist())
 
 
-class Machine:
-    """What it can do: read memory, and multiply square matrices, a bᵀ, as a linear layer does."""
-
-    def __init__(self, shrink: int) -> None:
-        numbers = torch.ones(READ_BYTES // 4 // shrink)
-        matrix, vector = torch.ones(READ_BYTES // 8192 // shrink, 4096).bfloat16(), torch.ones(4096).bfloat16()
-        wide = torch.rand(GEMM_SIZE // shrink, GEMM_SIZE // shrink)
-        narrow, flops = wide.bfloat16(), 2 * len(wide) ** 3
-        self._works: dict[str, tuple[float, Callable[[], object]]] = {  # name -> (bytes or FLOPs, what takes them)
-            "read_float32_sum": (numbers.nbytes, numbers.sum),
-            "read_bfloat16_matvec": (matrix.nbytes, partial(torch.mv, matrix, vector)),
-            "gemm_float32": (flops, partial(torch.mm, wide, wide.t())),
-            "gemm_bfloat16": (flops, partial(torch.mm, narrow, narrow.t())),
-        }
-
-    def measure(self) -> Figures:
-        """Bytes or FLOPs per second."""
-        rates = {}
-        for name, (amount, work) in self._works.items():
-            start = time.perf_counter()
-            work()
-            rates[name] = amount / (time.perf_counter() - start)
-        return rates
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a token must read and compute at least. Norms and the KV that decode reads are left out: below 2 %."""
-
-    decode_bytes: float  # weights
-    prefill_flops: float  # mean over the tokens of a prompt
-
-    @classmethod
-    def of(cls, config: ModelConfig, itemsize: float, prompt: int) -> Cost:
-        heads = config.num_heads * config.head_dim
-        attention = config.hidden_size * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
-        body = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
-        head = config.vocab_size * config.hidden_size
-        scores = config.num_layers * heads * (prompt + 1)  # q kᵀ and p v, causal
-        return cls(itemsize * (body + head), 2 * (body + scores + head / prompt))
-
-    def limits(self, rates: Figures) -> Figures:
-        """Tokens per second on a machine of these rates: its fastest way to read and its fastest to multiply."""
-        read, gemm = (max(rate for name, rate in rates.items() if name.startswith(kind)) for kind in RATES)
-        return {DECODE: read / self.decode_bytes, PREFILL: gemm / self.prefill_flops}
-
-
 def bytes_per_weight(dtype: Ours, config: ModelConfig) -> float:
     """Of a GGUF's blocks the mean over its file, which has little else."""
     if dtype != "gguf":
@@ -223,12 +170,17 @@ def compare(measure: str, work: Workload, ours: Outcome, theirs: Outcome) -> Fig
     pairs = [pair for a, b in zip(ours.tokens, theirs.tokens, strict=True) for pair in zip(a, b, strict=True)]
     mine, other = SPEEDS[measure](work, ours), SPEEDS[measure](work, theirs)
     same = sum(a == b for a, b in pairs) / len(pairs)
-    values = {"tercet": mine, "transformers": other, "ratio": mine / other, "same_tokens": same}
+    values = {"tercet": mine, "rival": other, "ratio": mine / other, "same_tokens": same}
     return {f"{measure}.{name}": value for name, value in values.items()}
 
 
 def run_rounds(
-    ours: Tercet, theirs: Transformers, machine: Machine, cost: Cost, workloads: Mapping[str, Workload], repeats: int
+    ours: Tercet,
+    theirs: Transformers | Tercet,
+    machine: Machine,
+    cost: Cost,
+    workloads: Mapping[str, Workload],
+    repeats: int,
 ) -> list[Figures]:
     """Of each round `MEASURE.KEY` for each measure, and the machine's rates."""
     rounds = []
@@ -255,36 +207,17 @@ def table(result: Figures, workloads: Mapping[str, Workload], title: str) -> Tab
     made.add_section()
     for name, unit in ((name, unit) for name in result for kind, unit in RATES.items() if name.startswith(kind)):
         made.add_row(f"{name.replace('_', ' ')}, {unit}", "", "", "", f"{result[name] / 1e9:,.1f}")
-    made.add_row("resident, MB", *(f"{result[f'resident_mb.{name}']:,.0f}" for name in ("tercet", "transformers")))
+    made.add_row("resident, MB", *(f"{result[f'resident_mb.{name}']:,.0f}" for name in ("tercet", "rival")))
     return made
-
-
-def facts() -> dict[str, Any]:
-    """Of machine and software. The commit is marked `-dirty` if the tree has changes."""
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    cpu = {key.strip(): value.strip() for key, _, value in lines}
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {
-        "cpu": cpu.get("model name", "unknown"),
-        "cores": len(os.sched_getaffinity(0)),
-        "flags": [flag for flag in FLAGS if flag in cpu.get("flags", "").split()],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main(
     threads: Annotated[int, typer.Option(min=1, help="compute threads, of both")] = 1,
     dtype: Annotated[Ours, typer.Option(help="of our weights")] = "bfloat16",
     rival_dtype: Annotated[
-        Dtype | None, typer.Option(help="of transformers' weights; default: the same, or bfloat16")
+        Dtype | None, typer.Option(help="of the rival's weights; default: the same, or bfloat16")
     ] = None,
+    rival: Annotated[Literal["transformers", "torch"], typer.Option(help="who is measured beside us")] = "transformers",
     kernels: Annotated[Wanted, typer.Option(help="of our engine")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="rounds")] = 5,
     shrink: Annotated[int, typer.Option(min=1, help="divide every size by this, to try the script out")] = 1,
@@ -293,21 +226,28 @@ def main(
     """The figures are to be read: none of them makes the command fail."""
     torch.set_num_threads(threads)
     rival_dtype = rival_dtype or ("bfloat16" if dtype == "gguf" else dtype)
-    about = facts() | {"threads": threads, "dtype": dtype, "rival_dtype": rival_dtype, "repeats": repeats}
+    about = facts() | {
+        "threads": threads,
+        "dtype": dtype,
+        "rival": rival,
+        "rival_dtype": rival_dtype,
+        "repeats": repeats,
+    }
     workloads = {name: work.shrunk(shrink) for name, work in WORKLOADS.items()}
     memory = [resident_mb()]
     ours = Tercet(ModelSpec(dtype=dtype), threads, kernels)
     torch.set_num_threads(threads)  # of transformers; with native kernels ours uses none of torch's
     about["kernels"] = ours.kernels
     memory.append(resident_mb())
-    theirs = Transformers(ModelSpec(dtype=rival_dtype))
+    other = ModelSpec(dtype=rival_dtype)
+    theirs = Tercet(other, threads, "torch") if rival == "torch" else Transformers(other)
     memory.append(resident_mb())
     cost = Cost.of(ours.config, bytes_per_weight(dtype, ours.config), workloads[PREFILL].inputs)
     rounds = run_rounds(ours, theirs, Machine(shrink), cost, workloads, repeats)
     ours.stop()
     result = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
-    result |= {"resident_mb.tercet": memory[1] - memory[0], "resident_mb.transformers": memory[2] - memory[1]}
-    title = f"{dtype} against {about['rival_dtype']}, {threads} of {about['cores']} cores, {about['cpu']}"
+    result |= {"resident_mb.tercet": memory[1] - memory[0], "resident_mb.rival": memory[2] - memory[1]}
+    title = f"{dtype} against {rival} in {rival_dtype}, {threads} of {about['cores']} cores, {about['cpu']}"
     title += f", kernels {about['kernels']}"
     title += f", {about['commit'][:12]}"
     Console().print(table(result, workloads, title))

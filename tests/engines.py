@@ -27,13 +27,16 @@ SIZE = 16
 GREEDY = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
 
 
-def load_tiny() -> LoadedModel:
-    """With torch's kernels and plain products: oneDNN would make a new kernel for each new number of rows, which takes
-    longer than these products do."""
+def load_tiny(kernels: Kernels | None = None) -> LoadedModel:
+    """By default with torch's kernels; those with plain products: oneDNN would make a new kernel for each new number of
+    rows, which takes longer than these products do."""
+    kernels = kernels or Kernels()
+    if kernels.native:
+        return load_model(ModelSpec(source=tiny_model(), dtype="float32", max_context=CONTEXT), kernels)
     pack = LinearPacker.pack
     LinearPacker.pack = lambda self, weight, bias=None: PackedLinear(weight, bias)  # type: ignore[method-assign]
     try:
-        return load_model(ModelSpec(source=tiny_model(), dtype="float32", max_context=CONTEXT), Kernels())
+        return load_model(ModelSpec(source=tiny_model(), dtype="float32", max_context=CONTEXT), kernels)
     finally:
         LinearPacker.pack = pack  # type: ignore[method-assign]
 

@@ -31,7 +31,7 @@ def test_speeds_and_agreement():
     batch = compare("batch", work, ours, theirs)
     assert (batch["batch.tercet"], batch["batch.ratio"]) == (1.5, 7 / 4)
     assert batch["batch.same_tokens"] == pytest.approx(4 / 6)
-    assert compare("prefill", work, ours, theirs)["prefill.transformers"] == 4.0
+    assert compare("prefill", work, ours, theirs)["prefill.rival"] == 4.0
 
 
 def test_the_command_measures_both_with_the_same_tokens(tmp_path):
