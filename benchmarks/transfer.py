@@ -24,7 +24,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from benchmarks.engine import facts
+from benchmarks.machine import facts
 from benchmarks.transfer_pairs import SIDES, Running, SideLost, layout_of
 from benchmarks.transfer_report import goals, table
 from benchmarks.transfer_rivals import SOURCE, TARGET, Job

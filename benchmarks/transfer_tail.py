@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine import facts
+from benchmarks.machine import facts
 from benchmarks.transfer_pairs import TRANSPORTS, transport_of
 from tercet.core import Ticket
 from tercet.transfer.memory.layout import KvLayout
