@@ -68,8 +68,8 @@ class RoleSpec(Frozen):
     threads: Positive = 1  # compute threads of one replica
     # Cores that they are pinned to: each replica on a node takes the next `threads` of them. None: any
     cpu_affinity: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
-    # auto: C++ compiled for the CPU where there is a compiler, else torch's; why not is logged
-    kernels: Literal["auto", "native", "torch"] = "auto"
+    # auto: on a CPU C++ compiled for it, on a GPU Triton's, and torch's where those cannot be had; why not is logged
+    kernels: Literal["auto", "native", "torch", "triton"] = "auto"
     gpus: Annotated[int, Field(ge=0)] = 0  # of one replica
     npus: Annotated[int, Field(ge=0)] = 0
     scheduler: SchedulerSpec = SchedulerSpec()

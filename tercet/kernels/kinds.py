@@ -1,22 +1,27 @@
 """Which kernels a worker computes with: chosen once, when it starts.
 
 native  C++, compiled for this CPU (native/); activations are float32
+triton  Triton, compiled for this GPU (triton/); activations have the weights' dtype. With TRITON_INTERPRET=1 also on a
+        CPU, in Triton's interpreter, which is for tests
 torch   torch's own operations, on any device; on a CPU with the weights packed for it (packing.py)
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from tercet.errors import UnsupportedSpec
+from tercet.kernels.native import trial as native_trial
 from tercet.kernels.native.library import library
-from tercet.kernels.native.trial import missing
+from tercet.kernels.triton import trial as triton_trial
 
-Kind = Literal["native", "torch"]
+Kind = Literal["native", "torch", "triton"]
+Wanted = Literal["auto", "native", "torch", "triton"]
 CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
@@ -38,18 +43,30 @@ class Kernels:
         torch.set_num_threads(threads)
 
     def __str__(self) -> str:
-        return f"native ({library().instructions().decode()})" if self.native else f"torch ({self.device.type})"
+        return f"native ({library().instructions().decode()})" if self.native else f"{self.kind} ({self.device.type})"
 
 
-def choose_kernels(wanted: Literal["auto", "native", "torch"] = "auto", device: torch.device = CPU) -> Kernels:
-    """auto: native on a CPU where they can be built, else torch; why not is logged. Raises UnsupportedSpec if native
-    ones are wanted and cannot be had."""
-    if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
+def choose_kernels(wanted: Wanted = "auto", device: torch.device = CPU) -> Kernels:
+    """auto: native on a CPU, triton on a GPU, where they can be had, else torch; why not is logged. Raises
+    UnsupportedSpec if others than torch's are wanted and cannot be had."""
+    if wanted == "torch":
         return Kernels("torch", device)
-    reason = missing() if device.type == "cpu" else f"they are for CPUs, and this worker computes on {device.type}"
+    kind = wanted if wanted != "auto" else "native" if device.type == "cpu" else "triton"
+    reason = _refusal(kind, device)
     if reason is None:
-        return Kernels("native", device)
-    if wanted == "native":
-        raise UnsupportedSpec(f"kernels: native: {reason}")
-    log.warning("no native kernels, torch's are used, which are slower: %s", reason)
+        return Kernels(kind, device)
+    if wanted != "auto":
+        raise UnsupportedSpec(f"kernels: {wanted}: {reason}")
+    log.warning("no %s kernels, torch's are used, which are slower: %s", kind, reason)
     return Kernels("torch", device)
+
+
+def _refusal(kind: Literal["native", "triton"], device: torch.device) -> str | None:
+    """Why these kernels cannot compute on this device; None if they can."""
+    if kind == "native":
+        if device.type != "cpu":
+            return f"they are for CPUs, and this worker computes on {device.type}"
+        return native_trial.missing()
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"they are for GPUs, and this worker computes on {device.type}"
+    return triton_trial.missing(device)

@@ -39,14 +39,14 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedLinear:
-    """weight [n, k], bias [n] or None. `linear`: x [T, k] -> [T, n], in `compute_dtype(weight.dtype)`.
+    """weight [n, k], bias [n] or None. `linear`: x [T, k] -> [T, n].
 
-    This one is plain torch; `LinearPacker` (packing.py) chooses.
+    This one is plain torch, for activations of the weights' dtype; `LinearPacker` (packing.py) chooses.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
-        self._bias = None if bias is None else bias.to(compute_dtype(weight.dtype, weight.device))
+        self._bias = bias
 
     def linear(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._weight, self._bias)
@@ -119,7 +119,7 @@ class WidenedLinear(PackedLinear):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scratch: WideScratch) -> None:
-        super().__init__(weight, bias)
+        super().__init__(weight, None if bias is None else bias.float())
         self._scratch = scratch
 
     def linear(self, x: Tensor) -> Tensor:

@@ -25,12 +25,12 @@ class RmsNorm:
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         n = weight.shape[-1]
-        self.weight, self._eps = weight, eps
+        self.weight, self.eps = weight, eps
         self._scaled = weight.float() * math.sqrt(n)
         self._floor = self._scaled.new_tensor(math.sqrt(n * eps))
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
-            return rms_norm_reference(x, self.weight, self._eps)
+            return rms_norm_reference(x, self.weight, self.eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x.div(torch.hypot(length, self._floor)).mul_(self._scaled)

@@ -23,21 +23,24 @@ from tercet.kernels.native.linear import NativeLinear
 
 def activation_dtype(dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
     """Of a model with weights of `dtype`."""
+    if kernels.kind == "triton":
+        return dtype
     return torch.float32 if kernels.native else compute_dtype(dtype, kernels.device)
 
 
 class LinearPacker:
-    """Makes a model's `PackedLinear`s: native ones, or the fastest of torch's for the dtype, or on a GPU plain ones."""
+    """Makes a model's `PackedLinear`s: native ones, or the fastest of torch's for the dtype, or on a GPU and
+    for Triton kernels plain ones."""
 
     def __init__(self, dtype: torch.dtype, max_fan_in: int, kernels: Kernels) -> None:
         self._dtype, self._kernels = dtype, kernels
-        self._widens = not kernels.native and compute_dtype(dtype, kernels.device) != dtype
+        self._widens = not kernels.native and activation_dtype(dtype, kernels) != dtype
         self._scratch = WideScratch(max_fan_in if self._widens else 0)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         if self._kernels.native:
             return NativeLinear(weight, bias)
-        if device_of(self._kernels.device).kernels != "cpu":
+        if self._kernels.kind == "triton" or device_of(self._kernels.device).kernels != "cpu":
             return PackedLinear(weight, bias)
         if self._widens and _fbgemm_packs() and Fp16Linear.holds(weight):
             return Fp16Linear(weight, bias)

@@ -18,6 +18,7 @@ from tercet.kernels.kinds import Kernels
 from tercet.kernels.linear import PackedLinear
 from tercet.kernels.norm import RmsNorm
 from tercet.kernels.packing import activation_dtype
+from tercet.kernels.rope import RopeTable
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
 from tercet.models.layers import Layer, Layers, TorchLayers
@@ -34,6 +35,14 @@ class Weights:
     head: PackedLinear  # E -> vocab
 
 
+def _layers_of(kernels: Kernels) -> Callable[[ModelConfig, tuple[Layer, ...], RopeTable], Layers]:
+    if kernels.kind == "triton":
+        from tercet.models.triton_layers import TritonLayers  # it imports Triton, which other kernels do without
+
+        return TritonLayers
+    return CompiledLayers if kernels.native else TorchLayers
+
+
 class Transformer:
     def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels, dtype: torch.dtype) -> None:
         self.config = config
@@ -42,8 +51,7 @@ class Transformer:
         self.kernels = kernels
         self._weights = weights
         self._activations = activation_dtype(self.dtype, kernels)
-        rope, kind = rope_table(config, self.device), CompiledLayers if kernels.native else TorchLayers
-        self._layers: Layers = kind(config, weights.layers, rope)
+        self._layers: Layers = _layers_of(kernels)(config, weights.layers, rope_table(config, self.device))
 
     @property
     def layers_done(self) -> int:

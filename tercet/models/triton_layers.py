@@ -1,0 +1,149 @@
+"""The decoder layers of the Llama family by the Triton kernels, on a GPU. Nothing here waits for the device.
+
+T rows of the batch   D decodes, the first rows   N prefill chunks   E hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tercet.kernels.norm import RmsNorm
+from tercet.kernels.rope import RopeTable
+from tercet.kernels.triton.activation import silu_and_mul
+from tercet.kernels.triton.decode import DecodePlan, attend_into, plan_decode
+from tercet.kernels.triton.prefill import prefill_attention
+from tercet.kernels.triton.rms_norm import add_rms_norm, rms_norm
+from tercet.kernels.triton.rope import rope_and_write
+from tercet.models.batch import PrefillChunk, StepBatch
+from tercet.models.config import ModelConfig
+from tercet.models.layers import Layer
+
+Window = int | None
+PROGRAMS_OF_AN_SM = 2  # of the decode kernel, whose shared memory is sized for it
+PROGRAMS_WITHOUT = 4  # where there is no GPU
+
+
+@dataclass(frozen=True)
+class _Decodes:
+    """The step's decodes: all layers with the same window share a plan."""
+
+    count: int
+    tables: Tensor  # [D, max_blocks] int32
+    contexts: Tensor  # [D] int32
+    plans: dict[Window, DecodePlan]
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    tables: Tensor  # [N, max_blocks] int32, padded with 0
+    starts: Tensor  # [N + 1] int32
+    contexts: Tensor  # [N] int32
+    most_rows: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all layers of one step share."""
+
+    cos: Tensor  # [T, head dimension / 2] float32
+    sin: Tensor
+    slots: Tensor  # [T] int64
+    decodes: _Decodes | None
+    chunks: _Chunks | None
+
+
+class TritonLayers:
+    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
+        self._config, self._layers = config, layers
+        self._cos, self._sin = rope.halves()
+        self._programs = decode_programs(self._cos.device)
+        self.layers_done = 0
+
+    def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
+        step = self._plan(batch, kv_cache.shape[3])
+        residual, update = x, None  # the layer's input is their sum
+        for i, (layer, window) in enumerate(zip(self._layers, self._config.sliding_windows, strict=True)):
+            normed, residual = _add_and_norm(layer.attention_norm, residual, update)
+            qkv = self._project(layer, normed)
+            rope_and_write(qkv, step.cos, step.sin, kv_cache[i], step.slots, self._config.num_kv_heads)
+            if on_layer is not None:
+                on_layer(i)
+            attended = _attend(qkv[:, : self._config.num_heads], kv_cache[i], step, window)
+            normed, residual = _add_and_norm(layer.mlp_norm, residual, layer.output.linear(attended.flatten(1)))
+            update = layer.down.linear(silu_and_mul(layer.gate_up.linear(normed)))
+            self.layers_done += 1
+        return residual if update is None else update.add_(residual)
+
+    def _plan(self, batch: StepBatch, block_size: int) -> _Step:
+        positions = batch.positions
+        decodes = self._plan_decodes(batch, block_size) if batch.num_decodes else None
+        chunks = _plan_chunks(batch.chunks, positions.device) if batch.chunks else None
+        return _Step(self._cos[positions], self._sin[positions], batch.slots, decodes, chunks)
+
+    def _plan_decodes(self, batch: StepBatch, block_size: int) -> _Decodes:
+        tables, contexts = batch.decode_block_tables.int(), batch.decode_context_lens.int()
+        most = tables.shape[1] * block_size  # the longest context itself is known on the device only
+        plans = {
+            window: plan_decode(
+                contexts, self._config.num_kv_heads, most_context=most, window=window, programs=self._programs
+            )
+            for window in set(self._config.sliding_windows)
+        }
+        return _Decodes(batch.num_decodes, tables, contexts, plans)
+
+    def _project(self, layer: Layer, normed: Tensor) -> Tensor:
+        """normed [T, E] -> queries, keys and values, [T, H + 2 Hkv, head dimension]."""
+        heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
+        qkv = layer.qkv.linear(normed).view(len(normed), heads + 2 * kv_heads, self._config.head_dim)
+        if layer.qk_norm is not None:
+            rotary = qkv[:, : heads + kv_heads]
+            rotary.copy_(rms_norm(rotary, layer.qk_norm.weight, layer.qk_norm.eps))
+        return qkv
+
+
+def decode_programs(device: torch.device) -> int:
+    """How many programs share a step's decodes."""
+    if device.type != "cuda":
+        return PROGRAMS_WITHOUT
+    return PROGRAMS_OF_AN_SM * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _plan_chunks(chunks: tuple[PrefillChunk, ...], device: torch.device) -> _Chunks:
+    """Their rows follow each other."""
+    starts = [*(chunk.start_row for chunk in chunks), chunks[-1].start_row + chunks[-1].length]
+    return _Chunks(
+        pad_sequence([chunk.block_table for chunk in chunks], batch_first=True).int(),
+        torch.tensor(starts, dtype=torch.int32, device=device),
+        torch.tensor([chunk.context for chunk in chunks], dtype=torch.int32, device=device),
+        max(chunk.length for chunk in chunks),
+    )
+
+
+def _add_and_norm(norm: RmsNorm, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> the norm of residual + update, and residual + update."""
+    if update is None:
+        return rms_norm(residual, norm.weight, norm.eps), residual
+    return add_rms_norm(update, residual, norm.weight, norm.eps)
+
+
+def _attend(query: Tensor, cache: Tensor, step: _Step, window: Window) -> Tensor:
+    """query [T, H, head dimension] -> the same shape. Each row attends to its own sequence."""
+    if step.chunks is None:
+        out = query.new_empty(query.shape)
+    else:  # it leaves the decodes' rows undefined
+        chunks = step.chunks
+        out = prefill_attention(
+            query, cache, chunks.tables, chunks.starts, chunks.contexts, most_rows=chunks.most_rows, window=window
+        )
+    if step.decodes is not None:
+        decodes = step.decodes
+        rows = slice(0, decodes.count)
+        attend_into(
+            out[rows], None, query[rows], cache, decodes.tables, decodes.contexts, decodes.plans[window], None, None
+        )
+    return out
