@@ -1,7 +1,7 @@
 """Turn a plan into tensors, run the model over the paged cache, and draw tokens.
 
 The KV cache is a tensor over the bytes of a transfer Region, or a tensor on a device, of which the region is the host
-copy (kv_cache.py). Tokens are drawn on the host.
+copy (kv_cache.py). Tokens are drawn on the host, or on the device by the Triton kernels.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class Runner:
         return list(map(_result, tokens, scores))
 
     def _draw(self, hidden: Tensor, draws: Rows[Draw]) -> list[TokenEvent | EngineFault]:
-        return sample(self._model.logits(hidden).cpu(), draws, self._model.kernels.native) if draws else []
+        if not draws:
+            return []
+        logits, kind = self._model.logits(hidden), self._model.kernels.kind
+        return sample(logits if kind == "triton" else logits.cpu(), draws, kind)
 
     @torch.inference_mode()
     def check(self) -> None:

@@ -32,7 +32,7 @@ def sample(logits, draws):
     """By torch, and the same by the native kernels."""
     events = sampler.sample(logits, draws)
     if trial.missing() is None:
-        assert sampler.sample(logits, draws, native=True) == events
+        assert sampler.sample(logits, draws, "native") == events
     return events
 
 

@@ -45,23 +45,15 @@ def penalties_of(draws, vocab):
 
 
 def draw_on_device(logits, draws):
-    vocab, params = logits.shape[1], [draw.params for draw in draws]
-    words = torch.tensor([sampling.race_words(p.seed or 0, d.position) for p, d in zip(params, draws, strict=True)])
-    rows = sampling.SamplingRows(
-        floats([0.0 if p.greedy else p.temperature for p in params]),
-        floats([p.min_p for p in params]),
-        torch.tensor([p.top_k for p in params], dtype=torch.int32, device=DEVICE),
-        floats([p.top_p for p in params]),
-        words.to(DEVICE),
-    )
-    penalties = None
-    if any(p.penalises for p in params):
-        penalties = penalties_of(draws, vocab)
-    return sampling.sample(logits, rows, penalties).tolist()
+    return ids_of(sampler.sample(logits, draws, "triton"))
 
 
 def draw_on_host(logits, draws):
-    return [e.token_id if isinstance(e, TokenEvent) else -1 for e in sampler.sample(logits.cpu(), draws)]
+    return ids_of(sampler.sample(logits.cpu(), draws))
+
+
+def ids_of(events):
+    return [event.token_id if isinstance(event, TokenEvent) else -1 for event in events]
 
 
 PARAMS = st.builds(
@@ -163,3 +155,14 @@ def test_the_variates_of_a_large_vocabulary(monkeypatch):
     logits = torch.zeros(3, 150_000, device=DEVICE)  # the race alone decides
     draws = [Draw(SamplingParams(seed=seed), 5) for seed in (0, 1, 2**63)]
     assert draw_on_device(logits, draws) == draw_on_host(logits, draws)
+
+
+@pytest.mark.parametrize("count", [0, 3, 50])
+def test_logprobs_are_the_hosts(count):
+    logits = torch.randn(3, 40, device=DEVICE) * 3
+    params = SamplingParams(seed=2, logprobs=count, repetition_penalty=1.2, top_k=2**40)
+    draws = [Draw(params, 4, [1, 2], [3, 3]), Draw(SamplingParams(seed=2), 4), Draw(params, 5, [39], [])]
+    for ours, theirs in zip(sampler.sample(logits, draws, "triton"), sampler.sample(logits.cpu(), draws), strict=True):
+        assert (ours.token_id, ours.logprob) == (theirs.token_id, pytest.approx(theirs.logprob, abs=1e-5))
+        assert [i for i, _ in ours.top_logprobs] == [i for i, _ in theirs.top_logprobs]
+        assert [p for _, p in ours.top_logprobs] == pytest.approx([p for _, p in theirs.top_logprobs], abs=1e-5)
