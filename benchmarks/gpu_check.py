@@ -4,7 +4,8 @@
 
 Prefill and decode workers, each a process of its own, on every combination of GPU and CPU, over TCP and shared memory;
 their greedy tokens are compared with those of transformers on the CPU. The model is small, random and in float32, so
-that both must choose the same tokens. Then the steps of a larger random model are timed on the GPU, in bfloat16.
+that both must choose the same tokens. Then the steps of a larger random model are timed on the GPU, in bfloat16. All
+of it with torch's kernels, and again with Triton's where those can be used.
 
 Needs no Ray and no network. `make gpu-wheels` fetches what is missing on a machine with Python 3.12, torch and
 transformers; `make gpu-check`, there, installs it beside this repository and runs this.
@@ -39,6 +40,7 @@ from tercet.engine.plan import Draw, Piece, StepPlan
 from tercet.engine.runner import Runner
 from tercet.errors import UnsupportedSpec
 from tercet.kernels.kinds import Kernels
+from tercet.kernels.triton import trial
 from tercet.models.sources import load_model
 from tercet.roles.router.router import Router
 from tercet.roles.worker import Worker
@@ -46,9 +48,10 @@ from tercet.spec import ClusterSpec, ModelSpec
 from tercet.transfer.memory.region import Region
 
 Kind = Literal["cpu", "gpu"]
+OnGpu = Literal["torch", "triton"]  # kernels
 
 SECRET = "gpu-check"  # noqa: S105  # all sides run here
-VOCAB, OUTPUTS, START_S, ANSWER_S = 512, 16, 120.0, 60.0
+VOCAB, OUTPUTS, START_S, ANSWER_S = 512, 16, 240.0, 180.0  # the first of each kind compiles its kernels
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 200, 333, 512, 513, 700)
 ROUNDS = 7  # of each timed step, behind two that warm up
 BLOCK, BLOCKS = 16, 1024
@@ -76,9 +79,11 @@ def save_model(directory: Path, hidden: int, layers: int, vocab: int) -> str:
 # ---- tokens
 
 
-def spec_of(source: str, prefill: Kind, decode: Kind, transport: str) -> ClusterSpec:
+def spec_of(source: str, prefill: Kind, decode: Kind, transport: str, kernels: OnGpu) -> ClusterSpec:
     def role(kind: Kind) -> dict[str, object]:
-        return {"pool": kind, "gpus": int(kind == "gpu"), "kv": {"blocks": 512}, "scheduler": {"token_budget": 256}}
+        on_gpu = kind == "gpu"
+        role = {"pool": kind, "gpus": int(on_gpu), "kernels": kernels if on_gpu else "auto"}
+        return role | {"kv": {"blocks": 512}, "scheduler": {"token_budget": 256}}
 
     return ClusterSpec.model_validate(
         {
@@ -160,22 +165,33 @@ def reference_tokens(source: str, prompts: list[list[int]]) -> list[list[int]]:
     return made
 
 
-def compare(device: Kind, console: Console) -> list[dict[str, object]]:
+def combinations(device: Kind, kernels: list[OnGpu]) -> list[tuple[Kind, Kind, str, OnGpu]]:
+    """Prefill, decode, transport, the GPU's kernels. What a transport carries does not depend on the kernels, so only
+    torch's go over both."""
+    if device == "cpu":
+        return [("cpu", "cpu", "tcp", "torch")]
+    kinds: tuple[Kind, ...] = ("cpu", "gpu")
+    pairs = [(prefill, decode) for prefill in kinds for decode in kinds]
+    by_torch = [(*pair, transport, kernels[0]) for pair in pairs for transport in ("tcp", "shm")]
+    return by_torch + [(*pair, "tcp", kind) for kind in kernels[1:] for pair in pairs if "gpu" in pair]
+
+
+def compare(device: Kind, kernels: list[OnGpu], console: Console) -> list[dict[str, object]]:
     rng = random.Random(5)
     prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in LENGTHS]
-    kinds: list[Kind] = ["cpu"] if device == "cpu" else ["cpu", "gpu"]
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         source = save_model(Path(directory), 192, 4, VOCAB)
         expected = reference_tokens(source, prompts)
-        for prefill in kinds:
-            for decode in kinds:
-                for transport in ("tcp",) if device == "cpu" else ("tcp", "shm"):
-                    got = asyncio.run(cluster_tokens(spec_of(source, prefill, decode, transport), prompts))
-                    wrong = [len(p) for p, ours, theirs in zip(prompts, got, expected, strict=True) if ours != theirs]
-                    rows.append({"prefill": prefill, "decode": decode, "transport": transport, "wrong": wrong})
-                    said = f"[red]other tokens at the lengths {wrong}" if wrong else "the tokens of transformers"
-                    console.print(f"prefill on {prefill}, decode on {decode}, {transport}: {said}")
+        for prefill, decode, transport, kind in combinations(device, kernels):
+            got = asyncio.run(cluster_tokens(spec_of(source, prefill, decode, transport, kind), prompts))
+            wrong = [len(p) for p, ours, theirs in zip(prompts, got, expected, strict=True) if ours != theirs]
+            where = {"prefill": prefill, "decode": decode, "transport": transport}
+            if "gpu" in (prefill, decode):
+                where["kernels"] = kind
+            rows.append({**where, "wrong": wrong})
+            said = f"[red]other tokens at the lengths {wrong}" if wrong else "the tokens of transformers"
+            console.print(f"{', '.join(f'{name} {value}' for name, value in where.items())}: {said}")
     return rows
 
 
@@ -205,14 +221,38 @@ def median_s(step: Callable[[], object]) -> float:
     return statistics.median(times[2:])
 
 
-def time_steps(device: Kind, hidden: int, layers: int) -> dict[str, float]:
-    """Milliseconds of a step, a median."""
+def time_steps(device: Kind, kernels: list[OnGpu], hidden: int, layers: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each step with each kind of kernels, medians."""
+    times = {}
     with tempfile.TemporaryDirectory() as directory:
         source = save_model(Path(directory), hidden, layers, 32000)
-        kernels = Kernels("torch", DEVICES[device].torch_device())
-        model = load_model(ModelSpec(source=source, dtype="bfloat16"), kernels).model
-    runner = Runner(model, Region(model.kv_layout(BLOCKS, BLOCK)))
-    return {name: 1e3 * median_s(lambda plan=plan: runner.run(plan)) for name, plan in STEPS.items()}  # type: ignore[misc]  # bound early
+        for kind in kernels:
+            chosen = Kernels(kind, DEVICES[device].torch_device())
+            model = load_model(ModelSpec(source=source, dtype="bfloat16"), chosen).model
+            runner = Runner(model, Region(model.kv_layout(BLOCKS, BLOCK)))
+            times[kind] = {
+                name: 1e3 * median_s(lambda plan=plan, run=runner.run: run(plan))  # type: ignore[misc]  # bound early
+                for name, plan in STEPS.items()
+            }
+    return times
+
+
+def kernels_of(device: Kind, console: Console) -> list[OnGpu]:
+    """What is compared: torch's first, then Triton's, if they can be used here."""
+    if device == "cpu":
+        return ["torch"]
+    reason = trial.missing(DEVICES[device].torch_device())
+    if reason is not None:
+        console.print(f"[red]no Triton kernels: {reason}")
+        return ["torch"]
+    return ["torch", "triton"]
+
+
+def told(times: dict[str, dict[str, float]], title: str) -> Table:
+    table = Table("step", *(f"{kind}, ms" for kind in times), title=title)
+    for name in STEPS:
+        table.add_row(name, *(f"{of_kind[name]:.2f}" for of_kind in times.values()))
+    return table
 
 
 def machine(device: Kind) -> dict[str, Any]:
@@ -240,12 +280,10 @@ def main(
     began = time.monotonic()
     where = machine(kind)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
-    rows = compare(kind, console)
-    times = time_steps(kind, hidden, layers)
-    table = Table("step", "ms", title=f"{layers} layers of {hidden}, bfloat16, medians of {ROUNDS}")
-    for name, ms in times.items():
-        table.add_row(name, f"{ms:.2f}")
-    console.print(table)
+    kernels = kernels_of(kind, console)
+    rows = compare(kind, kernels, console)
+    times = time_steps(kind, kernels, hidden, layers)
+    console.print(told(times, f"{layers} layers of {hidden}, bfloat16, medians of {ROUNDS}"))
     console.print(f"{time.monotonic() - began:.0f} s in all")
     if result is not None:
         result.write_text(json.dumps({"machine": where, "tokens": rows, "step_ms": times}, indent=1))

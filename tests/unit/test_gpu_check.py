@@ -37,8 +37,9 @@ def test_the_check_runs_on_a_cpu(repository):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((repository / "result.json").read_text())
     assert [(row["transport"], row["wrong"]) for row in result["tokens"]] == [("tcp", [])]
-    assert len(result["step_ms"]) == 3
-    assert all(ms > 0 for ms in result["step_ms"].values())
+    assert [*result["step_ms"]] == ["torch"]
+    assert len(result["step_ms"]["torch"]) == 3
+    assert all(ms > 0 for ms in result["step_ms"]["torch"].values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
