@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tercet.kernels.kinds import Kernels
 from tercet.models.batch import PrefillChunk, StepBatch
@@ -107,3 +108,28 @@ def test_a_layer_is_told_of_once_it_is_in_the_cache(models):
     ours.hidden(batch, copy, on_layer)
     assert told == [0, 1, 2]
     assert ours.layers_done == done + 3
+
+
+class NoWait(TorchDispatchMode):
+    """Fails where a tensor's value is looked at, by the names that this has in inference mode."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in {"item", "is_nonzero", "resolve_neg", "nonzero", "equal", "unique"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="what leaves the launches out is for the interpreter")
+def test_a_step_never_waits_for_the_device(models, monkeypatch):
+    """Else its launches could not run ahead of the GPU."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    theirs, ours = models
+    launched = []
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda *_: lambda *_, **__: launched.append(1))
+    ids = torch.zeros(3, 104, dtype=torch.int64)
+    batch, cache = batch_of([(2, 41), (0, 17)], [(1, 0, 21)], ids), prepared(ours, [], ids)
+    with NoWait():
+        ours.hidden(batch, cache)
+    assert len(launched) == (7 + ours.config.qk_norm) * ours.config.num_layers
+    with pytest.raises(AssertionError), NoWait():
+        theirs.hidden(batch, cache)
