@@ -14,7 +14,7 @@ class Device:
     kind: str  # pools.*.accelerator
     torch_type: str
     collectives: str  # backend of torch.distributed between the ranks of a group; a worker of one rank needs none
-    kernels: str  # cpu: weights packed for the CPU; plain: torch's own operations
+    kernels: str  # how torch's kernels take weights. cpu: packed for it; plain: as they are
     staged: bool  # transfers read and write a copy of its KV in host memory (engine/kv_cache.py)
 
     def torch_device(self) -> torch.device:

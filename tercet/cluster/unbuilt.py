@@ -16,9 +16,11 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
             raise UnsupportedSpec(f"pools.{name}.accelerator: npu is not built yet; use cpu or gpu")
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
-        _refuse_devices(f"roles.{role}", wanted, spec.pools[wanted.pool].accelerator, spec.model.dtype)
+        accelerator = spec.pools[wanted.pool].accelerator
+        _refuse_devices(f"roles.{role}", wanted, accelerator)
+        _refuse_kernels(role, wanted, accelerator, spec.model.dtype)
     for name, pool in spec.pools.items():
-        _refuse_devices(f"pools.{name}", pool, pool.accelerator, spec.model.dtype)
+        _refuse_devices(f"pools.{name}", pool, pool.accelerator)
     if spec.topology == "aggregated" and spec.transfer.model_fields_set:
         key = min(spec.transfer.model_fields_set)
         raise UnsupportedSpec(f"transfer.{key}: has no effect, since no KV moves in topology aggregated; leave it out")
@@ -36,14 +38,20 @@ def _refuse_role(role: Role, wanted: RoleSpec) -> None:
         )
 
 
-def _refuse_devices(path: str, holder: PoolSpec | RoleSpec, accelerator: str, model_dtype: str) -> None:
+def _refuse_devices(path: str, holder: PoolSpec | RoleSpec, accelerator: str) -> None:
     if holder.npus:
         raise UnsupportedSpec(f"{path}.npus: NPU workers are not built yet; use 0")
     if accelerator != "gpu" and holder.gpus:
         raise UnsupportedSpec(f"{path}.gpus: has no effect in a pool whose accelerator is {accelerator}; use 0")
     if accelerator == "gpu" and isinstance(holder, RoleSpec) and holder.gpus != 1:
         raise UnsupportedSpec(f"{path}.gpus: a worker of a gpu pool runs on one GPU, got {holder.gpus}; use 1")
-    if accelerator == "gpu" and isinstance(holder, RoleSpec) and model_dtype == "gguf":
-        raise UnsupportedSpec(f"model.dtype: gguf is for CPUs, and the pool of {path} has GPUs; use bfloat16")
-    if accelerator == "gpu" and isinstance(holder, RoleSpec) and holder.kernels == "native":
-        raise UnsupportedSpec(f"{path}.kernels: native ones are for CPUs, and its pool has GPUs; use auto")
+
+
+def _refuse_kernels(role: Role, wanted: RoleSpec, accelerator: str, dtype: str) -> None:
+    path = f"roles.{role}.kernels"
+    if accelerator == "cpu" and wanted.kernels == "triton":
+        raise UnsupportedSpec(f"{path}: triton ones are for GPUs, and pool {wanted.pool} has CPUs; use auto")
+    if accelerator == "gpu" and wanted.kernels == "native":
+        raise UnsupportedSpec(f"{path}: native ones are for CPUs, and pool {wanted.pool} has GPUs; use auto")
+    if dtype == "gguf" and (accelerator == "gpu" or wanted.kernels == "torch"):
+        raise UnsupportedSpec(f"model.dtype: gguf takes native kernels, which role {role} does not have; use bfloat16")

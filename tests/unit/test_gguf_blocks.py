@@ -19,7 +19,7 @@ from tercet.kernels.native.linear import NativeLinear, Quantised, QuantisedLinea
 from tercet.models.batch import PrefillChunk, StepBatch
 from tercet.models.gguf_blocks import quantised
 from tercet.models.sources import load_model
-from tercet.spec import ClusterSpec, ModelSpec, PoolSpec, RoleSpec
+from tercet.spec import ClusterSpec, ModelSpec, RoleSpec
 from tests.tiny import tiny_model
 from tests.unit.test_models_files import small, write_gguf
 
@@ -99,10 +99,10 @@ def test_the_models_are_told_apart(tmp_path):
 def test_blocks_of_something_else_are_refused():
     with pytest.raises(UnsupportedSpec, match=r"model.dtype: gguf: .* is no GGUF file; use bfloat16 or float32"):
         load_model(ModelSpec(source=tiny_model(), dtype="gguf"))
-    roles = {Role.AGGREGATED: RoleSpec(pool="p", gpus=1)}
-    spec = ClusterSpec(topology="aggregated", roles=roles, pools={"p": PoolSpec(accelerator="gpu", gpus=1)})
-    with pytest.raises(UnsupportedSpec, match=r"gguf is for CPUs, and the pool of roles.aggregated has GPUs"):
-        refuse_unbuilt(spec.model_copy(update={"model": ModelSpec(dtype="gguf")}))
+    roles = {Role.AGGREGATED: RoleSpec(kernels="torch")}
+    spec = ClusterSpec(topology="aggregated", roles=roles, model=ModelSpec(dtype="gguf"))
+    with pytest.raises(UnsupportedSpec, match=r"gguf takes native kernels, which role aggregated does not have"):
+        refuse_unbuilt(spec)
     with pytest.raises(UnsupportedSpec, match="is no GGUF file"):
         preflight.check(spec.model_copy(update={"model": ModelSpec(source=tiny_model(), dtype="gguf")}), print)
 

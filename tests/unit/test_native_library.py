@@ -10,11 +10,14 @@ import sys
 import pytest
 import torch
 
+from tercet.cluster.unbuilt import refuse_unbuilt
+from tercet.core import Role
 from tercet.errors import UnsupportedSpec
 from tercet.kernels import kinds
 from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.kernels.native import library, trial
 from tercet.kernels.native.library import NativeMissingError
+from tercet.spec import ClusterSpec, PoolSpec, RoleSpec
 
 here = pytest.mark.skipif(trial.missing() is not None, reason=str(trial.missing()))
 
@@ -125,3 +128,12 @@ def test_linear_layers_that_are_wrong_on_this_cpu_are_not_used(monkeypatch):
     right = trial.NativeLinear.linear
     monkeypatch.setattr(trial.NativeLinear, "linear", lambda self, x: right(self, x) + (len(x) == 5))
     assert trial.missing.__wrapped__().startswith("linear (torch.float32, 5 rows) gives wrong values on this CPU")
+
+
+def test_native_kernels_of_a_gpu_pool_are_refused():
+    roles = {Role.AGGREGATED: RoleSpec(pool="p", gpus=1, kernels="native")}
+    spec = ClusterSpec(topology="aggregated", roles=roles, pools={"p": PoolSpec(accelerator="gpu", gpus=1)})
+    with pytest.raises(
+        UnsupportedSpec, match=r"kernels: native ones are for CPUs, and pool p has GPUs"
+    ):
+        refuse_unbuilt(spec)

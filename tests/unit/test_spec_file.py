@@ -119,6 +119,7 @@ def test_missing_file_and_folder(tmp_path):
         ("pools.cpu.accelerator=npu", "pools.cpu.accelerator: npu is not built yet"),
         ("pools.cpu.gpus=8", "pools.cpu.gpus: has no effect in a pool whose accelerator is cpu"),
         ("pools.cpu.npus=8", "pools.cpu.npus: NPU workers are not built yet"),
+        ("roles.decode.kernels=triton", "roles.decode.kernels: triton ones are for GPUs, and pool cpu has CPUs"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(tmp_path, setting, want):

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 from tercet.kernels.triton.activation import silu_and_mul  # noqa: E402 # after the helper
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(0, 5),
     st.sampled_from([1, 3, 64, 1023, 1024, 1025, 1536]),

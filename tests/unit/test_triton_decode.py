@@ -44,7 +44,7 @@ def check(lengths, *, size=8, kv_heads=2, group=3, dim=64, dtype=torch.float32, 
     torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(LENGTHS, max_size=4),
     st.sampled_from([1, 2, 3, 7, 40]),
@@ -56,7 +56,7 @@ def test_any_lengths_over_any_number_of_programs(lengths, programs, window, soft
     check(lengths, programs=programs, window=window, soft_cap=soft_cap, seed=seed)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from(DTYPES),
     st.sampled_from([(1, 1), (4, 1), (1, 7), (2, 17)]),

@@ -51,7 +51,7 @@ def small_tiles():
         yield
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(CHUNK, max_size=3),
     st.sampled_from([None, 1, 5, 16, 33, 200]),
@@ -63,7 +63,7 @@ def test_any_chunks(chunks, window, soft_cap, padding, seed):
     check(chunks, window=window, soft_cap=soft_cap, padding=padding, seed=seed)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from(DTYPES),
     st.sampled_from([(1, 1), (3, 1), (1, 7), (1, 35)]),

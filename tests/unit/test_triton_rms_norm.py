@@ -28,7 +28,7 @@ def strided(*shape, dtype, gap):
     return whole[..., : shape[-1]]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 9), WIDTHS, st.sampled_from(DTYPES), st.sampled_from([0, 3]), st.sampled_from([1e-6, 1e-2]))
 def test_rows(rows, n, dtype, gap, eps):
     torch.manual_seed(rows + n)
@@ -39,7 +39,7 @@ def test_rows(rows, n, dtype, gap, eps):
     torch.testing.assert_close(out, reference(x, weight, eps).to(dtype), **TOLERANCE[dtype])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 7), WIDTHS, st.sampled_from(DTYPES), st.booleans())
 def test_heads_of_a_wider_row(tokens, heads, n, dtype, own_weights):
     torch.manual_seed(tokens)
@@ -49,7 +49,7 @@ def test_heads_of_a_wider_row(tokens, heads, n, dtype, own_weights):
     torch.testing.assert_close(out, reference(x, weight, 1e-5).to(dtype), **TOLERANCE[dtype])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 9), WIDTHS, st.sampled_from(DTYPES), st.sampled_from([0, 5]))
 def test_with_the_residual(rows, n, dtype, gap):
     torch.manual_seed(n)

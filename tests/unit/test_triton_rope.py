@@ -17,7 +17,7 @@ from tercet.kernels.triton.rope import rope_and_write  # noqa: E402 # after the 
 BLOCKS, S = 6, 4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(0, 7),
     st.sampled_from([(1, 1), (3, 1), (4, 4), (15, 5), (32, 8)]),

@@ -45,7 +45,7 @@ def check(prefix, own, *, size=8, kv_heads=2, group=3, dim=64, dtype=torch.float
     torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from([0, 1, 15, 16, 17, 33, 60]),
     st.lists(OWN, max_size=4),
