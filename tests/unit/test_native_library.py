@@ -104,14 +104,14 @@ def test_no_warnings(target):
 
 def test_what_is_chosen(monkeypatch, caplog):
     """auto falls back aloud; who asks for native kernels gets them or an error."""
-    monkeypatch.setattr(kinds, "missing", lambda: "they are broken")
+    monkeypatch.setattr(kinds.native_trial, "missing", lambda: "they are broken")
     assert choose_kernels("auto") == choose_kernels("torch") == Kernels()
     assert "no native kernels, torch's are used, which are slower: they are broken" in caplog.text
     with pytest.raises(UnsupportedSpec, match="kernels: native: they are broken"):
         choose_kernels("native")
     with pytest.raises(UnsupportedSpec, match="this worker computes on meta"):
         choose_kernels("native", torch.device("meta"))
-    monkeypatch.setattr(kinds, "missing", lambda: None)
+    monkeypatch.setattr(kinds.native_trial, "missing", lambda: None)
     assert choose_kernels("auto").native
 
 
@@ -133,7 +133,5 @@ def test_linear_layers_that_are_wrong_on_this_cpu_are_not_used(monkeypatch):
 def test_native_kernels_of_a_gpu_pool_are_refused():
     roles = {Role.AGGREGATED: RoleSpec(pool="p", gpus=1, kernels="native")}
     spec = ClusterSpec(topology="aggregated", roles=roles, pools={"p": PoolSpec(accelerator="gpu", gpus=1)})
-    with pytest.raises(
-        UnsupportedSpec, match=r"kernels: native ones are for CPUs, and pool p has GPUs"
-    ):
+    with pytest.raises(UnsupportedSpec, match=r"kernels: native ones are for CPUs, and pool p has GPUs"):
         refuse_unbuilt(spec)

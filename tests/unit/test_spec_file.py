@@ -64,7 +64,7 @@ def test_shipped_specs_are_valid():
             ":9: roles.decode.kv.blocks: 8 blocks of 16 tokens cannot hold",
         ),
         ("name: small", "name: Small!", ":1: name: must be lower-case"),
-        ("name: small", "model: {dtype: int3}", ":1: model.dtype: must be 'float32' or 'bfloat16', got \"int3\""),
+        ("name: small", "model: {dtype: int3}", ":1: model.dtype: must be 'float32', 'bfloat16' or 'gguf', got"),
         ("name: small", "model: null", ":1: model: must be a map of keys, got null"),
         ("name: small", "limits: {request_timeout_s: .nan}", ":1: limits.request_timeout_s: must be "),
         ("name: small", "name: !!python/object:os.system x", ":1: name: the tag tag:yaml.org,2002:python/object"),
