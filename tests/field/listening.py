@@ -35,7 +35,7 @@ def _address(text: str) -> tuple[str, int]:
 def main() -> None:
     from tests.movers import Pair, ticket_of  # only the program needs them
 
-    made = Pair(sys.argv[1])
+    made = Pair(sys.argv[1], lease_s=30.0)  # loading a transport's library may take seconds where others work, too
     made.move(ticket_of(), [3, 6], [5, 2])
     for address, port in listeners():
         print("listens", address, port)
