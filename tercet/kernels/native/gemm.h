@@ -1,6 +1,6 @@
 // y = x wᵀ with w in panels: W outputs side by side, so that one vector holds the same input of W outputs.
 //
-//   n outputs   k inputs (even)   m rows of x
+//   n outputs   k inputs (even if bf16)   m rows of x
 //   bf16 panel  [k / 2][W] of 32 bits: the bfloat16 of input 2i in the lower half, that of 2i + 1 in the upper
 //   f32 panel   [k][W]
 //   quantised   see Quantised
@@ -16,7 +16,6 @@
 struct F32 {
     using Weight = float;
     using Input = float;
-    static constexpr int STEP = 1;  // inputs of one vector of weights
     template <int NP, int MR>
     static inline void step(vf (&acc)[MR][NP], const float* const (&w)[NP], long i, const float* x, long ldx) {
         vf a[NP];
@@ -33,7 +32,6 @@ struct F32 {
 struct Bf16 {
     using Weight = uint32_t;
     using Input = float;
-    static constexpr int STEP = 2;
     template <int NP, int MR>
     static inline void step(vf (&acc)[MR][NP], const uint32_t* const (&w)[NP], long i, const float* x, long ldx) {
         vf a[NP];
@@ -60,7 +58,7 @@ template <int BITS>
 struct Quantised {
     using Weight = uint32_t;
     using Input = float;
-    static constexpr int STEP = QUANT, EACH = 32 / BITS, WORDS = QUANT / EACH, SIZE = (2 + WORDS) * W;
+    static constexpr int EACH = 32 / BITS, WORDS = QUANT / EACH, SIZE = (2 + WORDS) * W;
     template <int NP, int MR>
     static inline void step(vf (&acc)[MR][NP], const uint32_t* const (&w)[NP], long i, const float* x, long ldx) {
         for (int word = 0; word < WORDS; word++) {
@@ -89,7 +87,6 @@ struct Quantised {
 struct Dot {
     using Weight = uint32_t;
     using Input = uint32_t;  // pairs
-    static constexpr int STEP = 2;
     template <int NP, int MR>
     static inline void step(vf (&acc)[MR][NP], const uint32_t* const (&w)[NP], long i, const uint32_t* x, long ldx) {
         vu a[NP];
