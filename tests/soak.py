@@ -34,6 +34,7 @@ import torch
 import yaml
 
 from tercet.core import SamplingParams, Ticket
+from tercet.engine.inputs import Arrays, BatchInputs
 from tercet.engine.plan import Draw, Piece, StepPlan
 from tercet.engine.runner import Runner
 from tercet.engine.sampler import sample
@@ -160,8 +161,9 @@ class Reference:
         tokens, draw = prompt + told[:at], Draw(params, at, prompt, told[:at])
         blocks = list(range(-(-len(tokens) // SIZE)))
         runner = Runner(self._loaded.model, Region(self._loaded.model.kv_layout(len(blocks), SIZE)))
-        batch = runner._batch(StepPlan(chunks=[Piece(Ticket("tie", 0, 1), tokens, 0, blocks, draw)]))
-        logits = self._loaded.model.forward(batch, runner.kv_cache)
+        plan, arrays = StepPlan(chunks=[Piece(Ticket("tie", 0, 1), tokens, 0, blocks, draw)]), Arrays()
+        inputs = BatchInputs(arrays, plan, SIZE)
+        logits = self._loaded.model.forward(inputs.batch(arrays.views(arrays.packed())), runner.kv_cache)
         noise = torch.randn(ROUNDINGS, logits.shape[1], generator=torch.Generator().manual_seed(at))
         rows = logits + ROUNDING * logits.abs().max() * noise
         return told[at] in {event.token_id for event in sample(rows, [draw] * ROUNDINGS)}  # type: ignore[union-attr]

@@ -5,12 +5,17 @@ tensor  [layers, blocks, 2, block size, Hkv, D]; 2 is K, V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
 
 from tercet.devices import device_of
 from tercet.transfer.memory.region import Region
+
+Published = Callable[[], object]
+"""Called once transfers may read what was published."""
 
 
 class HostCache:
@@ -19,40 +24,97 @@ class HostCache:
     def __init__(self, region: Region, dtype: torch.dtype) -> None:
         self.tensor = torch.frombuffer(region.view, dtype=dtype).view(region.layout.shape)
 
-    def publish(self, layer: int, blocks: Sequence[int]) -> None:
-        """Let transfers read these blocks of a layer; they may when this returns."""
+    def begin(self, landed: Sequence[int]) -> None:
+        """Before a step: let the model see these blocks, which transfers have written in all layers."""
 
-    def take(self, blocks: Sequence[int]) -> None:
-        """Let the model's next step see these blocks, which transfers have written in all layers."""
+    def publish(self, layer: int, blocks: Sequence[int], published: Published) -> None:
+        """During a step, once the layer has written them: let transfers read these blocks of it."""
+        published()
+
+    def mark(self) -> int:
+        """How many `publish` there have been so far."""
+        return 0
+
+    def wait(self, mark: int) -> None:
+        """Until that many are published. Raises what one of them has raised."""
 
 
 class StagedCache(HostCache):
-    """The model's cache lies on a device; block b of the region is the host's copy of block b."""
+    """The model's cache lies elsewhere; block b of the region is the host's copy of block b."""
 
     def __init__(self, region: Region, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(region, dtype)
-        self._host, self._device = self.tensor, device
+        self._host = self.tensor
         self.tensor = torch.zeros(region.layout.shape, dtype=dtype, device=device)
-        if device.type == "cuda":  # else the driver stages every copy through a small pinned buffer
-            region.pin(_pin)
 
-    def publish(self, layer: int, blocks: Sequence[int]) -> None:
+    def begin(self, landed: Sequence[int]) -> None:
+        for block in landed:
+            self.tensor[:, block].copy_(self._host[:, block], non_blocking=True)
+
+    def publish(self, layer: int, blocks: Sequence[int], published: Published) -> None:
+        self._copy_out(layer, blocks)
+        published()
+
+    def _copy_out(self, layer: int, blocks: Sequence[int]) -> None:
         for block in blocks:
             self._host[layer, block].copy_(self.tensor[layer, block], non_blocking=True)
-        self._wait()
 
-    def take(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            self.tensor[:, block].copy_(self._host[:, block], non_blocking=True)
-        self._wait()
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+class DeviceCache(StagedCache):
+    """The model's cache lies on a device. Blocks are copied out in a stream of their own, behind the layer that has
+    written them and beside the next one; a thread waits for the copies, so that neither step nor engine does."""
+
+    def __init__(self, region: Region, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(region, dtype, device)
+        if device.type == "cuda":  # else the driver stages every copy through a small pinned buffer
+            region.pin(_pin)
+        self._device, self._copies = device, torch.Stream(device)
+        self._marked = self._published = 0
+        self._failure: Exception | None = None
+        self._waiting: queue.SimpleQueue[tuple[torch.Event, Published]] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        threading.Thread(target=self._publish_all, name="kv-publish", daemon=True).start()
+
+    def begin(self, landed: Sequence[int]) -> None:
+        # No block is written anew while it is still copied out.
+        torch.accelerator.current_stream(self._device).wait_stream(self._copies)
+        super().begin(landed)
+
+    def publish(self, layer: int, blocks: Sequence[int], published: Published) -> None:
+        self._copies.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._copies:
+            self._copy_out(layer, blocks)
+        copied = torch.Event(self._device, blocking=True)
+        copied.record(self._copies)
+        self._marked += 1
+        self._waiting.put((copied, published))
+
+    def mark(self) -> int:
+        return self._marked
+
+    def wait(self, mark: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._published >= mark or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+
+    def _publish_all(self) -> None:
+        try:
+            while True:
+                copied, published = self._waiting.get()
+                copied.synchronize()
+                published()
+                with self._changed:
+                    self._published += 1
+                    self._changed.notify_all()
+        except Exception as error:  # noqa: BLE001  # the engine raises it, in `wait`
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
 
 
 def cache_of(region: Region, dtype: torch.dtype, device: torch.device) -> HostCache:
-    return StagedCache(region, dtype, device) if device_of(device).staged else HostCache(region, dtype)
+    return DeviceCache(region, dtype, device) if device_of(device).staged else HostCache(region, dtype)
 
 
 def _pin(address: int, num_bytes: int) -> None:

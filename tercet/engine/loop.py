@@ -1,16 +1,19 @@
-"""The engine's thread: plan, execute, commit, report; and its lock, behind which roles reach the state.
+"""The engine's thread: plan, launch, commit, report; and its lock, behind which roles reach the state.
 
-The lock is a leaf (nothing else is locked under it), and it is not held while a step runs.
+Where the executor may run ahead, the next step is planned and launched before the result of the one that runs is
+awaited, so that a device never waits for the host (overlap scheduling). The lock is a leaf (nothing else is locked
+under it), and it is not held while a step runs.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from tercet.core import FinishReason, Load
-from tercet.engine.executor import Executor
+from tercet.engine.executor import Executor, Launched
 from tercet.engine.plan import StepPlan
 from tercet.engine.report import StepReport
 from tercet.engine.sequence import Sequence
@@ -35,7 +38,7 @@ class Engine:
         self._work = threading.Condition()
         self._state = EngineState(spec, max_context, eos_token_ids, quarantine_blocks, self._work.notify)
         self._stopping = False
-        self.step_started: float | None = None  # time.monotonic() of the step that is running; health looks at it
+        self.step_started: float | None = None  # time.monotonic() since which one step is awaited; health looks at it
         self.failure: BaseException | None = None  # what ended the loop, if it died
 
     # ---- verbs of EngineState, from any thread
@@ -99,8 +102,7 @@ class Engine:
         """Run steps until `stop`. An exception ends the loop and is kept in `failure`: the worker is then unhealthy and
         is replaced."""
         try:
-            while (plan := self._next_plan()) is not None:
-                self._run(plan)
+            self._run()
         except BaseException as error:
             self.failure = error
             raise
@@ -110,19 +112,29 @@ class Engine:
             self._stopping = True
             self._work.notify()
 
-    def _next_plan(self) -> StepPlan | None:
-        """Wait for work. None: the engine stops."""
+    def _run(self) -> None:
+        launched: deque[Launched] = deque()
+        while (plan := self._next_plan(wait=not launched)) is not None or launched:
+            self.step_started = self.step_started or time.monotonic()
+            if plan is not None:
+                launched.append(self._executor.launch(plan))
+            if plan is None or len(launched) > self._executor.ahead:
+                self._settle(launched.popleft())
+
+    def _next_plan(self, *, wait: bool) -> StepPlan | None:
+        """wait: for work. None: the engine stops, or there is nothing to do before a step in flight has ended."""
         with self._work:
             while not self._stopping:
                 plan = self._state.plan(time.monotonic())
                 if plan.pieces:
                     return plan
+                if not wait:
+                    break
                 self._work.wait()
             return None
 
-    def _run(self, plan: StepPlan) -> None:
-        self.step_started = time.monotonic()
-        result = self._executor.execute(plan)
+    def _settle(self, step: Launched) -> None:
+        result = step.result()
         with self._work:
             report = self._state.commit(result)
         self.step_started = None

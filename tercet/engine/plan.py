@@ -1,6 +1,6 @@
 """What a step computes and its results, as plain data: all that an executor needs, in whatever process it runs.
 
-    EngineState.plan ─StepPlan─> Executor.execute ─StepResult─> EngineState.commit
+    EngineState.plan ─StepPlan─> Executor.launch ─StepResult─> EngineState.commit
 
 A plan is made of tuples and lists, so msgpack packs it as it is; `pack` and `unpack` are for an executor in another
 process.
@@ -47,6 +47,7 @@ class Piece(NamedTuple):
     push: Push | None = None
     follow: Sequence[int] = ()  # the prompt token after each of `token_ids`, if its logprob is wanted
     most_likely: int = 0  # how many top logprobs are wanted for each of `follow`
+    drawn: int = -1  # if its one token is what the step before draws: the number of that draw; `token_ids` says 0
 
     @property
     def end(self) -> int:

@@ -1,65 +1,119 @@
 """Turn a plan into tensors, run the model over the paged cache, and draw tokens.
 
 The KV cache is a tensor over the bytes of a transfer Region, or a tensor on a device, of which the region is the host
-copy (kv_cache.py). Tokens are drawn on the host, or on the device by the Triton kernels.
+copy (kv_cache.py). Tokens are drawn on the host, or by the Triton kernels where the logits are: then nothing in
+`launch` waits for the device, and the next step may take tokens that nobody has seen yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tercet.core import PromptScore, Ticket, TokenEvent
-from tercet.engine.kv_cache import cache_of
+from tercet.engine.graphs import DecodeGraphs, Recorder
+from tercet.engine.inputs import Arrays, BatchInputs
+from tercet.engine.kv_cache import HostCache, cache_of
+from tercet.engine.outputs import Outputs
 from tercet.engine.plan import Draw, Piece, PieceResult, StepPlan, StepResult
-from tercet.engine.sampler import sample, score
+from tercet.engine.sampler import sample
+from tercet.engine.scores import PieceScores
 from tercet.errors import EngineFault
-from tercet.models.batch import PrefillChunk, StepBatch
+from tercet.models.batch import StepBatch
 from tercet.models.transformer import Transformer
 from tercet.transfer.memory.region import Region
 
-SCORE_ROWS = 64  # prompt tokens at a time: the logits of a whole prompt would take gigabytes
+if TYPE_CHECKING:
+    from tercet.engine.device_sampler import DeviceDraws
 
 PushBlocks = Callable[[Ticket, int, int, Rows[int]], object]
 """(ticket, layer, first, blocks): the prompt's blocks from index `first` on are complete in cache blocks `blocks` of
-`layer`. Called on the engine's thread during a step; after a fault the same ones may come again."""
+`layer`. Called during a step, before its result is known; after a fault the same ones may come again."""
+
+Events = Rows[TokenEvent | EngineFault]
+
+
+class RunningStep:
+    def __init__(self, plan: StepPlan, outputs: Outputs, cache: HostCache) -> None:
+        self.tokens: Tensor | None = None  # [R] int64, on the device; None if they were drawn on the host
+        self._plan, self._outputs, self._cache = plan, outputs, cache
+        self.events: Callable[[Rows[Tensor]], Events] = lambda _: ()
+        self.scores: list[PieceScores] = []  # of each piece
+
+    def close(self) -> None:
+        """All of it is launched."""
+        self._outputs.close()
+        self._mark = self._cache.mark()
+
+    def result(self) -> StepResult:
+        fetched = self._outputs.fetched()
+        self._cache.wait(self._mark)
+        drawn = iter(self.events(fetched))
+        tokens = [next(drawn) if piece.draw is not None else None for piece in self._plan.pieces]
+        return [_result(token, scores.scores(fetched)) for token, scores in zip(tokens, self.scores, strict=True)]
 
 
 class Runner:
     def __init__(self, model: Transformer, region: Region, push: PushBlocks | None = None) -> None:
         """push: hands over the blocks that a plan says to; not needed if no plan does."""
-        self._model = model
-        self._push = push
+        self._model, self._push = model, push
         self._block_size = region.layout.block_size
-        self.vocab_size = model.config.vocab_size  # rows of the embedding
         self._cache = cache_of(region, model.dtype, model.device)
+        self._graphs: DecodeGraphs | None = None
         self.kv_cache = self._cache.tensor
+        self.vocab_size = model.config.vocab_size  # rows of the embedding
+        self.ahead = model.kernels.kind == "triton"  # others wait for the logits, to draw on the host
 
     @property
     def layers_done(self) -> int:
         return self._model.layers_done
 
-    @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute the step's KV, and draw a token for each piece that is to get one."""
-        self._cache.take(plan.landed)
-        batch = self._batch(plan)
-        hidden = self._model.hidden(batch, self.kv_cache, self._on_layer(plan.chunks))
-        draws = [piece.draw for piece in plan.pieces if piece.draw is not None]
-        drawn = iter(self._draw(hidden[batch.logit_rows], draws))
-        tokens = [next(drawn) if piece.draw is not None else None for piece in plan.pieces]
-        firsts = [*range(batch.num_decodes), *(rows.start_row for rows in batch.chunks)]
-        scores = [self._scores(piece, hidden[first:]) for piece, first in zip(plan.pieces, firsts, strict=True)]
-        return list(map(_result, tokens, scores))
+    def capture(self, sizes: Rows[int], max_context: int, recorder: Recorder) -> None:
+        """Record decode steps of these batch sizes."""
+        forward = partial(self._model.forward, kv_cache=self.kv_cache)
+        graphs = DecodeGraphs(forward, self._model.device, self._block_size, max_context)
+        graphs.capture(sizes, recorder)
+        self._graphs = graphs
 
-    def _draw(self, hidden: Tensor, draws: Rows[Draw]) -> list[TokenEvent | EngineFault]:
-        if not draws:
-            return []
-        logits, kind = self._model.logits(hidden), self._model.kernels.kind
-        return sample(logits if kind == "triton" else logits.cpu(), draws, kind)
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, before: Tensor | None = None) -> RunningStep:
+        """Compute the step's KV, and draw a token for each piece that is to get one."""
+        self._cache.begin(plan.landed)
+        size = None if self._graphs is None else self._graphs.size_for(plan)
+        arrays, inputs = self._inputs(plan, size)
+        draws = [piece.draw for piece in plan.pieces if piece.draw is not None]
+        device_draws = self._device_draws(arrays, draws)
+        scores = [PieceScores(arrays, piece) for piece in plan.pieces]
+        packed = arrays.packed(pin=self._model.device.type != "cpu").to(self._model.device, non_blocking=True)
+        landed = arrays.views(packed)
+        batch = inputs.batch(landed, before)
+
+        outputs = Outputs(self._model.device)
+        step = RunningStep(plan, outputs, self._cache)
+        if size is not None:
+            assert self._graphs is not None
+            logits = self._graphs.run(size, packed)[: len(draws)]
+        else:
+            hidden = self._model.hidden(batch, self.kv_cache, self._on_layer(plan.chunks))
+            logits = self._model.logits(hidden[batch.logit_rows])
+            self._score(batch, hidden, scores, landed, outputs)
+        step.scores = scores
+        if device_draws is None:
+            events = self._draw(logits, draws)
+            step.events = lambda _: events
+        elif draws:
+            step.tokens = device_draws.launch(logits, landed, outputs)
+            step.events = device_draws.events
+        step.close()
+        return step
+
+    def tokens_of(self, token_ids: Rows[int]) -> Tensor:
+        return torch.tensor(token_ids, dtype=torch.int64, device=self._model.device)
 
     @torch.inference_mode()
     def check(self) -> None:
@@ -68,56 +122,29 @@ class Runner:
         batch = StepBatch(zero, zero, zero, 1, zero.view(1, 1), zero + 1, (), zero)
         self._model.forward(batch, torch.zeros_like(self.kv_cache[:, :1]))
 
-    def _scores(self, piece: Piece, hidden: Tensor) -> list[PromptScore] | EngineFault:
-        """The logprobs of the piece's `follow`. hidden: begins with the piece's rows."""
-        scores: list[PromptScore] = []
-        for at in range(0, len(piece.follow), SCORE_ROWS):
-            wanted = piece.follow[at : at + SCORE_ROWS]
-            logits = self._model.logits(hidden[at : at + len(wanted)]).cpu()
-            if not logits.amax().isfinite():
-                return EngineFault("the model's logits for the prompt are not finite numbers")
-            scores += score(logits, wanted, piece.most_likely)
-        return scores
+    def _inputs(self, plan: StepPlan, size: int | None) -> tuple[Arrays, BatchInputs]:
+        if size is not None:
+            assert self._graphs is not None
+            return self._graphs.inputs(plan, size)
+        arrays = Arrays()
+        return arrays, BatchInputs(arrays, plan, self._block_size)
 
-    def _batch(self, plan: StepPlan) -> StepBatch:
-        """The plan as tensors. Its logit rows are those of the pieces that draw, in order."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        logit_rows: list[int] = []
-        chunks: list[PrefillChunk] = []
-        for number, piece in enumerate(plan.pieces):
-            if number >= len(plan.decodes):
-                chunks.append(PrefillChunk(len(tokens), len(piece.token_ids), piece.end, self._ints(piece.blocks)))
-            tokens += piece.token_ids
-            positions += range(piece.start, piece.end)
-            slots += self._slots(piece)
-            if piece.draw is not None:
-                logit_rows.append(len(tokens) - 1)
-        tables, lengths = self._decode_tables(plan.decodes)
-        return StepBatch(
-            token_ids=self._ints(tokens),
-            positions=self._ints(positions),
-            slots=self._ints(slots),
-            num_decodes=len(plan.decodes),
-            decode_block_tables=tables,
-            decode_context_lens=lengths,
-            chunks=tuple(chunks),
-            logit_rows=self._ints(logit_rows),
-        )
+    def _device_draws(self, arrays: Arrays, draws: Rows[Draw]) -> DeviceDraws | None:
+        if not self.ahead:
+            return None
+        from tercet.engine.device_sampler import DeviceDraws  # it imports Triton, which other kernels do without
 
-    def _slots(self, piece: Piece) -> list[int]:
-        size, blocks = self._block_size, piece.blocks
-        return [blocks[p // size] * size + p % size for p in range(piece.start, piece.end)]
+        return DeviceDraws(arrays, draws, self.vocab_size)
 
-    def _decode_tables(self, decodes: Rows[Piece]) -> tuple[Tensor, Tensor]:
-        """Block tables padded with 0, and context lengths with the new token included."""
-        width = max((len(piece.blocks) for piece in decodes), default=0)
-        rows = [[*piece.blocks, *[0] * (width - len(piece.blocks))] for piece in decodes]
-        return self._ints(rows).view(len(decodes), width), self._ints([piece.end for piece in decodes])
+    def _draw(self, logits: Tensor, draws: Rows[Draw]) -> Events:
+        return sample(logits.cpu(), draws, native=self._model.kernels.native) if draws else ()
 
-    def _ints(self, values: Rows[int] | Rows[Rows[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._model.device)
+    def _score(
+        self, batch: StepBatch, hidden: Tensor, scores: Rows[PieceScores], landed: Rows[Tensor], outputs: Outputs
+    ) -> None:
+        firsts = [*range(batch.num_decodes), *(rows.start_row for rows in batch.chunks)]
+        for piece, first in zip(scores, firsts, strict=True):
+            piece.launch(hidden[first:], self._model.logits, landed, outputs)
 
     def _on_layer(self, chunks: Rows[Piece]) -> Callable[[int], None] | None:
         """A callback that hands over the blocks that are complete in a layer, if there are any."""
@@ -131,8 +158,8 @@ class Runner:
         def on_layer(layer: int) -> None:
             for ticket, push in pushed:
                 assert self._push is not None, "a plan says push, but nobody does"
-                self._cache.publish(layer, push.blocks)
-                self._push(ticket, layer, push.first, push.blocks)
+                published = partial(self._push, ticket, layer, push.first, push.blocks)
+                self._cache.publish(layer, push.blocks, published)
 
         return on_layer
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from tercet.core import PromptScore, SamplingParams, TokenEvent
 from tercet.engine.plan import Draw
 from tercet.errors import EngineFault
-from tercet.kernels.kinds import Kind
 from tercet.kernels.native.sampling import RowDraw, draw_tokens
 
 Bits = npt.NDArray[np.uint32]
@@ -33,12 +32,10 @@ Bits = npt.NDArray[np.uint32]
 NOT_FINITE = EngineFault("the model's logits are not finite numbers: no token can be drawn")
 
 
-def sample(logits: Tensor, draws: Rows[Draw], kind: Kind = "torch") -> list[TokenEvent | EngineFault]:
-    """One token per row, or why there is none. kind: of the kernels that draw; triton: on the logits' device, else they
-    are on the CPU."""
-    if kind == "triton":
-        tokens = _draw_on_device(logits, draws)
-    elif kind == "native":
+def sample(logits: Tensor, draws: Rows[Draw], *, native: bool = False) -> list[TokenEvent | EngineFault]:
+    """One token per row of logits on the CPU, or why there is none; native: by the native kernels. What draws on a
+    device is device_sampler.py."""
+    if native:
         tokens = _draw_natively(penalised(logits, draws), draws)
     else:
         tokens = [_draw(row, draw) for row, draw in zip(penalised(logits, draws), draws, strict=True)]
@@ -49,17 +46,23 @@ def sample(logits: Tensor, draws: Rows[Draw], kind: Kind = "torch") -> list[Toke
         elif draw.params.logprobs is None:
             events.append(TokenEvent(token))
         else:
-            events.append(_with_logprobs(logits[row], token, draw.params.logprobs))
+            found = logprobs_of(logits[row : row + 1], torch.tensor([token]), draw.params.logprobs)
+            events.append(TokenEvent(token, *top_logprobs(*found)[0]))
     return events
 
 
-def score(logits: Tensor, token_ids: Rows[int], count: int) -> list[PromptScore]:
-    """The logprob that each row gives the token after it, and its `count` most likely ones. token_ids: one per row."""
+def logprobs_of(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The logprob that each row gives its token, [R]; its `count` most likely ids and their logprobs, [R, count]. On
+    the device of the logits."""
     logprobs = logits.log_softmax(dim=-1)
-    given = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1).tolist()
     top = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
-    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [(p, tuple(zip(ids, ps, strict=True))) for p, (ids, ps) in zip(given, likeliest, strict=True)]
+    return logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1), top.indices, top.values
+
+
+def top_logprobs(given: Tensor, ids: Tensor, values: Tensor) -> list[PromptScore]:
+    """What `logprobs_of` has found, on the host."""
+    likeliest = zip(ids.tolist(), values.tolist(), strict=True)
+    return [(p, tuple(zip(row, ps, strict=True))) for p, (row, ps) in zip(given.tolist(), likeliest, strict=True)]
 
 
 def _argmax(x: Tensor) -> npt.NDArray[np.int64]:
@@ -85,42 +88,6 @@ def _draw_natively(scores: Tensor, draws: Rows[Draw]) -> list[int | None]:
         words = (0, 0) if params.greedy else random_words(params.seed or 0, position)
         rows.append(RowDraw(*bounds, *words, params.greedy))
     return [None if token < 0 else token for token in draw_tokens(scores.contiguous(), rows)]
-
-
-def _draw_on_device(logits: Tensor, draws: Rows[Draw]) -> list[int | None]:
-    from tercet.kernels.triton import sampling  # it imports Triton, which other kernels do without
-
-    vocab, device, params = logits.shape[-1], logits.device, [draw.params for draw in draws]
-    words = [random_words(draw.params.seed or 0, draw.position) for draw in draws]
-    rows = sampling.SamplingRows(
-        temperature=_floats([0.0 if p.greedy else p.temperature for p in params], device),
-        min_p=_floats([p.min_p for p in params], device),
-        top_k=torch.tensor([min(p.top_k, vocab) for p in params], dtype=torch.int32, device=device),
-        top_p=_floats([p.top_p for p in params], device),
-        words=torch.tensor(words, dtype=torch.int64, device=device),
-    )
-    penalties = None
-    if any(p.penalises for p in params):
-        penalties = sampling.Penalties(
-            repetition=_floats([p.repetition_penalty for p in params], device),
-            presence=_floats([p.presence_penalty for p in params], device),
-            frequency=_floats([p.frequency_penalty for p in params], device),
-            in_prompt=_counts([draw.prompt for draw in draws], vocab, device) > 0,
-            in_output=_counts([draw.output for draw in draws], vocab, device),
-        )
-    tokens: list[int] = sampling.sample(logits, rows, penalties).tolist()
-    return [None if token < 0 else token for token in tokens]
-
-
-def _floats(values: Rows[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def _counts(rows: Rows[Rows[int]], vocab: int, device: torch.device) -> Tensor:
-    """How often each id is in each row: [R, vocab] int32."""
-    at = torch.tensor([row * vocab + i for row, ids in enumerate(rows) for i in ids], dtype=torch.int64, device=device)
-    counts = torch.zeros(len(rows) * vocab, dtype=torch.int32, device=device)
-    return counts.scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32)).view(len(rows), vocab)
 
 
 def _draw(scores: Tensor, draw: Draw) -> int | None:
@@ -198,10 +165,3 @@ def _mix(x: Bits) -> None:
         x ^= np.right_shift(x, shift, out=shifted)
         x *= np.uint32(factor)
     x ^= np.right_shift(x, 16, out=shifted)
-
-
-def _with_logprobs(row: Tensor, token: int, count: int) -> TokenEvent:
-    logprobs = row.log_softmax(dim=-1)
-    top = logprobs.topk(min(count, len(logprobs)))
-    drawn, *likeliest = torch.cat((logprobs[token : token + 1], top.values)).tolist()
-    return TokenEvent(token, drawn, tuple(zip(top.indices.tolist(), likeliest, strict=True)))

@@ -15,7 +15,7 @@ from tercet.engine.sequence import Phase, Sequence
 @dataclass(frozen=True)
 class Chunk:
     sequence: Sequence
-    length: int  # tokens from sequence.computed on
+    length: int  # tokens from sequence.planned on
     last: bool  # no token is left to compute after it, so the next one is sampled
     push: range = range(0)  # indices of the blocks that it completes and that are handed over
 
@@ -32,6 +32,11 @@ class Step:
     def sequences(self) -> tuple[Sequence, ...]:
         return (*self.decodes, *(chunk.sequence for chunk in self.chunks))
 
+    @property
+    def drawing(self) -> tuple[Sequence, ...]:
+        """Those that get a token, in the order of their draws."""
+        return (*self.decodes, *(chunk.sequence for chunk in self.chunks if chunk.last))
+
 
 @dataclass
 class Scheduler:
@@ -42,14 +47,20 @@ class Scheduler:
     policy: Policy
     block_size: int
     max_running: int
+    max_context: int
     running: list[Sequence] = field(default_factory=list)  # in order of arrival
     waiting: deque[Sequence] = field(default_factory=deque)
     preemptions: int = 0
 
-    def schedule(self) -> Step:
-        """Choose the next step and allocate its blocks."""
+    def schedule(self, *, behind: bool = False) -> Step:
+        """Choose the next step and allocate its blocks.
+
+        behind: a step is in flight. Then the next one is empty if it takes what only the end of that one gives: room,
+        for none whose blocks a step uses is preempted, or a token that a penalty counts."""
+        if behind and self._must_wait():
+            return Step()
         step = self._choose()
-        while not step and len(self.running) > 1 and self._preempt():
+        while not step and not behind and len(self.running) > 1 and self._preempt():
             step = self._choose()  # half-done prompts each held blocks that the others needed
         return step
 
@@ -64,12 +75,24 @@ class Scheduler:
         """Blocks that a newcomer must leave free: each running sequence's next one, and all of the waiting ones'."""
         return len(self.running) + sum(self._blocks_of(len(s.token_ids)) for s in self.waiting)
 
+    def _must_wait(self) -> bool:
+        decoding = list(filter(self._goes_on, self.running))
+        counted = any(s.drawing and s.params.penalises for s in decoding)
+        return counted or sum(self._missing(s, 1) for s in decoding) > self.pool.available
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Whether it decodes, and is not at its last token even now."""
+        output = sequence.num_output + sequence.drawing
+        return (
+            sequence.decodes and output < sequence.params.max_tokens and sequence.num_prompt + output < self.max_context
+        )
+
     def _choose(self) -> Step:
-        fitting = [s for s in list(self.running) if s.phase is Phase.DECODING and self._fit(s, 1)]
-        decodes = [s for s in fitting if s.phase is Phase.DECODING]  # without those preempted for a later one
+        fitting = [s for s in list(self.running) if self._goes_on(s) and self._fit(s, 1)]
+        decodes = [s for s in fitting if s.decodes]  # without those preempted for a later one
         budget = self.policy.prompt_tokens(len(decodes))
         chunks: list[Chunk] = []
-        for sequence in [s for s in self.running if s.phase is Phase.PREFILLING]:
+        for sequence in [s for s in self.running if s.phase is Phase.PREFILLING and not s.drawing]:
             budget -= self._chunk(sequence, budget, chunks)
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self.policy.next(self.waiting)
@@ -90,7 +113,7 @@ class Scheduler:
             self.pool.release(matched, Hold.OWNED)
             return False
         sequence.blocks = matched
-        sequence.computed = len(matched) * self.block_size
+        sequence.start_at(len(matched) * self.block_size)
         sequence.published = len(matched)
         if sequence.hand_over:
             # All at once: what is being sent can't be preempted, so two of them must not wait for each other.
@@ -106,7 +129,7 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Add the next chunk of a prefilling sequence, as long as budget and blocks allow. -> tokens taken."""
         assert sequence.pending > 0, f"{sequence.ticket} has no token left to compute"
-        room = (len(sequence.blocks) + self.pool.available) * self.block_size - sequence.computed
+        room = (len(sequence.blocks) + self.pool.available) * self.block_size - sequence.planned
         length = min(sequence.pending, budget, room)
         if length <= 0:
             return 0
@@ -119,7 +142,7 @@ class Scheduler:
         """Blocks that a chunk completes, and with the last chunk the partial block too."""
         if not sequence.hand_over:
             return range(0)
-        end = sequence.computed + length
+        end = sequence.planned + length
         complete = self._blocks_of(end) if last else end // self.block_size
         return range(sequence.pushed_blocks, max(sequence.pushed_blocks, complete))
 
@@ -138,14 +161,15 @@ class Scheduler:
             return False
         self.running.remove(victim)
         self.pool.release(victim.blocks, Hold.OWNED)
-        victim.blocks, victim.computed, victim.published = [], 0, 0
+        victim.blocks, victim.published = [], 0
+        victim.start_at(0)
         victim.phase = Phase.WAITING
         self.waiting.appendleft(victim)
         self.preemptions += 1
         return True
 
     def _missing(self, sequence: Sequence, length: int) -> int:
-        return max(0, self._blocks_of(sequence.computed + length) - len(sequence.blocks))
+        return max(0, self._blocks_of(sequence.planned + length) - len(sequence.blocks))
 
     def _blocks_of(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

@@ -43,6 +43,8 @@ class Sequence:
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose KV stands in `blocks`
+    planned: int = 0  # the same, with what the steps in flight compute
+    drawing: int = 0  # steps in flight that draw its next token
     cached_tokens: int = 0  # tokens of the prompt that the prefix cache served
     scores: list[PromptScore] = field(default_factory=list)  # one per prompt token but the first, if wanted
     pushed_blocks: int = 0  # prompt blocks that the receiver has, or that are handed over already
@@ -66,8 +68,17 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV is still to be computed."""
-        return len(self.token_ids) - self.computed
+        """Tokens whose KV no step computes yet, those that are being drawn included."""
+        return len(self.token_ids) + self.drawing - self.planned
+
+    @property
+    def decodes(self) -> bool:
+        """Whether what it needs next is one more token."""
+        return self.phase is Phase.DECODING or (self.drawing > 0 and not self.hand_over)
+
+    def start_at(self, computed: int) -> None:
+        """The KV of its first `computed` tokens stands in `blocks`; no step in flight computes more."""
+        self.computed = self.planned = computed
 
     def extend_hashes(self, block_size: int) -> list[bytes]:
         """Chained hashes of every full block of the tokens so far."""

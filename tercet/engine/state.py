@@ -1,11 +1,13 @@
 """The state and decisions of a worker's engine: verbs by which roles put requests in and take them out, and the two
 halves of a step, `plan` and `commit`. No thread, no lock, no clock (see engine/loop.py), no torch.
 
-Verbs may be called between `plan` and `commit`. Blocks that a step touches are freed only after its commit.
+Verbs may be called between `plan` and `commit`. One more step may be planned before a step's commit: its sequences then
+take tokens that are being drawn (Piece.drawn). Blocks that a step touches are freed only after its commit.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -43,10 +45,10 @@ class EngineState:
         self._index = PrefixIndex(enabled=spec.kv.prefix_cache)
         self._pool = BlockPool(spec.kv.blocks, self._index, on_work)
         policy = FirstComeFirstServed(spec.scheduler.token_budget)
-        self._scheduler = Scheduler(self._pool, self._index, policy, self._block_size, self._max_running)
+        self._scheduler = Scheduler(self._pool, self._index, policy, self._block_size, self._max_running, max_context)
         self._reserved: set[Sequence] = set()  # their KV is on its way
         self._sending: set[Sequence] = set()  # a transfer reads their blocks, until `op_done`
-        self._step = Step()  # planned, not yet committed
+        self._in_flight: deque[Step] = deque()  # planned, not yet committed; the oldest first
         self._landed: set[int] = set()  # blocks that transfers have written and no plan has named yet
 
     # ---- verbs
@@ -90,7 +92,7 @@ class EngineState:
         self._reserved.remove(sequence)
         self._landed.update(sequence.blocks[sequence.published :])
         self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.OWNED)
-        sequence.computed = len(sequence.token_ids)
+        sequence.start_at(len(sequence.token_ids))
         self._publish(sequence)
         sequence.token_ids.append(first_token)
         if self._finish_of(sequence) is None:
@@ -134,7 +136,7 @@ class EngineState:
     def op_done(self, sequence: Sequence) -> None:
         """The transfer out of a handed-over sequence's blocks has ended."""
         self._sending.discard(sequence)
-        if sequence.over and sequence not in self._step.sequences:
+        if sequence.over and not self._touched(sequence):
             self._pool.release(sequence.blocks, Hold.IN_FLIGHT)
             sequence.blocks = []
 
@@ -162,40 +164,62 @@ class EngineState:
     # ---- steps
 
     def plan(self, now: float) -> StepPlan:
-        """The next step, its blocks allocated; empty if there is nothing to do. `commit` follows."""
-        self._step = self._scheduler.schedule()
-        for sequence in self._step.sequences:
-            sequence.first_scheduled = sequence.first_scheduled or now
-        if not self._step.sequences:
+        """The next step, its blocks allocated; `commit` follows. Empty if there is nothing to do, or nothing before the
+        commit of the step in flight. At most one may be."""
+        assert len(self._in_flight) < 2, "a step would take tokens of more than the one before it"
+        step = self._scheduler.schedule(behind=bool(self._in_flight))
+        if not step:
             return StepPlan()
-        landed, self._landed = tuple(self._landed), set()
-        return StepPlan(
-            tuple(self._piece(sequence, sequence.computed, 1, draws=True) for sequence in self._step.decodes),
-            tuple(map(self._piece_of, self._step.chunks)),
-            landed,
-        )
+        plan = self._plan_of(step)
+        for sequence in step.sequences:
+            sequence.first_scheduled = sequence.first_scheduled or now
+        for sequence in step.decodes:
+            sequence.planned += 1
+        for chunk in step.chunks:
+            chunk.sequence.planned += chunk.length
+            chunk.sequence.pushed_blocks = max(chunk.sequence.pushed_blocks, chunk.push.stop)
+        for sequence in step.drawing:
+            sequence.drawing += 1
+        self._in_flight.append(step)
+        return plan
 
     def commit(self, result: StepResult) -> StepReport:
-        """Advance what was computed, append the tokens, retire what is over; a sequence at fault ends here."""
-        step, self._step = self._step, Step()
+        """Take the result of the oldest step: advance what was computed, append the tokens, retire what is over; a
+        sequence at fault ends here."""
+        step = self._in_flight.popleft()
         for sequence in step.decodes:
             sequence.computed += 1
         for chunk in step.chunks:
             chunk.sequence.computed += chunk.length
-            chunk.sequence.pushed_blocks = max(chunk.sequence.pushed_blocks, chunk.push.stop)
+        for sequence in step.drawing:
+            sequence.drawing -= 1
         report: StepReport = []
         for sequence, piece in zip(step.sequences, result, strict=True):
             report += self._take(sequence, piece)
         return report
 
+    def _plan_of(self, step: Step) -> StepPlan:
+        before = self._in_flight[-1].drawing if self._in_flight else ()
+        rows = {sequence: row for row, sequence in enumerate(before)}
+        landed, self._landed = tuple(self._landed), set()
+        return StepPlan(
+            tuple(self._decode(sequence, rows) for sequence in step.decodes),
+            tuple(map(self._piece_of, step.chunks)),
+            landed,
+        )
+
+    def _decode(self, sequence: Sequence, rows: dict[Sequence, int]) -> Piece:
+        piece = self._piece(sequence, sequence.planned, 1, draws=True)
+        return piece._replace(token_ids=(0,), drawn=rows[sequence]) if sequence.drawing else piece
+
     def _piece_of(self, chunk: Chunk) -> Piece:
-        sequence, end = chunk.sequence, chunk.sequence.computed + chunk.length
-        piece = self._piece(sequence, sequence.computed, chunk.length, draws=chunk.last)
+        sequence, end = chunk.sequence, chunk.sequence.planned + chunk.length
+        piece = self._piece(sequence, sequence.planned, chunk.length, draws=chunk.last)
         if chunk.push:
             blocks = sequence.blocks[chunk.push.start : chunk.push.stop]
             piece = piece._replace(push=Push(chunk.push.start, blocks, end % self._block_size if chunk.last else 0))
         if sequence.wants_scores:
-            follow = sequence.token_ids[sequence.computed + 1 : end + 1]
+            follow = sequence.token_ids[sequence.planned + 1 : end + 1]
             piece = piece._replace(follow=follow, most_likely=sequence.params.prompt_logprobs or 0)
         return piece
 
@@ -213,7 +237,8 @@ class EngineState:
         elif not sequence.over:
             self._publish(sequence)
         if sequence.over:
-            self._give_back(sequence)
+            if not self._touched(sequence):
+                self._give_back(sequence)
             return []
         if piece.fault is not None:
             self._retire(sequence)
@@ -264,8 +289,12 @@ class EngineState:
         sequence.phase = Phase.OVER
         self._scheduler.remove(sequence)
         self._on_work()  # its place in the batch is free
-        if sequence not in self._step.sequences:
+        if not self._touched(sequence):
             self._give_back(sequence)
+
+    def _touched(self, sequence: Sequence) -> bool:
+        """Whether a step in flight uses its blocks."""
+        return any(sequence in step.sequences for step in self._in_flight)
 
     def _give_back(self, sequence: Sequence) -> None:
         if sequence in self._sending:
@@ -278,6 +307,6 @@ class EngineState:
 def _draw_of(sequence: Sequence) -> Draw:
     params = sequence.params
     if not params.penalises:
-        return Draw(params, sequence.num_output)
+        return Draw(params, sequence.num_output + sequence.drawing)
     prompt, output = sequence.token_ids[: sequence.num_prompt], sequence.token_ids[sequence.num_prompt :]
     return Draw(params, sequence.num_output, prompt, output)

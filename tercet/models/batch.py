@@ -5,8 +5,9 @@ Rows of the flat token batch (T of them): D decodes first, one row each, then th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -30,3 +31,5 @@ class StepBatch:
     decode_context_lens: Tensor  # [D] int64, the new token included
     chunks: tuple[PrefillChunk, ...]
     logit_rows: Tensor  # [R] int64, rows whose logits are wanted
+    # [2 N + 1] int64 of the N chunks: their first rows, the last one's end, and their contexts. Triton's layers read it
+    chunk_bounds: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))

@@ -19,7 +19,7 @@ from tercet.kernels.triton.decode import DecodePlan, attend_into, plan_decode
 from tercet.kernels.triton.prefill import prefill_attention
 from tercet.kernels.triton.rms_norm import add_rms_norm, rms_norm
 from tercet.kernels.triton.rope import rope_and_write
-from tercet.models.batch import PrefillChunk, StepBatch
+from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
 from tercet.models.layers import Layer
 
@@ -82,7 +82,7 @@ class TritonLayers:
     def _plan(self, batch: StepBatch, block_size: int) -> _Step:
         positions = batch.positions
         decodes = self._plan_decodes(batch, block_size) if batch.num_decodes else None
-        chunks = _plan_chunks(batch.chunks, positions.device) if batch.chunks else None
+        chunks = _plan_chunks(batch) if batch.chunks else None
         return _Step(self._cos[positions], self._sin[positions], batch.slots, decodes, chunks)
 
     def _plan_decodes(self, batch: StepBatch, block_size: int) -> _Decodes:
@@ -113,15 +113,12 @@ def decode_programs(device: torch.device) -> int:
     return PROGRAMS_OF_AN_SM * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _plan_chunks(chunks: tuple[PrefillChunk, ...], device: torch.device) -> _Chunks:
+def _plan_chunks(batch: StepBatch) -> _Chunks:
     """Their rows follow each other."""
-    starts = [*(chunk.start_row for chunk in chunks), chunks[-1].start_row + chunks[-1].length]
-    return _Chunks(
-        pad_sequence([chunk.block_table for chunk in chunks], batch_first=True).int(),
-        torch.tensor(starts, dtype=torch.int32, device=device),
-        torch.tensor([chunk.context for chunk in chunks], dtype=torch.int32, device=device),
-        max(chunk.length for chunk in chunks),
-    )
+    chunks, bounds = batch.chunks, batch.chunk_bounds.int()
+    tables = pad_sequence([chunk.block_table for chunk in chunks], batch_first=True).int()
+    starts, contexts = bounds[: len(chunks) + 1], bounds[len(chunks) + 1 :]
+    return _Chunks(tables, starts, contexts, max(chunk.length for chunk in chunks))
 
 
 def _add_and_norm(norm: RmsNorm, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -116,11 +116,13 @@ def test_only_the_named_blocks_are_copied():
     host = torch.frombuffer(region.view, dtype=torch.float32).view(region.layout.shape)
     host.copy_(torch.randn(host.shape))
     before = host.clone()
-    cache.take([2, 0])
+    cache.begin([2, 0])
     assert torch.equal(cache.tensor[:, [0, 2]], before[:, [0, 2]])
     assert not cache.tensor[:, [1, 3]].any()
     cache.tensor.normal_()
-    cache.publish(1, [3])
+    published: list[bool] = []
+    cache.publish(1, [3], lambda: published.append(True))
+    assert published
     assert torch.equal(host[1, 3], cache.tensor[1, 3])
     host[1, 3] = before[1, 3]
     assert torch.equal(host, before)

@@ -6,12 +6,13 @@ import dataclasses
 import multiprocessing
 import random
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import msgpack
 import pytest
 
 from tercet.core import SamplingParams, Ticket, TokenEvent
-from tercet.engine.executor import LocalExecutor
+from tercet.engine.executor import Launched, LocalExecutor
 from tercet.engine.plan import Draw, Piece, PieceResult, Push, StepPlan, StepResult, pack, unpack
 from tercet.engine.runner import Runner
 from tercet.transfer.memory.region import Region
@@ -42,6 +43,7 @@ def piece_of(rng: random.Random) -> Piece:
         rng.choice([None, push]),
         ids[: rng.randrange(2)],
         rng.randrange(21),
+        rng.choice([-1, 0, 7]),
     )
 
 
@@ -74,12 +76,14 @@ def rank(pipe: Connection) -> None:
     model = load_tiny().model
     executor = LocalExecutor(Runner(model, Region(model.kv_layout(BLOCKS, SIZE))))
     while packed := pipe.recv_bytes():
-        results = executor.execute(unpack(packed))
+        results = executor.launch(unpack(packed)).result()
         pipe.send_bytes(msgpack.packb([[token.token_id for token in result.tokens] for result in results]))
 
 
 class TwoRanks:
     """Every plan runs here and in another process, in step; the tokens are the other one's."""
+
+    rank, world_size, ahead = 0, 2, False
 
     def __init__(self, runner: Runner) -> None:
         self._here = LocalExecutor(runner)
@@ -89,9 +93,12 @@ class TwoRanks:
         self._process = multiprocessing.get_context("spawn").Process(target=rank, args=(theirs,), daemon=True)
         self._process.start()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> Launched:
         self._pipe.send_bytes(pack(plan))
-        here = self._here.execute(plan)
+        step = self._here.launch(plan)
+        return SimpleNamespace(result=lambda: self._result(step.result()))
+
+    def _result(self, here: StepResult) -> StepResult:
         there = [PieceResult([TokenEvent(i) for i in ids]) for ids in msgpack.unpackb(self._pipe.recv_bytes())]
         assert [[t.token_id for t in r.tokens] for r in here] == [[t.token_id for t in r.tokens] for r in there]
         self.layers_done = self._here.layers_done

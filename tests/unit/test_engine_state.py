@@ -8,13 +8,14 @@ end put faults back; each must be caught.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 
 import pytest
 
 from tercet.core import FinishReason, SamplingParams, Ticket, TokenEvent
 from tercet.engine.blocks import BlockPool, Hold
-from tercet.engine.executor import LocalExecutor
+from tercet.engine.executor import Launched, LocalExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.plan import PieceResult, StepPlan
 from tercet.engine.report import Faulted, StepReport
@@ -63,6 +64,9 @@ class Simulation:
         self.pushed: dict[Ticket, list[int]] = {}
         self.asleep = False
         self.finishing = False
+        self.stepped_ahead = 0
+        self.ahead = rng.random() < 0.6
+        self.launched: deque[Launched] = deque()
 
     def wake(self) -> None:
         self.woken = True
@@ -83,10 +87,11 @@ class Simulation:
     def new(self) -> Sequence:
         rng = self.rng
         prompt = rng.choice(self.texts)[: rng.choice([1, 2, 7, 8, 9, 16, 17, 33, 60])]
-        params = SamplingParams(max_tokens=rng.choice([1, 2, 9, 60]), ignore_eos=True)
+        counted = rng.choice([0.0, 0.0, 0.0, 0.5])  # a penalty takes tokens that are known
+        params = SamplingParams(max_tokens=rng.choice([1, 2, 9, 60]), presence_penalty=counted, ignore_eos=True)
         sequence = Sequence(Ticket(f"r{len(self.made)}", 0, 1), prompt, len(prompt), params)
         self.made.append(sequence)
-        self.runner.tokens[sequence.ticket] = sequence.token_ids
+        self.runner.meet(sequence)
         self.now += 1
         return sequence
 
@@ -160,15 +165,21 @@ class Simulation:
         """The loop's next turn; while a step runs, verbs come in between."""
         self.woken = False
         plan = self.engine.plan(self.now)
-        self.asleep = not plan.pieces
+        self.asleep = not plan.pieces and not self.launched
         if self.asleep:
             return
-        for _ in range(0 if self.finishing else self.rng.randrange(3)):
+        self.meanwhile(3)
+        if plan.pieces:
+            self.launched.append(self.executor.launch(plan))
+            self.stepped_ahead += len(self.launched) > 1
+        if not plan.pieces or len(self.launched) > self.ahead:
+            result = self.launched.popleft().result()
+            self.meanwhile(2)
+            self.report(self.engine.commit(result))
+
+    def meanwhile(self, most: int) -> None:
+        for _ in range(0 if self.finishing else self.rng.randrange(most)):
             self.rng.choice((self.abort, self.join, self.op_done))()
-        result = self.executor.execute(plan)
-        for _ in range(0 if self.finishing else self.rng.randrange(2)):
-            self.rng.choice((self.abort, self.join, self.op_done))()
-        self.report(self.engine.commit(result))
 
     def check(self) -> None:
         self.engine.check_integrity()
@@ -240,8 +251,8 @@ def test_no_interleaving_breaks_the_engine():
 
 
 def test_every_end_is_reached():
-    seen = {"preempted": 0, "cached": 0, "joined": 0, "handed over": 0, "asleep": 0, "quarantined": 0}
-    for seed in range(400):
+    seen = {"preempted": 0, "cached": 0, "joined": 0, "handed over": 0, "asleep": 0, "quarantined": 0, "ahead": 0}
+    for seed in range(600):
         simulation = Simulation(seed)
         simulation.run()
         seen["preempted"] += simulation.engine._scheduler.preemptions
@@ -249,6 +260,7 @@ def test_every_end_is_reached():
         seen["handed over"] += sum(s.hand_over and s in simulation.got for s in simulation.made)
         seen["joined"] += len(simulation.got)
         seen["asleep"] += simulation.asleep
+        seen["ahead"] += simulation.stepped_ahead
         seen["quarantined"] += len(simulation.faulted)
     assert min(seen.values()) > 50, seen
 
@@ -434,14 +446,14 @@ class Alone:
 
     def add(self, number: int, prompt: list[int], max_tokens: int = 5) -> Sequence:
         sequence = sequence_of(number, prompt, max_tokens)
-        self.runner.tokens[sequence.ticket] = sequence.token_ids
+        self.runner.meet(sequence)
         self.state.add(sequence, 0.0)
         return sequence
 
     def step(self) -> StepPlan:
         plan = self.state.plan(0.0)
         if plan.pieces:
-            self.reports += self.state.commit(LocalExecutor(self.runner).execute(plan))
+            self.reports += self.state.commit(LocalExecutor(self.runner).launch(plan).result())
         return plan
 
     def run(self) -> None:

@@ -32,7 +32,7 @@ def sample(logits, draws):
     """By torch, and the same by the native kernels."""
     events = sampler.sample(logits, draws)
     if trial.missing() is None:
-        assert sampler.sample(logits, draws, "native") == events
+        assert sampler.sample(logits, draws, native=True) == events
     return events
 
 
@@ -242,7 +242,7 @@ def test_more_logprobs_than_the_vocabulary_has():
     row = torch.tensor([[1.0, 2.0, 0.5]])
     [event] = sample(row, [draw_of(SamplingParams(temperature=0.0, logprobs=20), (0,), ())])
     assert [i for i, _ in event.top_logprobs] == [1, 0, 2]
-    assert len(sampler.score(row, [0], 20)[0][1]) == 3
+    assert len(sampler.top_logprobs(*sampler.logprobs_of(row, torch.tensor([0]), 20))[0][1]) == 3
 
 
 def test_a_masked_token_is_never_drawn():

@@ -51,6 +51,7 @@ def batch_of(decodes, chunks, ids):
         torch.tensor([context for _, context in decodes], dtype=torch.int64, device=DEVICE),
         tuple(planned),
         torch.arange(row, device=DEVICE),
+        torch.tensor([*(c.start_row for c in planned), row, *(c.context for c in planned)], device=DEVICE),
     )
 
 

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from tercet.core import SamplingParams, TokenEvent
 from tercet.engine import sampler
+from tercet.engine.device_sampler import DeviceDraws
+from tercet.engine.inputs import Arrays
+from tercet.engine.outputs import Outputs
 from tercet.engine.plan import Draw
 from tests.triton_interpreter import DEVICE
 
@@ -44,8 +47,18 @@ def penalties_of(draws, vocab):
     )
 
 
+def drawn(logits, draws):
+    """As an engine draws: what it needs goes over with other arrays."""
+    arrays, outputs = Arrays(), Outputs(DEVICE)
+    arrays.add([1, 2, 3])
+    made = DeviceDraws(arrays, draws, logits.shape[-1])
+    made.launch(logits, arrays.views(arrays.packed().to(DEVICE)), outputs)
+    outputs.close()
+    return made.events(outputs.fetched())
+
+
 def draw_on_device(logits, draws):
-    return ids_of(sampler.sample(logits, draws, "triton"))
+    return ids_of(drawn(logits, draws))
 
 
 def draw_on_host(logits, draws):
@@ -162,7 +175,7 @@ def test_logprobs_are_the_hosts(count):
     logits = torch.randn(3, 40, device=DEVICE) * 3
     params = SamplingParams(seed=2, logprobs=count, repetition_penalty=1.2, top_k=2**40)
     draws = [Draw(params, 4, [1, 2], [3, 3]), Draw(SamplingParams(seed=2), 4), Draw(params, 5, [39], [])]
-    for ours, theirs in zip(sampler.sample(logits, draws, "triton"), sampler.sample(logits.cpu(), draws), strict=True):
+    for ours, theirs in zip(drawn(logits, draws), sampler.sample(logits.cpu(), draws), strict=True):
         assert (ours.token_id, ours.logprob) == (theirs.token_id, pytest.approx(theirs.logprob, abs=1e-5))
         assert [i for i, _ in ours.top_logprobs] == [i for i, _ in theirs.top_logprobs]
         assert [p for _, p in ours.top_logprobs] == pytest.approx([p for _, p in theirs.top_logprobs], abs=1e-5)
