@@ -70,6 +70,8 @@ class RoleSpec(Frozen):
     cpu_affinity: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
     # auto: on a CPU C++ compiled for it, on a GPU Triton's, and torch's where those cannot be had; why not is logged
     kernels: Literal["auto", "native", "torch", "triton"] = "auto"
+    # Batch sizes whose decode steps a worker captures when it starts. auto: on a GPU 1, 2, 4, 8, 16 ... max_running
+    cuda_graphs: Literal["auto", "off"] | Annotated[list[Positive], Field(min_length=1)] = "auto"
     gpus: Annotated[int, Field(ge=0)] = 0  # of one replica
     npus: Annotated[int, Field(ge=0)] = 0
     scheduler: SchedulerSpec = SchedulerSpec()
@@ -80,6 +82,15 @@ class RoleSpec(Frozen):
         cores = self.cpu_affinity
         if cores is not None and (not cores or len(cores) % self.threads or len({*cores}) < len(cores)):
             raise ValueError(f"cpu_affinity: {cores} is not a list of different cores, {self.threads} for each replica")
+        return self
+
+    @model_validator(mode="after")
+    def _capture_what_runs(self) -> Self:
+        if not isinstance(self.cuda_graphs, str) and max(self.cuda_graphs) > self.scheduler.max_running:
+            raise ValueError(
+                f"cuda_graphs: no batch has {max(self.cuda_graphs)} sequences, since scheduler.max_running is "
+                f"{self.scheduler.max_running}"
+            )
         return self
 
 

@@ -112,7 +112,8 @@ class Launcher:
         group = await self._reserve(wanted)
         inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         counts = {"num_cpus": wanted.needs.get("CPU", 0), "num_gpus": wanted.needs.get("GPU", 0)}
-        options = {**counts, "scheduling_strategy": inside}
+        others = {kind: amount for kind, amount in wanted.needs.items() if kind not in ("CPU", "GPU")}
+        options = {**counts, "resources": others, "scheduling_strategy": inside}
         args = (wanted.worker_id, wanted.role, epoch, spec, wanted.cores, self._token)
         try:
             return Actor(wanted.worker_id, await self._create(wanted.worker_id, WorkerActor, options, *args), group)

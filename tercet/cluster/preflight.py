@@ -31,6 +31,17 @@ def refuse_missing_transport(spec: ClusterSpec) -> None:
         transports.usable(spec.transfer.transport)
 
 
+def refuse_too_large(spec: ClusterSpec) -> None:
+    """Check what the workers take of this machine's memory, where all of them run on it. Raises UnsupportedSpec."""
+    from tercet.devices import DEVICES  # it imports torch, which the controller does not need for more
+    from tercet.models import footprint
+
+    kinds = {role: spec.pools[wanted.pool].accelerator for role, wanted in spec.roles.items()}
+    for kind in sorted({*kinds.values()}):
+        replicas = {role: spec.roles[role].replicas for role, its in kinds.items() if its == kind}
+        footprint.refuse_too_large(spec, replicas, DEVICES[kind])
+
+
 def _bind(listen: ListenSpec) -> None:
     dual = listen.host == EVERYWHERE and socket.has_dualstack_ipv6()
     found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -11,9 +11,6 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
     """Raises UnsupportedSpec `dotted.path: what is not built`, or what has no effect there."""
     if spec.topology in {"epd", "e-pd"}:
         raise UnsupportedSpec(f"topology: {spec.topology} needs the encode role, which is not built yet; use pd")
-    for name, pool in spec.pools.items():
-        if pool.accelerator == "npu":
-            raise UnsupportedSpec(f"pools.{name}.accelerator: npu is not built yet; use cpu or gpu")
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
         accelerator = spec.pools[wanted.pool].accelerator
@@ -39,19 +36,24 @@ def _refuse_role(role: Role, wanted: RoleSpec) -> None:
 
 
 def _refuse_devices(path: str, holder: PoolSpec | RoleSpec, accelerator: str) -> None:
-    if holder.npus:
-        raise UnsupportedSpec(f"{path}.npus: NPU workers are not built yet; use 0")
-    if accelerator != "gpu" and holder.gpus:
-        raise UnsupportedSpec(f"{path}.gpus: has no effect in a pool whose accelerator is {accelerator}; use 0")
-    if accelerator == "gpu" and isinstance(holder, RoleSpec) and holder.gpus != 1:
-        raise UnsupportedSpec(f"{path}.gpus: a worker of a gpu pool runs on one GPU, got {holder.gpus}; use 1")
+    for kind, count in (("gpu", holder.gpus), ("npu", holder.npus)):
+        if accelerator != kind and count:
+            raise UnsupportedSpec(f"{path}.{kind}s: has no effect in a pool whose accelerator is {accelerator}; use 0")
+        if accelerator == kind and isinstance(holder, RoleSpec) and count != 1:
+            named = f"a worker of this pool runs on one {kind.upper()}"
+            raise UnsupportedSpec(f"{path}.{kind}s: {named}, got {count}; use 1")
 
 
 def _refuse_kernels(role: Role, wanted: RoleSpec, accelerator: str, dtype: str) -> None:
-    path = f"roles.{role}.kernels"
-    if accelerator == "cpu" and wanted.kernels == "triton":
-        raise UnsupportedSpec(f"{path}: triton ones are for GPUs, and pool {wanted.pool} has CPUs; use auto")
-    if accelerator == "gpu" and wanted.kernels == "native":
-        raise UnsupportedSpec(f"{path}: native ones are for CPUs, and pool {wanted.pool} has GPUs; use auto")
-    if dtype == "gguf" and (accelerator == "gpu" or wanted.kernels == "torch"):
+    path, place = f"roles.{role}", f"pool {wanted.pool} has {accelerator.upper()}s"
+    if accelerator != "gpu" and wanted.kernels == "triton":
+        raise UnsupportedSpec(f"{path}.kernels: triton ones are for GPUs, and {place}; use auto")
+    if accelerator != "cpu" and wanted.kernels == "native":
+        raise UnsupportedSpec(f"{path}.kernels: native ones are for CPUs, and {place}; use auto")
+    if dtype == "gguf" and (accelerator != "cpu" or wanted.kernels == "torch"):
         raise UnsupportedSpec(f"model.dtype: gguf takes native kernels, which role {role} does not have; use bfloat16")
+    if not isinstance(wanted.cuda_graphs, str) and (accelerator != "gpu" or wanted.kernels == "torch"):
+        raise UnsupportedSpec(
+            f"{path}.cuda_graphs: steps are captured on a GPU, with Triton's kernels, which role {role} does not have; "
+            "use auto"
+        )

@@ -66,7 +66,7 @@ class DeviceCache(StagedCache):
 
     def __init__(self, region: Region, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(region, dtype, device)
-        if device.type == "cuda":  # else the driver stages every copy through a small pinned buffer
+        if device_of(device).pins:  # else the driver stages every copy through a small buffer of its own
             region.pin(_pin)
         self._device, self._copies = device, torch.Stream(device)
         self._marked = self._published = 0

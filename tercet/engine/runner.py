@@ -7,7 +7,7 @@ copy (kv_cache.py). Tokens are drawn on the host, or by the Triton kernels where
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from functools import partial
 from typing import TYPE_CHECKING
@@ -73,8 +73,8 @@ class Runner:
     def layers_done(self) -> int:
         return self._model.layers_done
 
-    def capture(self, sizes: Rows[int], max_context: int, recorder: Recorder) -> None:
-        """Record decode steps of these batch sizes."""
+    def capture(self, sizes: Iterable[int], max_context: int, recorder: Recorder) -> None:
+        """Record decode steps of these batch sizes, the largest first."""
         forward = partial(self._model.forward, kv_cache=self.kv_cache)
         graphs = DecodeGraphs(forward, self._model.device, self._block_size, max_context)
         graphs.capture(sizes, recorder)

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from tercet.devices import device_of
 from tercet.errors import UnsupportedSpec
 from tercet.kernels.native import trial as native_trial
 from tercet.kernels.native.library import library
@@ -47,11 +48,11 @@ class Kernels:
 
 
 def choose_kernels(wanted: Wanted = "auto", device: torch.device = CPU) -> Kernels:
-    """auto: native on a CPU, triton on a GPU, where they can be had, else torch; why not is logged. Raises
-    UnsupportedSpec if others than torch's are wanted and cannot be had."""
-    if wanted == "torch":
+    """auto: the device's fastest, where they can be had, else torch; why not is logged. Raises UnsupportedSpec if
+    others than torch's are wanted and cannot be had."""
+    kind = wanted if wanted != "auto" else device_of(device).kernels
+    if kind == "torch":
         return Kernels("torch", device)
-    kind = wanted if wanted != "auto" else "native" if device.type == "cpu" else "triton"
     reason = _refusal(kind, device)
     if reason is None:
         return Kernels(kind, device)

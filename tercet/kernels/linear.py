@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tercet.devices import device_of
-
 MOST_ROWS = 512  # of one oneDNN product
 PACK_ROWS = 16  # the batch that oneDNN lays the weights out for; that layout is the best for 1 to 128 rows, too
 SLICE = 1024  # output columns widened at once: 2.4 MB of float32 for SmolLM2, which stays in the cache
@@ -136,6 +134,5 @@ class WidenedLinear(PackedLinear):
 
 def compute_dtype(weight_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of activations: that of the weights, or float32 where the CPU has no bfloat16 instructions."""
-    packs = device_of(device).kernels == "cpu"
-    native = not packs or weight_dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = device.type != "cpu" or weight_dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight_dtype if native else torch.float32

@@ -7,7 +7,6 @@ import functools
 import torch
 from torch import Tensor
 
-from tercet.devices import device_of
 from tercet.kernels.kinds import Kernels
 from tercet.kernels.linear import (
     Fp16Linear,
@@ -40,7 +39,7 @@ class LinearPacker:
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         if self._kernels.native:
             return NativeLinear(weight, bias)
-        if self._kernels.kind == "triton" or device_of(self._kernels.device).kernels != "cpu":
+        if self._kernels.kind == "triton" or self._kernels.device.type != "cpu":
             return PackedLinear(weight, bias)
         if self._widens and _fbgemm_packs() and Fp16Linear.holds(weight):
             return Fp16Linear(weight, bias)

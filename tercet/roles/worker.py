@@ -13,14 +13,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from tercet.core import Load, Role, WorkerInfo
-from tercet.devices import DEVICES
+from tercet.devices import DEVICES, device_of
 from tercet.engine.executor import LocalExecutor
+from tercet.engine.graphs import CudaRecorder, default_sizes
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
 from tercet.errors import ClusterError, UnsupportedSpec, WorkerLost
 from tercet.kernels.kinds import choose_kernels
+from tercet.models.footprint import refuse_too_large
 from tercet.models.sources import load_model
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
@@ -71,7 +75,7 @@ class Worker:
 
     async def start(self) -> WorkerInfo:
         """Load the model, open the ports (free ones on `host`). Raises ModelError, ClusterError, and
-        UnsupportedSpec if the pool's accelerator is not here."""
+        UnsupportedSpec if the pool's accelerator is not here or too small."""
         loop = asyncio.get_running_loop()
         spec = self._spec.roles[self._role]
         device = DEVICES[self._spec.pools[spec.pool].accelerator].torch_device()
@@ -79,6 +83,7 @@ class Worker:
         kernels = self._kernels = await loop.run_in_executor(None, choose_kernels, spec.kernels, device)
         log.info("%s computes with kernels %s, threads: %d", self._worker_id, kernels, spec.threads)
         torch.set_num_threads(spec.threads)
+        await loop.run_in_executor(None, refuse_too_large, self._spec, {self._role: 1}, device_of(device))
         loaded = await loop.run_in_executor(None, load_model, self._spec.model, kernels)
         region = self._region = Region(loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size))
         self.legs = Legs(loop)
@@ -86,11 +91,13 @@ class Worker:
         handlers = [self._makers()[kind](mover) for kind in self._serves]
         self.legs.handlers.update(zip(self._serves, handlers, strict=True))
         push = next((handler.push for handler in handlers if handler.push is not None), None)
+        max_context = min(self._spec.model.max_context, loaded.config.max_context)
         runner = Runner(loaded.model, region, push)
+        await loop.run_in_executor(None, self._capture, runner, max_context)
         self.engine = Engine(
             LocalExecutor(runner),
             spec,
-            min(self._spec.model.max_context, loaded.config.max_context),
+            max_context,
             loaded.config.eos_token_ids,
             self._spec.transfer.quarantine_blocks,
             self.legs.on_step,
@@ -111,6 +118,19 @@ class Worker:
             socket.gethostname(),
             str(kernels),
         )
+
+    def _capture(self, runner: Runner, max_context: int) -> None:
+        """Capture the decode steps that the spec asks for. Raises UnsupportedSpec if none can be, and it names some."""
+        spec, device = self._spec.roles[self._role], self._kernels.device
+        wanted, can = spec.cuda_graphs, device_of(device).captures and self._kernels.kind == "triton"
+        if not isinstance(wanted, str) and not can:
+            asked = f"roles.{self._role}.cuda_graphs"
+            raise UnsupportedSpec(f"{asked}: no step can be captured with kernels {self._kernels}; use auto")
+        if wanted == "off" or not can:
+            return
+        sizes = default_sizes(spec.scheduler.max_running) if isinstance(wanted, str) else {*wanted}
+        title, console = f"{self._worker_id} captures decode steps", Console(stderr=True)
+        runner.capture(track(sorted(sizes, reverse=True), title, console=console), max_context, CudaRecorder(device))
 
     def _mover_config(self, fingerprint: str) -> MoverConfig:
         transfer = self._spec.transfer

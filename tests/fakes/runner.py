@@ -103,4 +103,7 @@ class FakeRunner:
         if piece.draw is None:
             return PieceResult()
         assert piece.draw.position == len(tokens) - self._prompts[piece.ticket], "the draw of another position"
+        assert piece.draw.position < piece.draw.params.max_tokens, "a token that nobody wants"
+        if piece.draw.params.penalises:
+            assert [*piece.draw.prompt, *piece.draw.output] == tokens, "a penalty counts other tokens"
         return PieceResult((TokenEvent(next_token(tokens)),))

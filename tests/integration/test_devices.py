@@ -12,13 +12,14 @@ import random
 import pytest
 import torch
 
+from tercet.cluster.unbuilt import refuse_unbuilt
 from tercet.core import Role
 from tercet.devices import DEVICES
 from tercet.engine import kv_cache, runner
 from tercet.engine.kv_cache import StagedCache
 from tercet.errors import PeerDown, UnsupportedSpec
 from tercet.roles.worker import Worker
-from tercet.spec import ClusterSpec
+from tercet.spec import ClusterSpec, PoolSpec
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.parcels import Loader
@@ -138,17 +139,17 @@ async def test_a_gpu_worker_is_refused_by_name_where_torch_sees_none(monkeypatch
         await worker.start()
 
 
-def test_every_accelerator_that_a_spec_may_name_is_in_the_table_or_refused():
-    from tercet.cluster.unbuilt import refuse_unbuilt
-    from tercet.spec import PoolSpec
+@pytest.mark.parametrize("kind", PoolSpec.model_fields["accelerator"].annotation.__args__)
+def test_every_accelerator_that_a_spec_may_name_is_in_the_table(kind):
+    spec = spec_of("aggregated", source=tiny_model()).model_dump(exclude_unset=True)
+    del spec["transfer"]
+    counts = {} if kind == "cpu" else {f"{kind}s": 1}
+    spec["pools"] = {"default": {"accelerator": kind, **dict.fromkeys(counts, 2)}}
+    spec["roles"][Role.AGGREGATED].update(counts)
+    refuse_unbuilt(ClusterSpec.model_validate(spec))
+    assert DEVICES[kind].kind == kind
 
-    for kind in PoolSpec.model_fields["accelerator"].annotation.__args__:
-        spec = spec_of("aggregated", source=tiny_model()).model_dump(exclude_unset=True)
-        spec["pools"] = {"default": {"accelerator": kind, "gpus": 8 if kind == "gpu" else 0}}
-        del spec["transfer"]
-        spec["roles"][Role.AGGREGATED]["gpus"] = 1 if kind == "gpu" else 0
-        if kind in DEVICES:
-            refuse_unbuilt(ClusterSpec.model_validate(spec))
-        else:
-            with pytest.raises(UnsupportedSpec, match=f"accelerator: {kind} is not built yet"):
-                refuse_unbuilt(ClusterSpec.model_validate(spec))
+
+def test_an_npu_without_torch_npu_is_refused_by_name():
+    with pytest.raises(UnsupportedSpec, match=r"accelerator npu: needs torch_npu, which is not installed"):
+        DEVICES["npu"].torch_device()

@@ -291,17 +291,6 @@ def forgets_to_wake(real: Callable) -> Callable:
     return release
 
 
-def wakes_nobody_when_a_place_is_free(real: Callable) -> Callable:
-    def abort(self, sequence):
-        notify, self._on_work = self._on_work, lambda: None
-        try:
-            real(self, sequence)
-        finally:
-            self._on_work = notify
-
-    return abort
-
-
 def frees_what_a_step_reads(_: Callable) -> Callable:
     def retire(self, sequence):
         sequence.phase = Phase.OVER
@@ -328,6 +317,19 @@ def publishes_what_is_not_computed(real: Callable) -> Callable:
         sequence.computed = computed
 
     return publish
+
+
+def forgets_steps_in_flight(_: Callable) -> Callable:
+    """What a step in flight uses is given back."""
+    return lambda self, sequence: False
+
+
+def never_waits_for_the_step_in_flight(_: Callable) -> Callable:
+    return lambda self: False
+
+
+def draws_ahead_past_the_last_token(_: Callable) -> Callable:
+    return lambda self, sequence: sequence.decodes
 
 
 def leaks_the_match_of_who_must_wait(real: Callable) -> Callable:
@@ -407,9 +409,11 @@ def decodes_behind_the_end(_: Callable) -> Callable:
 
 
 MUTANTS = [
+    (EngineState, "_touched", forgets_steps_in_flight),
+    (Scheduler, "_must_wait", never_waits_for_the_step_in_flight),
+    (Scheduler, "_goes_on", draws_ahead_past_the_last_token),
     (Scheduler, "_choose", infers_decoding_from_one_pending_token),
     (BlockPool, "release", forgets_to_wake),
-    (EngineState, "abort", wakes_nobody_when_a_place_is_free),
     (EngineState, "_retire", frees_what_a_step_reads),
     (EngineState, "_give_back", frees_what_is_being_sent),
     (EngineState, "_publish", publishes_what_is_not_computed),
@@ -472,6 +476,24 @@ class Alone:
 
 def sequence_of(number: int, prompt: list[int], max_tokens: int = 5) -> Sequence:
     return Sequence(Ticket(f"r{number}", 0, 1), list(prompt), len(prompt), SamplingParams(max_tokens=max_tokens))
+
+
+def test_an_abort_of_the_first_in_line_wakes_the_engine():
+    """It waited for blocks that a transfer holds, and the one behind it needs none of them. Hardly an interleaving of
+    those above comes to this."""
+    woken: list[bool] = []
+    spec = RoleSpec(kv=KvSpec(blocks=4, block_size=SIZE), scheduler=SchedulerSpec(max_running=8))
+    state = EngineState(spec, CONTEXT, (STOP,), 8, lambda: woken.append(True))
+    state.reserve(sequence_of(0, [1] * 3 * SIZE))
+    large, small = sequence_of(1, [2] * 2 * SIZE), sequence_of(2, [3] * SIZE)
+    for sequence in (large, small):
+        sequence.hand_over = True
+        state.add(sequence, 0.0)
+    assert not state.plan(0.0).pieces
+    woken.clear()
+    state.abort(large)
+    assert woken
+    assert [piece.ticket for piece in state.plan(0.0).pieces] == [small.ticket]
 
 
 def test_a_newcomer_does_not_take_what_the_preempted_wait_for():

@@ -116,9 +116,8 @@ def test_missing_file_and_folder(tmp_path):
         ("roles.decode.parallel.tensor=2", "roles.decode.parallel.tensor: degree 2 is not built yet"),
         ("roles.prefill.parallel.expert=4", "roles.prefill.parallel.expert: degree 4 is not built yet"),
         ("roles.decode.scheduler.max_waiting=4", "roles.decode.scheduler.max_waiting: has no effect"),
-        ("pools.cpu.accelerator=npu", "pools.cpu.accelerator: npu is not built yet"),
         ("pools.cpu.gpus=8", "pools.cpu.gpus: has no effect in a pool whose accelerator is cpu"),
-        ("pools.cpu.npus=8", "pools.cpu.npus: NPU workers are not built yet"),
+        ("pools.cpu.npus=8", "pools.cpu.npus: has no effect in a pool whose accelerator is cpu; use 0"),
         ("roles.decode.kernels=triton", "roles.decode.kernels: triton ones are for GPUs, and pool cpu has CPUs"),
     ],
 )
@@ -134,8 +133,10 @@ def test_encode_and_accelerators_are_refused_with_their_line(tmp_path):
     assert ":12: topology: epd needs the encode role" in fault(write(tmp_path, with_encode))
     with_gpus = SPEC.replace("cpus: 4", "gpus: 2").replace("replicas: 2", "gpus: 2")
     assert ":9: roles.decode.gpus: has no effect in a pool whose accel" in fault(write(tmp_path, with_gpus))
+    for_npus = SPEC.replace("accelerator: cpu, cpus: 4", "accelerator: npu, npus: 2")
+    assert ":5: roles.prefill.npus: a worker of this pool runs on one NPU, got 0" in fault(write(tmp_path, for_npus))
     without = SPEC.replace("accelerator: cpu, cpus: 4", "accelerator: gpu, gpus: 2")
-    assert ":5: roles.prefill.gpus: a worker of a gpu pool runs on one GPU, got 0" in fault(write(tmp_path, without))
+    assert ":5: roles.prefill.gpus: a worker of this pool runs on one GPU, got 0" in fault(write(tmp_path, without))
 
 
 def test_every_key_is_read_somewhere():
