@@ -48,16 +48,17 @@ class StagedCache(HostCache):
         self.tensor = torch.zeros(region.layout.shape, dtype=dtype, device=device)
 
     def begin(self, landed: Sequence[int]) -> None:
-        for block in landed:
-            self.tensor[:, block].copy_(self._host[:, block], non_blocking=True)
+        for layer in range(len(self.tensor)):
+            for run in _runs(landed):
+                self.tensor[layer, run].copy_(self._host[layer, run], non_blocking=True)
 
     def publish(self, layer: int, blocks: Sequence[int], published: Published) -> None:
         self._copy_out(layer, blocks)
         published()
 
     def _copy_out(self, layer: int, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            self._host[layer, block].copy_(self.tensor[layer, block], non_blocking=True)
+        for run in _runs(blocks):
+            self._host[layer, run].copy_(self.tensor[layer, run], non_blocking=True)
 
 
 class DeviceCache(StagedCache):
@@ -115,6 +116,17 @@ class DeviceCache(StagedCache):
 
 def cache_of(region: Region, dtype: torch.dtype, device: torch.device) -> HostCache:
     return DeviceCache(region, dtype, device) if device_of(device).staged else HostCache(region, dtype)
+
+
+def _runs(blocks: Sequence[int]) -> list[slice]:
+    """Neighbours together: each is a copy of its own, of memory in one piece, so that nobody waits for it."""
+    runs: list[slice] = []
+    for block in sorted(blocks):
+        if runs and runs[-1].stop == block:
+            runs[-1] = slice(runs[-1].start, block + 1)
+        else:
+            runs.append(slice(block, block + 1))
+    return runs
 
 
 def _pin(address: int, num_bytes: int) -> None:
