@@ -47,11 +47,11 @@ pytest: setup extras  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest
 
 pytest-clusters:
-	$(BIN)/python -m pytest -m "ray and not slow"
-	$(BIN)/python -m pytest -m "not ray and not slow" $(APART)
+	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(APART)
 
 pytest-rest:
-	$(BIN)/python -m pytest -m "not ray and not slow" $(addprefix --ignore=,$(APART))
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(addprefix --ignore=,$(APART))
 
 slow: setup extras  ## The tests that take many minutes and are no part of `test`
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -17,21 +17,52 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from tercet.core import Ticket
 from tercet.errors import TercetError
+from tercet.kernels.digest import unit_digests
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import facts
 from tercet.transfer.transports.contract import MoverConfig, Outlet, Parcel, Transport
+from tercet.transfer.transports.cuda_ipc import CudaIpcTransport
 from tercet.transfer.transports.table import ALL
+from tests.fake_gpu import FakeIpc, SeenRegion, SharedGpu, Window
 
 LAYOUT = KvLayout(layers=3, blocks=8, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
 EPOCH = 7
 NOTE = b"first token"
-CLASSES = {cls.name: cls for cls in ALL}
+CLASSES = {cls.name: cls for cls in (*ALL, FakeIpc)}
+
+
+def names() -> list[Any]:
+    """Every transport as a parameter: those that are not here are skipped, those that take a GPU are marked so."""
+    return [
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.skipif(cls.missing() is not None, reason=str(cls.missing())),
+                *([pytest.mark.gpu] if cls is CudaIpcTransport else []),
+            ],
+        )
+        for name, cls in CLASSES.items()
+    ]
+
+
+def region_of(transport: str, layout: KvLayout) -> Region | SeenRegion:
+    """Where the KV lies that this transport moves."""
+    cls = CLASSES[transport]
+    if not cls.in_device_memory:
+        return Region(layout)
+    if cls is FakeIpc:
+        return SeenRegion(layout, SharedGpu())
+    from tercet.transfer.memory.cuda import CudaGpu
+
+    return SeenRegion(layout, CudaGpu(torch.device("cuda", 0)), unit_digests("triton"))
 
 
 def config(name: str, **changes: object) -> MoverConfig:
@@ -53,7 +84,7 @@ class Receiving:
     """A decode worker's mover, and a queue of its events."""
 
     def __init__(self, transport: str, layout: KvLayout = LAYOUT, host: str = "127.0.0.1", **changes: object) -> None:
-        self.region = Region(layout)
+        self.region = region_of(transport, layout)
         self.events: queue.Queue[Any] = queue.Queue()
         epoch = int(changes.pop("epoch", EPOCH))
         self.mover = KvReceiver(
@@ -86,7 +117,7 @@ class Pair(Receiving):
     ) -> None:
         way = CLASSES[transport]() if isinstance(transport, str) else transport
         super().__init__(way.name, destination, host, **changes)
-        self.source = Region(layout)
+        self.source = region_of(way.name, layout)
         fill(self.source, 1)
         self.sent: queue.Queue[Any] = queue.Queue()
         self.sender = KvSender(sender or config("prefill-0", **changes), self.source, [way], self.sent.put)
@@ -128,7 +159,7 @@ class Sending:
     """A prefill worker's mover, and a queue of its events."""
 
     def __init__(self, transport: str, layout: KvLayout, number: int = 0, **changes: object) -> None:
-        self.region = Region(layout)
+        self.region = region_of(transport, layout)
         fill(self.region, 1 + number)
         self.events: queue.Queue[Any] = queue.Queue()
         name = f"prefill-{number}"
@@ -172,6 +203,12 @@ class Flipping(Outlet):
 
     def _flipped(self, parcel: Parcel, flip: int) -> Parcel:
         (at, to, size), *rest = parcel.runs
+        if isinstance(self._region, SeenRegion):
+            scratch, whole = self._region.layout.total_bytes, Window(self._region.bytes)
+            flipped = bytearray(bytes(whole[at : at + size]))
+            flipped[flip % size] ^= 16
+            whole[scratch : scratch + size] = flipped
+            return replace(parcel, runs=[(scratch, to, size), *rest])
         if parcel.source is self._region.view:  # NIXL writes from registered memory only, so the copy lies in it too
             scratch = self._region.layout.total_bytes
             self._region.memory[scratch : scratch + size] = parcel.source[at : at + size]
@@ -199,9 +236,12 @@ class _Halting(Outlet):
 
     def write(self, channel: Any, parcel: Parcel) -> None:
         if hasattr(parcel.message, "ticket") and not self._on.is_set():
-            memory = getattr(self._real, "_memory", None)
-            for src, dst, size in parcel.runs[: len(parcel.runs) // 2] if memory is not None else ():
+            half, memory = parcel.runs[: len(parcel.runs) // 2], getattr(self._real, "_memory", None)
+            for src, dst, size in half if memory is not None else ():
                 memory[dst : dst + size] = parcel.source[src : src + size]
+            if isinstance(parcel.source, int):
+                self._real.copy(parcel.source, half)
+                self._real._stream.synchronise()
             print(json.dumps(["half"]), flush=True)
             self._on.wait()
         self._real.write(channel, parcel)
@@ -217,7 +257,7 @@ def main() -> None:
     real = transport.outlet
     transport.outlet = lambda ask: _Halting(real(ask), on)  # type: ignore[method-assign]
     layout = KvLayout(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else LAYOUT
-    region = Region(layout)
+    region = region_of(transport.name, layout)
     fill(region, 1)
 
     def tell(event: Any) -> None:

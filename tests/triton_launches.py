@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tercet.kernels.triton import activation, decode, gather, prefill, rms_norm, rope, sampling, shared_prefix
+from tercet.kernels.triton import activation, decode, digest, gather, prefill, rms_norm, rope, sampling, shared_prefix
 
 BF16 = torch.bfloat16
 TOKENS, HEADS, KV_HEADS, DIM, S = 4, 16, 4, 128, 16
@@ -62,6 +62,13 @@ def prefill_attention():
 def pack():
     blocks = torch.zeros(3, dtype=torch.int64)
     gather.scatter(_cache(), blocks, 1, gather.gather(_cache(), blocks, 1, 2))
+
+
+def digests():
+    units = torch.zeros(3, dtype=torch.int64)
+    for words, dtype in ((32, torch.int64), (20, torch.int32), (9, torch.uint8)):
+        rows = torch.zeros(2, 8, 2, S, KV_HEADS, words, dtype=dtype).view(2, 8, 2, 1, S, KV_HEADS, words)
+        digest.unit_digests(rows.permute(0, 1, 3, 5, 2, 4, 6), units, units, (0, 0, 0))
 
 
 def shared_prefix_attention():

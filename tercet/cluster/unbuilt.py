@@ -16,6 +16,7 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
         accelerator = spec.pools[wanted.pool].accelerator
         _refuse_devices(f"roles.{role}", wanted, accelerator)
         _refuse_kernels(role, wanted, accelerator, spec.model.dtype)
+        _refuse_transport(role, wanted, accelerator, spec.transfer.transport)
     for name, pool in spec.pools.items():
         _refuse_devices(f"pools.{name}", pool, pool.accelerator)
     if spec.topology == "aggregated" and spec.transfer.model_fields_set:
@@ -56,4 +57,16 @@ def _refuse_kernels(role: Role, wanted: RoleSpec, accelerator: str, dtype: str) 
         raise UnsupportedSpec(
             f"{path}.cuda_graphs: steps are captured on a GPU, with Triton's kernels, which role {role} does not have; "
             "use auto"
+        )
+
+
+def _refuse_transport(role: Role, wanted: RoleSpec, accelerator: str, transport: str) -> None:
+    if accelerator == "gpu" or transport == "auto":
+        return
+    from tercet.transfer.transports.table import in_device_memory  # only now: numpy
+
+    if in_device_memory(transport):
+        raise UnsupportedSpec(
+            f"transfer.transport: {transport} moves KV between GPUs, and pool {wanted.pool} of role {role} has "
+            f"accelerator {accelerator}; use auto"
         )

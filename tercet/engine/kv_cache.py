@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tercet.devices import device_of
+from tercet.transfer.memory.device import DeviceRegion, KvRegion
 from tercet.transfer.memory.region import Region
 
 Published = Callable[[], object]
@@ -114,7 +115,23 @@ class DeviceCache(StagedCache):
                 self._changed.notify_all()
 
 
-def cache_of(region: Region, dtype: torch.dtype, device: torch.device) -> HostCache:
+class MappedCache(HostCache):
+    """The model works in the region, which lies in a GPU's memory, and other GPUs read and write it there. So a block
+    may be given to another owner only once the device has ended what it was told to do with it."""
+
+    def __init__(self, region: DeviceRegion, dtype: torch.dtype) -> None:
+        self._region = region
+        self.tensor = region.bytes[: region.layout.total_bytes].view(dtype).view(region.layout.shape)
+
+    def publish(self, layer: int, blocks: Sequence[int], published: Published) -> None:
+        """Transfers wait for the layer on the device; nothing waits here."""
+        self._region.publish(layer)
+        published()
+
+
+def cache_of(region: KvRegion, dtype: torch.dtype, device: torch.device) -> HostCache:
+    if isinstance(region, DeviceRegion):
+        return MappedCache(region, dtype)
     return DeviceCache(region, dtype, device) if device_of(device).staged else HostCache(region, dtype)
 
 

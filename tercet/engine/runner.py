@@ -26,7 +26,7 @@ from tercet.engine.scores import PieceScores
 from tercet.errors import EngineFault
 from tercet.models.batch import StepBatch
 from tercet.models.transformer import Transformer
-from tercet.transfer.memory.region import Region
+from tercet.transfer.memory.device import KvRegion
 
 if TYPE_CHECKING:
     from tercet.engine.device_sampler import DeviceDraws
@@ -59,7 +59,7 @@ class RunningStep:
 
 
 class Runner:
-    def __init__(self, model: Transformer, region: Region, push: PushBlocks | None = None) -> None:
+    def __init__(self, model: Transformer, region: KvRegion, push: PushBlocks | None = None) -> None:
         """push: hands over the blocks that a plan says to; not needed if no plan does."""
         self._model, self._push = model, push
         self._block_size = region.layout.block_size

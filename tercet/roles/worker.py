@@ -23,7 +23,8 @@ from tercet.engine.graphs import CudaRecorder, default_sizes
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
 from tercet.errors import ClusterError, UnsupportedSpec, WorkerLost
-from tercet.kernels.kinds import choose_kernels
+from tercet.kernels.digest import unit_digests
+from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.models.footprint import refuse_too_large
 from tercet.models.sources import load_model
 from tercet.roles.aggregated import Aggregated
@@ -31,11 +32,13 @@ from tercet.roles.decode import Decode
 from tercet.roles.legs import Handler, Legs
 from tercet.roles.prefill import Prefill
 from tercet.spec import ClusterSpec
+from tercet.transfer.memory.device import DeviceRegion, KvRegion
+from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.transports.contract import MoverConfig, Transport
-from tercet.transfer.transports.table import usable
+from tercet.transfer.transports.table import in_device_memory, usable
 from tercet.wire.worker_server import WorkerServer
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class _Mover(NamedTuple):
     """The arguments that both sides of the mover share."""
 
     config: MoverConfig
-    region: Region
+    region: KvRegion
     transports: Sequence[Transport]
 
 
@@ -85,7 +88,8 @@ class Worker:
         torch.set_num_threads(spec.threads)
         await loop.run_in_executor(None, refuse_too_large, self._spec, {self._role: 1}, device_of(device))
         loaded = await loop.run_in_executor(None, load_model, self._spec.model, kernels)
-        region = self._region = Region(loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size))
+        layout = loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size)
+        region = self._region = _region_of(layout, self._spec.transfer.transport, kernels)
         self.legs = Legs(loop)
         mover = _Mover(self._mover_config(loaded.fingerprint), region, usable(self._spec.transfer.transport))
         handlers = [self._makers()[kind](mover) for kind in self._serves]
@@ -193,6 +197,20 @@ class Worker:
         await self.legs.close()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join, 5.0)
         self._region.close()
+
+
+def _region_of(layout: KvLayout, transport: str, kernels: Kernels) -> KvRegion:
+    """Memory for the KV, where the transport can reach it. Raises SpecError, UnsupportedSpec."""
+    if not in_device_memory(transport):
+        return Region(layout)
+    usable(transport)  # raises if it is not
+    from tercet.transfer.memory.cuda import CudaGpu
+
+    try:
+        return DeviceRegion(layout, CudaGpu(kernels.device), unit_digests(kernels.kind))
+    except RuntimeError as error:
+        size = f"{layout.total_bytes / 1e9:.1f} GB for {layout.blocks} blocks of KV"
+        raise UnsupportedSpec(f"transfer.transport: {transport}: no {size} in the GPU's memory: {error}") from error
 
 
 def _refuse_missing_cores(role: Role, cores: Sequence[int]) -> None:

@@ -21,16 +21,13 @@ from tercet.errors import TercetError
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.protocol import facts
-from tests.movers import CLASSES, LAYOUT, Receiving, fill, ticket_of
+from tests.movers import CLASSES, LAYOUT, Receiving, fill, names, ticket_of
 
 LEASE_S = 1.5
 SOURCE, DESTINATION = [0, 2, 4, 6], [7, 5, 3, 1]
 MARK = b"\xa5"  # what the next owner of a block writes into it
 
-NAMES = [
-    pytest.param(name, marks=pytest.mark.skipif(cls.missing() is not None, reason=str(cls.missing())))
-    for name, cls in CLASSES.items()
-]
+NAMES = names()
 ALONE = "TERCET_TEST_ALONE"
 OWN = pytest.mark.skipif(ALONE not in os.environ, reason="test_nixl_between_hosts runs it in a process of its own")
 NETWORK = [

@@ -31,12 +31,10 @@ from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import facts, messages, proof
 from tercet.transfer.protocol.messages import Data, Heartbeat, Hello, Welcome, encode
 from tercet.transfer.transports.contract import Endpoint, Transport
-from tests.movers import CLASSES, EPOCH, LAYOUT, NOTE, Pair, Receiving, config, flipping, ticket_of
+from tercet.transfer.transports.table import ALL
+from tests.movers import CLASSES, EPOCH, LAYOUT, NOTE, Pair, Receiving, config, flipping, names, ticket_of
 
-NAMES = [
-    pytest.param(name, marks=pytest.mark.skipif(cls.missing() is not None, reason=str(cls.missing())))
-    for name, cls in CLASSES.items()
-]
+NAMES = names()
 each_transport = pytest.mark.parametrize("name", NAMES)
 
 
@@ -188,7 +186,7 @@ def test_a_link_that_corrupts_everything_fails_by_name(name):
 
 def packed(layout, region, units, heads):
     """The bytes of each (layer, unit of 8 tokens, head)."""
-    cells = Cells(layout, region.view, layout.window, units, 8, heads)
+    cells = Cells(layout, memoryview(bytes(region.view)), layout.window, units, 8, heads)
     return list(pieces_of(cells.gather(Scratch())))
 
 
@@ -526,7 +524,7 @@ def test_no_file_descriptor_is_left(name):
 
 
 def test_every_transport_says_what_it_is():
-    for cls in CLASSES.values():
+    for cls in ALL:
         assert issubclass(cls, Transport)
         told = sys.modules[cls.__module__].__doc__ or ""
         assert re.search("cop(y|ies)", told, re.IGNORECASE), f"{cls.name} does not say where it copies"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tercet.kernels.activation import silu_and_mul_reference
 from tercet.kernels.attention import attention_reference
+from tercet.kernels.digest import unit_digests_reference
 from tercet.kernels.norm import rms_norm_reference
 from tercet.kernels.rope import apply_rope_reference
 
@@ -54,6 +55,7 @@ def _trials(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
         qkv = torch.randn(40, HEADS + 2 * KV_HEADS, DIM, generator=generator).to(dtype)
         yield from _attention(qkv, device)
     yield from _draws(torch.randn(4, 300, generator=generator) * 3, device)
+    yield from _digests(torch.randint(1 << 62, (2, 3, 1, 2, 2, 16, 32), generator=generator), device)
 
 
 def _attention(qkv: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -102,3 +104,13 @@ def _draws(logits: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor, 
         torch.tensor([race_words(7, position) for position in range(4)], device=device),
     )
     yield "sample", sample(logits.to(device), rows), logits.argmax(-1)
+
+
+def _digests(rows: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of blocks 2 and 0; equal means equal in every bit."""
+    from tercet.kernels.triton.digest import unit_digests
+
+    blocks, subs, first = torch.tensor([2, 0]), torch.tensor([0, 0]), (1, 2, 3)
+    found = unit_digests(rows.to(device), blocks.to(device), subs.to(device), first)
+    expected = unit_digests_reference(rows, blocks, subs, first)
+    yield "unit_digests", (found.cpu() == expected).float(), torch.ones(expected.shape)

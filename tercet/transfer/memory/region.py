@@ -6,7 +6,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -34,6 +34,10 @@ class Region:
     def block(self, layer: int, block: int) -> memoryview:
         start = self.layout.offset(layer, block)
         return self.view[start : start + self.layout.block_bytes]
+
+    def scratch(self, num_bytes: int) -> Sequence[memoryview]:
+        """Where a receiver places the bytes of a probe."""
+        return [self.memory[self.layout.total_bytes :][:num_bytes]]
 
     def pin(self, register: Callable[[int, int], object]) -> None:
         """Register the memory with a device's driver, by `register(address, bytes)`, for as long as it is mapped."""

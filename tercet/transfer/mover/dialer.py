@@ -19,8 +19,9 @@ from tercet.core import PairState
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
 from tercet.transfer.links.channel import Channel, Mailbox
 from tercet.transfer.links.wires import dial_tcp, dial_unix, host_id
+from tercet.transfer.memory.device import KvRegion
 from tercet.transfer.memory.layout import Pair
-from tercet.transfer.memory.region import SCRATCH, Region
+from tercet.transfer.memory.region import SCRATCH
 from tercet.transfer.protocol import proof
 from tercet.transfer.protocol.messages import VERSION, Goodbye, Hello, Probe, ProbeAck
 from tercet.transfer.transports.contract import (
@@ -82,7 +83,7 @@ class Dialer:
     """Any thread."""
 
     def __init__(
-        self, config: MoverConfig, region: Region, transports: Sequence[Transport], lock: threading.Lock
+        self, config: MoverConfig, region: KvRegion, transports: Sequence[Transport], lock: threading.Lock
     ) -> None:
         self._config = config
         self._region = region
@@ -144,8 +145,10 @@ class Dialer:
         near = endpoint.host_id == self._host_id
         found = [t for t in self._transports if t.name in endpoint.transports and (near or not t.one_host)]
         if not found:
-            ours = [t.name for t in self._transports]
-            raise PeerMismatch(f"no transport reaches the decode worker: {ours} here, {endpoint.transports} there")
+            ours, where = [t.name for t in self._transports], "" if near else ", which is on another host"
+            raise PeerMismatch(
+                f"no transport reaches the decode worker{where}: {ours} here, {endpoint.transports} there"
+            )
         return found
 
     def _socket(self, transport: Transport, endpoint: Endpoint, number: int) -> socket.socket:

@@ -9,14 +9,20 @@ from numpy.typing import NDArray
 
 from tercet.errors import ProtocolViolation
 from tercet.transfer.links.channel import Channel
+from tercet.transfer.memory.device import DeviceRegion, KvRegion
 from tercet.transfer.memory.digest import digests_in_place, digests_of
 from tercet.transfer.memory.layout import Pair, Units, runs_of
 from tercet.transfer.memory.pack import Bytes, Cells, Memory, Scratch, pieces_of
 from tercet.transfer.memory.region import Region
+from tercet.transfer.mover.on_device import DeviceLander
 from tercet.transfer.protocol.arrivals import Landing
 from tercet.transfer.protocol.incoming import Terms
 from tercet.transfer.protocol.messages import Data
 from tercet.transfer.transports.contract import Inlet
+
+
+def lander_of(region: KvRegion, integrity: bool) -> Lander | DeviceLander:
+    return DeviceLander(region, integrity) if isinstance(region, DeviceRegion) else Lander(region, integrity)
 
 
 class Lander:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from tercet.transfer.memory.device import DeviceRegion, KvRegion
 from tercet.transfer.memory.digest import digests_in_place, digests_of
 from tercet.transfer.memory.layout import Pair, runs_of
 from tercet.transfer.memory.pack import Bytes, Cells, Memory, Scratch, convert, pieces_of
 from tercet.transfer.memory.region import Region
+from tercet.transfer.mover.on_device import DeviceLoader
 from tercet.transfer.protocol.messages import Data
 from tercet.transfer.protocol.outgoing import Write
 from tercet.transfer.transports.contract import Parcel, Transport
+
+
+def loader_of(region: KvRegion, integrity: bool) -> Loader | DeviceLoader:
+    return DeviceLoader(region, integrity) if isinstance(region, DeviceRegion) else Loader(region, integrity)
 
 
 class Loader:

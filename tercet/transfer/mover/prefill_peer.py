@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tercet.transfer.links.channel import Channel, Mailbox
 from tercet.transfer.mover.lander import Lander
+from tercet.transfer.mover.on_device import DeviceLander
 from tercet.transfer.protocol.incoming import Terms
 from tercet.transfer.transports.contract import Inlet, Transport
 
@@ -19,7 +20,7 @@ class Link:
 
     channel: Channel
     inlet: Inlet
-    lander: Lander
+    lander: Lander | DeviceLander
     thread: threading.Thread
 
 

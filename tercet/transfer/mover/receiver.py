@@ -22,9 +22,10 @@ from tercet.core import Ticket
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
 from tercet.transfer.links.channel import Channel, join_all
 from tercet.transfer.links.wires import host_id, tune_tcp, vet_unix
-from tercet.transfer.memory.region import SCRATCH, Region
+from tercet.transfer.memory.device import KvRegion
+from tercet.transfer.memory.region import SCRATCH
 from tercet.transfer.mover.acceptor import Acceptor
-from tercet.transfer.mover.lander import Lander
+from tercet.transfer.mover.lander import lander_of
 from tercet.transfer.mover.prefill_peer import Link, PrefillPeer
 from tercet.transfer.protocol import proof
 from tercet.transfer.protocol.effects import Cut, Send
@@ -32,7 +33,15 @@ from tercet.transfer.protocol.facts import ReceiveEvent
 from tercet.transfer.protocol.inbound import Inbound
 from tercet.transfer.protocol.incoming import InboundEffect, Terms
 from tercet.transfer.protocol.messages import Data, Goodbye, Hello, Message, Probe, ProbeAck, Welcome, Written
-from tercet.transfer.transports.contract import STOP_S, Endpoint, LinkContext, MoverConfig, Transport, pair_of
+from tercet.transfer.transports.contract import (
+    STOP_S,
+    Endpoint,
+    LinkContext,
+    MoverConfig,
+    Transport,
+    pair_of,
+    refuse_other_memory,
+)
 
 
 class KvReceiver:
@@ -40,10 +49,12 @@ class KvReceiver:
         self,
         config: MoverConfig,
         epoch: int,
-        region: Region,
+        region: KvRegion,
         transports: Sequence[Transport],
         on_event: Callable[[ReceiveEvent], None],
     ) -> None:
+        """Raises SpecError if a transport cannot move KV in this region's memory."""
+        refuse_other_memory(transports, region)
         self._config = config
         self._epoch = epoch
         self._region = region
@@ -204,7 +215,7 @@ class KvReceiver:
         if not transport.one_host:
             tune_tcp(channel.sock)
         inlet = transport.inlet(LinkContext(channel, self._region, self._config.lease_s))
-        link = Link(channel, inlet, Lander(self._region, self._config.integrity), threading.current_thread())
+        link = Link(channel, inlet, lander_of(self._region, self._config.integrity), threading.current_thread())
         with self._lock:
             joined = not peer.over
             if joined:
@@ -241,8 +252,7 @@ class KvReceiver:
     def _land_probe(self, link: Link, probe: Probe, payload: int) -> None:
         if probe.num_bytes > SCRATCH:
             raise ProtocolViolation(f"a probe of {probe.num_bytes} bytes is over the limit of {SCRATCH}")
-        start = self._region.layout.total_bytes
-        link.inlet.land(link.channel, payload, [self._region.memory[start : start + probe.num_bytes]])
+        link.inlet.land(link.channel, payload, self._region.scratch(probe.num_bytes))
         link.channel.send(ProbeAck(probe.num_bytes))
 
     def _land(self, peer: PrefillPeer, link: Link, data: Data, payload: int) -> None:

@@ -18,29 +18,32 @@ from functools import partial
 from tercet.core import PairState, Ticket
 from tercet.errors import PeerDown, ProtocolViolation, TercetError
 from tercet.transfer.links.channel import Channel, Mailbox, join_all
+from tercet.transfer.memory.device import KvRegion
 from tercet.transfer.memory.layout import Pair
-from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.dialer import DecodePeer, Dialer
-from tercet.transfer.mover.parcels import Loader
+from tercet.transfer.mover.on_device import DeviceLoader
+from tercet.transfer.mover.parcels import Loader, loader_of
 from tercet.transfer.protocol.effects import Cut, PeerKey, Send
 from tercet.transfer.protocol.facts import SendEvent
 from tercet.transfer.protocol.messages import Goodbye, Written
 from tercet.transfer.protocol.outbound import MAX_UNSEEN_WRITE, MAX_WRITE, Outbound
 from tercet.transfer.protocol.outgoing import OutboundEffect, Ready, Write
-from tercet.transfer.transports.contract import HANDSHAKE_S, STOP_S, MoverConfig, Outlet, Transport
+from tercet.transfer.transports.contract import HANDSHAKE_S, STOP_S, MoverConfig, Outlet, Transport, refuse_other_memory
 
 
 class KvSender:
     def __init__(
         self,
         config: MoverConfig,
-        region: Region,
+        region: KvRegion,
         transports: Sequence[Transport],
         on_event: Callable[[SendEvent], None],
         computed: Callable[[], int] | None = None,
     ) -> None:
         """computed: how much the engine that fills the source has done so far; it grows while the engine makes
-        progress. None: unknown, so the engine is assumed to make progress."""
+        progress. None: unknown, so the engine is assumed to make progress. Raises SpecError if a transport cannot
+        move KV in this region's memory."""
+        refuse_other_memory(transports, region)
         self._config = config
         self._computed = computed or itertools.count(1).__next__
         self._on_event = on_event
@@ -211,15 +214,14 @@ class KvSender:
 
     def _write_loop(self, peer: DecodePeer, channel: Channel, outlet: Outlet) -> None:
         """One data link: carry out the most urgent write, again and again."""
-        loader = Loader(self._region, self._config.integrity)
         try:
-            self._write_all(peer, channel, outlet, loader)
+            self._write_all(peer, channel, outlet, loader_of(self._region, self._config.integrity))
         finally:  # an unexpected error is raised, but the pair must end, since nothing more is written here
             peer.shutdown()
             outlet.close()
             channel.close()
 
-    def _write_all(self, peer: DecodePeer, channel: Channel, outlet: Outlet, loader: Loader) -> None:
+    def _write_all(self, peer: DecodePeer, channel: Channel, outlet: Outlet, loader: Loader | DeviceLoader) -> None:
         while (write := self._next(peer)) is not None:
             try:
                 outlet.write(channel, loader.parcel(peer.transport, peer.pair, write))

@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TercetError
+from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, SpecError, TercetError
 from tercet.transfer.links.channel import Channel
+from tercet.transfer.memory.device import DeviceRegion, KvRegion, Mark
 from tercet.transfer.memory.layout import KvLayout, Pair, Run
 from tercet.transfer.memory.pack import Memory
 from tercet.transfer.memory.region import Region
@@ -74,12 +75,14 @@ class Parcel:
     """The bytes of one DATA or PROBE on their way out."""
 
     message: Data | Probe
-    source: Memory  # the cache; or a packed buffer
+    source: Memory | int  # the cache; or a packed buffer; or the address of a cache in a GPU's memory
     runs: Sequence[Run]  # from `source` into the destination's memory, in the order in which a stream carries them
     scatter: Callable[[Memory], None] | None = None  # packed: puts the buffer into a destination that is mapped here
+    after: Sequence[Mark] = ()  # in a GPU's memory: the work that the bytes come from, which may not have ended
 
     @property
     def views(self) -> list[memoryview]:
+        assert isinstance(self.source, memoryview)
         return [self.source[at : at + size] for at, _, size in self.runs]
 
 
@@ -123,10 +126,20 @@ class LinkContext:
     """What a transport gets to make one end of a link."""
 
     channel: Channel
-    region: Region
+    region: KvRegion
     timeout_s: float  # how long to wait for a silent peer: the lease
     blob: bytes = b""  # the other end's
     fds: Sequence[int] = field(default=())
+
+    @property
+    def host_region(self) -> Region:
+        assert isinstance(self.region, Region), "see refuse_other_memory"
+        return self.region
+
+    @property
+    def device_region(self) -> DeviceRegion:
+        assert isinstance(self.region, DeviceRegion), "see refuse_other_memory"
+        return self.region
 
     @property
     def is_local(self) -> bool:
@@ -139,6 +152,7 @@ class Transport(ABC):
     one_sided: ClassVar[bool] = False
     fenceable: ClassVar[bool] = True
     one_host: ClassVar[bool] = False  # reaches only within one host, over Unix sockets
+    in_device_memory: ClassVar[bool] = False  # moves KV between GPUs' memories; else between those of hosts
     pack_below: ClassVar[float] = 4096  # mean bytes of a run below which units are gathered, sent once and scattered
     packs: ClassVar[bool] = True  # can send packed at all
     links: ClassVar[int] = 1  # data links of a pair, by default
@@ -183,6 +197,15 @@ def check_hello(hello: Hello, secret: str, nonce: bytes, fingerprint: str) -> No
     proof.check(hello, secret, nonce)
     if hello.fingerprint != fingerprint:
         raise PeerMismatch(f"{hello.worker_id} serves another model: {hello.fingerprint} there, {fingerprint} here")
+
+
+def refuse_other_memory(transports: Sequence[Transport], region: KvRegion) -> None:
+    """Raises SpecError for a transport that cannot read and write the memory in which this worker's KV lies."""
+    on_device = isinstance(region, DeviceRegion)
+    for transport in transports:
+        if transport.in_device_memory != on_device:
+            ours, theirs = ("a GPU's memory", "host memory") if on_device else ("host memory", "a GPU's memory")
+            raise SpecError(f"transfer.transport: {transport.name} moves KV in {theirs}, and here it lies in {ours}")
 
 
 def pair_of(

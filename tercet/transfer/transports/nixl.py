@@ -128,8 +128,8 @@ class _Agent:
             api = _library()
             config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             self._agent = api.nixl_agent(f"tercet-{uuid.uuid4().hex}", config)
-            self.base = _address(context.region.memory)
-            self._memory = self._agent.register_memory([(self.base, context.region.num_bytes, 0, "")], DRAM)
+            self.base = _address(context.host_region.memory)
+            self._memory = self._agent.register_memory([(self.base, context.host_region.num_bytes, 0, "")], DRAM)
         self._peer = ""
 
     def metadata(self) -> bytes:
@@ -201,6 +201,7 @@ def _pump(channel: Channel, timeout_s: float, done: Callable[[], bool]) -> None:
 
 def _descriptors(parcel: Parcel, base: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """-> [runs, (address, length, device)] of the source and of the destination."""
+    assert isinstance(parcel.source, memoryview)
     runs = np.array(parcel.runs, dtype=np.uint64)
     device = np.zeros(len(runs), dtype=np.uint64)
     source, target = runs[:, 0] + np.uint64(_address(parcel.source)), runs[:, 1] + np.uint64(base)

@@ -36,8 +36,8 @@ class ShmTransport(Transport):
 class _ShmInlet(Inlet):
     def __init__(self, context: LinkContext) -> None:
         self.death_fd = vet_unix(context.channel.sock)
-        self.fds = [context.region.fd]
-        self.blob = context.region.num_bytes.to_bytes(8, "big")
+        self.fds = [context.host_region.fd]
+        self.blob = context.host_region.num_bytes.to_bytes(8, "big")
 
     def land(self, channel: Channel, payload: int, views: Sequence[memoryview]) -> None:
         if payload:
@@ -64,6 +64,7 @@ class _ShmOutlet(Outlet):
 
     def write(self, channel: Channel, parcel: Parcel) -> None:
         assert self._memory is not None
+        assert isinstance(parcel.source, memoryview)
         if parcel.scatter is not None:
             parcel.scatter(self._memory)
         else:  # by numpy, which releases the GIL for large copies

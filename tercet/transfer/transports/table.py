@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from tercet.errors import SpecError
 from tercet.transfer.transports.contract import Transport
+from tercet.transfer.transports.cuda_ipc import CudaIpcTransport
 from tercet.transfer.transports.nixl import NixlTransport
 from tercet.transfer.transports.shm import ShmTransport
 from tercet.transfer.transports.tcp import TcpTransport
 from tercet.transfer.transports.torch_pg import TorchTransport
 from tercet.transfer.transports.ucx import UcxTransport
 
-ALL: tuple[type[Transport], ...] = (ShmTransport, NixlTransport, TcpTransport, UcxTransport, TorchTransport)
+ALL: tuple[type[Transport], ...] = (
+    CudaIpcTransport,
+    ShmTransport,
+    NixlTransport,
+    TcpTransport,
+    UcxTransport,
+    TorchTransport,
+)
 AUTO = "auto"
-BY_NAME = frozenset({"nixl"})  # not part of `auto`: 1.5.1 stalls now and then while it connects (decision 009)
+BY_NAME = frozenset({"nixl", "cuda_ipc"})  # not part of `auto`; why: decisions 009 and 015
 
 
 def missing(name: str) -> str | None:
@@ -28,6 +36,12 @@ def usable(name: str) -> list[Transport]:
     if (why := missing(name)) is not None:
         raise SpecError(f"transfer.transport: {name} cannot be used here: {why}")
     return [_of_name(name)()]
+
+
+def in_device_memory(name: str) -> bool:
+    """Where a GPU's worker has the KV that transfers read and write: in its own memory, or in a copy in the host's
+    (engine/kv_cache.py). Under `auto` in the host's, since it is chosen before any peer is known."""
+    return name != AUTO and _of_name(name).in_device_memory
 
 
 def _of_name(name: str) -> type[Transport]:
