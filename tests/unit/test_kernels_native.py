@@ -147,6 +147,37 @@ def test_attention(given_spans, heads, dim, size, window, dtype, threads):
     library().set_threads(1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 70])
+def test_every_short_context(dtype, window, threads):
+    """1 .. 200 tokens as one batch, and each of them alone: the same to the bit, however the batch is divided."""
+    lengths = list(range(1, 201))
+    cache, tables, contents = paged(lengths, 16, 1, 64, dtype)
+    query = torch.randn(len(lengths), 3, 64)
+    out = attended(cache, tables, [(1, length) for length in lengths], query, 3, 1, 64, window)
+    for i, (length, content) in enumerate(zip(lengths, contents, strict=True)):
+        expected = attention_reference(query[i : i + 1].double(), *content.double().chunk(2, 1), window)
+        torch.testing.assert_close(out[i : i + 1].double(), expected, rtol=2e-5, atol=2e-5)
+        alone = attended(cache, [tables[i]], [(1, length)], query[i : i + 1], 3, 1, 64, window)
+        assert torch.equal(alone[0], out[i]), f"{length} tokens alone give something else"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (5, 5), (7, 1), (14, 2), (13, 1)])
+def test_long_contexts_of_many_shapes(dtype, dim, heads, kv_heads, threads):
+    """Around the borders of tiles and blocks, a few and more query heads than are taken at once."""
+    contexts = [255, 256, 257, 1000]
+    cache, tables, contents = paged(contexts, 32, kv_heads, dim, dtype, seed=dim)
+    query = torch.randn(4, heads, dim)
+    out = attended(cache, tables, [(1, context) for context in contexts], query, heads, kv_heads, dim, None)
+    for i, content in enumerate(contents):
+        expected = attention_reference(query[i : i + 1].double(), *content.double().chunk(2, 1), None)
+        torch.testing.assert_close(out[i : i + 1].double(), expected, rtol=2e-5, atol=2e-5)
+    library().set_threads(1)
+    assert torch.equal(out, attended(cache, tables, [(1, x) for x in contexts], query, heads, kv_heads, dim, None))
+
+
 def test_a_key_that_is_no_number_stays_visible():
     cache, tables, _ = paged([70], 16, 2, 16, torch.float32)
     cache[tables[0][1], 0, 3, 0, 5] = float("nan")

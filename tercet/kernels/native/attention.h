@@ -5,31 +5,16 @@
 // chunk that it is in, or the number of threads.
 #pragma once
 
-#include "linear.h"
-#include "pointwise.h"
+#include "attention_tile.h"
 
-constexpr int TILE = 64;
-constexpr int VALUES = TILE + 2;  // rows of a panel of values: panels a power of two apart would share the same lines of the cache
 constexpr int BLOCK_ROWS = 48;  // query rows (tokens times the query heads of a KV head) that share a tile of one item
-constexpr int FEW_ROWS = 4;      // that take the values from where they lie
 constexpr long MOST_PARTIALS = 8 << 20;  // floats
+constexpr long RUNS = 4;  // pieces of a batch for each thread
 
 struct Span {  // one sequence's part of the batch
     int64_t row, rows;          // its rows of the batch, the last tokens of its context
     int64_t context;            // tokens in the cache, these included
     const int64_t* table;       // its blocks
-};
-
-struct Attention {
-    const float* query;  // [T, >= heads * dim], rows ldq apart
-    long ldq;
-    Cache cache;
-    long heads;
-    long window;  // tokens that a token sees, itself included; 0: all before it
-    float scale;
-    float* out;  // [T, heads * dim]
-
-    long group() const { return heads / cache.kv_heads; }
 };
 
 struct Item {  // query tokens first .. last of a span, all their heads
@@ -43,181 +28,6 @@ struct Item {  // query tokens first .. last of a span, all their heads
     }
     long high() const { return position(last - 1) + 1; }
 };
-
-// What a tile gives: of each row the largest score, the sum of the weights, and the weighted values.
-struct Partial {
-    float *largest, *total, *values;
-    Partial(float* at, long rows) : largest(at), total(at + rows), values(at + 2 * rows) {}
-    Partial(float* largest, float* total, float* values) : largest(largest), total(total), values(values) {}
-    Partial from(long row, long width) const { return {largest + row, total + row, values + row * width}; }
-};
-
-static inline vf loaded(const float* p) { return load(p); }
-static inline vf loaded(const uint16_t* p) { return widened(p); }
-static inline float value(float x) { return x; }
-static inline float value(uint16_t x) { return widened(x); }
-
-static inline long slot_of(const Span& span, const Cache& cache, long position) {
-    return (span.table[position >> cache.shift] << cache.shift) + (position & (cache.block_size - 1));
-}
-
-constexpr long AHEAD = 32;  // tokens
-
-// The first head asks for what all heads of a token will read: one after the other they would each wait for it.
-static inline void prefetch(const Item& item, const Attention& a, long head, long position, bool value) {
-    if (head || position >= item.span->context) return;
-    const Cache& cache = a.cache;
-    long size = cache.format == FORMAT_F32 ? 4 : 2;
-    const char* memory = static_cast<const char*>(cache.memory) + cache.token(slot_of(*item.span, cache, position), value) * size;
-    for (long line = 0; line < cache.kv_heads * cache.dim * size; line += 64) __builtin_prefetch(memory + line);
-}
-
-// dim values of W keys each -> panel [dim][W]. The first of dim that are done.
-static inline long transpose_keys(const float* const (&keys)[W], long dim, float* panel) {
-    long d = 0;
-    for (; d + W <= dim; d += W) {
-        vu rows[W];
-        for (int t = 0; t < W; t++) rows[t] = (vu)load(keys[t] + d);
-        transpose(rows);
-        for (int j = 0; j < W; j++) store(panel + (d + j) * W, (vf)rows[j]);
-    }
-    return d;
-}
-static inline long transpose_keys(const uint16_t* const (&keys)[W], long dim, float* panel) {
-    long d = 0;
-    for (; d + 2 * W <= dim; d += 2 * W) {  // two values in 32 bits
-        vu rows[W];
-        for (int t = 0; t < W; t++) rows[t] = load(reinterpret_cast<const uint32_t*>(keys[t] + d));
-        transpose(rows);
-        for (int j = 0; j < W; j++) {
-            store(panel + (d + 2 * j) * W, (vf)(rows[j] << 16));
-            store(panel + (d + 2 * j + 1) * W, (vf)(rows[j] & 0xffff0000u));
-        }
-    }
-    return d;
-}
-
-// The keys first .. last as panels [dim][W]; what the last panel has beyond them is zeros.
-template <class T>
-static void pack_keys(const Item& item, const Attention& a, long head, long first, long last, float* panels) {
-    const long dim = a.cache.dim, offset = head * dim;
-    const T* memory = static_cast<const T*>(a.cache.memory);
-    const T* zeros = reinterpret_cast<const T*>(scratch<float, 8>(dim));  // never written to
-    for (long at = first; at < last; at += W, panels += dim * W) {
-        const T* keys[W];
-        for (int t = 0; t < W; t++) prefetch(item, a, head, at + AHEAD + t, false);
-        for (int t = 0; t < W; t++)
-            keys[t] = at + t < last ? memory + a.cache.token(slot_of(*item.span, a.cache, at + t), false) + offset : zeros;
-        for (long d = transpose_keys(keys, dim, panels); d < dim; d++)
-            for (int t = 0; t < W; t++) panels[d * W + t] = value(keys[t][d]);
-    }
-}
-
-// Where each of the keys first .. last has its values.
-template <class T>
-static void find_values(const Item& item, const Attention& a, long head, long first, long last, const T** rows) {
-    const T* memory = static_cast<const T*>(a.cache.memory) + head * a.cache.dim;
-    for (long t = 0; t < last - first; t++) {
-        prefetch(item, a, head, first + t + AHEAD, true);
-        rows[t] = memory + a.cache.token(slot_of(*item.span, a.cache, first + t), true);
-    }
-}
-
-// Values as panels [dim / W][VALUES][W].
-template <class T>
-static void pack_values(const T* const* rows, long count, long dim, float* panels) {
-    for (long t = 0; t < count; t++) {
-        const T* from = rows[t];
-        long d = 0;
-        for (; d + W <= dim; d += W) store(panels + (d / W * VALUES + t) * W, loaded(from + d));
-        for (; d < dim; d++) panels[(d / W * VALUES + t) * W + d % W] = value(from[d]);
-    }
-}
-
-// Values where they lie in the cache, as weights of a tile (gemm.h): few rows do not pay for panels.
-template <class T>
-struct InCache {
-    using Weight = const T*;
-    using Input = float;
-    template <int NP, int MR>
-    static inline void step(vf (&acc)[MR][NP], const Weight* const (&rows)[NP], long i, const float* x, long ldx) {
-        vf a[NP];
-        for (int p = 0; p < NP; p++) a[p] = loaded(rows[0][i] + p * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; r++) {
-            vf b = splat(x[r * ldx + i]);
-            for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
-        }
-    }
-};
-
-// weights [rows, TILE] times the values of `count` keys -> out [rows, ldo].
-template <class T>
-static void weigh_values(const Item& item, const Attention& a, long head, long first, long last, const float* weights, long rows,
-                         float* panels, float* out, long ldo) {
-    const T* values[TILE];
-    long dim = a.cache.dim, count = last - first, wide = (dim + W - 1) / W;
-    find_values(item, a, head, first, last, values);
-    auto write = [&](int row, int column, vf s) { store(out + row * ldo + column, s); };
-    if (rows > FEW_ROWS || dim % W) {
-        pack_values(values, count, dim, panels);
-        return by_panels(0, wide, panels_at_once(rows), [&](auto np, long p) {
-            panels_by_rows<F32, np>(panels + p * VALUES * W, VALUES * W, weights, TILE, count, rows, 0, p * W, write);
-        });
-    }
-    by_panels(0, wide, panels_at_once(rows), [&](auto np, long p) {
-        panels_by_rows<InCache<T>, np>(values, 0, weights, TILE, count, rows, 0, p * W, write);
-        for (long t = 0; t < count; t++) values[t] += np * W;
-    });
-}
-
-// Scores of one row against keys first .. first + TILE -> weights in place; -> sum. Only keys low .. high count.
-static inline float softmax_row(float* scores, long first, long low, long high, float* largest) {
-    long from = std::max<long>(0, low - first), to = std::max<long>(from, std::min<long>(TILE, high - first));
-    for (long t = 0; t < from; t++) scores[t] = -INFINITY;
-    for (long t = to; t < TILE; t++) scores[t] = -INFINITY;
-    vf most = splat(-INFINITY);
-    for (int t = 0; t < TILE; t += W) most = larger(load(scores + t), most);
-    float top = largest_lane(most);
-    *largest = top;
-    if (from == to) return 0;
-    vf total = {};
-    for (int t = 0; t < TILE; t += W) {
-        vf weight = exponential(load(scores + t) - top);
-        store(scores + t, weight);
-        total += weight;
-    }
-    return sum(total);
-}
-
-// The keys of one tile, for the item's rows of one KV head.
-static void attend_tile(const Item& item, const Attention& a, const float* query, long head, long tile, Partial out) {
-    long dim = a.cache.dim, group = a.group(), rows = item.tokens() * group, first = tile * TILE;
-    long last = std::min(first + TILE, item.high()), panels = (last - first + W - 1) / W, wide = (dim + W - 1) / W;
-    float* keys = scratch<float, 2>(TILE * (dim + W) + wide * VALUES * W + rows * TILE);
-    float *values = keys + TILE * (dim + W), *scores = values + wide * VALUES * W;
-    bool f32 = a.cache.format == FORMAT_F32;
-    (f32 ? pack_keys<float> : pack_keys<uint16_t>)(item, a, head, first, last, keys);
-    by_panels(0, panels, panels_at_once(rows), [&](auto np, long p) {
-        panels_by_rows<F32, np>(keys + p * dim * W, dim * W, query, dim, dim, rows, 0, p * W,
-                                [&](int row, int column, vf s) { store(scores + row * TILE + column, s); });
-    });
-    for (long r = 0; r < rows; r++) {
-        long position = item.position(item.first + r / group);
-        long low = a.window ? position - a.window + 1 : 0;
-        out.total[r] = softmax_row(scores + r * TILE, first, low, position + 1, out.largest + r);
-    }
-    (f32 ? weigh_values<float> : weigh_values<uint16_t>)(item, a, head, first, last, scores, rows, values, out.values, wide * W);
-}
-
-// Rows of a partial and of the packed query: by KV head, then token, then query head of that KV head.
-static void attend_tile(const Item& item, const Attention& a, const float* query, long tile, Partial out) {
-    long rows = item.tokens() * a.group(), width = (a.cache.dim + W - 1) / W * W;
-    for (long head = 0; head < a.cache.kv_heads; head++) {
-        Partial part = out.from(head * rows, width);
-        attend_tile(item, a, query + head * rows * a.cache.dim, head, tile, part);
-    }
-}
 
 // Adds a tile's partial result to what the tiles before it gave.
 static inline void merge(Partial sofar, Partial tile, long rows, long width) {
@@ -264,51 +74,108 @@ static inline void pack_query(const Item& item, const Attention& a, float* query
 
 // The items of a batch, and where each one's tiles begin in one line of all tiles.
 struct Items {
+    const Attention& a;
     std::vector<Item> all;
     std::vector<long> tiles{0};
     long most_rows = 0;
 
-    Items(const Attention& a, const Span* spans, long count) {
+    Items(const Attention& a, const Span* spans, long count) : a(a) {
         long tokens = std::max<long>(1, BLOCK_ROWS / a.group());
         for (long s = 0; s < count; s++)
             for (long first = 0; first < spans[s].rows; first += tokens) {
                 Item item{spans + s, first, std::min<long>(spans[s].rows, first + tokens)};
                 all.push_back(item);
                 tiles.push_back(tiles.back() + (item.high() + TILE - 1) / TILE - item.low(a) / TILE);
-                most_rows = std::max(most_rows, item.tokens() * a.heads);
+                most_rows = std::max(most_rows, rows(all.size() - 1));
             }
     }
-    long rows(const Attention& a, long i) const { return all[i].tokens() * a.heads; }
+    long count() const { return static_cast<long>(all.size()); }
+    long rows(long i) const { return all[i].tokens() * a.heads; }
     long of_tile(long number) const { return std::upper_bound(tiles.begin(), tiles.end(), number) - tiles.begin() - 1; }
-    long tile(const Attention& a, long i, long number) const { return all[i].low(a) / TILE + number - tiles[i]; }
+    long partial_size() const { return most_rows * (a.width() + 2); }
+    long query_size() const { return most_rows * a.cache.dim; }
+
+    template <class T>
+    void find(long i, long number, Place<T>& place) const {
+        long first = (all[i].low(a) / TILE + number - tiles[i]) * TILE;
+        place.find(a.cache, all[i].span->table, first, std::min(first + TILE, all[i].high()));
+    }
 };
+
+// Rows of a partial and of the packed query: by KV head, then token, then query head of that KV head.
+template <class T>
+static void attend_tile(const Attention& a, const Item& item, const float* query, const Place<T>& place, const Place<T>* next, Partial out) {
+    long rows = item.tokens() * a.group();
+    for (long head = 0; head < a.cache.kv_heads; head++) {
+        Queries queries{query + head * rows * a.cache.dim, rows, a.group(), item.position(item.first)};
+        attend_tile(a, queries, head, place, next, out.from(head * rows, a.width()));
+    }
+}
+
+// Tiles first .. last of the line; take(item, tile, partial) gets what each gives, in the partial of partial(item, tile).
+template <class T, class Where, class Take>
+static void attend_run(const Items& items, long first, long last, const Where& partial, const Take& take) {
+    float* query = scratch<float, 4>(items.query_size());
+    Place<T> places[2];
+    long i = items.of_tile(first), next = i;
+    items.find(i, first, places[0]);
+    for (long number = first, packed = -1; number < last; number++, i = next) {
+        if (packed != i) pack_query(items.all[i], items.a, query), packed = i;
+        if (number + 1 == items.tiles[i + 1]) next = i + 1;
+        const Place<T>& here = places[(number - first) % 2];
+        Place<T>* ahead = number + 1 < last ? &places[(number - first + 1) % 2] : nullptr;
+        if (ahead) items.find(next, number + 1, *ahead);
+        Partial out = partial(i, number);
+        attend_tile(items.a, items.all[i], query, here, ahead, out);
+        take(i, number, out);
+    }
+}
+
+// Calls run(first, last) for pieces of 0 .. count, on the team.
+template <class Run>
+static void in_runs(long count, const Run& run) {
+    Team& team = Team::instance();
+    long size = team.threads() == 1 ? count : std::max<long>(1, count / (RUNS * team.threads()));
+    team.run((count + size - 1) / std::max<long>(1, size), [&](long r) { run(r * size, std::min(count, (r + 1) * size)); });
+}
+
+// Of many items, each merges its own tiles one by one.
+template <class T>
+static void attend_whole(const Items& items) {
+    long width = items.a.width();
+    in_runs(items.count(), [&](long first, long last) {
+        float* memory = scratch<float, 5>(2 * items.partial_size());
+        auto sofar = [&](long i) { return Partial(memory, items.rows(i)); };
+        auto own = [&](long i, long) { return Partial(memory + items.partial_size(), items.rows(i)); };
+        attend_run<T>(items, items.tiles[first], items.tiles[last], own, [&](long i, long number, Partial tile) {
+            if (number == items.tiles[i]) begin(sofar(i), items.rows(i), width);
+            merge(sofar(i), tile, items.rows(i), width);
+            if (number + 1 == items.tiles[i + 1]) finish(items.all[i], items.a, sofar(i), width);
+        });
+    });
+}
+
+// A few long contexts are divided by tiles, whose partial results are merged afterwards.
+template <class T>
+static void attend_divided(const Items& items) {
+    long size = items.partial_size(), width = items.a.width();
+    float* partials = scratch<float, 3>(items.tiles.back() * size);
+    auto partial = [&](long i, long number) { return Partial(partials + number * size, items.rows(i)); };
+    in_runs(items.tiles.back(), [&](long first, long last) { attend_run<T>(items, first, last, partial, [](long, long, Partial) {}); });
+    Team::instance().run(items.count(), [&](long i) {
+        Partial sofar(scratch<float, 5>(size), items.rows(i));
+        begin(sofar, items.rows(i), width);
+        for (long number = items.tiles[i]; number < items.tiles[i + 1]; number++) merge(sofar, partial(i, number), items.rows(i), width);
+        finish(items.all[i], items.a, sofar, width);
+    });
+}
 
 static void attend(const Attention& a, const Span* spans, long count) {
     Items items(a, spans, count);
-    Team& team = Team::instance();
-    long width = (a.cache.dim + W - 1) / W * W, size = items.most_rows * (width + 2), query_size = items.most_rows * a.cache.dim;
-    long number_of_items = static_cast<long>(items.all.size()), number_of_tiles = items.tiles.back();
-    // A few long contexts are divided by tiles, whose partial results are merged afterwards; of many, each item merges its own.
-    bool divided = team.threads() > 1 && number_of_items < 4 * team.threads() && number_of_tiles * size <= MOST_PARTIALS;
-    float* partials = divided ? scratch<float, 3>(number_of_tiles * size) : nullptr;
-    if (divided)
-        team.run(number_of_tiles, [&](long number) {
-            long i = items.of_tile(number);
-            float* query = scratch<float, 4>(query_size);
-            pack_query(items.all[i], a, query);
-            attend_tile(items.all[i], a, query, items.tile(a, i, number), Partial(partials + number * size, items.rows(a, i)));
-        });
-    team.run(number_of_items, [&](long i) {
-        long rows = items.rows(a, i);
-        float* memory = scratch<float, 5>(2 * size + query_size);
-        float* query = memory + 2 * size;
-        Partial sofar(memory, rows), own(memory + size, rows);
-        if (!divided) pack_query(items.all[i], a, query);
-        begin(sofar, rows, width);
-        for (long number = items.tiles[i]; number < items.tiles[i + 1]; number++) {
-            if (!divided) attend_tile(items.all[i], a, query, items.tile(a, i, number), own);
-            merge(sofar, divided ? Partial(partials + number * size, rows) : own, rows, width);
-        }
-        finish(items.all[i], a, sofar, width);
-    });
+    long threads = Team::instance().threads();
+    bool divided = threads > 1 && items.count() < 4 * threads && items.tiles.back() * items.partial_size() <= MOST_PARTIALS;
+    if (a.cache.format == FORMAT_F32)
+        divided ? attend_divided<float>(items) : attend_whole<float>(items);
+    else
+        divided ? attend_divided<uint16_t>(items) : attend_whole<uint16_t>(items);
 }

@@ -12,19 +12,35 @@
 
 #include "vec.h"
 
+// acc += a(p) * b(r), with as few vectors in registers as that takes.
+template <int NP, int MR, class A, class B>
+static inline void multiply(vf (&acc)[MR][NP], const A& a, const B& b) {
+    if constexpr (MR < NP) {
+        vf inputs[MR];
+        for (int r = 0; r < MR; r++) inputs[r] = held(b(r));
+#pragma GCC unroll 16
+        for (int p = 0; p < NP; p++) {
+            vf weight = MR == 1 ? a(p) : held(a(p));
+            for (int r = 0; r < MR; r++) acc[r][p] = fma(weight, inputs[r], acc[r][p]);
+        }
+    } else {
+        vf weights[NP];
+        for (int p = 0; p < NP; p++) weights[p] = held(a(p));
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) {
+            vf input = b(r);
+            for (int p = 0; p < NP; p++) acc[r][p] = fma(weights[p], input, acc[r][p]);
+        }
+    }
+}
+
 // Weights as float32.
 struct F32 {
     using Weight = float;
     using Input = float;
     template <int NP, int MR>
     static inline void step(vf (&acc)[MR][NP], const float* const (&w)[NP], long i, const float* x, long ldx) {
-        vf a[NP];
-        for (int p = 0; p < NP; p++) a[p] = load(w[p] + i * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; r++) {
-            vf b = splat(x[r * ldx + i]);
-            for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
-        }
+        multiply(acc, [&](int p) { return load(w[p] + i * W); }, [&](int r) { return splat(x[r * ldx + i]); });
     }
 };
 
@@ -34,19 +50,8 @@ struct Bf16 {
     using Input = float;
     template <int NP, int MR>
     static inline void step(vf (&acc)[MR][NP], const uint32_t* const (&w)[NP], long i, const float* x, long ldx) {
-        vf a[NP];
-        for (int p = 0; p < NP; p++) a[p] = (vf)(load(w[p] + i * W) << 16);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; r++) {
-            vf b = splat(x[r * ldx + 2 * i]);
-            for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
-        }
-        for (int p = 0; p < NP; p++) a[p] = (vf)(load(w[p] + i * W) & 0xffff0000u);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; r++) {
-            vf b = splat(x[r * ldx + 2 * i + 1]);
-            for (int p = 0; p < NP; p++) acc[r][p] = fma(a[p], b, acc[r][p]);
-        }
+        multiply(acc, [&](int p) { return (vf)(load(w[p] + i * W) << 16); }, [&](int r) { return splat(x[r * ldx + 2 * i]); });
+        multiply(acc, [&](int p) { return (vf)(load(w[p] + i * W) & 0xffff0000u); }, [&](int r) { return splat(x[r * ldx + 2 * i + 1]); });
     }
 };
 

@@ -58,10 +58,11 @@ static inline const uint32_t* narrowed_rows(const float* x, long ldx, long k, lo
 }
 #endif
 
-// How many panels a tile has when m rows are tiled: as many as there are registers for its accumulators, up to four.
+// How many panels a tile has when m rows are tiled: as many as there are registers for (see `multiply`), up to four.
 static inline long panels_at_once(long m) {
-    long tiles = std::max<long>(1, (m + ROWS - 1) / ROWS), rows = std::max<long>(1, (m + tiles - 1) / tiles);
-    return std::clamp<long>((REGISTERS - 2) / (rows + 1), 2, 4);
+    long tiles = std::max<long>(1, (m + ROWS - 1) / ROWS), rows = std::max<long>(1, (m + tiles - 1) / tiles), panels = 4;
+    while (panels > 2 && panels * rows + std::min(panels, rows) + 1 > REGISTERS) panels--;
+    return panels;
 }
 
 // Calls each(NP, panel) for panels first .. last, `most` at a time.

@@ -37,6 +37,16 @@ static inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// In a register: g++ would read a vector from memory once for each of its uses.
+static inline vf held(vf v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__AVX__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
 static inline vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 static inline vu load(const uint32_t* p) { return *reinterpret_cast<const vu*>(p); }
 static inline void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
@@ -58,7 +68,14 @@ static inline float widened(uint16_t x) {
     return f;
 }
 static inline vf widened(const uint16_t* p) {
-    return (vf)(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vu) << 16);
+#if defined(__AVX512F__)
+    vu bits = (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)  // g++ 12 makes four instructions of the conversion
+    vu bits = (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    vu bits = __builtin_convertvector(*reinterpret_cast<const vh*>(p), vu);
+#endif
+    return (vf)(bits << 16);
 }
 
 // To the nearest bfloat16, ties to even, in the lower half of each lane. NaN stays NaN.
