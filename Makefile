@@ -7,9 +7,10 @@ SPEC ?= configs/local.yaml
 # Transport libraries, without what their metadata would pull (docs/decisions/009). The tests run with them.
 EXTRAS := ucxx-cu12==0.52.0 libucxx-cu12==0.52.0 'libucx-cu12<1.22' nixl==1.5.1 nixl-cu12==1.5.1
 
-# What `gpu-check` needs beside Python 3.12, torch, transformers and what comes with them.
+# What `gpu-check` needs beside Python 3.12, torch, transformers and what comes with them: a worker's, and the tests'.
 GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack multidict protobuf pydantic pydantic-core \
-  typing-extensions typing-inspection xxhash
+  typing-extensions typing-inspection xxhash \
+  hypothesis iniconfig pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench gpu-check gpu-wheels clean setup extras
@@ -69,7 +70,7 @@ gpu-wheels: setup  ## Fetch the wheels that `gpu-check` needs on a bare machine 
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 	  -c constraints.txt -d build/gpu-wheels $(GPU_WHEELS)
 
-gpu-check:  ## Compare a GPU's tokens with the CPU's and time its steps; uses build/gpu-wheels if it is there
+gpu-check:  ## Test and measure on a GPU, under 8 minutes; uses build/gpu-wheels if it is there
 	@$(PYTHON) -c 'import torch, transformers' || { echo "$(PYTHON) lacks torch or transformers; set PYTHON="; exit 1; }
 	if [ -d build/gpu-wheels ]; then $(PYTHON) -m pip install -q --no-index --no-deps --upgrade \
 	  --target build/gpu-site build/gpu-wheels/*.whl; fi

@@ -47,6 +47,7 @@ RUN_BY = {
     "make gpu-wheels": f"{GPU}:test_the_wheels_are_few_and_all_that_is_missing",
     "make gpu-check": f"{GPU}:test_the_check_runs_on_a_cpu",
     "python -m benchmarks.gpu_check": f"{GPU}:test_the_check_runs_on_a_cpu",
+    "python -m benchmarks.gpu": f"{GPU}:test_the_check_runs_on_a_cpu",
     "make soak": f"{HERE}:test_a_long_command_in_short",
     "tercet chat": ON_TINY,
     "tercet status": ON_TINY,

@@ -7,14 +7,22 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from importlib import metadata
 
 import pytest
 import torch
+import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
 
+from benchmarks import gpu_check
 from tests.machine import ROOT
 
 MAKE = "make", "-o", ".venv/.stamp"
-SMALL = "--device cpu --hidden 192 --layers 1"
+TESTS = "tests/unit/test_triton_gather.py"
+SMALL = f"--device cpu --tests {TESTS} --only gather"
 
 
 def make(*args: str, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -24,9 +32,9 @@ def make(*args: str, cwd=ROOT) -> subprocess.CompletedProcess:
 @pytest.fixture
 def repository(tmp_path):
     """A copy, since the targets write into the folder that they stand in."""
-    for name in ("Makefile", "constraints.txt"):
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in (".venv", "benchmarks", "tercet"):
+    for name in (".venv", "benchmarks", "tercet", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
@@ -36,17 +44,87 @@ def test_the_check_runs_on_a_cpu(repository):
     done = make("gpu-check", f"PYTHON={sys.executable}", f"ARGS={SMALL} --result result.json", cwd=repository)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((repository / "result.json").read_text())
-    assert [(row["transport"], row["wrong"]) for row in result["tokens"]] == [("tcp", [])]
-    assert [*result["step_ms"]] == ["torch"]
-    assert len(result["step_ms"]["torch"]) == 3
-    assert all(ms > 0 for ms in result["step_ms"]["torch"].values())
+    assert [(tested["file"], tested["passed"]) for tested in result["tests"]] == [(TESTS, True)]
+    assert re.search(r"\d passed", result["tests"][0]["last"])
+    assert [row["name"].split(",")[0] for row in result["rows"]] == ["gather"]
+    assert all(row["seconds"] > 0 for row in result["rows"])
+    assert (result["not_run"], result["failed"]) == ({}, {})
+    assert result["rates"]["bandwidth"] > 0
+
+
+def test_a_failing_file_is_told_with_its_words(monkeypatch, tmp_path):
+    failing = tmp_path / "test_failing.py"
+    failing.write_text("def test_it():\n    assert 1 == 2\n")
+    tested = gpu_check.run_file(str(failing), "cpu", time.monotonic() + 60)
+    assert not tested.passed
+    assert "assert 1 == 2" in tested.output
+
+
+def test_a_file_that_takes_too_long_is_ended_and_has_failed(tmp_path):
+    endless = tmp_path / "test_endless.py"
+    endless.write_text("import time\n\ndef test_it():\n    time.sleep(60)\n")
+    began = time.monotonic()
+    tested = gpu_check.run_file(str(endless), "cpu", began + 2)
+    assert not tested.passed
+    assert time.monotonic() - began < 30
+    assert tested.last == "ended: the time for tests was used up"
+
+
+def test_every_kernel_and_every_test_for_a_gpu_is_run():
+    files = gpu_check.all_files()
+    assert {"tests/gpu/test_tokens.py", "tests/gpu/test_processes.py", "tests/gpu/test_steps.py"} <= {*files}
+    kernels = {path.stem for path in (ROOT / "tercet/kernels/triton").glob("*.py")} - {"__init__", "tiles", "trial"}
+    assert {f"tests/unit/test_triton_{name}.py" for name in kernels} <= {*files}
+
+
+def test_what_needs_a_gpu_is_no_part_of_make_test():
+    done = subprocess.run(
+        [*MAKE, "--dry-run", "pytest-clusters", "pytest-rest"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    marks = re.findall(r'-m "([^"]*)"', done.stdout)
+    assert len(marks) == 3
+    assert all("not gpu" in mark or mark.startswith("ray") for mark in marks)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_machine_without_a_gpu_is_told_so(repository):
-    done = make("gpu-check", f"PYTHON={sys.executable}", cwd=repository)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "sees no CUDA device here" in done.stdout
+def test_a_machine_without_a_gpu_is_told_so():
+    app = typer.Typer()
+    app.command()(gpu_check.main)
+    done = CliRunner().invoke(app)
+    assert done.exit_code == 2, done.output
+    assert "sees no CUDA device here" in done.output
+
+
+LOADED = """
+import importlib, sys
+from benchmarks import gpu_check
+import pytest, pytest_asyncio, pytest_timeout, tests.conftest, tests.worker_process, benchmarks.gpu_workers
+for file in gpu_check.all_files():
+    importlib.import_module(file.removesuffix(".py").replace("/", "."))
+print(*{name.split(".")[0] for name in sys.modules} - sys.stdlib_module_names)
+"""
+
+
+def needs_of(package: str) -> set[str]:
+    """What an installation of it brings, by the names of distributions."""
+    found, left = set(), [package]
+    while left:
+        requirements = map(Requirement, metadata.requires(left.pop()) or [])
+        names = {
+            canonicalize_name(r.name) for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})
+        }
+        installed = {name for name in names - found if is_installed(name)}
+        found |= installed
+        left += installed
+    return found
+
+
+def is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def test_the_wheels_are_few_and_all_that_is_missing(repository):
@@ -55,16 +133,11 @@ def test_the_wheels_are_few_and_all_that_is_missing(repository):
     wheels = list((repository / "build/gpu-wheels").glob("*.whl"))
     assert sum(wheel.stat().st_size for wheel in wheels) < 60 << 20
     carried = {re.split(r"-\d", wheel.name)[0].replace("_", "-").lower() for wheel in wheels}
-    # What torch, transformers and the benchmarks' own tables bring.
-    there = {"torch", "torchgen", "numpy", "safetensors", "huggingface-hub", "httpx2", "idna", "tqdm", "yaml"}
-    there |= {"sentencepiece", "sympy", "mpmath"}
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import sys, tercet.roles.worker, tercet.roles.router.router, tercet.models.loader; "
-         "print(*{name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names)"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    names = {"grpc": "grpcio", "google": "protobuf"}
+    there = {"torch", "triton", "transformers", *needs_of("torch"), *needs_of("transformers")}
+    loaded = subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {"grpc": "grpcio", "google": "protobuf", "yaml": "pyyaml", "torchgen": "torch", "py": "pytest"}
     wanted = {names.get(name, name).replace("_", "-") for name in loaded.stdout.split() if not name.startswith("_")}
-    optional = {"grpc-tools", "grpc-health", "grpc-reflection"}  # grpc tries them, and goes on without
-    missing = wanted - carried - there - optional - {"tercet", "cython-runtime"}
+    # What libraries try to import, and go on without.
+    optional = {"grpc-tools", "grpc-health", "grpc-reflection", "accelerate", "psutil", "sentencepiece", "sniffio"}
+    missing = wanted - carried - there - optional - {"tercet", "tests", "benchmarks", "cython-runtime"}
     assert not missing, f"neither carried nor there: {missing}"

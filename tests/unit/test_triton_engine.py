@@ -139,8 +139,9 @@ def test_other_kernels_do_without_triton():
         "    print(len(running.done.get(timeout=60)[1]))\n"
         "    running.stop()\n"
     )
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
         [sys.executable, "-c", script, tiny_model()],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["2", "2"], done.stdout + done.stderr
