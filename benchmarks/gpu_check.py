@@ -5,7 +5,7 @@
 First the tests: every Triton kernel against its reference, and tests/gpu: tokens of a small random model on the GPU
 against the CPU's and those of transformers, worker processes that hand KV over by each transport and are killed and
 started again, steps that never wait for the device. Each file of them is a process, several at once, since most of
-their time goes into the compiler. Then benchmarks/gpu.py, alone on the device, with the time that is left.
+their time goes into compilers and starts. Then benchmarks/gpu.py, alone on the device, with the time that is left.
 
 Needs no Ray and no network. `make gpu-wheels` fetches what is missing on a machine with Python 3.12, torch, Triton and
 transformers; `make gpu-check`, there, installs it beside this repository and runs this.
@@ -31,9 +31,12 @@ from rich.table import Table
 
 from benchmarks.gpu import Device, as_json, machine, measure, show
 from tercet.errors import UnsupportedSpec
+from tercet.transfer.transports.table import ALL
 
 ROOT = Path(__file__).parents[1]
 FILES = ("tests/gpu/test_*.py", "tests/unit/test_triton_*.py")
+PROCESSES = "tests/gpu/test_processes.py"
+OVER_A_TRANSPORT = f"{PROCESSES}::test_workers_die_and_the_tokens_stay"
 TESTS_SHARE = 0.55  # of the time: tests that take longer have failed
 RESERVE_S = 45.0  # the last row of the benchmark may begin so long before the end
 # Of what pytest finds on a foreign machine only what the tests need is loaded, and its warnings are no failures.
@@ -43,20 +46,20 @@ NOTHING_TO_RUN = 5  # pytest's exit status
 
 @dataclass(frozen=True)
 class Tested:
-    file: str
+    name: str  # a file, or one test of it
     passed: bool
     seconds: float
     last: str  # pytest's own sum
     output: str  # of a failure
 
 
-def run_file(file: str, device: Device, end: float) -> Tested:
-    """One file's tests, ended at `end` (time.monotonic) with all processes that they have started."""
+def run_one(name: str, device: Device, end: float) -> Tested:
+    """These tests, ended at `end` (time.monotonic) with all processes that they have started."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"} | hidden
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *PYTEST, file],
+        [sys.executable, *PYTEST, name],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -66,33 +69,36 @@ def run_file(file: str, device: Device, end: float) -> Tested:
         output = process.communicate()[0] + "\nended: the time for tests was used up"
     passed = process.returncode in (0, NOTHING_TO_RUN)
     last = output.rstrip().rpartition("\n")[2]
-    return Tested(file, passed, time.monotonic() - began, last, "" if passed else output)
+    return Tested(name, passed, time.monotonic() - began, last, "" if passed else output)
 
 
-def run_tests(files: Sequence[str], device: Device, seconds: float) -> list[Tested]:
+def run_tests(names: Sequence[str], device: Device, seconds: float) -> list[Tested]:
     end = time.monotonic() + seconds
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
-        return list(pool.map(lambda file: run_file(file, device, end), files))
+        return list(pool.map(lambda name: run_one(name, device, end), names))
 
 
-def all_files() -> list[str]:
-    return [str(path.relative_to(ROOT)) for pattern in FILES for path in sorted(ROOT.glob(pattern))]
+def all_tests() -> list[str]:
+    """The files, but one that takes the sum of all others is divided: it starts workers for each transport."""
+    files = [str(path.relative_to(ROOT)) for pattern in FILES for path in sorted(ROOT.glob(pattern))]
+    files.remove(PROCESSES)
+    return [f"{OVER_A_TRANSPORT}[{each.name}]" for each in ALL if each.missing() is None] + files
 
 
 def show_tests(console: Console, tested: Sequence[Tested]) -> None:
     for each in tested:
         if not each.passed:
             console.print(each.output, markup=False, highlight=False)
-    made = Table("tests", "", "s", "", title="tests")
+    made = Table("tests", "", "s", "")
     for each in tested:
-        made.add_row(each.file, "passed" if each.passed else "[red]FAILED", f"{each.seconds:.0f}", each.last)
+        made.add_row(each.name, "passed" if each.passed else "[red]FAILED", f"{each.seconds:.0f}", each.last)
     console.print(made)
 
 
 def main(
     device: Annotated[Device, typer.Option(help="cpu: tiny sizes, to try the script itself.")] = "gpu",
     minutes: Annotated[float, typer.Option(min=0, help="For all; rows of the benchmark are dropped for it.")] = 7.5,
-    tests: Annotated[list[str] | None, typer.Option(help="A file of tests; may be given often. Default: all.")] = None,
+    tests: Annotated[list[str] | None, typer.Option(help="Of pytest; may be given often. Default: all.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows of the benchmark whose name contains this.")] = None,
     result: Annotated[Path | None, typer.Option(help="Write everything here, as JSON.")] = None,
 ) -> None:
@@ -104,7 +110,7 @@ def main(
         console.print(f"[red]{error}")
         raise typer.Exit(2) from error
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
-    tested = run_tests(tests or all_files(), device, 60 * minutes * TESTS_SHARE)
+    tested = run_tests(tests or all_tests(), device, 60 * minutes * TESTS_SHARE)
     show_tests(console, tested)
     left = 60 * minutes - (time.monotonic() - began) - RESERVE_S
     rates, results = measure(device, left, only or [])

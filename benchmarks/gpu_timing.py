@@ -154,6 +154,7 @@ def run_all(cases: Iterable[Case], timer: Timer, rates: dict[str, float], budget
     """A row that fails does not keep the others from being measured."""
     results = Results()
     for case in cases:
+        timer.free()  # what the case before held
         if budget.left <= 0:
             results.not_run[case.name] = "the time was used up"
             continue
@@ -163,7 +164,6 @@ def run_all(cases: Iterable[Case], timer: Timer, rates: dict[str, float], budget
             results.not_run[case.name] = first_line(error)
         except Exception as error:  # noqa: BLE001  # a kernel or a worker may fail in any way; it is told by name
             results.failed[case.name] = first_line(error)
-        timer.free()
     return results
 
 

@@ -25,7 +25,8 @@ VOCAB, OUTPUTS, HIDDEN = 512, 16, 192
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 200, 333, 512, 513, 700) if ON_GPU else (1, 15, 16, 17, 65, 200)
 _rng = random.Random(5)
 PROMPTS = [[_rng.randrange(VOCAB) for _ in range(n)] for n in LENGTHS]
-GREEDY = {"max_tokens": OUTPUTS, "ignore_eos": True}
+PATIENCE_S = 150.0  # for an answer: kernels are compiled meanwhile, and workers start
+GREEDY = {"max_tokens": OUTPUTS, "ignore_eos": True, "timeout_s": PATIENCE_S}
 
 
 @functools.cache
@@ -79,6 +80,7 @@ def spec_of(
             "model": {"source": small_model(), "dtype": "float32", "max_context": 1024},
             "pools": {"cpu": {}, "gpu": {"accelerator": "gpu", "gpus": 2}},
             "roles": {Role.PREFILL: of_pool(prefill), Role.DECODE: of_pool(decode)},
-            "transfer": {"transport": transport, "lease_s": 4.0, "heartbeat_s": 1.0},
+            "transfer": {"transport": transport},
+            "limits": {"worker_wait_s": PATIENCE_S},
         }
     )

@@ -10,15 +10,24 @@ import signal
 import pytest
 
 from tercet.core import Role, TokenEvent
+from tercet.kernels.triton import trial
 from tercet.transfer.transports.table import ALL
 from tests.chaos.test_deaths import Processes
-from tests.gpu.small import GREEDY, PROMPTS, VOCAB, expected, spec_of
+from tests.gpu.small import GREEDY, ON_GPU, PATIENCE_S, PROMPTS, VOCAB, expected, spec_of
 from tests.helpers import request_of
+from tests.triton_interpreter import DEVICE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
-LONG = {"max_tokens": 200, "ignore_eos": True}
+LONG = {"max_tokens": 200, "ignore_eos": True, "timeout_s": PATIENCE_S}
 _rng = random.Random(8)
 NEW = [[_rng.randrange(VOCAB) for _ in range(n)] for n in (40, 300, 640)]  # that no cache holds
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Else each worker would compile the same kernels while its start is waited for."""
+    if ON_GPU:
+        assert trial.missing(DEVICE) is None
 
 
 async def tokens_of(made: Processes, prompt: list[int], **params) -> list[int]:

@@ -9,6 +9,7 @@ from benchmarks.gpu_sizes import CPU, GPU
 from benchmarks.gpu_timing import Budget, Least, NotRun, Row, Timer, run_all
 from tercet.kernels.kinds import Kernels
 from tercet.transfer.transports import table
+from tests.machine import ROOT
 from tests.triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
@@ -113,8 +114,42 @@ def test_handed_over_are_the_keys_and_values_of_all_layers(model):
 
 
 def test_every_transport_has_a_row():
-    names = [case.transport for case in gpu_handover.cases(CPU, "cpu")]
-    assert names == [transport.name for transport in table.ALL]
+    assert [case.transport for case in gpu_handover.cases(CPU, "cpu")] == [*table.ALL]
+
+
+def tcp_case():
+    return next(case for case in gpu_handover.cases(CPU, "cpu") if case.transport.name == "tcp")
+
+
+async def test_workers_hand_over_what_is_timed(tmp_path):
+    """Each request's bytes are compared with those of its prompt, on the way."""
+    spec = gpu_handover.spec_of(CPU, gpu_handover.save_model(tmp_path, CPU), "cpu", "tcp")
+    assert [*await gpu_handover.measured(CPU, spec)] == [*CPU.handovers]
+
+
+@pytest.mark.parametrize("seconds", [0.25, -0.01])
+def test_a_hand_over_counts_as_a_copy(seconds, monkeypatch):
+    async def measured(sizes, spec):
+        return {64: 0.1, 128: seconds}
+
+    monkeypatch.setattr(gpu_handover, "measured", measured)
+    if seconds <= 0:
+        with pytest.raises(NotRun, match="lost in the noise"):
+            tcp_case().run(None, RATES)
+        return
+    row = tcp_case().run(None, {"copy": 1e6})
+    moved = gpu_handover.kv_bytes(CPU, 128 - 16)  # what one block takes is taken off
+    assert row.fraction == pytest.approx(2 * moved / 1e6 / seconds)
+    assert row.rivals == {"64 tokens": 0.1}
+
+
+def test_the_results_name_every_row():
+    text = (ROOT / "benchmarks/RESULTS.md").read_text()
+    kernels = [case.name for case in gpu_kernels.cases(GPU)]
+    steps = [f"decode, {batch} x {context}" for batch, context in GPU.decodes if batch * context <= GPU.kv_tokens]
+    handovers = [case.name for case in gpu_handover.cases(GPU, "gpu")]
+    missing = [name for name in (*kernels, *steps, *handovers) if f"| {name} |" not in text]
+    assert missing == []
 
 
 def test_the_roofline_is_the_slower_of_both():

@@ -44,7 +44,7 @@ def test_the_check_runs_on_a_cpu(repository):
     done = make("gpu-check", f"PYTHON={sys.executable}", f"ARGS={SMALL} --result result.json", cwd=repository)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((repository / "result.json").read_text())
-    assert [(tested["file"], tested["passed"]) for tested in result["tests"]] == [(TESTS, True)]
+    assert [(tested["name"], tested["passed"]) for tested in result["tests"]] == [(TESTS, True)]
     assert re.search(r"\d passed", result["tests"][0]["last"])
     assert [row["name"].split(",")[0] for row in result["rows"]] == ["gather"]
     assert all(row["seconds"] > 0 for row in result["rows"])
@@ -55,26 +55,39 @@ def test_the_check_runs_on_a_cpu(repository):
 def test_a_failing_file_is_told_with_its_words(monkeypatch, tmp_path):
     failing = tmp_path / "test_failing.py"
     failing.write_text("def test_it():\n    assert 1 == 2\n")
-    tested = gpu_check.run_file(str(failing), "cpu", time.monotonic() + 60)
+    tested = gpu_check.run_one(str(failing), "cpu", time.monotonic() + 60)
     assert not tested.passed
     assert "assert 1 == 2" in tested.output
+
+
+def test_what_a_foreign_library_warns_of_is_no_failure(tmp_path):
+    warning = tmp_path / "test_warning.py"
+    warning.write_text("import warnings\n\ndef test_it():\n    warnings.warn('old', DeprecationWarning)\n")
+    assert gpu_check.run_one(f"{warning}", "cpu", time.monotonic() + 60).passed
+    assert gpu_check.run_one(f"{warning}::test_it", "cpu", time.monotonic() + 60).passed
 
 
 def test_a_file_that_takes_too_long_is_ended_and_has_failed(tmp_path):
     endless = tmp_path / "test_endless.py"
     endless.write_text("import time\n\ndef test_it():\n    time.sleep(60)\n")
     began = time.monotonic()
-    tested = gpu_check.run_file(str(endless), "cpu", began + 2)
+    tested = gpu_check.run_one(str(endless), "cpu", began + 2)
     assert not tested.passed
     assert time.monotonic() - began < 30
     assert tested.last == "ended: the time for tests was used up"
 
 
 def test_every_kernel_and_every_test_for_a_gpu_is_run():
-    files = gpu_check.all_files()
-    assert {"tests/gpu/test_tokens.py", "tests/gpu/test_processes.py", "tests/gpu/test_steps.py"} <= {*files}
+    names = gpu_check.all_tests()
+    files = {name.partition("::")[0] for name in names}
+    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py")} <= files
     kernels = {path.stem for path in (ROOT / "tercet/kernels/triton").glob("*.py")} - {"__init__", "tiles", "trial"}
-    assert {f"tests/unit/test_triton_{name}.py" for name in kernels} <= {*files}
+    assert {f"tests/unit/test_triton_{name}.py" for name in kernels} <= files
+
+
+def test_the_divided_file_has_no_other_tests():
+    found = re.findall(r"^(?:async )?def (test_\w+)", (ROOT / gpu_check.PROCESSES).read_text(), re.MULTILINE)
+    assert [f"{gpu_check.PROCESSES}::{name}" for name in found] == [gpu_check.OVER_A_TRANSPORT]
 
 
 def test_what_needs_a_gpu_is_no_part_of_make_test():
@@ -99,8 +112,8 @@ LOADED = """
 import importlib, sys
 from benchmarks import gpu_check
 import pytest, pytest_asyncio, pytest_timeout, tests.conftest, tests.worker_process, benchmarks.gpu_workers
-for file in gpu_check.all_files():
-    importlib.import_module(file.removesuffix(".py").replace("/", "."))
+for name in gpu_check.all_tests():
+    importlib.import_module(name.partition("::")[0].removesuffix(".py").replace("/", "."))
 print(*{name.split(".")[0] for name in sys.modules} - sys.stdlib_module_names)
 """
 
@@ -139,5 +152,6 @@ def test_the_wheels_are_few_and_all_that_is_missing(repository):
     wanted = {names.get(name, name).replace("_", "-") for name in loaded.stdout.split() if not name.startswith("_")}
     # What libraries try to import, and go on without.
     optional = {"grpc-tools", "grpc-health", "grpc-reflection", "accelerate", "psutil", "sentencepiece", "sniffio"}
+    optional |= {"nixl", "nixl-cu12", "ucxx", "libucx", "libucxx"}  # transports that are asked whether they are there
     missing = wanted - carried - there - optional - {"tercet", "tests", "benchmarks", "cython-runtime"}
     assert not missing, f"neither carried nor there: {missing}"
