@@ -1,11 +1,11 @@
 """Whole steps of a model with random weights, through the runner that a worker has, against the roofline: the weights
-and the KV are read once, or the products take longer."""
+and the KV are read once, or the products take longer. As in an engine a step is launched before the result of the one
+before it is asked for, and takes its tokens; decode steps are captured where the device can."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from benchmarks.gpu_sizes import BLOCK, Sizes
 from benchmarks.gpu_timing import Least, NotRun, Row, Timer
 from benchmarks.machine import Cost
 from tercet.core import SamplingParams, Ticket
+from tercet.devices import device_of
+from tercet.engine.graphs import CudaRecorder
 from tercet.engine.plan import Draw, Piece, StepPlan
 from tercet.engine.runner import Runner
 from tercet.kernels.kinds import Kernels
@@ -27,6 +29,7 @@ from tercet.transfer.memory.region import Region
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 GOALS = {1: 0.85, 64: 0.75}  # batch of a decode -> of the roofline
 SPREAD = 0.02  # of the weights
+DECODES, PREFILLS = 8, 2  # steps in a row
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> Transformer:
@@ -81,6 +84,8 @@ class StepCase:
     name: str
     runner: Runner
     plan: StepPlan
+    then: StepPlan  # the later steps, which may take the tokens of the one before
+    in_a_row: int
     tokens: int  # that the cache must hold
     holds: int  # that it can
     least: Least
@@ -89,9 +94,17 @@ class StepCase:
     def run(self, timer: Timer, rates: dict[str, float]) -> Row:
         if self.tokens > self.holds:
             raise NotRun(f"KV of {self.tokens} tokens, and the cache was made for {self.holds}")
-        seconds = timer.wall_seconds(partial(self.runner.run, self.plan))
+        seconds = timer.wall_seconds(self._steps) / self.in_a_row
         fraction = self.least.seconds(rates) / seconds
         return Row(self.name, seconds, self.least, fraction, self.least.bound(rates), {}, self.goal)
+
+    def _steps(self) -> None:
+        running = self.runner.launch(self.plan)
+        for _ in range(self.in_a_row - 1):
+            following = self.runner.launch(self.then, running.tokens)
+            running.result()
+            running = following
+        running.result()
 
 
 def piece(number: int, start: int, length: int) -> Piece:
@@ -101,18 +114,27 @@ def piece(number: int, start: int, length: int) -> Piece:
     return Piece(Ticket(str(number), 0, 1), [7] * length, start, tuple(blocks), Draw(GREEDY, 0))
 
 
+def made_runner(sizes: Sizes, kernels: Kernels, region: Region, model: Transformer) -> Runner:
+    runner = Runner(model, region)
+    runner.kv_cache.normal_()
+    if device_of(kernels.device).captures:
+        batches = sorted({batch for batch, _ in sizes.decodes}, reverse=True)
+        runner.capture(batches, sizes.config.max_context, CudaRecorder(kernels.device))
+    return runner
+
+
 def cases(sizes: Sizes, kernels: Kernels) -> Iterator[StepCase]:
     """The model lives as long as its cases."""
     model = random_model(sizes.config, sizes.dtype, kernels)
     region = Region(model.kv_layout(sizes.kv_tokens // BLOCK, BLOCK))
-    runner = Runner(model, region)
-    runner.kv_cache.normal_()
-    holds = sizes.kv_tokens
-    for tokens in sizes.prefills:
-        plan, least = StepPlan(chunks=(piece(0, 0, tokens),)), prefill_least(sizes, tokens)
-        yield StepCase(f"prefill of {tokens}", runner, plan, tokens, holds, least)
+    runner, holds = made_runner(sizes, kernels, region, model), sizes.kv_tokens
     for batch, context in sizes.decodes:
         plan = StepPlan(decodes=tuple(piece(number, context - 1, 1) for number in range(batch)))
+        then = StepPlan(decodes=tuple(each._replace(drawn=number) for number, each in enumerate(plan.decodes)))
         least, goal = decode_least(sizes, batch, context), GOALS.get(batch)
-        yield StepCase(f"decode, {batch} x {context}", runner, plan, batch * context, holds, least, goal)
+        name = f"decode, {batch} x {context}"
+        yield StepCase(name, runner, plan, then, DECODES, batch * context, holds, least, goal)
+    for tokens in sizes.prefills:
+        plan, least = StepPlan(chunks=(piece(0, 0, tokens),)), prefill_least(sizes, tokens)
+        yield StepCase(f"prefill of {tokens}", runner, plan, plan, PREFILLS, tokens, holds, least)
     region.close()

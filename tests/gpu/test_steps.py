@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tercet.core import SamplingParams, Ticket
+from tercet.engine.graphs import CudaRecorder
 from tercet.engine.plan import Draw, Piece, StepPlan
 from tercet.engine.runner import Runner
 from tercet.kernels.kinds import Kernels
@@ -52,12 +53,14 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture(scope="module")
-def runner() -> Runner:
-    model = load_model(
-        ModelSpec(source=small_model(), dtype="float32", max_context=1024), Kernels("triton", DEVICE)
-    ).model
-    return Runner(model, Region(model.kv_layout(64, SIZE)))
+@pytest.fixture(scope="module", params=["launched", "captured"])
+def runner(request) -> Runner:
+    spec = ModelSpec(source=small_model(), dtype="float32", max_context=1024)
+    model = load_model(spec, Kernels("triton", DEVICE)).model
+    runner = Runner(model, Region(model.kv_layout(64, SIZE)))
+    if request.param == "captured":
+        runner.capture([4, 1], 1024, CudaRecorder(DEVICE))
+    return runner
 
 
 def test_waiting_would_be_seen(runner):
@@ -67,8 +70,12 @@ def test_waiting_would_be_seen(runner):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_launch_does_not_wait(name, runner):
-    expected = runner.launch(STEPS[name]).result()  # compiles, and captures what is captured
+    plan = STEPS[name]
+    then = plan._replace(decodes=tuple(each._replace(drawn=number) for number, each in enumerate(plan.decodes)))
+    first = runner.launch(plan)
+    expected = [first.result(), runner.launch(then, first.tokens).result()]  # compiles
     with waiting_is_an_error():
-        pending = runner.launch(STEPS[name])
-    assert pending.result() == expected
-    assert all(len(each.tokens) == 1 for each in expected)
+        first = runner.launch(plan)
+        second = runner.launch(then, first.tokens)
+    assert [first.result(), second.result()] == expected
+    assert all(len(each.tokens) == 1 for each in expected[0])

@@ -104,9 +104,36 @@ def test_the_large_model_is_llama_3_8b():
 
 
 def test_a_step_that_does_not_fit_is_not_run():
-    case = gpu_model.StepCase("decode", None, None, tokens=2, holds=1, least=Least())
+    case = gpu_model.StepCase("decode", None, None, None, 1, tokens=2, holds=1, least=Least())
     with pytest.raises(NotRun, match="KV of 2 tokens, and the cache was made for 1"):
         case.run(None, RATES)
+
+
+class Recorded:
+    """A runner's steps, in order."""
+
+    def __init__(self):
+        self.told = []
+
+    def launch(self, plan, before=None):
+        self.told.append(("launch", plan, before))
+        return self
+
+    @property
+    def tokens(self):
+        return len(self.told)
+
+    def result(self):
+        self.told.append("result")
+
+
+def test_a_step_is_launched_before_the_result_of_the_one_before():
+    runner = Recorded()
+    case = gpu_model.StepCase("decode", runner, "first", "later", 3, tokens=1, holds=1, least=Least(bytes=5.0))
+    row = case.run(Timer(torch.device("cpu"), 1), RATES)
+    once = [("launch", "first", None), ("launch", "later", 1), "result", ("launch", "later", 3), "result", "result"]
+    assert runner.told[:6] == once
+    assert row.fraction == pytest.approx(0.5 / row.seconds)
 
 
 def test_handed_over_are_the_keys_and_values_of_all_layers(model):
