@@ -29,7 +29,7 @@ from tercet.transfer.memory.region import Region
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 GOALS = {1: 0.85, 64: 0.75}  # batch of a decode -> of the roofline
 SPREAD = 0.02  # of the weights
-DECODES, PREFILLS = 8, 2  # steps in a row
+PREFILLS = 2  # in a row
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> Transformer:
@@ -133,7 +133,7 @@ def cases(sizes: Sizes, kernels: Kernels) -> Iterator[StepCase]:
         then = StepPlan(decodes=tuple(each._replace(drawn=number) for number, each in enumerate(plan.decodes)))
         least, goal = decode_least(sizes, batch, context), GOALS.get(batch)
         name = f"decode, {batch} x {context}"
-        yield StepCase(name, runner, plan, then, DECODES, batch * context, holds, least, goal)
+        yield StepCase(name, runner, plan, then, sizes.in_a_row, batch * context, holds, least, goal)
     for tokens in sizes.prefills:
         plan, least = StepPlan(chunks=(piece(0, 0, tokens),)), prefill_least(sizes, tokens)
         yield StepCase(f"prefill of {tokens}", runner, plan, plan, PREFILLS, tokens, holds, least)

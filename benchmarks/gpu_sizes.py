@@ -25,6 +25,7 @@ class Sizes:
     moved: int  # blocks of a gather and a scatter
     drawn: tuple[int, ...]  # rows of logits
     decodes: tuple[tuple[int, int], ...]  # whole steps: batch, context
+    in_a_row: int  # decode steps that are timed together
     prefills: tuple[int, ...]  # whole steps: tokens
     kv_tokens: int  # that the model's cache holds: a decode step that needs more is not run
     handovers: tuple[int, ...]  # tokens of each prompt
@@ -60,6 +61,7 @@ GPU = Sizes(
     moved=4096,
     drawn=(1, 64),
     decodes=tuple((batch, context) for batch in (1, 8, 64, 256) for context in (1024, 4096, 8192, 32768)),
+    in_a_row=8,
     prefills=(512, 2048, 8192),
     kv_tokens=1 << 18,  # 32 GiB
     handovers=(2048, 8192),
@@ -77,6 +79,7 @@ CPU = Sizes(
     moved=3,
     drawn=(2,),
     decodes=((1, 16), (4, 40), (64, 128)),
+    in_a_row=2,
     prefills=(24,),
     kv_tokens=256,
     handovers=(128,),

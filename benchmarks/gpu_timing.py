@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 BANDWIDTH, GEMM = "bandwidth", "gemm"
-ROUNDS, WARM = 7, 3
+ROUNDS = 7
 FLUSH = 1 << 30  # bytes written before each timed call: far more than an L2 holds
 Work = Callable[[], object]
 
@@ -64,12 +64,13 @@ class Timer:
     def __init__(self, device: torch.device, rounds: int = ROUNDS) -> None:
         self.device, self.rounds = device, rounds
         self._on_gpu = device.type == "cuda"
+        self._warm = 3 if self._on_gpu else 1
         self._flush = torch.empty(FLUSH if self._on_gpu else 1, dtype=torch.uint8, device=device)
 
     def seconds(self, work: Work) -> float:
         """Of the device's work alone. While it writes the flush, the host gets ahead of it, so that the time that a
         launch takes there does not count; and the L2 holds nothing of the inputs."""
-        for _ in range(WARM):
+        for _ in range(self._warm):
             work()
         if not self._on_gpu:
             return statistics.median(self._wall(work) for _ in range(self.rounds))
@@ -86,7 +87,7 @@ class Timer:
 
     def wall_seconds(self, work: Work) -> float:
         """Of the host's clock, the device's work included: what a step takes."""
-        for _ in range(WARM):
+        for _ in range(self._warm):
             work()
         return statistics.median(self._wall(work) for _ in range(self.rounds))
 
