@@ -32,7 +32,6 @@ from benchmarks.gpu_timing import Budget, Case, Results, Row, Timer, measured_ra
 from benchmarks.machine import facts
 from tercet.devices import DEVICES
 from tercet.errors import UnsupportedSpec
-from tercet.kernels.kinds import choose_kernels
 
 Device = Literal["gpu", "cpu"]
 RATE_UNITS = {"gemm": ("TFLOP/s", 1e12)}  # the others are GB/s
@@ -50,8 +49,7 @@ def machine(device: Device) -> dict[str, Any]:
 
 def cases(sizes: Sizes, device: Device) -> Iterator[Case]:
     """In the order of what is wanted most, since the last ones are dropped when the time is used up."""
-    kernels = choose_kernels("triton", DEVICES[device].torch_device())
-    yield from gpu_model.cases(sizes, kernels)
+    yield from gpu_model.cases(sizes, DEVICES[device].torch_device())
     yield from gpu_handover.cases(sizes, device)
     yield from gpu_kernels.cases(sizes)
 

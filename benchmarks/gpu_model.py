@@ -5,7 +5,9 @@ before it is asked for, and takes its tokens; decode steps are captured where th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from tercet.devices import device_of
 from tercet.engine.graphs import CudaRecorder
 from tercet.engine.plan import Draw, Piece, StepPlan
 from tercet.engine.runner import Runner
-from tercet.kernels.kinds import Kernels
+from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.kernels.norm import RmsNorm
 from tercet.kernels.packing import LinearPacker, activation_dtype
 from tercet.models.config import ModelConfig
@@ -82,7 +84,7 @@ def prefill_least(sizes: Sizes, tokens: int) -> Least:
 @dataclass(frozen=True)
 class StepCase:
     name: str
-    runner: Runner
+    model: Model
     plan: StepPlan
     then: StepPlan  # the later steps, which may take the tokens of the one before
     in_a_row: int
@@ -99,9 +101,10 @@ class StepCase:
         return Row(self.name, seconds, self.least, fraction, self.least.bound(rates), {}, self.goal)
 
     def _steps(self) -> None:
-        running = self.runner.launch(self.plan)
+        runner = self.model.runner
+        running = runner.launch(self.plan)
         for _ in range(self.in_a_row - 1):
-            following = self.runner.launch(self.then, running.tokens)
+            following = runner.launch(self.then, running.tokens)
             running.result()
             running = following
         running.result()
@@ -114,27 +117,33 @@ def piece(number: int, start: int, length: int) -> Piece:
     return Piece(Ticket(str(number), 0, 1), [7] * length, start, tuple(blocks), Draw(GREEDY, 0))
 
 
-def made_runner(sizes: Sizes, kernels: Kernels, region: Region, model: Transformer) -> Runner:
-    runner = Runner(model, region)
-    runner.kv_cache.normal_()
-    if device_of(kernels.device).captures:
-        batches = sorted({batch for batch, _ in sizes.decodes}, reverse=True)
-        runner.capture(batches, sizes.config.max_context, CudaRecorder(kernels.device))
-    return runner
+class Model:
+    """Made when its first row is measured, and given back behind its last."""
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        self._sizes, self._device = sizes, device
+
+    @cached_property
+    def runner(self) -> Runner:
+        sizes, kernels = self._sizes, choose_kernels("triton", self._device)
+        model = random_model(sizes.config, sizes.dtype, kernels)
+        with closing(Region(model.kv_layout(sizes.kv_tokens // BLOCK, BLOCK))) as region:  # it stays mapped
+            runner = Runner(model, region)
+        runner.kv_cache.normal_()
+        if device_of(self._device).captures:
+            batches = sorted({batch for batch, _ in sizes.decodes}, reverse=True)
+            runner.capture(batches, sizes.config.max_context, CudaRecorder(self._device))
+        return runner
 
 
-def cases(sizes: Sizes, kernels: Kernels) -> Iterator[StepCase]:
-    """The model lives as long as its cases."""
-    model = random_model(sizes.config, sizes.dtype, kernels)
-    region = Region(model.kv_layout(sizes.kv_tokens // BLOCK, BLOCK))
-    runner, holds = made_runner(sizes, kernels, region, model), sizes.kv_tokens
+def cases(sizes: Sizes, device: torch.device) -> Iterator[StepCase]:
+    model, holds = Model(sizes, device), sizes.kv_tokens
     for batch, context in sizes.decodes:
         plan = StepPlan(decodes=tuple(piece(number, context - 1, 1) for number in range(batch)))
         then = StepPlan(decodes=tuple(each._replace(drawn=number) for number, each in enumerate(plan.decodes)))
         least, goal = decode_least(sizes, batch, context), GOALS.get(batch)
         name = f"decode, {batch} x {context}"
-        yield StepCase(name, runner, plan, then, sizes.in_a_row, batch * context, holds, least, goal)
+        yield StepCase(name, model, plan, then, sizes.in_a_row, batch * context, holds, least, goal)
     for tokens in sizes.prefills:
         plan, least = StepPlan(chunks=(piece(0, 0, tokens),)), prefill_least(sizes, tokens)
-        yield StepCase(f"prefill of {tokens}", runner, plan, plan, PREFILLS, tokens, holds, least)
-    region.close()
+        yield StepCase(f"prefill of {tokens}", model, plan, plan, PREFILLS, tokens, holds, least)

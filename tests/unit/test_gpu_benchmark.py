@@ -114,6 +114,7 @@ class Recorded:
 
     def __init__(self):
         self.told = []
+        self.runner = self  # of its model
 
     def launch(self, plan, before=None):
         self.told.append(("launch", plan, before))
@@ -128,11 +129,11 @@ class Recorded:
 
 
 def test_a_step_is_launched_before_the_result_of_the_one_before():
-    runner = Recorded()
-    case = gpu_model.StepCase("decode", runner, "first", "later", 3, tokens=1, holds=1, least=Least(bytes=5.0))
+    recorded = Recorded()
+    case = gpu_model.StepCase("decode", recorded, "first", "later", 3, tokens=1, holds=1, least=Least(bytes=5.0))
     row = case.run(Timer(torch.device("cpu"), 1), RATES)
     once = [("launch", "first", None), ("launch", "later", 1), "result", ("launch", "later", 3), "result", "result"]
-    assert runner.told[:6] == once
+    assert recorded.told[:6] == once
     assert row.fraction == pytest.approx(0.5 / row.seconds)
 
 
@@ -173,7 +174,7 @@ def test_a_hand_over_counts_as_a_copy(seconds, monkeypatch):
 def test_the_results_name_every_row():
     text = (ROOT / "benchmarks/RESULTS.md").read_text()
     kernels = [case.name for case in gpu_kernels.cases(GPU)]
-    steps = [f"decode, {batch} x {context}" for batch, context in GPU.decodes if batch * context <= GPU.kv_tokens]
+    steps = [case.name for case in gpu_model.cases(GPU, DEVICE) if case.tokens <= case.holds]
     handovers = [case.name for case in gpu_handover.cases(GPU, "gpu")]
     missing = [name for name in (*kernels, *steps, *handovers) if f"| {name} |" not in text]
     assert missing == []
