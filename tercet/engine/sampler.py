@@ -108,7 +108,7 @@ def penalise(row: Tensor, draw: Draw) -> Tensor:
         return row
     row = row.clone()
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*draw.prompt, *draw.output}), device=row.device)
+        seen = torch.tensor(sorted({*draw.prompt, *draw.output}), dtype=torch.int64, device=row.device)
         scores = row[seen]
         row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
     if draw.output:

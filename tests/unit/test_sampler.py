@@ -91,6 +91,11 @@ def test_repetition_penalty(penalty):
         torch.testing.assert_close(sampler.penalise(row, wanted), expected)
 
 
+def test_without_any_token_before_it_a_penalty_changes_nothing():
+    [row], params = rows(1), SamplingParams(repetition_penalty=1.5, presence_penalty=1.0, temperature=0.0)
+    assert sample(row.unsqueeze(0), [Draw(params, 0)])[0].token_id == int(row.argmax())
+
+
 def test_presence_and_frequency_penalties_count_output_alone():
     """https://platform.openai.com/docs/api-reference: mu[j] - c[j] * frequency - float(c[j] > 0) * presence."""
     params = SamplingParams(presence_penalty=0.7, frequency_penalty=0.25)
