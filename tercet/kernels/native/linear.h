@@ -74,10 +74,10 @@ static inline void by_panels(long first, long last, long most, const Each& each)
     if (first < last) each(std::integral_constant<int, 1>{}, first);
 }
 
-// Calls tiles(NP, panel, row, rows) for all panels of a matrix and all blocks of its rows of x, on the team.
+// Calls tiles(NP, panel, row, rows) for all panels of a matrix, `most` at once, and all blocks of its rows of x, on the team.
 template <class Tiles>
-static void panels_by_blocks(long n, long k, long m, const Tiles& tiles) {
-    long panels = (n + W - 1) / W, most = panels_at_once(m);
+static void panels_by_blocks(long n, long k, long m, long most, const Tiles& tiles) {
+    long panels = (n + W - 1) / W;
     long rows = std::max<long>(ROWS, BLOCK_BYTES / (k * 4) / ROWS * ROWS), blocks = (m + rows - 1) / rows;
     long grain = std::max<long>(1, panels / most / (4 * Team::instance().threads())) * most;  // panels of one item
     long items = (panels + grain - 1) / grain;
@@ -108,7 +108,9 @@ template <int BITS, class Out>
 static void quantised_linear(const Linear& l, const float* x, long ldx, long m, const Out& out) {
     long panel_size = l.k / QUANT * Quantised<BITS>::SIZE;
     const uint32_t* weight = static_cast<const uint32_t*>(l.weight);
-    panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
+    // Rows that take the weights as they are need a register more for each panel, for what is left of a word.
+    long most = m <= DIRECT_ROWS ? std::clamp<long>((REGISTERS - 2) / (std::max<long>(1, m) + 1), 2, 4) : panels_at_once(m);
+    panels_by_blocks(l.n, l.k, m, most, [&](auto np, long panel, int row, int count) {
         const uint32_t* from = weight + panel * panel_size;
         if (m <= DIRECT_ROWS) {
             panels_by_rows<Quantised<BITS>, np>(from, panel_size, x + row * ldx, ldx, l.k / QUANT, count, row, panel * W, out);
@@ -125,7 +127,7 @@ template <class Out>
 static void linear(const Linear& l, const float* x, long ldx, long m, const Out& out) {
     if (l.format == FORMAT_F32) {
         const float* weight = static_cast<const float*>(l.weight);
-        return panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
+        return panels_by_blocks(l.n, l.k, m, panels_at_once(m), [&](auto np, long panel, int row, int count) {
             panels_by_rows<F32, np>(weight + panel * l.k * W, l.k * W, x + row * ldx, ldx, l.k, count, row, panel * W, out);
         });
     }
@@ -135,11 +137,11 @@ static void linear(const Linear& l, const float* x, long ldx, long m, const Out&
     long panel_size = l.k / 2 * W;
 #if defined(__AVX512BF16__)
     const uint32_t* pairs = narrowed_rows(x, ldx, l.k, m);
-    panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
+    panels_by_blocks(l.n, l.k, m, panels_at_once(m), [&](auto np, long panel, int row, int count) {
         panels_by_rows<Dot, np>(weight + panel * panel_size, panel_size, pairs + row * (l.k / 2), l.k / 2, l.k / 2, count, row, panel * W, out);
     });
 #else
-    panels_by_blocks(l.n, l.k, m, [&](auto np, long panel, int row, int count) {
+    panels_by_blocks(l.n, l.k, m, panels_at_once(m), [&](auto np, long panel, int row, int count) {
         panels_by_rows<Bf16, np>(weight + panel * panel_size, panel_size, x + row * ldx, ldx, l.k / 2, count, row, panel * W, out);
     });
 #endif
