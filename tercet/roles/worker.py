@@ -89,9 +89,10 @@ class Worker:
         await loop.run_in_executor(None, refuse_too_large, self._spec, {self._role: 1}, device_of(device))
         loaded = await loop.run_in_executor(None, load_model, self._spec.model, kernels)
         layout = loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size)
-        region = self._region = _region_of(layout, self._spec.transfer.transport, kernels)
+        transport = self._spec.transfer.transport
+        region = self._region = await loop.run_in_executor(None, _region_of, layout, transport, kernels)
         self.legs = Legs(loop)
-        mover = _Mover(self._mover_config(loaded.fingerprint), region, usable(self._spec.transfer.transport))
+        mover = _Mover(self._mover_config(loaded.fingerprint), region, usable(transport))
         handlers = [self._makers()[kind](mover) for kind in self._serves]
         self.legs.handlers.update(zip(self._serves, handlers, strict=True))
         push = next((handler.push for handler in handlers if handler.push is not None), None)
