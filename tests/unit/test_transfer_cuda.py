@@ -63,7 +63,6 @@ there, here, stream = gpu.open({handle!r}, {SIZE}, {UUID!r}), gpu.allocate(64), 
 ctypes.memmove(here, b"word", 4)
 stream.copy(there, here, [(0, 100, 4)])
 gpu.close(there)
-stream.close()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert ctypes.string_at(address + 100, 4) == b"word"
@@ -86,7 +85,7 @@ def test_a_stream_does_not_wait_for_the_default_one_and_ends(gpu, library):
     stream.copy(target, source, [(2, 8, 5), (0, 20, 1)])
     assert ctypes.string_at(target, 21) == bytes(8) + b"23456" + bytes(7) + b"0"
     before = ctypes.CDLL(str(library)).stub_destroyed()
-    stream.close()
+    del stream
     assert ctypes.CDLL(str(library)).stub_destroyed() == before + 1
 
 

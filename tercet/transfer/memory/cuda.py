@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from ctypes import byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
@@ -151,6 +152,7 @@ class _CudaStream(Stream):
     def __init__(self, gpu: CudaGpu, device: torch.device) -> None:
         self._gpu, self._handle = gpu, c_void_p()
         gpu.call("cuStreamCreate", byref(self._handle), NON_BLOCKING)
+        weakref.finalize(self, gpu.call, "cuStreamDestroy_v2", self._handle).atexit = False
         self._stream = torch.cuda.ExternalStream(self._handle.value, device=device)  # type: ignore[no-untyped-call]
 
     def wait(self, marks: Iterable[Mark]) -> None:
@@ -177,9 +179,6 @@ class _CudaStream(Stream):
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         event.synchronize()
-
-    def close(self) -> None:
-        self._gpu.call("cuStreamDestroy_v2", self._handle)
 
 
 class _Bytes:

@@ -57,7 +57,7 @@ class Gpu(ABC):
 
 
 class Stream(ABC):
-    """For one thread."""
+    """For one thread. It ends with its last reference, once what it was asked for is done."""
 
     @abstractmethod
     def wait(self, marks: Iterable[Mark]) -> None:
@@ -79,9 +79,6 @@ class Stream(ABC):
     def synchronise(self) -> None:
         """Wait until all is done. If this raises, it is not known to be."""
 
-    @abstractmethod
-    def close(self) -> None: ...
-
 
 class DeviceRegion:
     """The cache and a scratch in one allocation of their own, since a handle to memory gives all of its allocation."""
@@ -101,7 +98,6 @@ class DeviceRegion:
             first = DeviceUnits(self, layout.window, Units([0], 0, 1), layout.block_size, layout.heads)
             first.digests(0)  # so that what has to be compiled for them is, before a transfer waits for it
         stream.synchronise()
-        stream.close()
 
     def publish(self, layer: int) -> None:
         """On the engine's thread: blocks of this layer are complete once the current stream has come this far."""

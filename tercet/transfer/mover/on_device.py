@@ -22,7 +22,8 @@ class DeviceLoader:
 
     def __init__(self, region: DeviceRegion, integrity: bool) -> None:
         self._region = region
-        self._stream = region.gpu.stream() if integrity else None
+        with library_errors("no stream for digests on the GPU"):
+            self._stream = region.gpu.stream() if integrity else None
 
     def parcel(self, transport: Transport, pair: Pair, write: Write) -> Parcel:
         layers, units = range(write.layer, write.layer + write.layers), write.src
@@ -43,7 +44,8 @@ class DeviceLander:
     def __init__(self, region: DeviceRegion, integrity: bool) -> None:
         self._region = region
         self._integrity = integrity
-        self._stream = region.gpu.stream()
+        with library_errors("no stream for digests on the GPU"):
+            self._stream = region.gpu.stream()
 
     def land(
         self, terms: Terms, inlet: Inlet, channel: Channel, data: Data, payload: int, landing: Landing

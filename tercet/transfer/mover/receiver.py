@@ -214,8 +214,9 @@ class KvReceiver:
             raise PeerMismatch("a data link of no pair that is known here")
         if not transport.one_host:
             tune_tcp(channel.sock)
+        lander = lander_of(self._region, self._config.integrity)
         inlet = transport.inlet(LinkContext(channel, self._region, self._config.lease_s))
-        link = Link(channel, inlet, lander_of(self._region, self._config.integrity), threading.current_thread())
+        link = Link(channel, inlet, lander, threading.current_thread())
         with self._lock:
             joined = not peer.over
             if joined:

@@ -76,7 +76,6 @@ class _CudaIpcOutlet(Outlet):
         try:
             self._target = self._gpu.open(handle, self._num_bytes, uuid) if self._opened else address
         except RuntimeError as error:
-            self._stream.close()
             ours = self._gpu.uuid
             raise PeerMismatch(f"the KV cache on GPU {uuid} cannot be mapped on GPU {ours}: {error}") from error
 
@@ -108,7 +107,6 @@ class _CudaIpcOutlet(Outlet):
 
     def close(self) -> None:
         try:
-            self._stream.close()
             if self._opened:
                 self._gpu.close(self._target)
         except RuntimeError:
