@@ -162,8 +162,10 @@ def test_the_model_works_in_the_region_and_nothing_waits_for_it():
     cache.tensor[1, 2] = 3.0
     assert bytes(region.block(1, 2)) == torch.full((LAYOUT.block_bytes // 4,), 3.0).numpy().tobytes()
     assert region.computed(range(3)) == []
-    cache.publish(1, [2])
-    cache.take([2])
+    published: list[bool] = []
+    cache.publish(1, [2], lambda: published.append(True))
+    cache.begin([2])
+    assert published
     assert region.computed(range(3)) == region.gpu.marks
     assert len(region.gpu.marks) == 1
     region.close()
