@@ -35,12 +35,14 @@ from tercet.transfer.transports.table import ALL
 
 ROOT = Path(__file__).parents[1]
 FILES = ("tests/gpu/test_*.py", "tests/unit/test_triton_*.py")
+# Files of which only what is marked `gpu` is run here: they are about all transports.
+MARKED = ("tests/integration/test_transfer_conformance.py", "tests/chaos/test_transfer_faults.py")
 PROCESSES = "tests/gpu/test_processes.py"
 OVER_A_TRANSPORT = f"{PROCESSES}::test_workers_die_and_the_tokens_stay"
 TESTS_SHARE = 0.55  # of the time: tests that take longer have failed
 RESERVE_S = 45.0  # the last row of the benchmark may begin so long before the end
 # Of what pytest finds on a foreign machine only what the tests need is loaded, and its warnings are no failures.
-PYTEST = ("-m", "pytest", "-q", "-p", "asyncio", "-p", "timeout", "-W", "default", "-m", "not slow and not ray")
+PYTEST = ("-m", "pytest", "-q", "-p", "asyncio", "-p", "timeout", "-W", "default", "-m")
 NOTHING_TO_RUN = 5  # pytest's exit status
 
 
@@ -57,9 +59,9 @@ def run_one(name: str, device: Device, end: float) -> Tested:
     """These tests, ended at `end` (time.monotonic) with all processes that they have started."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"} | hidden
-    began = time.monotonic()
+    began, marks = time.monotonic(), "gpu" if name in MARKED else "not slow and not ray"
     process = subprocess.Popen(
-        [sys.executable, *PYTEST, name],
+        [sys.executable, *PYTEST, marks, name],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -82,7 +84,7 @@ def all_tests() -> list[str]:
     """The files, but one that takes the sum of all others is divided: it starts workers for each transport."""
     files = [str(path.relative_to(ROOT)) for pattern in FILES for path in sorted(ROOT.glob(pattern))]
     files.remove(PROCESSES)
-    return [f"{OVER_A_TRANSPORT}[{each.name}]" for each in ALL if each.missing() is None] + files
+    return [f"{OVER_A_TRANSPORT}[{each.name}]" for each in ALL if each.missing() is None] + files + [*MARKED]
 
 
 def show_tests(console: Console, tested: Sequence[Tested]) -> None:

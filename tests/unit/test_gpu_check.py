@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,12 @@ def test_every_kernel_and_every_test_for_a_gpu_is_run():
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py")} <= files
     kernels = {path.stem for path in (ROOT / "tercet/kernels/triton").glob("*.py")} - {"__init__", "tiles", "trial"}
     assert {f"tests/unit/test_triton_{name}.py" for name in kernels} <= files
+
+
+def test_a_file_that_marks_tests_for_a_gpu_is_run():
+    marking = re.compile(r"mark\.gpu|, names\b.*\bticket_of$", re.MULTILINE)  # tests.movers' list of transports
+    found = {path for path in ROOT.glob("tests/*/test_*.py") if marking.search(path.read_text())} - {Path(__file__)}
+    assert {str(path.relative_to(ROOT)) for path in found} <= {n.partition("::")[0] for n in gpu_check.all_tests()}
 
 
 def test_the_divided_file_has_no_other_tests():
