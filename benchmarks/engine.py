@@ -149,13 +149,13 @@ class Transformers:
     def __init__(self, spec: ModelSpec) -> None:
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
         path, whole = locate(spec), transformers.GgufConfig(dequantize=True)
-        self._model = load(path.parent, gguf_file=path.name, quantization_config=whole, dtype=spec.dtype).eval()
+        self.model = load(path.parent, gguf_file=path.name, quantization_config=whole, dtype=spec.dtype).eval()
 
     def generate(self, prompts: Prompts, outputs: int) -> Outcome:
         ids, stamps = torch.tensor(prompts), _Stamps()
         settings = {"do_sample": False, "max_new_tokens": outputs, "eos_token_id": None, "pad_token_id": 0}
         start = time.perf_counter()
-        out = self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings)
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings)
         return Outcome(stamps.times[1] - start, stamps.times[-1] - start, out[:, ids.shape[1] :].tolist())
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,3 +99,38 @@ def _commit() -> str:
 
 def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class Others:
+    """How much CPU went to processes that are neither this one nor below it, since this was made."""
+
+    def __init__(self) -> None:
+        self._start, self._busy, self._own = time.perf_counter(), _busy_ticks(), _own_ticks()
+
+    def cores(self) -> float:
+        """Cores that they kept busy, mean. Processes that begin and end in between count too."""
+        ticks = (_busy_ticks() - self._busy) - (_own_ticks() - self._own)
+        return ticks / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - self._start)
+
+
+def _busy_ticks() -> int:
+    """Of all cores: user, nice, system, irq, softirq."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return user + nice + system + irq + softirq
+
+
+def _own_ticks() -> int:
+    """Of this process and all below it, with those that have ended and were waited for."""
+    ticks, parents = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended while we looked
+            fields = path.read_text().rsplit(")", 1)[1].split()
+            pid = int(path.parent.name)
+            parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+
+    def is_ours(pid: int) -> bool:
+        while pid not in (os.getpid(), 0):
+            pid = parents.get(pid, 0)
+        return pid != 0
+
+    return sum(count for pid, count in ticks.items() if is_ours(pid))

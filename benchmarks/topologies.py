@@ -32,7 +32,7 @@ from benchmarks.workload import paced, random_requests
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTERS = {
     "aggregated": ("configs/aggregated.yaml", []),
-    "pd": ("configs/local.yaml", ["--set", "roles.decode.replicas=1"]),
+    "pd": ("configs/local.yaml", ["roles.decode.replicas=1"]),
 }
 KEYS = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_itl_ms", "median_e2el_ms", "output_throughput")
 PORTS = {"aggregated": 18300, "pd": 18310}
@@ -41,13 +41,17 @@ START_S = 120.0
 
 def start(name: str) -> subprocess.Popen[bytes]:
     """Serve one cluster, on ports of its own."""
-    spec, extra = CLUSTERS[name]
-    port = PORTS[name]
-    settings = [f"name=bench-{name}", "ray.address=local", f"gateway.http.port={port}", f"gateway.grpc.port={port + 1}"]
-    command = [str(Path(sys.executable).parent / "tercet"), "serve", spec, *extra]
-    for setting in settings:
+    spec, settings = CLUSTERS[name]
+    return subprocess.Popen(serve_command(name, PORTS[name], spec, settings), cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def serve_command(name: str, port: int, spec: str, settings: Sequence[str]) -> list[str]:
+    """settings: KEY.PATH=VALUE. HTTP on `port`, gRPC on the next; in a Ray of its own."""
+    own = [f"name=bench-{name}", "ray.address=local", f"gateway.http.port={port}", f"gateway.grpc.port={port + 1}"]
+    command = [str(Path(sys.executable).parent / "tercet"), "serve", str(ROOT / spec)]
+    for setting in (*own, *settings):
         command += ["--set", setting]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return command
 
 
 def wait_until_ready(name: str, process: subprocess.Popen[bytes]) -> None:
