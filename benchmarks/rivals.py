@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -93,7 +94,7 @@ Found = dict[str, dict[str, list[Repetition]]]  # system -> row -> repetitions
 Medians = Mapping[str, Mapping[str, float]]  # system -> row -> of the clean ones; a row without one is not there
 
 
-def send(target: Target, work: Workload, seed: int) -> list[Outcome]:
+def ask(target: Target, work: Workload, seed: int) -> list[Outcome]:
     """All requests of a row at once. Ends the program if one of them fails."""
     requests = random_requests(work.batch, (work.inputs, work.outputs), 0.0, 0, VOCAB, seed)
     outcomes = asyncio.run(run(target, requests, None, TIMEOUT_S))
@@ -120,9 +121,9 @@ def turn(target: Target, rows: Mapping[str, Row], wanted: int, number: int) -> d
     """One system's turn in a round: every system gets the same prompts, as long as it has no dirty repetitions."""
     seeds = count(1000 * number)
     for row in rows.values():
-        send(target, row.work.shrunk(8), next(seeds))
+        ask(target, row.work.shrunk(8), next(seeds))
     return {
-        name: list(repeat(lambda row=row: row.value(send(target, row.work, next(seeds))), wanted, number))
+        name: list(repeat(lambda row=row: row.value(ask(target, row.work, next(seeds))), wanted, number))
         for name, row in rows.items()
     }
 
@@ -212,6 +213,7 @@ def main(
     result: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
 ) -> None:
     """The figures are to be read: no ratio makes the command fail. A system that dies does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or it would leave a server behind
     rows = {name: Row(row.work.shrunk(shrink), row.value, row.title) for name, row in ROWS.items()}
     with tempfile.TemporaryDirectory(prefix="tercet-rivals-") as folder:
         given = Given(vllm, llama_server, hf_model or Path(folder) / "smollm2")

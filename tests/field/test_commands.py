@@ -71,6 +71,7 @@ RUN_BY = {
     "python -m benchmarks.engine": (
         "tests/unit/test_engine_benchmark.py:test_the_command_measures_both_with_the_same_tokens"
     ),
+    "python -m benchmarks.rivals": "tests/unit/test_rivals_benchmark.py:test_the_command_measures_real_servers",
     "python -m benchmarks.transfer": (
         "tests/unit/test_transfer_benchmark.py:test_the_command_moves_and_compares_every_byte"
     ),
