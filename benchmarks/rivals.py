@@ -2,8 +2,9 @@
 
     python -m benchmarks.rivals --vllm VENV/bin/vllm --llama-server PATH/llama-server --result rivals.json
 
-One system runs at a time, on two threads. They take turns: every round starts each of them, warms it and takes some
-repetitions of each row, so that a machine that drifts hits all alike. A figure is the median of the clean repetitions:
+One system works at a time, on two threads. They take turns: every round starts each of them, warms it and takes some
+repetitions of each row, so that a machine that drifts hits all alike. vLLM, whose start takes minutes, is started once
+and idles between its turns. A figure is the median of the clean repetitions:
 one during which other processes kept more than a quarter of a core busy does not count and is made again. Prompts are
 random ids, other ones each time, so that no prefix cache answers. A system that is not installed is left out by name.
 """
@@ -11,12 +12,14 @@ random ids, other ones each time, so that no prefix cache answers. A system that
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import signal
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -90,6 +93,13 @@ class Repetition:
         return self.others <= MOST_OTHERS
 
 
+@dataclass(frozen=True)
+class Wanted:
+    rows: Mapping[str, Row]
+    rounds: int
+    repetitions: int  # clean ones of each row in a round
+
+
 Found = dict[str, dict[str, list[Repetition]]]  # system -> row -> repetitions
 Medians = Mapping[str, Mapping[str, float]]  # system -> row -> of the clean ones; a row without one is not there
 
@@ -117,15 +127,14 @@ def repeat(measure: Callable[[], float], wanted: int, number: int) -> Iterator[R
             return
 
 
-def turn(target: Target, rows: Mapping[str, Row], wanted: int, number: int) -> dict[str, list[Repetition]]:
+def turn(target: Target, rows: Mapping[str, Row], wanted: int, number: int) -> Iterator[tuple[str, Repetition]]:
     """One system's turn in a round: every system gets the same prompts, as long as it has no dirty repetitions."""
     seeds = count(1000 * number)
     for row in rows.values():
         ask(target, row.work.shrunk(8), next(seeds))
-    return {
-        name: list(repeat(lambda row=row: row.value(ask(target, row.work, next(seeds))), wanted, number))
-        for name, row in rows.items()
-    }
+    for name, row in rows.items():
+        for made in repeat(lambda row=row: row.value(ask(target, row.work, next(seeds))), wanted, number):
+            yield name, made
 
 
 def medians(found: Found) -> Medians:
@@ -182,19 +191,40 @@ def chosen(only: Sequence[str], given: Given) -> tuple[list[str], dict[str, str]
     return [name for name in SYSTEMS if name not in left], left
 
 
-def measured(
-    names: Sequence[str], given: Given, rows: Mapping[str, Row], rounds: int, wanted: int, logs: Path
-) -> Found:
-    found: Found = {name: {row: [] for row in rows} for name in names}
-    for number in range(rounds):
-        for name in names:
-            with serving(name, given, logs) as system:
-                target = Target(f"{system.url}/v1/completions", asyncio.run(first_model(system.url)), True)
-                for row, made in turn(target, rows, wanted, number).items():
-                    found[name][row] += made
-                    values = ", ".join(f"{r.value:.1f}{'' if r.clean else ' dirty'}" for r in made)
-                    print(f"round {number + 1} of {rounds}: {name} {row}: {values}", file=sys.stderr)
-    return found
+@contextmanager
+def locked(file: Path | None) -> Iterator[None]:
+    """Others that measure on this machine wait, if they ask for the same file's lock."""
+    if file is None:
+        yield
+        return
+    with file.open("a") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+def measure(
+    names: Sequence[str], given: Given, wanted: Wanted, logs: Path, lock: Path | None
+) -> Iterator[tuple[str, str, Repetition]]:
+    """-> system, row, repetition. What starts slowly is started once, before all rounds, and idles until its turn."""
+    with ExitStack() as stack:
+        slow = {n: stack.enter_context(serving(n, given, logs)) for n in names if SYSTEMS[n].slow_start}
+        stack.enter_context(locked(lock))
+        for number in range(wanted.rounds):
+            for name in names:
+                with nullcontext(slow[name]) if name in slow else serving(name, given, logs) as system:
+                    target = Target(f"{system.url}/v1/completions", asyncio.run(first_model(system.url)), True)
+                    for row, made in turn(target, wanted.rows, wanted.repetitions, number):
+                        print(f"{name} {row}: {made}", file=sys.stderr)
+                        yield name, row, made
+
+
+def save(file: Path, about: Mapping[str, object], found: Found, rows: Mapping[str, Row]) -> None:
+    made = {
+        name: {row: [asdict(r) for r in all_made] for row, all_made in rows.items()} for name, rows in found.items()
+    }
+    works = {name: asdict(row.work) for name, row in rows.items()}
+    whole = {**about, "workloads": works, "medians": medians(found), "repetitions_made": made}
+    file.write_text(json.dumps(whole, indent=1))
 
 
 Command = Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="the command; default: left out")]
@@ -210,6 +240,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="times that each system is started")] = 2,
     repetitions: Annotated[int, typer.Option(min=1, help="clean ones of each row in a round")] = 3,
     shrink: Annotated[int, typer.Option(min=1, help="divide every length by this, to try the script out")] = 1,
+    lock: Annotated[Path | None, typer.Option(help="a file whose lock (flock) is held while the rounds run")] = None,
     result: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
 ) -> None:
     """The figures are to be read: no ratio makes the command fail. A system that dies does."""
@@ -222,19 +253,18 @@ def main(
             save_hf_model(given.hf_model)
         about = facts() | {"threads": THREADS, "rounds": rounds, "repetitions": repetitions, "left_out": left_out}
         about["versions"] = {name: SYSTEMS[name].version(given) for name in names}
-        found = measured(names, given, rows, rounds, repetitions, Path(folder))
+        found: Found = {name: {row: [] for row in rows} for name in names}
+        try:
+            for name, row, made in measure(names, given, Wanted(rows, rounds, repetitions), Path(folder), lock):
+                found[name][row].append(made)
+        finally:  # minutes are not lost because a later system dies
+            if result is not None:
+                save(result, about, found, rows)
     middle, console = medians(found), Console()
     title = f"{THREADS} of {about['cores']} cores, {about['cpu']} ({', '.join(about['flags'])}), {about['commit'][:12]}"
     console.print(figures(found, rows, title), judged(middle), about["versions"])
     for name, why in left_out.items():
         console.print(f"left out: {name}: {why}", markup=False)
-    if result is not None:
-        made = {
-            name: {row: [asdict(r) for r in all_made] for row, all_made in by_row.items()}
-            for name, by_row in found.items()
-        }
-        about["workloads"] = {name: asdict(row.work) for name, row in rows.items()}
-        result.write_text(json.dumps(about | {"medians": middle, "repetitions_made": made}, indent=1))
 
 
 if __name__ == "__main__":

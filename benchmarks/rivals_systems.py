@@ -46,6 +46,7 @@ class System:
     version: Callable[[Given], str]
     ready: str = "/health"  # answers 200 when a request would be
     missing: Callable[[Given], str | None] = lambda _: None  # why it cannot be started
+    slow_start: bool = False  # minutes: it is not started in each round
     env: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -83,6 +84,7 @@ def _vllm(port: int, dtype: str) -> System:
         command,
         lambda given: _first_version(given.vllm),
         missing=lambda given: None if given.vllm else "no --vllm PATH",
+        slow_start=True,
         env=environment,
     )
 
@@ -109,10 +111,10 @@ _PINNED = (
 SYSTEMS: dict[str, System] = {
     "tercet": _tercet(18300, "configs/aggregated.yaml", *_ONE),
     "tercet-pd": _tercet(18310, "configs/local.yaml", *_PINNED),
-    "vllm": _vllm(18320, "bfloat16"),
-    "vllm-float32": _vllm(18330, "float32"),
     "tercet-gguf": _tercet(18340, "configs/aggregated.yaml", *_ONE, "model.dtype=gguf"),
     "llama.cpp": _llama_cpp(18350),
+    "vllm": _vllm(18320, "bfloat16"),
+    "vllm-float32": _vllm(18330, "float32"),
 }
 
 
