@@ -22,7 +22,7 @@ import torch
 
 from tercet.core import Ticket
 from tercet.errors import TercetError
-from tercet.kernels.digest import unit_digests
+from tercet.kernels.kinds import Kernels
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 from tercet.transfer.mover.receiver import KvReceiver
@@ -62,7 +62,8 @@ def region_of(transport: str, layout: KvLayout) -> Region | SeenRegion:
         return SeenRegion(layout, SharedGpu())
     from tercet.transfer.memory.cuda import CudaGpu
 
-    return SeenRegion(layout, CudaGpu(torch.device("cuda", 0)), unit_digests("triton"))
+    device = torch.device("cuda", 0)
+    return SeenRegion(layout, CudaGpu(device), Kernels("triton", device).unit_digests)
 
 
 def config(name: str, **changes: object) -> MoverConfig:

@@ -13,11 +13,12 @@ from dataclasses import replace
 
 from tercet.core import FinishReason, Load, PromptLogprobs, TokenEvent
 from tercet.engine.blocks import BlockPool, Hold
-from tercet.engine.plan import Draw, Piece, PieceResult, Push, StepPlan, StepResult
+from tercet.engine.pieces import plan_of
+from tercet.engine.plan import PieceResult, StepPlan, StepResult
 from tercet.engine.policy import FirstComeFirstServed
 from tercet.engine.prefix import PrefixIndex
 from tercet.engine.report import Faulted, Sampled, Scored, StepReport
-from tercet.engine.scheduler import Chunk, Scheduler, Step
+from tercet.engine.scheduler import Scheduler, Step
 from tercet.engine.sequence import Phase, Sequence
 from tercet.errors import Overloaded
 from tercet.spec import RoleSpec
@@ -170,7 +171,9 @@ class EngineState:
         step = self._scheduler.schedule(behind=bool(self._in_flight))
         if not step:
             return StepPlan()
-        plan = self._plan_of(step)
+        before = self._in_flight[-1] if self._in_flight else Step()
+        landed, self._landed = tuple(self._landed), set()
+        plan = plan_of(step, before, landed, self._block_size)
         for sequence in step.sequences:
             sequence.first_scheduled = sequence.first_scheduled or now
         for sequence in step.decodes:
@@ -197,38 +200,6 @@ class EngineState:
         for sequence, piece in zip(step.sequences, result, strict=True):
             report += self._take(sequence, piece)
         return report
-
-    def _plan_of(self, step: Step) -> StepPlan:
-        before = self._in_flight[-1].drawing if self._in_flight else ()
-        rows = {sequence: row for row, sequence in enumerate(before)}
-        landed, self._landed = tuple(self._landed), set()
-        return StepPlan(
-            tuple(self._decode(sequence, rows) for sequence in step.decodes),
-            tuple(map(self._piece_of, step.chunks)),
-            landed,
-        )
-
-    def _decode(self, sequence: Sequence, rows: dict[Sequence, int]) -> Piece:
-        piece = self._piece(sequence, sequence.planned, 1, draws=True)
-        return piece._replace(token_ids=(0,), drawn=rows[sequence]) if sequence.drawing else piece
-
-    def _piece_of(self, chunk: Chunk) -> Piece:
-        sequence, end = chunk.sequence, chunk.sequence.planned + chunk.length
-        piece = self._piece(sequence, sequence.planned, chunk.length, draws=chunk.last)
-        if chunk.push:
-            blocks = sequence.blocks[chunk.push.start : chunk.push.stop]
-            piece = piece._replace(push=Push(chunk.push.start, blocks, end % self._block_size if chunk.last else 0))
-        if sequence.wants_scores:
-            follow = sequence.token_ids[sequence.planned + 1 : end + 1]
-            piece = piece._replace(follow=follow, most_likely=sequence.params.prompt_logprobs or 0)
-        return piece
-
-    def _piece(self, sequence: Sequence, start: int, length: int, *, draws: bool) -> Piece:
-        end = start + length
-        blocks = sequence.blocks[: -(-end // self._block_size)]
-        return Piece(
-            sequence.ticket, sequence.token_ids[start:end], start, blocks, _draw_of(sequence) if draws else None
-        )
 
     def _take(self, sequence: Sequence, piece: PieceResult) -> StepReport:
         """Apply a step's result to a sequence, which may have ended meanwhile."""
@@ -302,11 +273,3 @@ class EngineState:
             return
         self._pool.release(sequence.blocks, Hold.OWNED)
         sequence.blocks = []
-
-
-def _draw_of(sequence: Sequence) -> Draw:
-    params = sequence.params
-    if not params.penalises:
-        return Draw(params, sequence.num_output + sequence.drawing)
-    prompt, output = sequence.token_ids[: sequence.num_prompt], sequence.token_ids[sequence.num_prompt :]
-    return Draw(params, sequence.num_output, prompt, output)

@@ -27,15 +27,6 @@ UnitDigests = Callable[[Tensor, Tensor, Tensor, tuple[int, int, int]], Tensor]
 as that block's unit subs[u]; both are int64 [units]. first: numbers of the first layer, unit and head."""
 
 
-def unit_digests(kind: str) -> UnitDigests:
-    """How a worker with these kernels computes digests. All give the same."""
-    if kind != "triton":
-        return unit_digests_reference
-    from tercet.kernels.triton.digest import unit_digests as in_triton
-
-    return in_triton
-
-
 def unit_digests_reference(rows: Tensor, blocks: Tensor, subs: Tensor, first: tuple[int, int, int]) -> Tensor:
     words = rows[:, blocks, subs].flatten(3).to(torch.int64)
     layer, unit, head = (

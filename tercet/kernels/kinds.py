@@ -17,6 +17,7 @@ import torch
 
 from tercet.devices import device_of
 from tercet.errors import UnsupportedSpec
+from tercet.kernels.digest import UnitDigests, unit_digests_reference
 from tercet.kernels.native import trial as native_trial
 from tercet.kernels.native.library import library
 from tercet.kernels.triton import trial as triton_trial
@@ -42,6 +43,15 @@ class Kernels:
             library().set_threads(threads)
             threads = 1  # torch has small work only: a second team would take the cores from the first
         torch.set_num_threads(threads)
+
+    @property
+    def unit_digests(self) -> UnitDigests:
+        """How they digest KV in a device's memory. All kinds give the same."""
+        if self.kind != "triton":
+            return unit_digests_reference
+        from tercet.kernels.triton.digest import unit_digests  # it imports Triton, which other kernels do without
+
+        return unit_digests
 
     def __str__(self) -> str:
         return f"native ({library().instructions().decode()})" if self.native else f"{self.kind} ({self.device.type})"

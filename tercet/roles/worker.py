@@ -23,7 +23,6 @@ from tercet.engine.graphs import CudaRecorder, default_sizes
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
 from tercet.errors import ClusterError, UnsupportedSpec, WorkerLost
-from tercet.kernels.digest import unit_digests
 from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.models.footprint import refuse_too_large
 from tercet.models.sources import load_model
@@ -208,7 +207,7 @@ def _region_of(layout: KvLayout, transport: str, kernels: Kernels) -> KvRegion:
     from tercet.transfer.memory.cuda import CudaGpu
 
     try:
-        return DeviceRegion(layout, CudaGpu(kernels.device), unit_digests(kernels.kind))
+        return DeviceRegion(layout, CudaGpu(kernels.device), kernels.unit_digests)
     except RuntimeError as error:
         size = f"{layout.total_bytes / 1e9:.1f} GB for {layout.blocks} blocks of KV"
         raise UnsupportedSpec(f"transfer.transport: {transport}: no {size} in the GPU's memory: {error}") from error

@@ -108,6 +108,13 @@ async def kill_in_mid_stream(made: Processes, expected: list[int]) -> None:
     await made.launch(Role.DECODE, int(victim[-1]), epoch=2)
 
 
+async def under_way(made) -> None:
+    """Until a handover has blocks at its decode worker, and some time for its prompt to be computed."""
+    while not any(load.blocks_leased for load in made.router.loads().values()):
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.3)
+
+
 async def test_workers_die_and_requests_live(made):
     """One set of processes goes through every death in turn, as a long-lived cluster does."""
     options = {"max_tokens": 24, "ignore_eos": True, "temperature": 0.8, "seed": 3}
@@ -118,7 +125,7 @@ async def test_workers_die_and_requests_live(made):
 
     # SIGKILL of a prefill worker in the middle of a long prompt: retried on the other one.
     task = asyncio.create_task(collect(made.router.generate(request_of(LONG[5:], max_tokens=4))))
-    await asyncio.sleep(0.4)
+    await under_way(made)
     attempt = next(iter(made.router._decisions._running.values())).attempt
     victim = attempt.plan.prefill.info.worker_id
     made.signal(victim, signal.SIGKILL)
@@ -135,7 +142,7 @@ async def test_workers_die_and_requests_live(made):
     survivor = next(w for w in made.infos if w.startswith("prefill"))
     stream = made.router.generate(request_of(LONG[9:], max_tokens=4))
     task = asyncio.create_task(collect(stream))
-    await asyncio.sleep(0.5)
+    await under_way(made)
     made.signal(survivor, signal.SIGSTOP)
     await asyncio.sleep(3.5)  # longer than the lease
     task.cancel()
@@ -156,7 +163,7 @@ async def test_a_stopped_writer_that_dies_frees_its_quarantine():
     await made.start()
     try:
         task = asyncio.create_task(collect(made.router.generate(request_of(LONG, max_tokens=4))))
-        await asyncio.sleep(0.5)
+        await under_way(made)
         made.signal("prefill-0", signal.SIGSTOP)
         await asyncio.sleep(2.5)
         assert made.router.loads()["decode-0"].blocks_quarantined > 0

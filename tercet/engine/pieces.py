@@ -1,0 +1,50 @@
+"""A step of sequences (scheduler.py) as the data that an executor takes (plan.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from tercet.engine.plan import Draw, Piece, Push, StepPlan
+from tercet.engine.scheduler import Chunk, Step
+from tercet.engine.sequence import Sequence
+
+
+def plan_of(step: Step, before: Step, landed: Collection[int], block_size: int) -> StepPlan:
+    """before: the step in flight, whose draws the sequences of this one may take; empty if there is none. landed: what
+    transfers wrote since the last plan."""
+    rows = {sequence: row for row, sequence in enumerate(before.drawing)}
+    return StepPlan(
+        tuple(_decode(sequence, rows, block_size) for sequence in step.decodes),
+        tuple(_chunk(chunk, block_size) for chunk in step.chunks),
+        tuple(landed),
+    )
+
+
+def _decode(sequence: Sequence, rows: dict[Sequence, int], block_size: int) -> Piece:
+    piece = _piece(sequence, 1, block_size, draws=True)
+    return piece._replace(token_ids=(0,), drawn=rows[sequence]) if sequence.drawing else piece
+
+
+def _chunk(chunk: Chunk, block_size: int) -> Piece:
+    sequence, end = chunk.sequence, chunk.sequence.planned + chunk.length
+    piece = _piece(sequence, chunk.length, block_size, draws=chunk.last)
+    if chunk.push:
+        blocks = sequence.blocks[chunk.push.start : chunk.push.stop]
+        piece = piece._replace(push=Push(chunk.push.start, blocks, end % block_size if chunk.last else 0))
+    if sequence.wants_scores:
+        follow = sequence.token_ids[sequence.planned + 1 : end + 1]
+        piece = piece._replace(follow=follow, most_likely=sequence.params.prompt_logprobs or 0)
+    return piece
+
+
+def _piece(sequence: Sequence, length: int, block_size: int, *, draws: bool) -> Piece:
+    start, end = sequence.planned, sequence.planned + length
+    blocks = sequence.blocks[: -(-end // block_size)]
+    return Piece(sequence.ticket, sequence.token_ids[start:end], start, blocks, _draw_of(sequence) if draws else None)
+
+
+def _draw_of(sequence: Sequence) -> Draw:
+    params, position = sequence.params, sequence.num_output + sequence.drawing
+    if not params.penalises:
+        return Draw(params, position)
+    return Draw(params, position, sequence.token_ids[: sequence.num_prompt], sequence.token_ids[sequence.num_prompt :])
