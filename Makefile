@@ -24,7 +24,7 @@ demo: setup  ## Start a cluster, ask it one question, show what each stage took,
 serve: setup  ## Serve until Ctrl-C; ARGS="--set gateway.http.port=18000" for another port, SPEC=... for another spec
 	@exec $(BIN)/tercet serve $(SPEC) $(ARGS)
 
-test: lint types imports proto-check pytest  ## Lint, types, floors, stubs and the whole test suite
+test: lint types imports proto-check pytest  ## Lint, types, imports, generated code and the whole test suite
 
 lint: setup  ## Ruff: rules and format
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ lint: setup  ## Ruff: rules and format
 types: setup  ## Mypy, strict
 	$(BIN)/mypy
 
-imports: setup  ## The floors between the rooms (import-linter)
+imports: setup  ## Which package may import which (import-linter)
 	$(BIN)/lint-imports
 
 proto: setup  ## Generate tercet/wire/gen from proto/
@@ -71,8 +71,8 @@ gpu-wheels: setup  ## Fetch the wheels that `gpu-check` needs on a bare machine 
 	  -c constraints.txt -d build/gpu-wheels $(GPU_WHEELS)
 
 gpu-check:  ## Test and measure on a GPU, under 8 minutes; uses build/gpu-wheels if it is there
-	@$(PYTHON) -c 'import torch, transformers' || { echo "$(PYTHON) lacks torch or transformers; set PYTHON="; exit 1; }
-	if [ -d build/gpu-wheels ]; then $(PYTHON) -m pip install -q --no-index --no-deps --upgrade \
+	@$(PYTHON) -c 'import torch, transformers' 2>/dev/null || { echo "$(PYTHON) lacks torch or transformers; set PYTHON="; exit 1; }
+	@if [ -d build/gpu-wheels ]; then $(PYTHON) -m pip install -q --no-index --no-deps --upgrade \
 	  --target build/gpu-site build/gpu-wheels/*.whl; fi
 	PYTHONPATH=build/gpu-site $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 

@@ -27,6 +27,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.gpu import Device, as_json, machine, measure, show
@@ -43,6 +44,7 @@ TESTS_SHARE = 0.55  # of the time: tests that take longer have failed
 RESERVE_S = 45.0  # the last row of the benchmark may begin so long before the end
 # Of what pytest finds on a foreign machine only what the tests need is loaded, and its warnings are no failures.
 PYTEST = ("-m", "pytest", "-q", "-p", "asyncio", "-p", "timeout", "-W", "default", "-m")
+USED_UP = "the time for tests was used up; give more --minutes"
 NOTHING_TO_RUN = 5  # pytest's exit status
 
 
@@ -60,6 +62,8 @@ def run_one(name: str, device: Device, end: float) -> Tested:
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"} | hidden
     began, marks = time.monotonic(), "gpu" if name in MARKED else "not slow and not ray"
+    if began >= end:
+        return Tested(name, False, 0.0, USED_UP, USED_UP)
     process = subprocess.Popen(
         [sys.executable, *PYTEST, marks, name],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -68,7 +72,7 @@ def run_one(name: str, device: Device, end: float) -> Tested:
         output, _ = process.communicate(timeout=max(1.0, end - began))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output = process.communicate()[0] + "\nended: the time for tests was used up"
+        output = process.communicate()[0] + "\n" + USED_UP
     passed = process.returncode in (0, NOTHING_TO_RUN)
     last = output.rstrip().rpartition("\n")[2]
     return Tested(name, passed, time.monotonic() - began, last, "" if passed else output)
@@ -90,15 +94,17 @@ def all_tests() -> list[str]:
 def show_tests(console: Console, tested: Sequence[Tested]) -> None:
     for each in tested:
         if not each.passed:
+            console.rule(escape(each.name))
             console.print(each.output, markup=False, highlight=False)
     made = Table("tests", "", "s", "")
     for each in tested:
-        made.add_row(each.name, "passed" if each.passed else "[red]FAILED", f"{each.seconds:.0f}", each.last)
+        said = "passed" if each.passed else "[red]FAILED" if each.seconds else "[red]not run"
+        made.add_row(escape(each.name), said, f"{each.seconds:.0f}", escape(each.last))
     console.print(made)
 
 
 def main(
-    device: Annotated[Device, typer.Option(help="cpu: tiny sizes, to try the script itself.")] = "gpu",
+    device: Annotated[Device, typer.Option(help="cpu: tiny sizes, to try the script; takes longer.")] = "gpu",
     minutes: Annotated[float, typer.Option(min=0, help="For all; rows of the benchmark are dropped for it.")] = 7.5,
     tests: Annotated[list[str] | None, typer.Option(help="Of pytest; may be given often. Default: all.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows of the benchmark whose name contains this.")] = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from tercet.core import Role
 
@@ -60,7 +61,18 @@ class KvSpec(Frozen):
     prefix_cache: bool = True
 
 
+def _batch_sizes(given: object) -> object:
+    if given is False:  # which is how YAML reads a bare off
+        return "off"
+    listed = isinstance(given, list) and given and all(type(size) is int and size > 0 for size in given)
+    if listed or given in ("auto", "off"):
+        return given
+    raise PydanticCustomError("batch_sizes", "must be auto, off or a list of batch sizes, such as [1, 2, 4]")
+
+
 class RoleSpec(Frozen):
+    """Its own faults name their path within it; `cluster/spec_file.py` puts the role before it."""
+
     replicas: Annotated[int, Field(ge=1, le=4096)] = 1  # bounded: a cluster that serves searches for a placement
     pool: Name = "default"
     parallel: ParallelSpec = ParallelSpec()
@@ -71,7 +83,7 @@ class RoleSpec(Frozen):
     # auto: on a CPU C++ compiled for it, on a GPU Triton's, and torch's where those cannot be had; why not is logged
     kernels: Literal["auto", "native", "torch", "triton"] = "auto"
     # Batch sizes whose decode steps a worker captures when it starts. auto: on a GPU 1, 2, 4, 8, 16 ... max_running
-    cuda_graphs: Literal["auto", "off"] | Annotated[list[Positive], Field(min_length=1)] = "auto"
+    cuda_graphs: Annotated[Literal["auto", "off"] | list[int], BeforeValidator(_batch_sizes)] = "auto"
     gpus: Annotated[int, Field(ge=0)] = 0  # of one replica
     npus: Annotated[int, Field(ge=0)] = 0
     scheduler: SchedulerSpec = SchedulerSpec()
@@ -81,7 +93,9 @@ class RoleSpec(Frozen):
     def _divide_cores(self) -> Self:
         cores = self.cpu_affinity
         if cores is not None and (not cores or len(cores) % self.threads or len({*cores}) < len(cores)):
-            raise ValueError(f"cpu_affinity: {cores} is not a list of different cores, {self.threads} for each replica")
+            raise ValueError(
+                f"cpu_affinity: {cores} is not a list of different cores, {self.threads} (threads) for each replica"
+            )
         return self
 
     @model_validator(mode="after")
@@ -89,7 +103,7 @@ class RoleSpec(Frozen):
         if not isinstance(self.cuda_graphs, str) and max(self.cuda_graphs) > self.scheduler.max_running:
             raise ValueError(
                 f"cuda_graphs: no batch has {max(self.cuda_graphs)} sequences, since scheduler.max_running is "
-                f"{self.scheduler.max_running}"
+                f"{self.scheduler.max_running}; leave such sizes out or raise max_running"
             )
         return self
 

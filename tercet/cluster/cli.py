@@ -94,7 +94,12 @@ def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> 
         from tercet.cluster import remote
 
         nodes = remote.nodes(address)
-    Console().print(plan_table(checked, roles.plan(checked, nodes)))
+    placed = roles.plan(checked, nodes)
+    if address is None:
+        from tercet.cluster.preflight import refuse_too_large
+
+        refuse_too_large(checked)
+    Console().print(plan_table(checked, placed))
     asked, cores = nodes[0].resources.get("CPU", 0), os.cpu_count() or 1
     if address is None and asked > cores:
         typer.echo(f"The workers ask for {asked:g} CPUs and this machine has {cores}: they will share cores.")
@@ -123,7 +128,7 @@ def serve(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine can use: each transport, and what is missing for it."""
+    """Say what this machine can use: transports, accelerators, kernels; and what is missing for the others."""
     from tercet.cluster.doctor import findings
     from tercet.cluster.tables import doctor_table
 

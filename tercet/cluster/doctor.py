@@ -6,8 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tercet.devices import DEVICES, Device
+from tercet.errors import UnsupportedSpec
 from tercet.kernels.native.library import library
 from tercet.kernels.native.trial import missing
+from tercet.kernels.triton import trial
 from tercet.transfer.transports.table import ALL
 
 EXTRAS = {"nixl", "ucx"}  # what `make extras` installs
@@ -21,11 +24,12 @@ class Finding:
 
 
 def findings() -> list[Finding]:
-    """Every transport, the kernel features that they need, and the compute kernels."""
-    found = [_transport(cls.name, cls.missing()) for cls in ALL]
+    """Every transport, accelerator and kind of compute kernels, and the kernel features that they need."""
     return [
-        *found,
+        *(_transport(cls.name, cls.missing()) for cls in ALL),
+        *(_accelerator(device) for device in DEVICES.values() if device.kind != "cpu"),
         _native_kernels(),
+        *(_triton_kernels(device) for device in DEVICES.values() if device.kernels == "triton"),
         _can("memfd", lambda: os.close(os.memfd_create("tercet-doctor")), "no worker can start: its KV lies in one"),
         _can("pidfd", _open_pidfd, "shm cannot be used; set transfer.transport to tcp"),
     ]
@@ -35,6 +39,23 @@ def _transport(name: str, missing: str | None) -> Finding:
     if missing is not None and name in EXTRAS:
         missing += "; or, in a checkout, `make extras`"
     return Finding(f"transport {name}", missing is None, missing or "can be used")
+
+
+def _accelerator(device: Device) -> Finding:
+    try:
+        held = device.memory_bytes()
+    except UnsupportedSpec as error:
+        return Finding(f"accelerator {device.kind}", False, str(error).removeprefix(f"accelerator {device.kind}: "))
+    return Finding(f"accelerator {device.kind}", True, f"can be used, with {held / 2**30:.0f} GiB")
+
+
+def _triton_kernels(device: Device) -> Finding:
+    """Compiles them if there is a device."""
+    try:
+        reason = trial.missing(device.torch_device())
+    except UnsupportedSpec:
+        reason = f"no {device.kind.upper()} is here"
+    return Finding("kernels triton", reason is None, reason or f"can be used on a {device.kind.upper()}")
 
 
 def _native_kernels() -> Finding:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
+from tercet.errors import UnsupportedSpec
 from tercet.models.sources import load_config, locate, refuse_blocks
+from tercet.placement.cores import refuse_missing_cores
 from tercet.spec import ClusterSpec, ListenSpec
 from tercet.transfer.transports import table as transports
 from tercet.wire.listening import EVERYWHERE, listen_error
@@ -31,9 +33,26 @@ def refuse_missing_transport(spec: ClusterSpec) -> None:
         transports.usable(spec.transfer.transport)
 
 
+def refuse_what_is_not_here(spec: ClusterSpec) -> None:
+    """Check cores, memory, accelerators and kernels, where all workers run on this machine; compiles the kernels if
+    they must be native. Raises UnsupportedSpec."""
+    for role, wanted in spec.roles.items():
+        refuse_missing_cores(role, wanted.cpu_affinity or ())
+    refuse_too_large(spec)
+    native = [f"roles.{role}.kernels: native" for role, wanted in spec.roles.items() if wanted.kernels == "native"]
+    if spec.model.dtype == "gguf":
+        native = ["model.dtype: gguf takes native kernels"]
+    if native:
+        from tercet.kernels.native import trial  # it imports torch, which the controller does not need for more
+
+        reason = trial.missing()
+        if reason is not None:
+            raise UnsupportedSpec(f"{native[0]}: {reason}")
+
+
 def refuse_too_large(spec: ClusterSpec) -> None:
     """Check what the workers take of this machine's memory, where all of them run on it. Raises UnsupportedSpec."""
-    from tercet.devices import DEVICES  # it imports torch, which the controller does not need for more
+    from tercet.devices import DEVICES  # as above
     from tercet.models import footprint
 
     kinds = {role: spec.pools[wanted.pool].accelerator for role, wanted in spec.roles.items()}

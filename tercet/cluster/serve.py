@@ -117,7 +117,8 @@ class _Serving:
 
     async def _start_ray(self, ends: AsyncExitStack) -> str:
         preflight.refuse_missing_transport(self._spec)
-        await bounded.wait("counting memory", RESOLVE_TIMEOUT_S, preflight.refuse_too_large, self._spec)
+        start_s = self._spec.ray.start_timeout_s
+        await bounded.wait("looking at this machine", start_s, preflight.refuse_what_is_not_here, self._spec)
         with reaching(self._run_file.folder):
             ray = LocalRay(self._run_file.folder)
             ends.push_async_callback(bounded.wait, "the end of Ray", local_ray.STOP_TIMEOUT_S, ray.stop)

@@ -72,9 +72,9 @@ def _path(fault: str) -> list[str]:
 
 def _explain(fault: ErrorDetails) -> str:
     """`dotted.path: what is wrong` from one of pydantic's faults."""
-    if fault["type"] == "value_error":  # ours, from ClusterSpec._consistent; it names its path itself
-        return str(fault["ctx"]["error"])
     path = [str(part) for part in fault["loc"] if part != "[key]"]
+    if fault["type"] == "value_error":  # ours, of a part of the spec as a whole; it goes on with the path within it
+        return ".".join([*path, str(fault["ctx"]["error"])])
     if fault["type"] == "extra_forbidden":
         return f"{'.'.join(path)}: {_unknown_key(path)}"
     wording = _WORDING.get(fault["type"])
@@ -127,8 +127,12 @@ def _is_text(path: Sequence[str]) -> bool:
             kind = typing.get_args(kind)[1]
         else:
             return False
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    union = typing.get_origin(kind) in (Union, types.UnionType)
+    kinds = [k for k in typing.get_args(kind) if k is not type(None)] if union else [kind]
+    return all(map(_holds_text, kinds))
+
+
+def _holds_text(kind: Any) -> bool:
     bare = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
     return bare is str or (typing.get_origin(bare) is Literal and isinstance(typing.get_args(bare)[0], str))
 

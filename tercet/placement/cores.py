@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tercet.errors import ClusterError
+from tercet.core import Role
+from tercet.errors import ClusterError, UnsupportedSpec
 from tercet.spec import ClusterSpec
 
 if TYPE_CHECKING:
@@ -23,6 +25,15 @@ def pinned(spec: ClusterSpec, workers: Sequence[Assignment]) -> list[Assignment]
     return done
 
 
+def refuse_missing_cores(role: Role, cores: Sequence[int]) -> None:
+    """Raises UnsupportedSpec for a core that this process may not use."""
+    here = os.sched_getaffinity(0)
+    missing = sorted({*cores} - here)
+    if missing:
+        wanted, usable = f"roles.{role}.cpu_affinity: core {missing[0]}", ", ".join(map(str, sorted(here)))
+        raise UnsupportedSpec(f"{wanted} is not here; this process may use {usable}; name some of those")
+
+
 def _share(spec: ClusterSpec, worker: Assignment, others: Sequence[Assignment]) -> tuple[int, ...]:
     role = spec.roles[worker.role]
     if role.cpu_affinity is None:
@@ -31,9 +42,10 @@ def _share(spec: ClusterSpec, worker: Assignment, others: Sequence[Assignment]) 
     shares = [tuple(role.cpu_affinity[at : at + role.threads]) for at in range(0, len(role.cpu_affinity), role.threads)]
     free = next((share for share in shares if not owners.keys() & set(share)), None)
     if free is None:
+        cores = "core" if role.threads == 1 else f"{role.threads} cores"
         whose = ", ".join(f"{core} by {owners[core].worker_id} ({owners[core].role})" for core in sorted(owners))
         raise ClusterError(
-            f"roles.{worker.role}.cpu_affinity: {role.cpu_affinity} has no {role.threads} cores left for "
+            f"roles.{worker.role}.cpu_affinity: {role.cpu_affinity} has no {cores} left for "
             f"{worker.worker_id} on {worker.node.address}; taken there: {whose}"
         )
     return free

@@ -26,6 +26,7 @@ from tercet.errors import ClusterError, UnsupportedSpec, WorkerLost
 from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.models.footprint import refuse_too_large
 from tercet.models.sources import load_model
+from tercet.placement.cores import refuse_missing_cores
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
 from tercet.roles.legs import Handler, Legs
@@ -81,7 +82,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         spec = self._spec.roles[self._role]
         device = DEVICES[self._spec.pools[spec.pool].accelerator].torch_device()
-        _refuse_missing_cores(self._role, self._cores)
+        refuse_missing_cores(self._role, self._cores)
         kernels = self._kernels = await loop.run_in_executor(None, choose_kernels, spec.kernels, device)
         log.info("%s computes with kernels %s, threads: %d", self._worker_id, kernels, spec.threads)
         torch.set_num_threads(spec.threads)
@@ -211,11 +212,3 @@ def _region_of(layout: KvLayout, transport: str, kernels: Kernels) -> KvRegion:
     except RuntimeError as error:
         size = f"{layout.total_bytes / 1e9:.1f} GB for {layout.blocks} blocks of KV"
         raise UnsupportedSpec(f"transfer.transport: {transport}: no {size} in the GPU's memory: {error}") from error
-
-
-def _refuse_missing_cores(role: Role, cores: Sequence[int]) -> None:
-    here = os.sched_getaffinity(0)
-    missing = sorted({*cores} - here)
-    if missing:
-        wanted = f"roles.{role}.cpu_affinity: core {missing[0]}"
-        raise UnsupportedSpec(f"{wanted} is not here; this process may use {', '.join(map(str, sorted(here)))}")

@@ -113,6 +113,9 @@ def test_doctor_names_every_transport_and_what_it_lacks(monkeypatch):
     for cls in ALL:
         assert f"transport {cls.name}" in shown.output
     assert "the nixl library is not installed; or, in a checkout, `make extras`" in shown.output
+    for name in ("accelerator gpu", "accelerator npu", "kernels native", "kernels triton"):
+        assert name in shown.output
+    assert "needs torch_npu, which is not installed" in shown.output
 
 
 @pytest.mark.parametrize("command", [["plan"], ["validate", "--set", "ray.address=local"]])

@@ -111,7 +111,7 @@ def test_default_sizes(max_running, sizes):
 
 
 def test_a_size_above_the_largest_batch_is_refused():
-    wanted = r"cuda_graphs: no batch has 17 sequences, since scheduler.max_running is 16"
+    wanted = r"cuda_graphs: no batch has 17 sequences, since scheduler.max_running is 16; leave"
     with pytest.raises(ValueError, match=wanted):
         RoleSpec(cuda_graphs=[1, 17], scheduler=SchedulerSpec(max_running=16))
     assert RoleSpec(cuda_graphs=[16]).cuda_graphs == [16]

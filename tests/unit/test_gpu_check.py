@@ -75,7 +75,7 @@ def test_a_file_that_takes_too_long_is_ended_and_has_failed(tmp_path):
     tested = gpu_check.run_one(str(endless), "cpu", began + 2)
     assert not tested.passed
     assert time.monotonic() - began < 30
-    assert tested.last == "ended: the time for tests was used up"
+    assert tested.last == gpu_check.USED_UP
 
 
 def test_every_kernel_and_every_test_for_a_gpu_is_run():

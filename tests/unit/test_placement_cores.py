@@ -68,7 +68,7 @@ def test_who_runs_keeps_its_cores(steps, rng):
         (
             {"cpu_affinity": [0]},
             {"replicas": 2, "cpu_affinity": [1]},
-            r"roles.decode.cpu_affinity: \[1\] has no 1 cores",
+            r"roles.decode.cpu_affinity: \[1\] has no core left",
         ),
         ({"cpu_affinity": [0]}, {"cpu_affinity": [0]}, r"taken there: 0 by worker-0 \(prefill\)"),
     ],

@@ -10,7 +10,8 @@ from tercet.cluster import preflight
 from tercet.cluster.serve import serve
 from tercet.cluster.signals import Signals
 from tercet.core import Role
-from tercet.errors import ClusterError, SpecError
+from tercet.errors import ClusterError, SpecError, UnsupportedSpec
+from tercet.kernels.native import trial
 from tercet.spec import ClusterSpec, GatewaySpec, ListenSpec, ModelSpec, RaySpec, RoleSpec, TransferSpec
 from tercet.transfer.transports.ucx import UcxTransport
 from tests.tiny import CONTEXT, tiny_model
@@ -41,6 +42,32 @@ def test_a_shorter_model_is_said_to_be():
     assert told == [f"model.max_context is 8192, but the model has {CONTEXT} positions: {CONTEXT} are served"]
     preflight.check(spec_of(model=ModelSpec(source=tiny_model(), max_context=16)), told.append)
     assert len(told) == 1
+
+
+def roles_with(**decode) -> dict[Role, RoleSpec]:
+    return {Role.PREFILL: RoleSpec(), Role.DECODE: RoleSpec(**decode)}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (
+            {"roles": roles_with(cpu_affinity=[60000])},
+            r"roles.decode.cpu_affinity: core 60000 is not here; .* name some",
+        ),
+        ({"roles": roles_with(kernels="native")}, r"roles.decode.kernels: native: there is no C\+\+ compiler /nope"),
+        (
+            {"model": ModelSpec(dtype="gguf")},
+            r"model.dtype: gguf takes native kernels: there is no C\+\+ compiler /nope",
+        ),
+    ],
+)
+def test_serve_needs_no_ray_to_miss_what_workers_need(wanted, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tercet.cluster.serve.LocalRay", None)
+    monkeypatch.setattr(trial, "missing", lambda: "there is no C++ compiler /nope; install g++")
+    with pytest.raises(UnsupportedSpec, match=said):
+        serve(spec_of(ray=RaySpec(address="local"), **wanted), Signals(print), print, print)
 
 
 def test_serve_needs_no_ray_to_miss_a_transport(monkeypatch, tmp_path):

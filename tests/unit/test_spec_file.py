@@ -110,6 +110,38 @@ def test_missing_file_and_folder(tmp_path):
     assert "cannot be read" in fault(tmp_path)
 
 
+NO_SIZES = "must be auto, off or a list of batch sizes, such as [1, 2, 4], got"
+
+
+@pytest.mark.parametrize(
+    ("setting", "want"),
+    [
+        ("roles.decode.cuda_graphs=8", f"roles.decode.cuda_graphs: {NO_SIZES} 8"),
+        ("roles.decode.cuda_graphs=[]", f"roles.decode.cuda_graphs: {NO_SIZES} []"),
+        ("roles.decode.cuda_graphs=[0]", f"roles.decode.cuda_graphs: {NO_SIZES} [0]"),
+        ("roles.decode.cuda_graphs=[true]", f"roles.decode.cuda_graphs: {NO_SIZES} [true]"),
+        ("roles.decode.cuda_graphs=on", f"roles.decode.cuda_graphs: {NO_SIZES} true"),
+        ("roles.decode.cuda_graphs=[1,64]", "roles.decode.cuda_graphs: no batch has 64 sequences"),
+        ("roles.prefill.cpu_affinity=[0,0]", "roles.prefill.cpu_affinity: [0, 0] is not a list of different cores"),
+    ],
+)
+def test_a_fault_within_a_role_names_the_role_in_one_line(tmp_path, setting, want):
+    told = fault(write(tmp_path, SPEC), setting)
+    assert want in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("given", "got"), [("auto", "auto"), ("off", "off"), ("[2,1]", [2, 1])])
+def test_graphs_are_captured_as_set(tmp_path, given, got):
+    path = write(tmp_path, SPEC.replace("accelerator: cpu, cpus: 4", "accelerator: gpu, gpus: 3"))
+    settings = [f"roles.{role}.{key}" for role in ("prefill", "decode") for key in ("gpus=1", f"cuda_graphs={given}")]
+    spec = load_spec(path, settings)
+    assert {str(role.cuda_graphs) for role in spec.roles.values()} == {str(got)}
+    in_yaml = path.read_text().replace("replicas: 2", f"replicas: 2\n    gpus: 1\n    cuda_graphs: {given}")
+    path.write_text(in_yaml)
+    assert load_spec(path, ["roles.prefill.gpus=1"]).roles[Role.DECODE].cuda_graphs == got
+
+
 @pytest.mark.parametrize(
     ("setting", "want"),
     [
