@@ -34,6 +34,10 @@ def _refuse_role(role: Role, wanted: RoleSpec) -> None:
             f"roles.{role}.scheduler.max_waiting: has no effect, since a decode worker has no queue; leave it out "
             "(requests wait in the gateway; max_running bounds those that are admitted)"
         )
+    if role is Role.PREFILL and not isinstance(wanted.cuda_graphs, str):
+        raise UnsupportedSpec(
+            f"roles.{role}.cuda_graphs: has no effect, since a prefill worker decodes none; leave it out"
+        )
 
 
 def _refuse_devices(path: str, holder: PoolSpec | RoleSpec, accelerator: str) -> None:

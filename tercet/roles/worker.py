@@ -131,7 +131,7 @@ class Worker:
         if not isinstance(wanted, str) and not can:
             asked = f"roles.{self._role}.cuda_graphs"
             raise UnsupportedSpec(f"{asked}: no step can be captured with kernels {self._kernels}; use auto")
-        if wanted == "off" or not can:
+        if wanted == "off" or not can or {*self._serves} == {Role.PREFILL}:  # which decodes none
             return
         sizes = default_sizes(spec.scheduler.max_running) if isinstance(wanted, str) else {*wanted}
         title, console = f"{self._worker_id} captures decode steps", Console(stderr=True)

@@ -4,6 +4,7 @@ that a step of its own gives. What replays a step here runs it again; on a GPU i
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tercet.core import SamplingParams
+from tercet.core import Role, SamplingParams
 from tercet.engine.graphs import default_sizes
 from tercet.engine.inputs import FLOAT32, INT32, INT64, Arrays
 from tercet.engine.plan import StepPlan
 from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_model
-from tercet.spec import ModelSpec, RoleSpec, SchedulerSpec
+from tercet.roles import worker
+from tercet.spec import ClusterSpec, ModelSpec, RoleSpec, SchedulerSpec
 from tests.engines import Running, load_tiny
 from tests.tiny import CONTEXT, VOCAB, tiny_model
 from tests.triton_interpreter import DEVICE
@@ -115,3 +117,17 @@ def test_a_size_above_the_largest_batch_is_refused():
     with pytest.raises(ValueError, match=wanted):
         RoleSpec(cuda_graphs=[1, 17], scheduler=SchedulerSpec(max_running=16))
     assert RoleSpec(cuda_graphs=[16]).cuda_graphs == [16]
+
+
+@pytest.mark.parametrize(("role", "sizes"), [(Role.DECODE, [4, 2, 1]), (Role.PREFILL, [])])
+def test_only_who_decodes_captures(role, sizes, monkeypatch):
+    monkeypatch.setattr(worker, "CudaRecorder", lambda device: None)
+    captured: list[int] = []
+    runner = SimpleNamespace(capture=lambda wanted, max_context, recorder: captured.extend(wanted))
+    spec = ClusterSpec(
+        roles={each: RoleSpec(scheduler=SchedulerSpec(max_running=4)) for each in (Role.PREFILL, Role.DECODE)}
+    )
+    made = worker.Worker("worker-0", role, 1, spec, "127.0.0.1", "secret")
+    made._kernels = Kernels("triton", torch.device("cuda", 0))
+    made._capture(runner, CONTEXT)
+    assert captured == sizes

@@ -148,6 +148,7 @@ def test_graphs_are_captured_as_set(tmp_path, given, got):
         ("roles.decode.parallel.tensor=2", "roles.decode.parallel.tensor: degree 2 is not built yet"),
         ("roles.prefill.parallel.expert=4", "roles.prefill.parallel.expert: degree 4 is not built yet"),
         ("roles.decode.scheduler.max_waiting=4", "roles.decode.scheduler.max_waiting: has no effect"),
+        ("roles.prefill.cuda_graphs=[1]", "roles.prefill.cuda_graphs: has no effect, since a prefill worker decodes"),
         ("pools.cpu.gpus=8", "pools.cpu.gpus: has no effect in a pool whose accelerator is cpu"),
         ("pools.cpu.npus=8", "pools.cpu.npus: has no effect in a pool whose accelerator is cpu; use 0"),
         ("roles.decode.kernels=triton", "roles.decode.kernels: triton ones are for GPUs, and pool cpu has CPUs"),
