@@ -124,9 +124,15 @@ class MappedCache(HostCache):
         self.tensor = region.bytes[: region.layout.total_bytes].view(dtype).view(region.layout.shape)
 
     def publish(self, layer: int, blocks: Sequence[int], published: Published) -> None:
-        """Transfers wait for the layer on the device; nothing waits here."""
-        self._region.publish(layer)
+        """Transfers wait for the blocks on the device; nothing waits here."""
+        self._region.publish(layer, blocks)
         published()
+
+    def mark(self) -> int:
+        return self._region.published
+
+    def wait(self, mark: int) -> None:
+        self._region.forget(mark)  # the step's result is here, so the device is past them
 
 
 def cache_of(region: KvRegion, dtype: torch.dtype, device: torch.device) -> HostCache:

@@ -139,7 +139,7 @@ def test_nothing_is_read_before_it_is_computed(integrity):
         computed = bytes(made.source.block(2, 3))
         made.source.block(2, 3)[:] = b"\xff" * len(computed)
         for layer in LAYOUT.window:
-            made.source.publish(layer)
+            made.source.publish(layer, [3])
         late = made.source.gpu.marks[-1]
         late.passed.clear()  # the last layer is still being computed
         made.push_all(ticket_of(), [3])
@@ -156,18 +156,34 @@ def test_nothing_is_read_before_it_is_computed(integrity):
         made.stop()
 
 
+def test_a_step_behind_delays_no_write(pair):
+    """The engine has launched the next step, of other blocks, before the writes of this one begin."""
+    for layer in LAYOUT.window:
+        pair.source.publish(layer, [3])
+        pair.source.publish(layer, [4])
+        pair.source.gpu.marks[-1].passed.clear()
+    pair.move(ticket_of(), [3], [5])
+    assert pair.same(3, 5)
+
+
 def test_the_model_works_in_the_region_and_nothing_waits_for_it():
     region = SeenRegion(LAYOUT, SharedGpu())
     cache = cache_of(region, torch.float32, torch.device("cpu"))
     cache.tensor[1, 2] = 3.0
     assert bytes(region.block(1, 2)) == torch.full((LAYOUT.block_bytes // 4,), 3.0).numpy().tobytes()
-    assert region.computed(range(3)) == []
+    assert region.computed(range(3), [2, 4]) == []
     published: list[bool] = []
     cache.publish(1, [2], lambda: published.append(True))
     cache.begin([2])
     assert published
-    assert region.computed(range(3)) == region.gpu.marks
+    assert region.computed(range(3), [2, 4]) == region.gpu.marks
     assert len(region.gpu.marks) == 1
+    before = cache.mark()
+    cache.publish(2, [4, 3], lambda: None)
+    cache.wait(before)
+    assert region.computed(range(3), [2, 4]) == region.gpu.marks[1:]
+    cache.wait(cache.mark())
+    assert region.computed(range(3), [2, 3, 4]) == []
     region.close()
 
 

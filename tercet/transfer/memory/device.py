@@ -91,7 +91,8 @@ class DeviceRegion:
         self.num_bytes = layout.total_bytes + SCRATCH
         self.memory = gpu.allocate(self.num_bytes)  # its address
         self.bytes = gpu.tensor(self.memory, self.num_bytes)
-        self._computed: dict[int, Mark] = {}  # layer -> when its blocks were complete
+        self.published = 0
+        self._computed: dict[tuple[int, int], tuple[int, Mark]] = {}  # (layer, block) -> which `publish`, its end
         stream = gpu.stream()
         with stream.using():
             self.bytes.zero_()
@@ -99,13 +100,20 @@ class DeviceRegion:
             first.digests(0)  # so that what has to be compiled for them is, before a transfer waits for it
         stream.synchronise()
 
-    def publish(self, layer: int) -> None:
-        """On the engine's thread: blocks of this layer are complete once the current stream has come this far."""
-        self._computed[layer] = self.gpu.mark()
+    def publish(self, layer: int, blocks: Sequence[int]) -> None:
+        """On the engine's thread: these blocks of the layer are complete once the current stream has come this far."""
+        self.published += 1
+        self._computed.update(dict.fromkeys(((layer, block) for block in blocks), (self.published, self.gpu.mark())))
 
-    def computed(self, layers: range) -> list[Mark]:
-        """What whoever reads these layers must wait for."""
-        return [self._computed[layer] for layer in layers if layer in self._computed]
+    def forget(self, number: int) -> None:
+        """On the engine's thread: the device is known to be past the first `number` of `publish`."""
+        for place in [place for place, (at, _) in self._computed.items() if at <= number]:
+            del self._computed[place]
+
+    def computed(self, layers: range, blocks: Sequence[int]) -> list[Mark]:
+        """What whoever reads these blocks of the layers must wait for, which is no step that was launched later."""
+        found = (self._computed.get((layer, block)) for layer in layers for block in blocks)
+        return [*dict(each for each in found if each is not None).values()]
 
     def scratch(self, num_bytes: int) -> Sequence[memoryview]:
         """Where a receiver places the bytes of a probe: nowhere, since the writer does."""

@@ -27,7 +27,7 @@ class DeviceLoader:
 
     def parcel(self, transport: Transport, pair: Pair, write: Write) -> Parcel:
         layers, units = range(write.layer, write.layer + write.layers), write.src
-        computed, digests = self._region.computed(layers), b""
+        computed, digests = self._region.computed(layers, units.blocks), b""
         if self._stream is not None:
             with library_errors("the digests of KV on the GPU failed"):
                 self._stream.wait(computed)
