@@ -110,8 +110,8 @@ class RoleSpec(Frozen):
 
 class TransferSpec(Frozen):
     # auto: shm within a host, else the one of tcp, torch and ucx that both have and that measures fastest
-    # cuda_ipc: between GPUs of one host, where KV then stays in their memory; all others move it through the host's
-    transport: Literal["auto", "shm", "tcp", "cuda_ipc", "nixl", "ucx", "torch"] = "auto"
+    # cuda_ipc (GPUs of one host), nixl_gpu: KV stays in the GPUs' memory; all others move it through the host's
+    transport: Literal["auto", "shm", "tcp", "cuda_ipc", "nixl", "nixl_gpu", "ucx", "torch"] = "auto"
     min_bandwidth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # bytes/s; below it a pair is not ready
     lease_s: Seconds = 10.0  # a ticket whose peer is silent for so long fails
     heartbeat_s: Seconds = 2.0

@@ -1,4 +1,5 @@
-"""A GPU made of shared memory, for machines without one: the driver's part of `cuda_ipc` between real processes.
+"""A GPU made of shared memory, for machines without one: the driver's part of `cuda_ipc` between real processes, and a
+real NIXL between them, which is told that the memory is the host's.
 
 As on a GPU, nothing that a stream is asked to copy happens before somebody waits for it, and a mark may come late.
 """
@@ -18,6 +19,7 @@ from tercet.kernels.digest import UnitDigests, unit_digests_reference
 from tercet.transfer.memory.device import DeviceRegion, Gpu, Stream
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.transports.cuda_ipc import CudaIpcTransport
+from tercet.transfer.transports.nixl import NixlGpuTransport, NixlTransport
 
 HANDLE_BYTES = 64
 WAIT_S = 20.0
@@ -26,6 +28,8 @@ WAIT_S = 20.0
 class SharedGpu(Gpu):
     """Every process that makes one has a GPU of its own, which reaches all others unless it is `alone`."""
 
+    kind, number = "DRAM", 0
+
     def __init__(self, uuid: str = "", alone: bool = False) -> None:
         self.uuid = uuid or f"fake-{os.getpid()}"
         self.alone = alone
@@ -33,6 +37,14 @@ class SharedGpu(Gpu):
         self.opened: list[int] = []
         self.made: dict[int, tuple[int, int]] = {}  # address -> descriptor, bytes
         self.marks: list[SharedMark] = []
+        self.entered: set[int] = set()  # threads
+        self.settled = 0  # times
+
+    def enter(self) -> None:
+        self.entered.add(threading.get_ident())
+
+    def settle(self) -> None:
+        self.settled += 1
 
     def allocate(self, num_bytes: int) -> int:
         fd = os.memfd_create("fake-gpu", os.MFD_CLOEXEC)
@@ -135,6 +147,19 @@ class FakeIpc(CudaIpcTransport):
     @classmethod
     def missing(cls) -> None:
         return None
+
+
+class FakeNixl(NixlGpuTransport):
+    """`nixl_gpu` over that GPU."""
+
+    name = "nixl_gpu_fake"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return NixlTransport.missing()
+
+
+FAKES = (FakeIpc, FakeNixl)
 
 
 class Window:

@@ -29,14 +29,13 @@ from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import facts
 from tercet.transfer.transports.contract import MoverConfig, Outlet, Parcel, Transport
-from tercet.transfer.transports.cuda_ipc import CudaIpcTransport
 from tercet.transfer.transports.table import ALL
-from tests.fake_gpu import FakeIpc, SeenRegion, SharedGpu, Window
+from tests.fake_gpu import FAKES, SeenRegion, SharedGpu, Window
 
 LAYOUT = KvLayout(layers=3, blocks=8, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
 EPOCH = 7
 NOTE = b"first token"
-CLASSES = {cls.name: cls for cls in (*ALL, FakeIpc)}
+CLASSES = {cls.name: cls for cls in (*ALL, *FAKES)}
 
 
 def names() -> list[Any]:
@@ -46,7 +45,7 @@ def names() -> list[Any]:
             name,
             marks=[
                 pytest.mark.skipif(cls.missing() is not None, reason=str(cls.missing())),
-                *([pytest.mark.gpu] if cls is CudaIpcTransport else []),
+                *([pytest.mark.gpu] if cls.in_device_memory and cls in ALL else []),
             ],
         )
         for name, cls in CLASSES.items()
@@ -58,7 +57,7 @@ def region_of(transport: str, layout: KvLayout) -> Region | SeenRegion:
     cls = CLASSES[transport]
     if not cls.in_device_memory:
         return Region(layout)
-    if cls is FakeIpc:
+    if cls in FAKES:
         return SeenRegion(layout, SharedGpu())
     from tercet.transfer.memory.cuda import CudaGpu
 
@@ -240,7 +239,7 @@ class _Halting(Outlet):
             half, memory = parcel.runs[: len(parcel.runs) // 2], getattr(self._real, "_memory", None)
             for src, dst, size in half if memory is not None else ():
                 memory[dst : dst + size] = parcel.source[src : src + size]
-            if isinstance(parcel.source, int):
+            if hasattr(self._real, "copy"):
                 self._real.copy(parcel.source, half)
                 self._real._stream.synchronise()
             print(json.dumps(["half"]), flush=True)

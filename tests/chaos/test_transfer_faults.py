@@ -30,8 +30,9 @@ MARK = b"\xa5"  # what the next owner of a block writes into it
 NAMES = names()
 ALONE = "TERCET_TEST_ALONE"
 OWN = pytest.mark.skipif(ALONE not in os.environ, reason="test_nixl_between_hosts runs it in a process of its own")
+NIXL = ("nixl", "nixl_gpu_fake")
 NETWORK = [
-    pytest.param(*param.values, marks=[*param.marks, OWN] if param.values[0] == "nixl" else param.marks)
+    pytest.param(*param.values, marks=[*param.marks, OWN] if param.values[0] in NIXL else param.marks)
     for param in NAMES
     if not CLASSES[param.values[0]].one_host
 ]
@@ -294,9 +295,10 @@ def test_a_slow_link_changes_no_byte(name, two_hosts):
 
 @pytest.mark.skipif(CLASSES["nixl"].missing() is not None, reason=str(CLASSES["nixl"].missing()))
 @pytest.mark.parametrize("test", [test_a_cut_link_ends_both_sides_within_the_lease, test_a_slow_link_changes_no_byte])
-def test_nixl_between_hosts(test):
+@pytest.mark.parametrize("name", NIXL)
+def test_nixl_between_hosts(name, test):
     """UCX reads a process's routes once, so an agent finds no way over a device that came after the first agent."""
-    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{test.__name__}[nixl]"]
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{test.__name__}[{name}]"]
     done = subprocess.run(command, env=os.environ | {ALONE: "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -1,5 +1,5 @@
-"""KV in a GPU's memory, with a GPU made of shared memory (tests/fake_gpu.py): what `cuda_ipc` does beyond what every
-transport must, which tests/integration/test_transfer_conformance.py holds for it too."""
+"""KV in a GPU's memory, with a GPU made of shared memory (tests/fake_gpu.py): what transports between such memories do
+beyond what every transport must, which tests/integration/test_transfer_conformance.py holds for them too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from typing import get_args
 
 import msgpack
 import pytest
@@ -22,7 +23,7 @@ from tercet.engine.kv_cache import cache_of
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, SpecError, UnsupportedSpec
 from tercet.kernels.kinds import Kernels
 from tercet.roles import worker
-from tercet.spec import ClusterSpec
+from tercet.spec import ClusterSpec, TransferSpec
 from tercet.transfer.memory.device import DeviceUnits
 from tercet.transfer.memory.layout import KvLayout, Pair, Units, runs_of
 from tercet.transfer.memory.pack import Cells
@@ -33,14 +34,22 @@ from tercet.transfer.protocol import facts
 from tercet.transfer.transports import table
 from tercet.transfer.transports.contract import Endpoint
 from tercet.transfer.transports.cuda_ipc import CudaIpcTransport
+from tercet.transfer.transports.nixl import NixlGpuTransport, NixlTransport
+from tercet.transfer.transports.shm import ShmTransport
+from tercet.transfer.transports.tcp import TcpTransport
+from tercet.transfer.transports.ucx import UcxTransport
 from tests import movers
 from tests.chaos.test_transfer_faults import Scene, Writer
-from tests.fake_gpu import FakeIpc, SeenRegion, SharedGpu
+from tests.fake_gpu import FAKES, SeenRegion, SharedGpu
 from tests.helpers import cluster, spec_of
 from tests.movers import LAYOUT, fill, ticket_of
 from tests.tiny import VOCAB, tiny_model
 
 FAKE = "cuda_ipc_fake"
+ON_GPUS = ["cuda_ipc", "nixl_gpu"]
+each_fake = pytest.mark.parametrize(
+    "cls", [pytest.param(cls, marks=pytest.mark.skipif(cls.missing() is not None, reason="not here")) for cls in FAKES]
+)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
@@ -131,9 +140,10 @@ def test_digests_know_neither_degree_nor_order_nor_place_and_zeroing_is_exact(sr
 # ---- the engine's work and the copy
 
 
+@each_fake
 @pytest.mark.parametrize("integrity", [True, False])
-def test_nothing_is_read_before_it_is_computed(integrity):
-    made = movers.Pair(FAKE, integrity=integrity)
+def test_nothing_is_read_before_it_is_computed(cls, integrity):
+    made = movers.Pair(cls.name, integrity=integrity)
     try:
         made.grant(ticket_of(), 0, [5], 1)
         computed = bytes(made.source.block(2, 3))
@@ -187,7 +197,8 @@ def test_the_model_works_in_the_region_and_nothing_waits_for_it():
     region.close()
 
 
-async def test_the_tokens_are_those_of_host_memory(monkeypatch):
+@each_fake
+async def test_the_tokens_are_those_of_host_memory(cls, monkeypatch):
     """Whole workers. What was not written looks like NaN."""
     rng = random.Random(4)
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in (1, 15, 16, 17, 33, 100)]
@@ -205,11 +216,11 @@ async def test_the_tokens_are_those_of_host_memory(monkeypatch):
         return regions[-1]
 
     monkeypatch.setattr(worker, "_region_of", region_of)
-    monkeypatch.setattr(worker, "usable", lambda name: [FakeIpc()])
+    monkeypatch.setattr(worker, "usable", lambda name: [cls()])
     async with cluster(spec_of("pd", source=tiny_model())) as made:
         assert await tokens(made) == expected
         result = (await made.generate(prompts[-1], max_tokens=2))[1]
-        assert result.times.transport == FAKE
+        assert result.times.transport == cls.name
     assert len(regions) == 3
 
 
@@ -330,10 +341,12 @@ def test_a_killed_writer_leaves_a_receiver_that_serves_the_next():
 
 def test_memory_and_transport_must_fit():
     device, host = SeenRegion(LAYOUT, SharedGpu()), Region(LAYOUT)
-    with pytest.raises(SpecError, match="tcp moves KV in host memory, and here it lies in a GPU's memory"):
-        KvReceiver(movers.config("d"), 1, device, [movers.CLASSES["tcp"]()], print)
-    with pytest.raises(SpecError, match="cuda_ipc moves KV in a GPU's memory, and here it lies in host memory"):
-        KvSender(movers.config("p"), host, [CudaIpcTransport()], print)
+    for cls in (ShmTransport, TcpTransport, UcxTransport, NixlTransport):
+        with pytest.raises(SpecError, match=f"{cls.name} moves KV in host memory, and here it lies in a GPU's memory"):
+            KvReceiver(movers.config("d"), 1, device, [cls()], print)
+    for cls in (CudaIpcTransport, NixlGpuTransport):
+        with pytest.raises(SpecError, match=f"{cls.name} moves KV in a GPU's memory, and here it lies in host memory"):
+            KvSender(movers.config("p"), host, [cls()], print)
     for region in (device, host):
         region.close()
 
@@ -345,30 +358,37 @@ def test_a_worker_on_another_host_is_out_of_reach(pair):
 
 
 def test_only_a_named_transport_puts_kv_into_a_gpus_memory():
-    assert [name for name in ("auto", *movers.CLASSES) if name != FAKE and table.in_device_memory(name)] == ["cuda_ipc"]
-    assert "cuda_ipc" not in [transport.name for transport in table.usable("auto")]
+    names = ["auto", *(cls.name for cls in table.ALL)]
+    assert [name for name in names if table.in_device_memory(name)] == ON_GPUS
+    assert not {*ON_GPUS} & {transport.name for transport in table.usable("auto")}
+
+
+def test_every_transport_has_its_name_in_the_spec():
+    assert {*get_args(TransferSpec.model_fields["transport"].annotation)} == {"auto", *(cls.name for cls in table.ALL)}
 
 
 @NO_GPU
-def test_without_a_gpu_it_is_refused_before_anything_starts():
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_without_a_gpu_it_is_refused_before_anything_starts(name):
     spec = ClusterSpec.model_validate(
         {
             "pools": {"g": {"accelerator": "gpu", "gpus": 2}},
             "roles": {role: {"pool": "g", "gpus": 1} for role in (Role.PREFILL, Role.DECODE)},
-            "transfer": {"transport": "cuda_ipc"},
+            "transfer": {"transport": name},
         }
     )
     refuse_unbuilt(spec)
-    with pytest.raises(SpecError, match=r"transfer\.transport: cuda_ipc cannot be used here: "):
+    with pytest.raises(SpecError, match=rf"transfer\.transport: {name} cannot be used here: "):
         preflight.refuse_missing_transport(spec)
-    with pytest.raises(SpecError, match="cuda_ipc cannot be used here"):
-        worker._region_of(LAYOUT, "cuda_ipc", Kernels())
+    with pytest.raises(SpecError, match=f"{name} cannot be used here"):
+        worker._region_of(LAYOUT, name, Kernels())
 
 
-def test_a_pool_of_cpus_is_refused():
-    spec = spec_of("pd", transfer__transport="cuda_ipc")
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_pool_of_cpus_is_refused(name):
+    spec = spec_of("pd", transfer__transport=name)
     with pytest.raises(
-        UnsupportedSpec, match=r"cuda_ipc moves KV between GPUs, and pool .* has accelerator cpu; use auto"
+        UnsupportedSpec, match=rf"{name} moves KV between GPUs, and pool .* has accelerator cpu; use auto"
     ):
         refuse_unbuilt(spec)
 

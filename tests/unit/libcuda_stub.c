@@ -20,7 +20,7 @@ typedef struct { char reserved[64]; } CUipcMemHandle;
 enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_CONTEXT = 201 };
 enum { MOST = 1 << 30, RANGES = 64 };
 
-static int initialised, destroyed;
+static int initialised, destroyed, settled;
 static __thread CUcontext current;
 static struct { CUdeviceptr base; size_t size; int fd; } ranges[RANGES];
 
@@ -71,6 +71,8 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
 }
 
 CUresult cuCtxSetCurrent(CUcontext context) { current = context; return 0; }
+
+CUresult cuCtxSynchronize(void) { REQUIRE(current, INVALID_CONTEXT); settled++; return 0; }
 
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t size) {
     REQUIRE(current && current->device == 10, INVALID_CONTEXT);
@@ -131,3 +133,4 @@ CUresult cuMemcpyAsync(CUdeviceptr target, CUdeviceptr source, size_t size, CUst
 }
 
 int stub_destroyed(void) { return destroyed; }
+int stub_settled(void) { return settled; }

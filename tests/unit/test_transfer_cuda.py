@@ -68,6 +68,18 @@ gpu.close(there)
     assert ctypes.string_at(address + 100, 4) == b"word"
 
 
+def test_transfer_libraries_know_it_by_kind_and_number(library, gpu):
+    assert (gpu.kind, gpu.number) == ("VRAM", 0)
+    assert cuda.CudaGpu(torch.device("cuda", 1)).number == 1
+
+
+def test_all_that_was_asked_of_it_can_be_waited_for(gpu, library):
+    thread = threading.Thread(target=gpu.settle)  # without a context of its own
+    thread.start()
+    thread.join()
+    assert ctypes.CDLL(str(library)).stub_settled() == 1
+
+
 def test_every_thread_gets_the_gpus_context(gpu):
     found = []
     thread = threading.Thread(target=lambda: found.append(gpu.export(gpu.allocate(SIZE))))

@@ -197,7 +197,10 @@ def test_nothing_lands_after_the_fence(pair):
 
 @pytest.mark.parametrize(
     ("tls", "direct"),
-    [("all", True), ("cma,tcp", True), ("sm", True), ("tcp", False), ("^cma", True), ("^cma,knem,xpmem", False)],
+    [
+        *((tls, True) for tls in ("all", "cma,tcp", "sm", "tcp,cuda_ipc", "cuda,rc", "^cma", "^cma,knem,xpmem")),
+        *((tls, False) for tls in ("tcp", "rc,cuda_copy", "^cma,cuda_ipc,knem,xpmem")),
+    ],
 )
 def test_a_write_from_process_to_process_cannot_be_fenced(tls, direct):
     assert _direct(tls) is direct

@@ -43,6 +43,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuDeviceCanAccessPeer": (c_void_p, c_int, c_int),
     "cuDevicePrimaryCtxRetain": (c_void_p, c_int),
     "cuCtxSetCurrent": (c_void_p,),
+    "cuCtxSynchronize": (),
     "cuMemAlloc_v2": (c_void_p, c_size_t),
     "cuMemGetAddressRange_v2": (c_void_p, c_void_p, c_uint64),
     "cuIpcGetMemHandle": (c_void_p, c_uint64),
@@ -76,12 +77,15 @@ class Driver:
 
 
 class CudaGpu(Gpu):
+    kind = "VRAM"
+
     def __init__(self, device: torch.device) -> None:
         self._device, self._driver = device, Driver()
+        self.number = device.index or 0
         torch.cuda.init()  # type: ignore[no-untyped-call]  # torch's own, as below
         self._number, context = c_int(), c_void_p()
         self._driver.call("cuInit", 0)
-        self._driver.call("cuDeviceGet", byref(self._number), device.index or 0)
+        self._driver.call("cuDeviceGet", byref(self._number), self.number)
         self._driver.call("cuDevicePrimaryCtxRetain", byref(context), self._number)  # torch's own
         self._context = context
         self.uuid = self._uuid_of(self._number)
@@ -93,6 +97,9 @@ class CudaGpu(Gpu):
 
     def call(self, name: str, *arguments: Any) -> None:
         self.enter()(name, *arguments)
+
+    def settle(self) -> None:
+        self.call("cuCtxSynchronize")
 
     def allocate(self, num_bytes: int) -> int:
         address = c_uint64()

@@ -27,6 +27,16 @@ class Gpu(ABC):
     """From any thread. Its methods, and those of a `Stream`, raise RuntimeError, as torch's do on a GPU."""
 
     uuid: str  # of the device, the same in every process, whatever CUDA_VISIBLE_DEVICES says
+    kind: str  # of its memory, as transfer libraries name it
+    number: int  # of the device in this process, by which they know it
+
+    @abstractmethod
+    def enter(self) -> object:
+        """In the calling thread, libraries find this device to be the current one."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Wait until all is done that anything in this process has asked of the device so far."""
 
     @abstractmethod
     def allocate(self, num_bytes: int) -> int:

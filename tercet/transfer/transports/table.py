@@ -5,7 +5,7 @@ from __future__ import annotations
 from tercet.errors import SpecError
 from tercet.transfer.transports.contract import Transport
 from tercet.transfer.transports.cuda_ipc import CudaIpcTransport
-from tercet.transfer.transports.nixl import NixlTransport
+from tercet.transfer.transports.nixl import NixlGpuTransport, NixlTransport
 from tercet.transfer.transports.shm import ShmTransport
 from tercet.transfer.transports.tcp import TcpTransport
 from tercet.transfer.transports.torch_pg import TorchTransport
@@ -15,12 +15,13 @@ ALL: tuple[type[Transport], ...] = (
     CudaIpcTransport,
     ShmTransport,
     NixlTransport,
+    NixlGpuTransport,
     TcpTransport,
     UcxTransport,
     TorchTransport,
 )
 AUTO = "auto"
-BY_NAME = frozenset({"nixl", "cuda_ipc"})  # not part of `auto`; why: decisions 009 and 015
+BY_NAME = frozenset({"nixl", "nixl_gpu", "cuda_ipc"})  # not part of `auto`; why: decisions 009 and 015
 
 
 def missing(name: str) -> str | None:
