@@ -4,21 +4,26 @@ is computed is in tests/integration/test_transfer_device.py; bytes, facts and fa
 from __future__ import annotations
 
 import queue
+import signal
 import threading
+import time
 from dataclasses import replace
 
 import msgpack
 import pytest
 
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation
+from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.protocol import facts
 from tercet.transfer.protocol.messages import Probe
 from tercet.transfer.transports import nixl
 from tercet.transfer.transports.contract import Endpoint, Parcel
 from tests import movers
+from tests.chaos.test_transfer_faults import LEASE_S, Writer
 from tests.fake_gpu import FakeNixl, SharedGpu
 from tests.movers import ticket_of
 
+LARGE = KvLayout(layers=3, blocks=32, block_size=128, kv_heads=8, head_dim=128, dtype="float32")
 pytestmark = pytest.mark.skipif(FakeNixl.missing() is not None, reason="NIXL is not here")
 
 
@@ -97,6 +102,34 @@ def test_layers_that_fail_on_the_gpu_are_never_written(pair, monkeypatch):
     assert isinstance(pair.sent.get(timeout=5), facts.OpDone)
     pair.next(facts.Quiesced)
     assert not any(pair.region.view)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_nothing_lands_in_a_free_block_after_a_write_was_cut_off(number):
+    """Real processes, and a write of 96 MB that has begun to land and not ended."""
+    receiver, writer = movers.Receiving(FakeNixl.name, LARGE, lease_s=LEASE_S), Writer(FakeNixl.name, layout=LARGE)
+    blocks = list(range(LARGE.blocks))
+    try:
+        receiver.mover.admit(ticket_of(), 0, blocks)
+        writer.say("open", ticket_of(), receiver.endpoint, LARGE.blocks * LARGE.block_size)
+        writer.next("Granted")
+        writer.say("push_all", ticket_of(), blocks)
+        until = time.monotonic() + 20
+        while not any(receiver.region.block(0, 0)[:64]) and time.monotonic() < until:
+            time.sleep(1e-4)
+        writer.signal(number)
+        receiver.next(facts.ReceiveFailed)
+        receiver.next(facts.Quiesced)
+        assert not all(any(receiver.region.block(LARGE.layers - 1, block)[:64]) for block in blocks)
+        receiver.region.bytes.fill_(165)
+        if number == signal.SIGSTOP:
+            writer.signal(signal.SIGCONT)
+            assert [writer.told.get(timeout=20)[0] for _ in range(2)] == ["SendFailed", "OpDone"]
+        time.sleep(0.3)
+        assert (receiver.region.bytes == 165).all()
+    finally:
+        writer.end()
+        receiver.stop()
 
 
 @pytest.mark.parametrize("place", [7, [], ["DRAM", 0], ["DRAM", "0", 0], ["DRAM", 0, None], [0, 0, 0]])
