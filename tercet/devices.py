@@ -62,7 +62,7 @@ def _host_memory_bytes() -> int:
     for file in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # not here, or "max"
             limits.append(int(file.read_text()))
-    return min(limits)
+    return min(limit for limit in limits if limit > 0)
 
 
 DEVICES = {

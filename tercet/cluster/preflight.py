@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING
 
 from tercet.errors import UnsupportedSpec
 from tercet.models.sources import load_config, locate, refuse_blocks
@@ -11,6 +14,9 @@ from tercet.placement.cores import refuse_missing_cores
 from tercet.spec import ClusterSpec, ListenSpec
 from tercet.transfer.transports import table as transports
 from tercet.wire.listening import EVERYWHERE, listen_error
+
+if TYPE_CHECKING:
+    from tercet.devices import Device
 
 
 def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
@@ -58,7 +64,15 @@ def refuse_too_large(spec: ClusterSpec) -> None:
     kinds = {role: spec.pools[wanted.pool].accelerator for role, wanted in spec.roles.items()}
     for kind in sorted({*kinds.values()}):
         replicas = {role: spec.roles[role].replicas for role, its in kinds.items() if its == kind}
-        footprint.refuse_too_large(spec, replicas, DEVICES[kind])
+        footprint.refuse_too_large(spec, replicas, DEVICES[kind], _memory_of(DEVICES[kind]))
+
+
+def _memory_of(device: Device) -> int:
+    """Asked of a GPU's driver in a process of its own, since whoever asks keeps a part of the memory until it ends."""
+    if device.kind == "cpu":
+        return device.memory_bytes()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as asking:
+        return asking.submit(device.memory_bytes).result()
 
 
 def _bind(listen: ListenSpec) -> None:

@@ -38,13 +38,13 @@ def kv_bytes(config: ModelConfig, kv: KvSpec, dtype: str) -> int:
     return kv.blocks * kv.block_size * 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
 
 
-def refuse_too_large(spec: ClusterSpec, replicas: Mapping[Role, int], device: Device) -> None:
+def refuse_too_large(spec: ClusterSpec, replicas: Mapping[Role, int], device: Device, held: int) -> None:
     """Raises UnsupportedSpec if so many workers of the roles whose pools have such devices cannot fit: those on CPUs
-    together in this machine's memory, every other one in that of a device.
+    together in this machine's memory, every other one in that of a device. held: bytes of that memory.
 
     A worker takes more than what is counted here, so one that passes may still be too large."""
     config = load_config(spec.model)
-    weights, held = weight_bytes(config, spec.model), device.memory_bytes()
+    weights = weight_bytes(config, spec.model)
     needs: dict[str, int] = {}
     for role, count in replicas.items():
         kv = spec.roles[role].kv

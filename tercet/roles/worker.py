@@ -86,7 +86,8 @@ class Worker:
         kernels = self._kernels = await loop.run_in_executor(None, choose_kernels, spec.kernels, device)
         log.info("%s computes with kernels %s, threads: %d", self._worker_id, kernels, spec.threads)
         torch.set_num_threads(spec.threads)
-        await loop.run_in_executor(None, refuse_too_large, self._spec, {self._role: 1}, device_of(device))
+        alone, row = {self._role: 1}, device_of(device)
+        await loop.run_in_executor(None, refuse_too_large, self._spec, alone, row, row.memory_bytes())
         loaded = await loop.run_in_executor(None, load_model, self._spec.model, kernels)
         layout = loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size)
         transport = self._spec.transfer.transport
@@ -181,9 +182,11 @@ class Worker:
                 loop.call_soon_threadsafe(self.legs.die, error)
 
     async def health(self) -> Load:
-        """Raises ClusterError when the engine is dead or stuck."""
+        """Raises ClusterError when the engine is dead or stuck, or the KV's memory is broken."""
         if self.engine.failure is not None or not self._thread.is_alive():
             raise ClusterError(f"the engine of {self._worker_id} died: {self.engine.failure!r}")
+        if isinstance(self._region, DeviceRegion) and self._region.broken:
+            raise ClusterError(f"{self._worker_id}: {self._region.broken}")
         started = self.engine.step_started
         if started is not None and time.monotonic() - started > STUCK_S:
             raise ClusterError(f"the engine of {self._worker_id} is stuck in one step for over {STUCK_S:g} s")

@@ -20,7 +20,7 @@ from tercet.cluster import preflight
 from tercet.cluster.unbuilt import refuse_unbuilt
 from tercet.core import Role
 from tercet.engine.kv_cache import cache_of
-from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, SpecError, UnsupportedSpec
+from tercet.errors import ClusterError, PeerDown, PeerMismatch, ProtocolViolation, SpecError, UnsupportedSpec
 from tercet.kernels.kinds import Kernels
 from tercet.roles import worker
 from tercet.spec import ClusterSpec, TransferSpec
@@ -221,6 +221,11 @@ async def test_the_tokens_are_those_of_host_memory(cls, monkeypatch):
         assert await tokens(made) == expected
         result = (await made.generate(prompts[-1], max_tokens=2))[1]
         assert result.times.transport == cls.name
+        broken = next(iter(made.workers.values()))
+        await broken.health()
+        broken._region.broken = "the GPU's driver has failed: out of order"
+        with pytest.raises(ClusterError, match="driver has failed: out of order"):
+            await broken.health()
     assert len(regions) == 3
 
 
@@ -311,6 +316,7 @@ def test_copies_that_may_not_have_ended_keep_their_blocks(pair, monkeypatch, cap
         with pytest.raises(queue.Empty):
             events.get(timeout=0.5)
     assert "may not have ended" in caplog.text
+    assert pair.source.broken == "the GPU's driver has failed: CUDA_ERROR_ILLEGAL_ADDRESS"
 
 
 def failing(text: str):

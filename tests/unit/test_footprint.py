@@ -20,7 +20,7 @@ from tercet.kernels.norm import RmsNorm
 from tercet.models.footprint import kv_bytes, refuse_too_large, weight_bytes, weight_count
 from tercet.models.sources import load_config, load_model
 from tercet.roles.worker import Worker
-from tercet.spec import ClusterSpec, GatewaySpec, KvSpec, ListenSpec, ModelSpec, RaySpec, RoleSpec
+from tercet.spec import ClusterSpec, GatewaySpec, KvSpec, ListenSpec, ModelSpec, PoolSpec, RaySpec, RoleSpec
 from tests.tiny import tiny_model
 
 GIB = 1 << 30
@@ -102,12 +102,22 @@ def test_each_worker_on_a_gpu_has_one_to_itself(monkeypatch):
     config = load_config(spec.model)
     one = kv_bytes(config, spec.roles[Role.DECODE].kv, spec.model.dtype) + weight_bytes(config, spec.model)
     for held, fits in ((one, True), (one - 1, False)):
-        monkeypatch.setattr(devices.Device, "memory_bytes", lambda _, held=held: held)
         if fits:
-            refuse_too_large(spec, {Role.PREFILL: 3, Role.DECODE: 1}, gpu)
+            refuse_too_large(spec, {Role.PREFILL: 3, Role.DECODE: 1}, gpu, held)
         else:
             with pytest.raises(UnsupportedSpec, match="a GPU here has"):
-                refuse_too_large(spec, {Role.PREFILL: 3, Role.DECODE: 1}, gpu)
+                refuse_too_large(spec, {Role.PREFILL: 3, Role.DECODE: 1}, gpu, held)
+
+
+def test_a_gpus_memory_is_asked_of_another_process():
+    """Whoever asks would keep a part of it."""
+    spec = spec_of(blocks=128, pools={"default": PoolSpec(accelerator="gpu", gpus=2)})
+    if not torch.cuda.is_available():
+        with pytest.raises(UnsupportedSpec, match=r"accelerator gpu: torch .* sees no CUDA device"):
+            preflight.refuse_too_large(spec)
+    else:
+        preflight.refuse_too_large(spec)
+    assert not torch.cuda.is_initialized()
 
 
 def test_serve_refuses_it_before_anything_is_placed(monkeypatch, tmp_path):
@@ -130,6 +140,7 @@ def test_a_control_groups_limit_counts(monkeypatch, tmp_path):
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(devices, "CGROUP_LIMITS", [tmp_path / "absent", limit])
     machine = devices._host_memory_bytes()
-    for text, held in (("max\n", machine), (f"{GIB}\n", GIB), (f"{1 << 60}\n", machine)):
+    told = {"max\n": machine, f"{GIB}\n": GIB, f"{1 << 60}\n": machine, "-1\n": machine, "0\n": machine, "": machine}
+    for text, held in told.items():
         limit.write_text(text)
         assert devices._host_memory_bytes() == held

@@ -102,6 +102,7 @@ class DeviceRegion:
         self.memory = gpu.allocate(self.num_bytes)  # its address
         self.bytes = gpu.tensor(self.memory, self.num_bytes)
         self.published = 0
+        self.broken = ""  # why copies of it may not have ended, and never will
         self._computed: dict[tuple[int, int], tuple[int, Mark]] = {}  # (layer, block) -> which `publish`, its end
         stream = gpu.stream()
         with stream.using():

@@ -68,7 +68,8 @@ class _CudaIpcInlet(Inlet):
 
 class _CudaIpcOutlet(Outlet):
     def __init__(self, context: LinkContext) -> None:
-        self._gpu = context.device_region.gpu
+        self._region = context.device_region
+        self._gpu = self._region.gpu
         pid, uuid, self._num_bytes, address, handle = _unpacked(context.blob)
         self._opened = pid != os.getpid()
         with library_errors("no stream for copies into another worker's GPU memory"):
@@ -96,11 +97,12 @@ class _CudaIpcOutlet(Outlet):
         self._stream.copy(self._target, source, runs)
 
     def _end(self, channel: Channel) -> None:
-        """Returns when every copy has ended. If the driver cannot say so, only the end of this process proves it, so it
-        never returns. (Such an error ends all GPU work of a process: the engine fails and the worker is replaced.)"""
+        """Returns when every copy has ended. If the driver cannot say so, only the end of this process proves it: so it
+        never returns, and the worker is told to be broken, that it may be replaced."""
         try:
             self._stream.synchronise()
-        except RuntimeError:
+        except RuntimeError as error:
+            self._region.broken = f"the GPU's driver has failed: {error}"
             log.exception("copies into another worker's GPU memory may not have ended; this link waits for its process")
             channel.shutdown()
             threading.Event().wait()
