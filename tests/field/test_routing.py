@@ -192,8 +192,8 @@ async def test_a_request_that_kills_workers_is_not_carried_to_a_third(caplog, mo
         for name, worker in made.workers.items():
             if name.startswith("prefill"):
                 executor = worker.engine._executor
-                run = executor.execute
-                monkeypatch.setattr(executor, "execute", lambda plan, run=run: _die_of(plan, deadly, run))
+                run = executor.launch
+                monkeypatch.setattr(executor, "launch", lambda plan, run=run: _die_of(plan, deadly, run))
         with caplog.at_level(logging.ERROR), pytest.raises(WorkerLost, match="2 workers that died"):
             await tokens_of(made, deadly)
         assert "was on board when these died: prefill-" in caplog.text
