@@ -214,7 +214,7 @@ def measure(
                 with nullcontext(slow[name]) if name in slow else serving(name, given, logs) as system:
                     target = Target(f"{system.url}/v1/completions", asyncio.run(first_model(system.url)), True)
                     for row, made in turn(target, wanted.rows, wanted.repetitions, number):
-                        print(f"{name} {row}: {made}", file=sys.stderr)
+                        print(f"{name} {row}: {made.value:.1f}{'' if made.clean else ' dirty'}", file=sys.stderr)
                         yield name, row, made
 
 
