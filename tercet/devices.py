@@ -69,9 +69,8 @@ DEVICES = {
     device.kind: device
     for device in (
         Device("cpu", "cpu", "gloo", "native", staged=False, pins=False, captures=False),
-        Device(
-            "gpu", "cuda", "nccl", "triton", staged=True, pins=True, captures=True
-        ),  # also AMD's, which torch calls so
+        # also AMD's, which torch calls cuda
+        Device("gpu", "cuda", "nccl", "triton", staged=True, pins=True, captures=True),
         Device("npu", "npu", "hccl", "torch", staged=True, pins=False, captures=False, module="torch_npu"),
     )
 }

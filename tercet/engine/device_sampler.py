@@ -24,7 +24,7 @@ from tercet.kernels.triton import sampling
 class DeviceDraws:
     def __init__(self, arrays: Arrays, draws: Rows[Draw], vocab: int) -> None:
         params = [draw.params for draw in draws]
-        self._draws, self._vocab = draws, vocab
+        self._draws = draws
         self._temperature = arrays.add([0.0 if p.greedy else p.temperature for p in params], FLOAT32)
         self._min_p = arrays.add([p.min_p for p in params], FLOAT32)
         self._top_k = arrays.add([min(p.top_k, vocab) for p in params], INT32)
