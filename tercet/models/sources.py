@@ -2,8 +2,8 @@
 
 Imports no torch, since the gateway and the controller use it. Only `load_model` imports it, when it is called;
 transformers and what depends on it are imported when a tokenizer is loaded.
-The modules behind it: `gguf_file` `config_gguf` `tokenizer_gguf` for GGUF, `config_hf` `tokenizer_hf` for directories;
-`weights` and `loader` for `load_model`.
+The modules behind it: `gguf_file` `config_gguf` `tokenizer_gguf` for GGUF, `config_hf` `vocabulary_hf` `tokenizer_hf`
+for directories; `weights` and `loader` for `load_model`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel
         file = GgufFile(path)
         config = config_from_gguf(file, spec.max_context)
         return build_model(config, GgufWeights(file, config), dtype, kernels)
-    from tercet.models.tokenizer_hf import end_token_ids
+    from tercet.models.vocabulary_hf import end_token_ids
 
     config = config_from_hf(path, spec.max_context)
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))

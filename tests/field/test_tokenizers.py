@@ -14,7 +14,7 @@ import transformers
 from tercet.errors import ModelFileCorrupt, UnsupportedModel
 from tercet.models.longest_token import COMPOSED
 from tercet.models.sources import load_model, load_tokenizer
-from tercet.models.tokenizer_hf import _class_of
+from tercet.models.vocabulary_hf import _class_of
 from tercet.spec import ModelSpec
 from tests.field import tokenizer_directories as directories
 from tests.field.comparison import (
