@@ -61,8 +61,8 @@ def region_of(transport: str, layout: KvLayout) -> Region | SeenRegion:
         return SeenRegion(layout, SharedGpu())
     from tercet.transfer.memory.cuda import CudaGpu
 
-    device = torch.device("cuda", 0)
-    return SeenRegion(layout, CudaGpu(device), Kernels("triton", device).unit_digests)
+    kernels = Kernels("triton", torch.device("cuda", 0))
+    return SeenRegion(layout, CudaGpu(kernels.device, kernels.copy_runs), kernels.unit_digests)
 
 
 def config(name: str, **changes: object) -> MoverConfig:

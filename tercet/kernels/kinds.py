@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,8 @@ from tercet.kernels.triton import trial as triton_trial
 Kind = Literal["native", "torch", "triton"]
 Wanted = Literal["auto", "native", "torch", "triton"]
 CPU = torch.device("cpu")
+CopyRuns = Callable[[int, int, Sequence[tuple[int, int, int]], torch.device], None]
+"""(target, source, runs, device), see triton/copy.py."""
 log = logging.getLogger(__name__)
 
 
@@ -52,6 +55,15 @@ class Kernels:
         from tercet.kernels.triton.digest import unit_digests  # it imports Triton, which other kernels do without
 
         return unit_digests
+
+    @property
+    def copy_runs(self) -> CopyRuns | None:
+        """How they copy many runs within a device's reach; None: they leave that to its driver."""
+        if self.kind != "triton":
+            return None
+        from tercet.kernels.triton.copy import copy_runs  # as above
+
+        return copy_runs
 
     def __str__(self) -> str:
         return f"native ({library().instructions().decode()})" if self.native else f"{self.kind} ({self.device.type})"

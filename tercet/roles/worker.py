@@ -211,7 +211,7 @@ def _region_of(layout: KvLayout, transport: str, kernels: Kernels) -> KvRegion:
     from tercet.transfer.memory.cuda import CudaGpu
 
     try:
-        return DeviceRegion(layout, CudaGpu(kernels.device), kernels.unit_digests)
+        return DeviceRegion(layout, CudaGpu(kernels.device, kernels.copy_runs), kernels.unit_digests)
     except RuntimeError as error:
         size = f"{layout.total_bytes / 1e9:.1f} GB for {layout.blocks} blocks of KV"
         raise UnsupportedSpec(f"transfer.transport: {transport}: no {size} in the GPU's memory: {error}") from error

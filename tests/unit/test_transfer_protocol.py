@@ -17,6 +17,7 @@ from tercet.transfer.protocol.effects import Cut, Send
 from tercet.transfer.protocol.fake import LAYERS, FakeLink
 from tercet.transfer.protocol.incoming import Terms
 from tercet.transfer.protocol.messages import (
+    MAX_BODY,
     MAX_NOTE,
     Abort,
     AbortAck,
@@ -27,7 +28,9 @@ from tercet.transfer.protocol.messages import (
     Release,
     Resend,
     Written,
+    encode,
 )
+from tercet.transfer.protocol.outgoing import Outgoing
 
 TICKETS = [Ticket(f"r{n}", 0, 1) for n in range(3)]
 SOURCE = {t: [10 * n, 10 * n + 1] for n, t in enumerate(TICKETS)}
@@ -176,6 +179,17 @@ def test_a_resend_before_the_grant_fails_by_name():
     effects = machine.on_message("peer", Resend(TICKETS[0], 1, 0, 0), 0.0)
     assert "before any was granted" in str(effects[0].error)
     assert machine.live() == []
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize("heads", [1, 8, 128])
+def test_the_digests_of_the_largest_write_fit_its_message(block_size, heads):
+    """However small a unit is: here a head's row has four bytes."""
+    layout = KvLayout(4, 8, block_size, heads, 2, "bfloat16")
+    pair = Pair(layout, layout)
+    shard = Outgoing(TICKETS[0], "d", pair, 1 << 20, 1.0, outbound.MAX_LARGE_WRITE, 1.0, 1.0, 0.0)
+    digests = bytes(8 * shard.most_units * heads)
+    assert len(encode(Data(TICKETS[0], 0, 1, 0, shard.most_units, 0, False, digests))) < MAX_BODY
 
 
 def test_a_note_is_bounded():

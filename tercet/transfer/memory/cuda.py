@@ -23,6 +23,7 @@ from tercet.transfer.memory.device import Gpu, Mark, Stream
 from tercet.transfer.memory.layout import Run
 
 LIBRARY = "libcuda.so.1"
+CopyRuns = Callable[[int, int, Sequence[Run], torch.device], None]  # target, source, runs, device
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: such a stream does not wait for the default one
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
@@ -79,8 +80,9 @@ class Driver:
 class CudaGpu(Gpu):
     kind = "VRAM"
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._driver = device, Driver()
+    def __init__(self, device: torch.device, copy_runs: CopyRuns | None = None) -> None:
+        """copy_runs: for copies of many runs on torch's current stream; else the driver is asked for each run."""
+        self._device, self._driver, self.copy_runs = device, Driver(), copy_runs
         self.number = device.index or 0
         torch.cuda.init()  # type: ignore[no-untyped-call]  # torch's own, as below
         self._number, context = c_int(), c_void_p()
@@ -157,7 +159,7 @@ class _CudaStream(Stream):
     """A stream of its own, so that nothing but what it is asked for delays it."""
 
     def __init__(self, gpu: CudaGpu, device: torch.device) -> None:
-        self._gpu, self._handle = gpu, c_void_p()
+        self._gpu, self._device, self._handle = gpu, device, c_void_p()
         gpu.call("cuStreamCreate", byref(self._handle), NON_BLOCKING)
         weakref.finalize(self, gpu.call, "cuStreamDestroy_v2", self._handle).atexit = False
         self._stream = torch.cuda.ExternalStream(self._handle.value, device=device)  # type: ignore[no-untyped-call]
@@ -170,6 +172,10 @@ class _CudaStream(Stream):
         return torch.cuda.stream(self._stream)
 
     def copy(self, target: int, source: int, runs: Sequence[Run]) -> None:
+        if self._gpu.copy_runs is not None:
+            with self.using():
+                self._gpu.copy_runs(target, source, runs, self._device)
+            return
         call = self._gpu.enter()
         for at, to, size in runs:
             call("cuMemcpyAsync", target + to, source + at, size, self._handle)

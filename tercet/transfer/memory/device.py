@@ -108,7 +108,9 @@ class DeviceRegion:
         with stream.using():
             self.bytes.zero_()
             first = DeviceUnits(self, layout.window, Units([0], 0, 1), layout.block_size, layout.heads)
-            first.digests(0)  # so that what has to be compiled for them is, before a transfer waits for it
+            first.digests(0)  # so that what has to be compiled is, before a transfer waits for it
+        for word in (8, 4, 2, 1):
+            stream.copy(self.memory, self.memory, [(0, 0, word)])
         stream.synchronise()
 
     def publish(self, layer: int, blocks: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from tercet.transfer.mover.parcels import Loader, loader_of
 from tercet.transfer.protocol.effects import Cut, PeerKey, Send
 from tercet.transfer.protocol.facts import SendEvent
 from tercet.transfer.protocol.messages import Goodbye, Written
-from tercet.transfer.protocol.outbound import MAX_UNSEEN_WRITE, MAX_WRITE, Outbound
+from tercet.transfer.protocol.outbound import MAX_LARGE_WRITE, MAX_WRITE, Outbound
 from tercet.transfer.protocol.outgoing import OutboundEffect, Ready, Write
 from tercet.transfer.transports.contract import HANDSHAKE_S, STOP_S, MoverConfig, Outlet, Transport, refuse_other_memory
 
@@ -70,7 +70,8 @@ class KvSender:
         pairs: dict[PeerKey, Pair] = {peer: peer.pair for peer in peers}
         assert len(pairs) == len(peers), f"{ticket} was opened twice at one endpoint"
         unseen = all(peer.transport.one_sided for peer in peers) and not self._config.integrity
-        most = MAX_UNSEEN_WRITE if unseen else MAX_WRITE
+        large = unseen or all(peer.transport.in_device_memory for peer in peers)
+        most = MAX_LARGE_WRITE if large else MAX_WRITE
         with self._lock:
             self._run(self._outbound.open(ticket, pairs, num_tokens, deadline, time.monotonic(), most))
             for peer in peers:

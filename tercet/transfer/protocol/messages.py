@@ -38,6 +38,7 @@ VERSION = 5
 MAGIC = b"TCT5"
 HEADER = struct.Struct("<4sB3xIQ")
 MAX_BODY = 1 << 20
+MAX_DIGESTS = MAX_BODY // 16  # of one DATA, 8 bytes each
 MAX_PAYLOAD = 1 << 32
 MAX_NOTE = 1 << 16
 

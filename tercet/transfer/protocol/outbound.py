@@ -39,7 +39,7 @@ from tercet.transfer.protocol.outgoing import OutboundEffect, Outgoing, Write
 from tercet.transfer.protocol.shards import Cancel, SendJoint
 
 MAX_WRITE = 8 << 20  # bytes: a more urgent request waits for at most one such write per link
-MAX_UNSEEN_WRITE = 64 << 20  # where the peer need not verify the bytes: it is woken less often
+MAX_LARGE_WRITE = 64 << 20  # where they move between GPUs, or the peer need not verify them: it is woken less often
 
 
 class Outbound:

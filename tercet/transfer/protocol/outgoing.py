@@ -17,7 +17,7 @@ from tercet.errors import LeaseExpired, TercetError, TransferError
 from tercet.transfer.memory.layout import Pair, Units
 from tercet.transfer.protocol.effects import Cut, PeerKey, Send
 from tercet.transfer.protocol.facts import Granted, OpDone, Released, SendEvent, SendFailed
-from tercet.transfer.protocol.messages import Abort, AbortAck, Grant, Resend, Written
+from tercet.transfer.protocol.messages import MAX_DIGESTS, Abort, AbortAck, Grant, Resend, Written
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Outgoing:
     @cached_property
     def most_units(self) -> int:
         """Units of one write, over all its layers."""
-        return max(1, self.max_write // self.pair.unit_bytes)
+        return max(1, min(self.max_write // self.pair.unit_bytes, MAX_DIGESTS // len(self.pair.heads)))
 
     # ---- what the worker does
 
