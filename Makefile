@@ -67,9 +67,10 @@ bench: setup  ## Measure a running endpoint; ARGS="--help" shows how
 extras: setup $(VENV)/.extras  ## Install the optional transport libraries: ucx, nixl
 
 gpu-wheels: setup  ## Fetch the wheels that `gpu-check` needs on a bare machine with a GPU, into build/gpu-wheels
+	mkdir -p build && $(BIN)/python -m pip freeze --exclude-editable > build/versions.txt  # which fit each other
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-	  -c constraints.txt -d build/gpu-wheels $(GPU_WHEELS)
+	  -c build/versions.txt -d build/gpu-wheels $(GPU_WHEELS)
 
 gpu-check:  ## Test and measure on a GPU, under 8 minutes; uses build/gpu-wheels if it is there
 	@$(PYTHON) -c 'import torch, transformers' 2>/dev/null || { echo "$(PYTHON) lacks torch or transformers; set PYTHON="; exit 1; }

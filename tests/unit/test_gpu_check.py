@@ -82,7 +82,12 @@ def test_every_kernel_and_every_test_for_a_gpu_is_run():
     names = gpu_check.all_tests()
     files = {name.partition("::")[0] for name in names}
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py")} <= files
-    kernels = {path.stem for path in (ROOT / "tercet/kernels/triton").glob("*.py")} - {"__init__", "tiles", "trial"}
+    kernels = {path.stem for path in (ROOT / "tercet/kernels/triton").glob("*.py")} - {
+        "__init__",
+        "dependent",
+        "tiles",
+        "trial",
+    }
     assert {f"tests/unit/test_triton_{name}.py" for name in kernels} <= files
 
 
@@ -152,7 +157,9 @@ def test_the_wheels_are_few_and_all_that_is_missing(repository):
     assert done.returncode == 0, done.stdout + done.stderr
     wheels = list((repository / "build/gpu-wheels").glob("*.whl"))
     assert sum(wheel.stat().st_size for wheel in wheels) < 60 << 20
-    carried = {re.split(r"-\d", wheel.name)[0].replace("_", "-").lower() for wheel in wheels}
+    versions = {name.replace("_", "-").lower(): version for name, version, *_ in (w.name.split("-") for w in wheels)}
+    assert {name: metadata.version(name) for name in versions} == versions, "not what fits each other here"
+    carried = set(versions)
     there = {"torch", "triton", "transformers", *needs_of("torch"), *needs_of("transformers")}
     loaded = subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, capture_output=True, text=True, check=True)
     names = {"grpc": "grpcio", "google": "protobuf", "yaml": "pyyaml", "torchgen": "torch", "py": "pytest"}
