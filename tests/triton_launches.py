@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from tercet.kernels.triton import activation, decode, digest, gather, prefill, rms_norm, rope, sampling, shared_prefix
+from tercet.kernels.triton import (
+    activation,
+    copy,
+    decode,
+    digest,
+    gather,
+    prefill,
+    rms_norm,
+    rope,
+    row_linear,
+    sampling,
+    shared_prefix,
+)
 
 BF16 = torch.bfloat16
 TOKENS, HEADS, KV_HEADS, DIM, S = 4, 16, 4, 128, 16
@@ -51,7 +63,8 @@ def decode_attention():
 def prefill_attention():
     query = torch.zeros(TOKENS * 100, HEADS, DIM, dtype=BF16)
     starts = torch.arange(TOKENS + 1, dtype=torch.int32) * 100
-    prefill.prefill_attention(query, _cache(), TABLES, starts, CONTEXTS, most_rows=100)
+    for most_rows in (100, 1000):  # few programs, and many
+        prefill.prefill_attention(query, _cache(), TABLES, starts, CONTEXTS, most_rows=most_rows)
     prefill.prefill_attention(query, _cache(), TABLES, starts, CONTEXTS, most_rows=100, window=64, soft_cap=30.0)
     wide = torch.zeros(TOKENS * 100, 4, 256, dtype=BF16)
     prefill.prefill_attention(wide, _cache(2, 256), TABLES, starts, CONTEXTS, most_rows=100)
@@ -83,3 +96,21 @@ def draw():
     rows = sampling.SamplingRows(row, row, row.int(), row, torch.zeros(TOKENS, 2, dtype=torch.int64))
     counts = torch.zeros(TOKENS, vocab, dtype=torch.int32)
     sampling.sample(torch.zeros(TOKENS, vocab), rows, sampling.Penalties(row, row, row, counts.bool(), counts))
+
+
+def linear_of_a_row():
+    x, residual = torch.zeros(1, 4096, dtype=BF16), torch.zeros(1, 512, dtype=BF16)
+    norm = row_linear.Norm(torch.ones(4096, dtype=BF16), 1e-5)
+    weight, bias = torch.zeros(512, 4096, dtype=BF16), torch.zeros(512, dtype=BF16)
+    row_linear.row_linear(x, weight, bias, norm=norm)
+    row_linear.row_linear(x, weight, None, norm=norm, gated=True)
+    row_linear.row_linear(
+        torch.zeros(1, 14336, dtype=BF16), torch.zeros(512, 14336, dtype=BF16), None, residual=residual
+    )
+    row_linear.row_linear(torch.zeros(2, 576), torch.zeros(30, 576), None)
+    row_linear.row_linear(torch.zeros(1, 1), torch.zeros(1, 1), None)
+
+
+def runs():
+    for word in (8, 4, 2, 1):
+        copy.copy_runs(0, 1 << 40, [(0, 0, word)], torch.device("cpu"))

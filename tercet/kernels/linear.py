@@ -43,11 +43,11 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
+        self.weight = weight
+        self.bias = bias
 
     def linear(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weight, self._bias)
+        return functional.linear(x, self.weight, self.bias)
 
 
 class OnednnLinear(PackedLinear):
@@ -67,7 +67,7 @@ class OnednnLinear(PackedLinear):
         return self._product(x) if rows == len(x) else self._product(_padded(x, rows))[: len(x)]
 
     def _product(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
 
@@ -122,14 +122,14 @@ class WidenedLinear(PackedLinear):
 
     def linear(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1:
-            out = functional.linear(x.bfloat16(), self._weight).float()
+            out = functional.linear(x.bfloat16(), self.weight).float()
         else:
-            out = x.new_empty(x.shape[0], self._weight.shape[0])
+            out = x.new_empty(x.shape[0], self.weight.shape[0])
             for at in range(0, out.shape[1], SLICE):
-                part = self._weight[at : at + SLICE]
+                part = self.weight[at : at + SLICE]
                 widened = self._scratch.values[: part.numel()].view(part.shape).copy_(part)
                 torch.mm(x, widened.t(), out=out[:, at : at + SLICE])
-        return out if self._bias is None else out.add_(self._bias)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 def compute_dtype(weight_dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ from tercet.kernels.triton.decode import DecodePlan, attend_into, plan_decode
 from tercet.kernels.triton.prefill import prefill_attention
 from tercet.kernels.triton.rms_norm import add_rms_norm, rms_norm
 from tercet.kernels.triton.rope import rope_and_write
+from tercet.kernels.triton.row_linear import MOST_ROWS, Norm, row_linear
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
 from tercet.models.layers import Layer
@@ -57,6 +58,14 @@ class _Step:
     chunks: _Chunks | None
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """A layer's input: the sum of both."""
+
+    residual: Tensor  # [T, E]
+    update: Tensor | None  # [T, E]
+
+
 class TritonLayers:
     def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
         self._config, self._layers = config, layers
@@ -66,18 +75,18 @@ class TritonLayers:
 
     def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
         step = self._plan(batch, kv_cache.shape[3])
-        residual, update = x, None  # the layer's input is their sum
+        before, behind = (_row_before, _row_behind) if len(x) <= MOST_ROWS else (_before, _behind)
+        hidden = Hidden(x, None)
         for i, (layer, window) in enumerate(zip(self._layers, self._config.sliding_windows, strict=True)):
-            normed, residual = _add_and_norm(layer.attention_norm, residual, update)
-            qkv = self._project(layer, normed)
+            projected, hidden = before(layer, hidden)
+            qkv = self._normed(layer, projected)
             rope_and_write(qkv, step.cos, step.sin, kv_cache[i], step.slots, self._config.num_kv_heads)
             if on_layer is not None:
                 on_layer(i)
             attended = _attend(qkv[:, : self._config.num_heads], kv_cache[i], step, window)
-            normed, residual = _add_and_norm(layer.mlp_norm, residual, layer.output.linear(attended.flatten(1)))
-            update = layer.down.linear(silu_and_mul(layer.gate_up.linear(normed)))
+            hidden = behind(layer, attended.flatten(1), hidden)
             self.layers_done += 1
-        return residual if update is None else update.add_(residual)
+        return hidden.residual if hidden.update is None else hidden.update.add_(hidden.residual)
 
     def _plan(self, batch: StepBatch, block_size: int) -> _Step:
         positions = batch.positions
@@ -96,10 +105,10 @@ class TritonLayers:
         }
         return _Decodes(batch.num_decodes, tables, contexts, plans)
 
-    def _project(self, layer: Layer, normed: Tensor) -> Tensor:
-        """normed [T, E] -> queries, keys and values, [T, H + 2 Hkv, head dimension]."""
+    def _normed(self, layer: Layer, projected: Tensor) -> Tensor:
+        """-> queries, keys and values, [T, H + 2 Hkv, head dimension]."""
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
-        qkv = layer.qkv.linear(normed).view(len(normed), heads + 2 * kv_heads, self._config.head_dim)
+        qkv = projected.view(len(projected), heads + 2 * kv_heads, self._config.head_dim)
         if layer.qk_norm is not None:
             rotary = qkv[:, : heads + kv_heads]
             rotary.copy_(rms_norm(rotary, layer.qk_norm.weight, layer.qk_norm.eps))
@@ -121,11 +130,40 @@ def _plan_chunks(batch: StepBatch) -> _Chunks:
     return _Chunks(tables, starts, contexts, max(chunk.length for chunk in chunks))
 
 
-def _add_and_norm(norm: RmsNorm, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-    """-> the norm of residual + update, and residual + update."""
-    if update is None:
-        return rms_norm(residual, norm.weight, norm.eps), residual
-    return add_rms_norm(update, residual, norm.weight, norm.eps)
+# ---- what stands before and behind a layer's attention
+
+
+def _before(layer: Layer, x: Hidden) -> tuple[Tensor, Hidden]:
+    """-> what `layer.qkv` makes of the layer's input, [T, (H + 2 Hkv) * head dimension]."""
+    normed, residual = _add_and_norm(layer.attention_norm, x)
+    return layer.qkv.linear(normed), Hidden(residual, None)
+
+
+def _behind(layer: Layer, attended: Tensor, x: Hidden) -> Hidden:
+    """attended [T, H * head dimension] -> the layer's output."""
+    normed, residual = _add_and_norm(layer.mlp_norm, Hidden(x.residual, layer.output.linear(attended)))
+    return Hidden(residual, layer.down.linear(silu_and_mul(layer.gate_up.linear(normed))))
+
+
+def _add_and_norm(norm: RmsNorm, x: Hidden) -> tuple[Tensor, Tensor]:
+    """-> the norm of the sum, and the sum."""
+    if x.update is None:
+        return rms_norm(x.residual, norm.weight, norm.eps), x.residual
+    return add_rms_norm(x.update, x.residual, norm.weight, norm.eps)
+
+
+def _row_before(layer: Layer, x: Hidden) -> tuple[Tensor, Hidden]:
+    """As `_before`, for few rows."""
+    norm = Norm(layer.attention_norm.weight, layer.attention_norm.eps)
+    return row_linear(x.residual, layer.qkv.weight, layer.qkv.bias, norm=norm), x
+
+
+def _row_behind(layer: Layer, attended: Tensor, x: Hidden) -> Hidden:
+    """As `_behind`, for few rows."""
+    norm = Norm(layer.mlp_norm.weight, layer.mlp_norm.eps)
+    residual = row_linear(attended, layer.output.weight, layer.output.bias, residual=x.residual)
+    gated = row_linear(residual, layer.gate_up.weight, layer.gate_up.bias, norm=norm, gated=True)
+    return Hidden(row_linear(gated, layer.down.weight, layer.down.bias, residual=residual), None)
 
 
 def _attend(query: Tensor, cache: Tensor, step: _Step, window: Window) -> Tensor:

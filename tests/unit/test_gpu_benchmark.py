@@ -78,7 +78,7 @@ def weight_bytes(model):
     """Of all matrices that a step multiplies by."""
     layers = model._weights.layers
     products = [getattr(layer, name) for layer in layers for name in ("qkv", "output", "gate_up", "down")]
-    return sum(product._weight.nbytes for product in [*products, model._weights.head])
+    return sum(product.weight.nbytes for product in [*products, model._weights.head])
 
 
 @pytest.mark.parametrize(("batch", "context"), [(1, 16), (4, 40)])
@@ -91,7 +91,7 @@ def test_a_decode_step_reads_the_weights_and_the_cache(model, batch, context):
 
 
 def test_a_prefill_multiplies_every_row_and_the_last_by_the_head(model):
-    head, tokens, config = model._weights.head._weight, 24, CPU.config
+    head, tokens, config = model._weights.head.weight, 24, CPU.config
     pairs = gpu_kernels.causal_pairs(tokens, tokens)
     body = 2 * (weight_bytes(model) - head.nbytes) / 4 * tokens
     scores = 4 * pairs * config.num_layers * config.num_heads * config.head_dim

@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 from tercet.kernels.triton import prefill  # noqa: E402 # after the helper
 from tercet.kernels.triton.prefill import prefill_attention  # noqa: E402
 
+TILING = prefill._tiling
 CHUNK = st.tuples(st.sampled_from([0, 1, 5, 15, 16, 17, 33]), st.sampled_from([0, 1, 15, 16, 17, 40]))  # rows, cached
 
 
@@ -46,8 +47,7 @@ def check(chunks, *, size=8, kv_heads=2, group=3, dim=64, dtype=torch.float32, s
 def small_tiles():
     """So that few rows make several tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefill, "TILE", 16)
-        patch.setattr(prefill, "ROWS", 64)
+        patch.setattr(prefill, "_tiling", lambda *_: {"ROWS": 16, "TILE": 16, "num_stages": 2})
         yield
 
 
@@ -79,7 +79,12 @@ def test_values_narrower_than_keys():
     check([(9, 40)], dim=80, value_dim=64)
 
 
-def test_the_tiles_that_a_gpu_takes(monkeypatch):
-    monkeypatch.setattr(prefill, "TILE", 64)
-    monkeypatch.setattr(prefill, "ROWS", 256)
-    check([(70, 70), (1, 0)], size=16, kv_heads=1, group=2)
+@pytest.mark.parametrize("many", [0, 1 << 20])
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [(torch.float16, 64), (torch.float16, 80), (torch.float16, 256), (torch.float32, 64)]
+)
+def test_the_tiles_that_a_gpu_takes(many, dtype, dim, monkeypatch):
+    monkeypatch.setattr(prefill, "_tiling", TILING)
+    monkeypatch.setattr(prefill, "MANY", many)
+    for window in (None, 90):
+        check([(200, 170), (1, 0), (130, 0)], size=16, kv_heads=1, group=2, dim=dim, dtype=dtype, window=window)

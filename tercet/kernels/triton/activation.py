@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tercet.kernels.triton.dependent import after_previous, dependent
+
 TILE = 1024  # numbers of a program
 
 
 @triton.jit
-def _silu_and_mul(gate_up, row_stride, out, n, TILE: tl.constexpr):
+def _silu_and_mul(gate_up, row_stride, out, n, TILE: tl.constexpr, PDL: tl.constexpr):
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * TILE + tl.arange(0, TILE)
     here = col < n
@@ -31,5 +34,5 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     rows, n = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, n, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
-        _silu_and_mul[(rows, triton.cdiv(n, TILE))](gate_up, gate_up.stride(0), out, n, TILE=TILE)
+        _silu_and_mul[(rows, triton.cdiv(n, TILE))](gate_up, gate_up.stride(0), out, n, TILE=TILE, **dependent())
     return out

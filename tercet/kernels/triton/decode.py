@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tercet.kernels.triton.tiles import FEWEST_ROWS, attend, dot_type, finish, load_tile, merge, sizes, stages
+from tercet.kernels.triton.dependent import after_previous, dependent
+from tercet.kernels.triton.tiles import FEWEST_ROWS, attend, dot_type, finish, load_tile, sizes, stages
 
 TILE = 64  # tokens
+PARTS = 16  # that are merged at once
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,14 @@ def _stream(
     CAP: tl.constexpr,
     DOT: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    PDL: tl.constexpr,
     S: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    after_previous(PDL)
     program = tl.program_id(0)
     row = tl.arange(0, ROWS)
     k_col = tl.arange(0, BLOCK_K)
@@ -130,10 +134,10 @@ def _stream(
             token = i * TILE + tl.arange(0, TILE)
             k, v = load_tile(
                 cache, block_stride, kind_stride, slot_stride, head_stride, tables + b * table_stride, head, token,
-                lowest, context, S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, DOT,
+                lowest, context, S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, False, DOT,
             )  # fmt: skip
             seen = ((token >= lowest) & (token < context))[None, :]
-            top, total, acc = attend(q, k, v, seen, top, total, acc, scale, CAP, DOT)
+            top, total, acc = attend(q, k, v, seen, top, total, acc, scale, False, CAP, DOT)
         attended, weight = finish(top, total, acc)
 
         here = (row < G)[:, None] & (v_col < V_DIM)[None, :]
@@ -160,16 +164,17 @@ def _merge_parts(
     count,
     kv_heads,
     G: tl.constexpr,
-    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_previous(PDL)
     b = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    row = tl.arange(0, ROWS)
+    q_head = tl.program_id(1)
+    head = q_head // G
     v_col = tl.arange(0, BLOCK_V)
-    here = (row < G)[:, None] & (v_col < V_DIM)[None, :]
     before = tl.load(ends + b - 1, mask=b > 0, other=0)
     tiles = (tl.load(ends + b) - before) // kv_heads
     start = before + head * tiles
@@ -178,18 +183,28 @@ def _merge_parts(
     first = ((start + 1) * programs - 1) // line  # the program whose share holds the tile `start`
     last = ((start + tiles) * programs - 1) // line
     if (tiles == 0) | (first < last):
-        to = first * 2 * G + G + row
-        live = (row < G) & (tiles > 0)
-        attended = tl.load(parts + to[:, None] * V_DIM + v_col[None, :], mask=here & (tiles > 0), other=0.0)
-        weight = tl.load(part_lse + to, mask=live, other=float("-inf"))
-        for p in range(first + 1, last + 1):
-            to = p * 2 * G + row
-            part = tl.load(parts + to[:, None] * V_DIM + v_col[None, :], mask=here, other=0.0)
-            attended, weight = merge(attended, weight, part, tl.load(part_lse + to, mask=live, other=float("-inf")))
-        to = b * (kv_heads * G) + head * G + row
-        tl.store(out + to[:, None] * V_DIM + v_col[None, :], attended, mask=here)
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        acc = tl.zeros([BLOCK_V], tl.float32)
+        for begin in range(first, last + 1, PARTS):
+            p = begin + tl.arange(0, PARTS)
+            live = (p <= last) & (tiles > 0)
+            part = (p * 2 + (p == first)) * G + q_head % G
+            weights = tl.load(part_lse + part, mask=live, other=float("-inf"))
+            at = parts + part[:, None] * V_DIM + v_col[None, :]
+            values = tl.load(at, mask=live[:, None] & (v_col < V_DIM)[None, :], other=0.0)
+            new_top = tl.maximum(top, tl.max(weights, 0))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp2(weights - base)
+            fade = tl.exp2(top - base)
+            total = total * fade + tl.sum(weights, 0)
+            acc = acc * fade + tl.sum(values * weights[:, None], 0)
+            top = new_top
+        divisor = tl.where(total == 0.0, 1.0, total)
+        to = b * (kv_heads * G) + q_head
+        tl.store(out + to * V_DIM + v_col, acc / divisor, mask=v_col < V_DIM)
         if WITH_LSE:
-            tl.store(lse + to, weight, mask=row < G)
+            tl.store(lse + to, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)))
 
 
 def decode_attention(
@@ -238,14 +253,14 @@ def attend_into(
     parts = query.new_empty(programs, 2, group, out.shape[-1], dtype=torch.float32)
     part_lse = query.new_empty(programs, 2, group, dtype=torch.float32)
     written = part_lse if lse is None else lse
-    shared = {"G": group, "ROWS": rows, "WITH_LSE": lse is not None}
+    shared = {"G": group, "WITH_LSE": lse is not None, **dependent()}
     _stream[(programs,)](
         query, *query.stride()[:2], cache, *cache.stride()[:4], tables, tables.stride(0), contexts, plan.ends,
         plan.borders, out, written, parts, part_lse, count, kv_heads, dim**-0.5 if scale is None else scale,
-        TILE=plan.tile, WINDOW=plan.window or 0, CAP=soft_cap or 0.0, DOT=dot_type(query.dtype), **shared, **constants,
-        num_stages=stages(cache, plan.tile),
+        ROWS=rows, TILE=plan.tile, WINDOW=plan.window or 0, CAP=soft_cap or 0.0, DOT=dot_type(query.dtype), **shared,
+        **constants, num_stages=stages(cache, plan.tile),
     )  # fmt: skip
     widths = {key: constants[key] for key in ("V_DIM", "BLOCK_V")}
-    _merge_parts[(count, kv_heads)](
-        parts, part_lse, plan.ends, plan.busy, out, written, count, kv_heads, **shared, **widths
+    _merge_parts[(count, heads)](
+        parts, part_lse, plan.ends, plan.busy, out, written, count, kv_heads, PARTS=PARTS, **shared, **widths
     )  # fmt: skip

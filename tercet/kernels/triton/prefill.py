@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tercet.kernels.triton.tiles import attend, dot_type, finish, load_tile, sizes
 
-ROWS = 64  # of a program: tokens times G
-TILE = 64  # KV tokens
+MANY = 264  # programs that an H100 works on at once
 
 
 @triton.jit
@@ -48,8 +47,8 @@ def _prefill(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    part = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows have the most to do
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    part = tl.num_programs(1) - 1 - tl.program_id(1)  # the last rows have the most to do: those of all heads go first
     sequence = tl.program_id(2).to(tl.int64)
     start = tl.load(starts + sequence)
     tokens = tl.load(starts + sequence + 1) - start
@@ -72,16 +71,25 @@ def _prefill(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-        for i in range(lowest // TILE, last_position // TILE + 1):
+        table = tables + sequence * table_stride
+        mixed = lowest // TILE if WINDOW else (first_position + 1) // TILE  # the first tile that some row sees in part
+        for i in range(0 if not WINDOW else mixed, mixed):
             key = i * TILE + tl.arange(0, TILE)
             k, v = load_tile(
-                cache, block_stride, kind_stride, slot_stride, head_stride, tables + sequence * table_stride, head,
-                key, lowest, context, S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, DOT,
+                cache, block_stride, kind_stride, slot_stride, head_stride, table, head, key, lowest, context,
+                S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, True, DOT,
+            )  # fmt: skip
+            top, total, acc = attend(q, k, v, live, top, total, acc, scale, True, CAP, DOT)
+        for i in range(mixed, last_position // TILE + 1):
+            key = i * TILE + tl.arange(0, TILE)
+            k, v = load_tile(
+                cache, block_stride, kind_stride, slot_stride, head_stride, table, head, key, lowest, context,
+                S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, False, DOT,
             )  # fmt: skip
             seen = key[None, :] <= position[:, None]
             if WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - WINDOW)
-            top, total, acc = attend(q, k, v, seen & live[:, None], top, total, acc, scale, CAP, DOT)
+            top, total, acc = attend(q, k, v, seen & live[:, None], top, total, acc, scale, False, CAP, DOT)
         attended, _ = finish(top, total, acc)
         to = out + ((at * heads + q_head) * V_DIM)[:, None] + v_col[None, :]
         tl.store(to, attended, mask=live[:, None] & (v_col < V_DIM)[None, :])
@@ -111,13 +119,24 @@ def prefill_attention(
     kv_heads, group = cache.shape[3], heads // cache.shape[3]
     constants = sizes(cache, value_dim)
     out = query.new_empty(*query.shape[:2], constants["V_DIM"])
-    rows = ROWS if query.element_size() == 2 else ROWS // 4  # without tensor cores a row costs registers
-    grid = (triton.cdiv(most_rows * group, rows), kv_heads, len(contexts))
+    tiling = _tiling(query, constants, most_rows * group, kv_heads * len(contexts))
+    grid = (kv_heads, triton.cdiv(most_rows * group, tiling["ROWS"]), len(contexts))
     if min(grid):
         _prefill[grid](
             query, *query.stride()[:2], cache, *cache.stride()[:4], tables, tables.stride(0), starts, contexts, out,
-            heads, dim**-0.5 if scale is None else scale, G=group, ROWS=rows, TILE=TILE, WINDOW=window or 0,
-            CAP=soft_cap or 0.0, DOT=dot_type(query.dtype), **constants,
-            num_stages=4,
+            heads, dim**-0.5 if scale is None else scale, G=group, WINDOW=window or 0,
+            CAP=soft_cap or 0.0, DOT=dot_type(query.dtype), **constants, **tiling,
         )  # fmt: skip
     return out
+
+
+def _tiling(query: Tensor, constants: dict[str, int], rows: int, others: int) -> dict[str, int]:
+    """Rows of a program, tokens times G, and KV tokens that it takes at a time. rows: of the longest chunk; others:
+    programs for each tile of them."""
+    if query.element_size() > 2:  # without tensor cores a row costs more registers
+        return {"ROWS": 16, "TILE": 64, "num_stages": 3}
+    if max(constants["BLOCK_K"], constants["BLOCK_V"]) > 128:
+        return {"ROWS": 64, "TILE": 64, "num_stages": 3}
+    if triton.cdiv(rows, 128) * others > MANY:  # the more of them on one SM, the better
+        return {"ROWS": 128, "TILE": 64, "num_stages": 2, "num_warps": 4}
+    return {"ROWS": 128, "TILE": 128, "num_stages": 3, "num_warps": 8}

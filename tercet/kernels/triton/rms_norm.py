@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tercet.kernels.triton.dependent import after_previous, dependent
+
 TILE = 1024  # numbers of a program: several narrow rows, or one wide row
 
 
@@ -33,7 +35,9 @@ def _rms_norm(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ADDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     here = (row < rows)[:, None] & (col < N)[None, :]
@@ -93,6 +97,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
             COLS=cols,
             ADDS=residual is not None,
             num_warps=4 if cols <= 4096 else 8,
+            **dependent(),
         )
     return out, total
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tercet.kernels.triton.dependent import after_previous, dependent
+
 HEADS = 16  # of a program
 
 
@@ -33,7 +35,9 @@ def _rope_and_write(
     HALF: tl.constexpr,
     COLS: tl.constexpr,
     HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     col = tl.arange(0, COLS)[None, :]
@@ -87,4 +91,5 @@ def rope_and_write(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: 
             HALF=dim // 2,
             COLS=triton.next_power_of_2(dim // 2),
             HEADS=HEADS,
+            **dependent(),
         )

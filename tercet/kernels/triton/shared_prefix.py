@@ -72,12 +72,12 @@ def _prefix(
         key = i * TILE + tl.arange(0, TILE)
         k, v = load_tile(
             cache, block_stride, kind_stride, slot_stride, head_stride, table, head, key, 0, length,
-            S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, DOT,
+            S, K_DIM, V_DIM, BLOCK_K, BLOCK_V, False, DOT,
         )  # fmt: skip
         seen = (key < length)[None, :] & (key[None, :] < context[:, None])
         if WINDOW:
             seen = seen & (key[None, :] >= context[:, None] - WINDOW)
-        top, total, acc = attend(q, k, v, seen, top, total, acc, scale, CAP, DOT)
+        top, total, acc = attend(q, k, v, seen, top, total, acc, scale, False, CAP, DOT)
     attended, weight = finish(top, total, acc)
     to = (split.to(tl.int64) * count + sequence) * heads + q_head
     tl.store(parts + to[:, None] * V_DIM + v_col[None, :], attended, mask=live[:, None] & (v_col < V_DIM)[None, :])

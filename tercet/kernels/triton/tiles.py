@@ -34,33 +34,42 @@ def load_tile(
     V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ALL: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """at [TILE], token numbers of one sequence -> K [BLOCK_K, TILE] and V [TILE, BLOCK_V]. Outside start .. stop - 1
-    they are zeros: what another owner left there may be NaN, and times zero that is NaN."""
-    inside = (at >= start) & (at < stop)
-    block = tl.load(table + at // S, mask=inside, other=0).to(tl.int64)
-    rows = cache + block * block_stride + (at % S) * slot_stride + head * head_stride
+    """at [TILE], token numbers of one sequence -> K [BLOCK_K, TILE] and V [TILE, BLOCK_V]. Outside start .. stop - 1,
+    unless ALL lie within, they are zeros: what another owner left there may be NaN, and times zero that is NaN."""
     k_col = tl.arange(0, BLOCK_K)
     v_col = tl.arange(0, BLOCK_V)
-    k = tl.load(rows[None, :] + k_col[:, None], mask=inside[None, :] & (k_col < K_DIM)[:, None], other=0.0)
-    rows += kind_stride
-    v = tl.load(rows[:, None] + v_col[None, :], mask=inside[:, None] & (v_col < V_DIM)[None, :], other=0.0)
+    if ALL & (K_DIM == BLOCK_K) & (V_DIM == BLOCK_V):  # a mask costs time even where it masks nothing
+        block = tl.load(table + at // S).to(tl.int64)
+        rows = cache + block * block_stride + (at % S) * slot_stride + head * head_stride
+        k = tl.load(rows[None, :] + k_col[:, None])
+        v = tl.load((rows + kind_stride)[:, None] + v_col[None, :])
+    else:
+        inside = (at >= start) & (at < stop)
+        block = tl.load(table + at // S, mask=inside, other=0).to(tl.int64)
+        rows = cache + block * block_stride + (at % S) * slot_stride + head * head_stride
+        k = tl.load(rows[None, :] + k_col[:, None], mask=inside[None, :] & (k_col < K_DIM)[:, None], other=0.0)
+        rows += kind_stride
+        v = tl.load(rows[:, None] + v_col[None, :], mask=inside[:, None] & (v_col < V_DIM)[None, :], other=0.0)
     return k.to(DOT), v.to(DOT)
 
 
 @triton.jit
-def attend(q, k, v, seen, top, total, acc, scale, CAP: tl.constexpr, DOT: tl.constexpr):
-    """q [rows, BLOCK_K], seen [rows, TILE] -> the largest score, the sum of weights and the weighted sum of values of
-    every row so far, from those before."""
+def attend(q, k, v, seen, top, total, acc, scale, ALL: tl.constexpr, CAP: tl.constexpr, DOT: tl.constexpr):
+    """q [rows, BLOCK_K], seen [rows, TILE], or anything if every row sees ALL -> the largest score, the sum of weights
+    and the weighted sum of values of every row so far, from those before."""
     s = tl.dot(q, k, input_precision="ieee") * scale
     if CAP > 0:
         small = tl.exp2(tl.abs(s) * (-2 * LOG2_E / CAP))
         tanh = (1.0 - small) / (1.0 + small)
         s = CAP * tl.where(s < 0, -tanh, tanh)
-    s = tl.where(seen, s * LOG2_E, float("-inf"))
+    s *= LOG2_E
+    if not ALL:
+        s = tl.where(seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    base = new_top if ALL else tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(s - base[:, None])
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weights, 1)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tercet.kernels.activation import silu_and_mul_reference
 from tercet.kernels.attention import attention_reference
@@ -41,6 +42,7 @@ def _trials(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
     from tercet.kernels.triton.rms_norm import add_rms_norm, rms_norm
 
     generator = torch.Generator().manual_seed(0)
+    yield from _row_linears(generator, device)
     for dtype in DTYPES:
         x, other = (torch.randn(3, 70, generator=generator).to(dtype) for _ in range(2))
         weight = torch.randn(70, generator=generator).to(dtype)
@@ -56,6 +58,20 @@ def _trials(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield from _attention(qkv, device)
     yield from _draws(torch.randn(4, 300, generator=generator) * 3, device)
     yield from _digests(torch.randint(1 << 62, (2, 3, 1, 2, 2, 16, 32), generator=generator), device)
+
+
+def _row_linears(generator: torch.Generator, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from tercet.kernels.triton.row_linear import Norm, row_linear
+
+    for dtype in DTYPES:
+        x, norm, residual = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 70), (70,), (1, 9)))
+        weight = (torch.randn(18, 70, generator=generator) / 8).to(dtype)
+        x_there, weight_there, given = x.to(device), weight.to(device), Norm(norm.to(device), 1e-5)
+        product = functional.linear(rms_norm_reference(x.float(), norm.float(), 1e-5), weight.float())
+        gated = silu_and_mul_reference(product)
+        yield f"row_linear, gated ({dtype})", row_linear(x_there, weight_there, None, norm=given, gated=True), gated
+        added = row_linear(x_there, weight_there[:9], None, residual=residual.to(device))
+        yield f"row_linear, added ({dtype})", added, functional.linear(x.float(), weight[:9].float()) + residual.float()
 
 
 def _attention(qkv: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
