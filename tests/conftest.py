@@ -11,6 +11,7 @@ import torch
 
 from tercet.models.sources import load_model
 from tercet.roles import worker
+from tercet.transfer.transports.nixl import BUILDS
 
 torch.set_num_threads(1)  # two cores, and most tests run several workers
 if not torch.cuda.is_available():
@@ -34,7 +35,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """NIXL bundles libnl, and where the system's is loaded too, the C library's exit handlers crash in it. That would
     turn a good run into a failure, so they are passed over (docs/decisions/009)."""
-    if "nixl_cu12._bindings" in sys.modules:
+    if any(f"{build}._bindings" in sys.modules for build in BUILDS):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash[_STATUS])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 import select
@@ -38,7 +39,8 @@ from tercet.transfer.memory.device import DeviceRegion, Gpu, KvRegion, Mark
 from tercet.transfer.memory.pack import Memory
 from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parcel, Transport, library_errors
 
-INSTALL = "pip install --no-deps nixl nixl-cu12"
+BUILDS = ("nixl_cu13", "nixl_cu12")  # the same library for two versions of CUDA; the first one that is installed
+INSTALL = "pip install --no-deps nixl nixl-cu12, or nixl-cu13 beside a torch for CUDA 13"
 SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, since only these calls drive the library
 LOOKS = 32  # at the library, between two checks of clock and channel
 NAP_S = (20e-6, 500e-6)  # sleep between two checks after SPIN_S: the shortest and the longest
@@ -240,7 +242,8 @@ class _Agent:
 def _library() -> Any:
     """The API module. Raises ImportError or OSError."""
     os.environ.setdefault("UCX_TLS", "^" + ",".join(sorted(DIRECT)))
-    return importlib.import_module("nixl_cu12._api")
+    name = next((name for name in BUILDS if importlib.util.find_spec(name) is not None), BUILDS[-1])
+    return importlib.import_module(f"{name}._api")
 
 
 def _direct(tls: str) -> bool:
