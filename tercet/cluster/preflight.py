@@ -6,6 +6,7 @@ import multiprocessing
 import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 from tercet.errors import UnsupportedSpec
@@ -71,8 +72,11 @@ def _memory_of(device: Device) -> int:
     """Asked of a GPU's driver in a process of its own, since whoever asks keeps a part of the memory until it ends."""
     if device.kind == "cpu":
         return device.memory_bytes()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as asking:
-        return asking.submit(device.memory_bytes).result()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as asking:
+            return asking.submit(device.memory_bytes).result()
+    except BrokenProcessPool as error:
+        raise UnsupportedSpec(f"accelerator: {device.kind}: the process that asked for its memory died") from error
 
 
 def _bind(listen: ListenSpec) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,3 +79,9 @@ def test_serve_needs_no_ray_to_miss_a_transport(monkeypatch, tmp_path):
     wanted = spec_of(ray=RaySpec(address="local"), transfer=TransferSpec(transport="ucx"))
     with pytest.raises(SpecError, match="ucx cannot be used here: no ucxx; pip install it"):
         serve(wanted, Signals(print), print, print)
+
+
+def test_a_driver_that_kills_who_asks_it_is_named():
+    device = SimpleNamespace(kind="gpu", memory_bytes=os.abort)
+    with pytest.raises(UnsupportedSpec, match="accelerator: gpu: the process that asked for its memory died"):
+        preflight._memory_of(device)
