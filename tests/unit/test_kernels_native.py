@@ -32,7 +32,7 @@ def threads(request):
 
 def narrow() -> bool:
     """Whether this CPU multiplies bfloat16, for which inputs are rounded."""
-    return library().instructions() == b"avx512_bf16"
+    return library().instructions() in {b"avx512_bf16", b"amx_bf16"}
 
 
 def close(computed, expected, dtype):

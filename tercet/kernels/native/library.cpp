@@ -32,6 +32,9 @@ extern "C" {
 int lanes() { return W; }
 
 const char* instructions() {
+#if defined(TERCET_AMX)
+    if (amx()) return "amx_bf16";
+#endif
 #if defined(__AVX512BF16__)
     return "avx512_bf16";
 #elif defined(__AVX512F__)

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "gemm.h"
+#include "amx.h"
 #include "team.h"
 
 enum Format : int { FORMAT_F32 = 0, FORMAT_BF16 = 1, FORMAT_Q4 = 2, FORMAT_Q8 = 3 };
@@ -74,18 +74,25 @@ static inline void by_panels(long first, long last, long most, const Each& each)
     if (first < last) each(std::integral_constant<int, 1>{}, first);
 }
 
-// Calls tiles(NP, panel, row, rows) for all panels of a matrix, `most` at once, and all blocks of its rows of x, on the team.
-template <class Tiles>
-static void panels_by_blocks(long n, long k, long m, long most, const Tiles& tiles) {
-    long panels = (n + W - 1) / W;
-    long rows = std::max<long>(ROWS, BLOCK_BYTES / (k * 4) / ROWS * ROWS), blocks = (m + rows - 1) / rows;
+// Calls part(first panel, end, row, rows) for all panels of a matrix, in pieces of which all but the last can be taken
+// `most` panels at once, and all blocks of `rows` rows of x, on the team.
+template <class Part>
+static void parts_by_blocks(long n, long m, long rows, long most, const Part& part) {
+    long panels = (n + W - 1) / W, blocks = (m + rows - 1) / rows;
     long grain = std::max<long>(1, panels / most / (4 * Team::instance().threads())) * most;  // panels of one item
     long items = (panels + grain - 1) / grain;
     Team::instance().run(items * blocks, [&](long item) {
         long row = item / items * rows, first = item % items * grain;
-        by_panels(first, std::min(panels, first + grain), most, [&](auto np, long panel) {
-            tiles(np, panel, static_cast<int>(row), static_cast<int>(std::min(rows, m - row)));
-        });
+        part(first, std::min(panels, first + grain), row, std::min(rows, m - row));
+    });
+}
+
+// Calls tiles(NP, panel, row, rows) for all panels of a matrix, `most` at once, and all blocks of its rows of x, on the team.
+template <class Each>
+static void panels_by_blocks(long n, long k, long m, long most, const Each& tiles) {
+    long rows = std::max<long>(ROWS, BLOCK_BYTES / (k * 4) / ROWS * ROWS);
+    parts_by_blocks(n, m, rows, most, [&](long first, long last, long row, long count) {
+        by_panels(first, last, most, [&](auto np, long panel) { tiles(np, panel, static_cast<int>(row), static_cast<int>(count)); });
     });
 }
 
@@ -147,8 +154,64 @@ static void linear(const Linear& l, const float* x, long ldx, long m, const Out&
 #endif
 }
 
+#if defined(TERCET_AMX)
+constexpr long TILED_BYTES = 512 << 10;  // of the tiles of x that stay in the cache while panels pass by
+
+// Rows of x as tiles of A, [m / rows][k / PIECE][rows][PIECE]; those that fill up the last tile hold anything.
+static const uint32_t* tiled_rows(const float* x, long ldx, long k, long m, long rows) {
+    long tiles = (m + rows - 1) / rows;
+    uint32_t* to = scratch<uint32_t, 1>(tiles * rows * k / 2);
+    Team::instance().run(tiles, [&](long t) {
+        for (long r = 0; r < std::min(rows, m - t * rows); r++) {
+            const float* from = x + (t * rows + r) * ldx;
+            uint16_t* at = reinterpret_cast<uint16_t*>(to) + t * rows * k + r * PIECE;
+            for (long i = 0; i < k; i += PIECE, at += rows * PIECE)
+                for (long j = 0; j < PIECE; j += W) store_narrowed(at + j, load(from + i + j));
+        }
+    });
+    return to;
+}
+
+// As linear_into, of bf16 panels; k is a multiple of PIECE.
+static void tiled_linear_into(const Linear& l, const float* x, long ldx, long m, float* y, long ldy, bool add) {
+    static const float zeros[4 * W] = {};
+    if (m == 0) return;
+    long count = (m + ROWS_A - 1) / ROWS_A, rows = (m + count - 1) / count;  // of nearly the same size
+    long tile = rows * l.k / 2, panel_size = l.k / 2 * W;
+    long block = std::max<long>(2, TILED_BYTES / (4 * tile) / 2 * 2) * rows;
+    const uint32_t *weight = static_cast<const uint32_t*>(l.weight), *tiled = tiled_rows(x, ldx, l.k, m, rows);
+    auto multiply = [&](auto np, auto mr, long panel, long row) {
+        auto into = [&](const float* first, long first_row, float* to, long to_row) {
+            multiply_tiles<np, mr>(weight + panel * panel_size, panel_size, tiled + row / rows * tile, tile, rows, l.k / PIECE, first, first_row,
+                                   to, to_row);
+        };
+        long height = std::min(mr * rows, m - row), width = std::min<long>(np * W, l.n - panel * W);
+        float* to = y + row * ldy + panel * W;
+        const float* bias = l.bias ? l.bias + panel * W : zeros;
+        if (height == mr * rows && width == np * W && !(add && l.bias)) return into(add ? to : bias, add ? ldy : 0, to, ldy);
+        alignas(64) float edge[mr * ROWS_A * np * W];
+        for (long r = 0; r < height; r++)
+            for (long c = 0; c < width; c++) edge[r * np * W + c] = add ? to[r * ldy + c] + bias[c] : bias[c];
+        into(edge, np * W, edge, np * W);
+        for (long r = 0; r < height; r++) memcpy(to + r * ldy, edge + r * np * W, width * sizeof(float));
+    };
+    parts_by_blocks(l.n, m, block, m > ROWS_A ? 2 : 4, [&](long first, long last, long row, long height) {
+        Tiles tiles(rows);
+        by_panels(first, last, m > ROWS_A ? 2 : 4, [&](auto np, long panel) {
+            long at = row, end = row + height;
+            if constexpr (np <= 2)
+                for (; end - at > rows; at += 2 * rows) multiply(np, std::integral_constant<int, 2>{}, panel, at);
+            if (at < end) multiply(np, std::integral_constant<int, 1>{}, panel, at);
+        });
+    });
+}
+#endif
+
 // y [m, ldy] = x wᵀ + b, or added to what is there.
 static void linear_into(const Linear& l, const float* x, long ldx, long m, float* y, long ldy, bool add) {
+#if defined(TERCET_AMX)
+    if (l.format == FORMAT_BF16 && l.k % PIECE == 0 && amx()) return tiled_linear_into(l, x, ldx, m, y, ldy, add);
+#endif
     linear(l, x, ldx, m, [&](int row, int column, vf sums) {
         float* to = y + row * ldy + column;
         int count = static_cast<int>(std::min<long>(W, l.n - column));
