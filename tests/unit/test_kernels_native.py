@@ -40,6 +40,12 @@ def close(computed, expected, dtype):
     torch.testing.assert_close(computed, expected, rtol=tolerance, atol=tolerance)
 
 
+def close_attention(computed, expected, dtype):
+    """AMX rounds queries and weights too; other ways are exact to float32."""
+    tolerance = 2e-2 if library().instructions() == b"amx_bf16" and dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(computed, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (1, 2), (3, 7), (70, 34), (33, 576), (200, 130)])
 @pytest.mark.parametrize("biased", [False, True])
@@ -138,7 +144,7 @@ def test_attention(given_spans, heads, dim, size, window, dtype, threads):
     for i, ((rows, context), content) in enumerate(zip(spans, contents, strict=True)):
         mine = query[first : first + rows]
         expected = attention_reference(mine, *content.float().chunk(2, 1), window)
-        torch.testing.assert_close(out[first : first + rows], expected, rtol=2e-5, atol=2e-5)
+        close_attention(out[first : first + rows], expected, dtype)
         for at in {0, rows // 2, rows - 1}:  # the same alone, as a decode: to the bit
             alone = [(1, context - rows + at + 1)]
             lone = attended(cache, [tables[i]], alone, mine[at : at + 1], query_heads, kv_heads, dim, window)
@@ -157,7 +163,7 @@ def test_every_short_context(dtype, window, threads):
     out = attended(cache, tables, [(1, length) for length in lengths], query, 3, 1, 64, window)
     for i, (length, content) in enumerate(zip(lengths, contents, strict=True)):
         expected = attention_reference(query[i : i + 1].double(), *content.double().chunk(2, 1), window)
-        torch.testing.assert_close(out[i : i + 1].double(), expected, rtol=2e-5, atol=2e-5)
+        close_attention(out[i : i + 1].double(), expected, dtype)
         alone = attended(cache, [tables[i]], [(1, length)], query[i : i + 1], 3, 1, 64, window)
         assert torch.equal(alone[0], out[i]), f"{length} tokens alone give something else"
 
@@ -173,7 +179,7 @@ def test_long_contexts_of_many_shapes(dtype, dim, heads, kv_heads, threads):
     out = attended(cache, tables, [(1, context) for context in contexts], query, heads, kv_heads, dim, None)
     for i, content in enumerate(contents):
         expected = attention_reference(query[i : i + 1].double(), *content.double().chunk(2, 1), None)
-        torch.testing.assert_close(out[i : i + 1].double(), expected, rtol=2e-5, atol=2e-5)
+        close_attention(out[i : i + 1].double(), expected, dtype)
     library().set_threads(1)
     assert torch.equal(out, attended(cache, tables, [(1, x) for x in contexts], query, heads, kv_heads, dim, None))
 

@@ -25,6 +25,12 @@ static inline bool amx() {
     return allowed;
 }
 
+// Rows of each tile of A when m rows are divided evenly into as few as hold them.
+static inline long rows_of_tile(long m) {
+    long tiles = (m + ROWS_A - 1) / ROWS_A;
+    return (m + tiles - 1) / tiles;
+}
+
 // This thread's tiles, as long as it lives: 0 to 3 are C and 4, 5 are A, all of `rows` rows; 6, 7 are B.
 class Tiles {
 public:

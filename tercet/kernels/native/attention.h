@@ -5,7 +5,7 @@
 // chunk that it is in, or the number of threads.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_amx.h"
 
 constexpr int BLOCK_ROWS = 48;  // query rows (tokens times the query heads of a KV head) that share a tile of one item
 constexpr long MOST_PARTIALS = 8 << 20;  // floats
@@ -64,15 +64,17 @@ static inline void finish(const Item& item, const Attention& a, Partial sofar, l
     });
 }
 
+// By KV head, as Kind packs the rows of each.
+template <class Kind>
 static inline void pack_query(const Item& item, const Attention& a, float* query) {
-    long dim = a.cache.dim;
+    long rows = item.tokens() * a.group(), size = Kind::query_size(a, rows);
     for_rows(item, a, [&](long r, long token, long head) {
-        const float* from = a.query + token * a.ldq + head * dim;
-        for (long d = 0; d < dim; d++) query[r * dim + d] = from[d] * a.scale;
+        Kind::pack_query(a, rows, r % rows, a.query + token * a.ldq + head * a.cache.dim, query + r / rows * size);
     });
 }
 
 // The items of a batch, and where each one's tiles begin in one line of all tiles.
+template <class Kind>
 struct Items {
     const Attention& a;
     std::vector<Item> all;
@@ -92,41 +94,42 @@ struct Items {
     long count() const { return static_cast<long>(all.size()); }
     long rows(long i) const { return all[i].tokens() * a.heads; }
     long of_tile(long number) const { return std::upper_bound(tiles.begin(), tiles.end(), number) - tiles.begin() - 1; }
-    long partial_size() const { return most_rows * (a.width() + 2); }
-    long query_size() const { return most_rows * a.cache.dim; }
+    long partial_size() const { return most_rows * (a.width() + 2) + Kind::spare(a); }
+    long query_size() const { return Kind::query_size(a, most_rows / a.cache.kv_heads) * a.cache.kv_heads; }
 
-    template <class T>
-    void find(long i, long number, Place<T>& place) const {
+    void find(long i, long number, Place<typename Kind::Stored>& place) const {
         long first = (all[i].low(a) / TILE + number - tiles[i]) * TILE;
         place.find(a.cache, all[i].span->table, first, std::min(first + TILE, all[i].high()));
     }
 };
 
 // Rows of a partial and of the packed query: by KV head, then token, then query head of that KV head.
-template <class T>
-static void attend_tile(const Attention& a, const Item& item, const float* query, const Place<T>& place, const Place<T>* next, Partial out) {
-    long rows = item.tokens() * a.group();
+template <class Kind, class P = Place<typename Kind::Stored>>
+static void attend_tile(const Attention& a, const Item& item, const float* query, const P& place, const P* next, Partial out) {
+    long rows = item.tokens() * a.group(), size = Kind::query_size(a, rows);
+    typename Kind::Held held(rows);
     for (long head = 0; head < a.cache.kv_heads; head++) {
-        Queries queries{query + head * rows * a.cache.dim, rows, a.group(), item.position(item.first)};
-        attend_tile(a, queries, head, place, next, out.from(head * rows, a.width()));
+        Queries queries{query + head * size, rows, a.group(), item.position(item.first)};
+        Kind::attend(a, queries, head, place, next, out.from(head * rows, a.width()));
     }
 }
 
 // Tiles first .. last of the line; take(item, tile, partial) gets what each gives, in the partial of partial(item, tile).
-template <class T, class Where, class Take>
-static void attend_run(const Items& items, long first, long last, const Where& partial, const Take& take) {
+template <class Kind, class Where, class Take>
+static void attend_run(const Items<Kind>& items, long first, long last, const Where& partial, const Take& take) {
     float* query = scratch<float, 4>(items.query_size());
-    Place<T> places[2];
+    using P = Place<typename Kind::Stored>;
+    P places[2];
     long i = items.of_tile(first), next = i;
     items.find(i, first, places[0]);
     for (long number = first, packed = -1; number < last; number++, i = next) {
-        if (packed != i) pack_query(items.all[i], items.a, query), packed = i;
+        if (packed != i) pack_query<Kind>(items.all[i], items.a, query), packed = i;
         if (number + 1 == items.tiles[i + 1]) next = i + 1;
-        const Place<T>& here = places[(number - first) % 2];
-        Place<T>* ahead = number + 1 < last ? &places[(number - first + 1) % 2] : nullptr;
+        const P& here = places[(number - first) % 2];
+        P* ahead = number + 1 < last ? &places[(number - first + 1) % 2] : nullptr;
         if (ahead) items.find(next, number + 1, *ahead);
         Partial out = partial(i, number);
-        attend_tile(items.a, items.all[i], query, here, ahead, out);
+        attend_tile<Kind>(items.a, items.all[i], query, here, ahead, out);
         take(i, number, out);
     }
 }
@@ -140,14 +143,14 @@ static void in_runs(long count, const Run& run) {
 }
 
 // Of many items, each merges its own tiles one by one.
-template <class T>
-static void attend_whole(const Items& items) {
+template <class Kind>
+static void attend_whole(const Items<Kind>& items) {
     long width = items.a.width();
     in_runs(items.count(), [&](long first, long last) {
         float* memory = scratch<float, 5>(2 * items.partial_size());
         auto sofar = [&](long i) { return Partial(memory, items.rows(i)); };
         auto own = [&](long i, long) { return Partial(memory + items.partial_size(), items.rows(i)); };
-        attend_run<T>(items, items.tiles[first], items.tiles[last], own, [&](long i, long number, Partial tile) {
+        attend_run(items, items.tiles[first], items.tiles[last], own, [&](long i, long number, Partial tile) {
             if (number == items.tiles[i]) begin(sofar(i), items.rows(i), width);
             merge(sofar(i), tile, items.rows(i), width);
             if (number + 1 == items.tiles[i + 1]) finish(items.all[i], items.a, sofar(i), width);
@@ -156,12 +159,12 @@ static void attend_whole(const Items& items) {
 }
 
 // A few long contexts are divided by tiles, whose partial results are merged afterwards.
-template <class T>
-static void attend_divided(const Items& items) {
+template <class Kind>
+static void attend_divided(const Items<Kind>& items) {
     long size = items.partial_size(), width = items.a.width();
     float* partials = scratch<float, 3>(items.tiles.back() * size);
     auto partial = [&](long i, long number) { return Partial(partials + number * size, items.rows(i)); };
-    in_runs(items.tiles.back(), [&](long first, long last) { attend_run<T>(items, first, last, partial, [](long, long, Partial) {}); });
+    in_runs(items.tiles.back(), [&](long first, long last) { attend_run(items, first, last, partial, [](long, long, Partial) {}); });
     Team::instance().run(items.count(), [&](long i) {
         Partial sofar(scratch<float, 5>(size), items.rows(i));
         begin(sofar, items.rows(i), width);
@@ -170,12 +173,18 @@ static void attend_divided(const Items& items) {
     });
 }
 
+template <class Kind>
 static void attend(const Attention& a, const Span* spans, long count) {
-    Items items(a, spans, count);
+    Items<Kind> items(a, spans, count);
     long threads = Team::instance().threads();
     bool divided = threads > 1 && items.count() < 4 * threads && items.tiles.back() * items.partial_size() <= MOST_PARTIALS;
-    if (a.cache.format == FORMAT_F32)
-        divided ? attend_divided<float>(items) : attend_whole<float>(items);
-    else
-        divided ? attend_divided<uint16_t>(items) : attend_whole<uint16_t>(items);
+    divided ? attend_divided(items) : attend_whole(items);
+}
+
+static void attend(const Attention& a, const Span* spans, long count) {
+    if (a.cache.format == FORMAT_F32) return attend<Wide<float>>(a, spans, count);
+#if defined(TERCET_AMX)
+    if (amx()) return attend<Tiled>(a, spans, count);
+#endif
+    attend<Wide<uint16_t>>(a, spans, count);
 }

@@ -24,9 +24,12 @@ struct Attention {
 
 // The rows of one KV head: tokens that follow each other, of each the query heads of that KV head.
 struct Queries {
-    const float* query;    // [rows, dim], scaled
+    const float* query;    // scaled, packed
     long rows, group;      // rows of a token
     long first_position;   // of the first token
+
+    long position(long r) const { return first_position + r / group; }
+    long low(const Attention& a, long r) const { return a.window ? position(r) - a.window + 1 : 0; }  // the first key that it sees
 };
 
 // What a tile gives: of each row the largest score, the sum of the weights, and the weighted values.
@@ -49,6 +52,7 @@ struct Place {
     const T* keys[TILE];          // of all KV heads; beyond the last token they are zeros
 
     long count() const { return last - first; }
+    const T* values(long t) const { return t < count() ? keys[t] + to_values : keys[t]; }
 
     void find(const Cache& cache, const int64_t* table, long from, long to) {
         const long token = cache.kv_heads * cache.dim;
@@ -80,6 +84,12 @@ struct Ahead {
     }
 };
 
+// Values d .. d + 2 W of W keys, two in 32 bits: rows[i] lane t <- values d + 2 i and d + 2 i + 1 of key t.
+static inline void transpose_pairs(const uint16_t* const (&keys)[W], long d, vu (&rows)[W]) {
+    for (int t = 0; t < W; t++) rows[t] = load(reinterpret_cast<const uint32_t*>(keys[t] + d));
+    transpose(rows);
+}
+
 // dim values of W keys each -> panel [dim][W]. The first of dim that are done.
 static inline long transpose_keys(const float* const (&keys)[W], long dim, float* panel) {
     long d = 0;
@@ -93,10 +103,9 @@ static inline long transpose_keys(const float* const (&keys)[W], long dim, float
 }
 static inline long transpose_keys(const uint16_t* const (&keys)[W], long dim, float* panel) {
     long d = 0;
-    for (; d + 2 * W <= dim; d += 2 * W) {  // two values in 32 bits
+    for (; d + 2 * W <= dim; d += 2 * W) {
         vu rows[W];
-        for (int t = 0; t < W; t++) rows[t] = load(reinterpret_cast<const uint32_t*>(keys[t] + d));
-        transpose(rows);
+        transpose_pairs(keys, d, rows);
         for (int j = 0; j < W; j++) {
             store(panel + (d + 2 * j) * W, (vf)(rows[j] << 16));
             store(panel + (d + 2 * j + 1) * W, (vf)(rows[j] & 0xffff0000u));
@@ -156,7 +165,7 @@ static void weigh_values(const Place<T>& place, long offset, long dim, Ahead<T>&
                          float* out) {
     const T* values[TILE];
     long count = place.count(), wide = (dim + W - 1) / W;
-    for (long t = 0; t < count; t++) values[t] = place.keys[t] + place.to_values + offset;
+    for (long t = 0; t < count; t++) values[t] = place.values(t) + offset;
     auto write = [&](int row, int column, vf s) { store(out + row * wide * W + column, s); };
     bool packed = rows > FEW_ROWS || dim % W;
     if (packed) pack_values(values, count, dim, panels);
@@ -187,19 +196,34 @@ static inline float softmax_row(float* scores, long first, long low, long high, 
     return sum(total);
 }
 
-// The queries of one KV head over the tile at `place`, while the tile at `next` comes from memory.
+// Attention in float32, over a cache of T.
 template <class T>
-static void attend_tile(const Attention& a, const Queries& q, long head, const Place<T>& place, const Place<T>* next, Partial out) {
-    long dim = a.cache.dim, offset = head * dim;
-    float* keys = scratch<float, 2>(TILE * (dim + W) + a.width() * VALUES + q.rows * TILE);
-    float *values = keys + TILE * (dim + W), *scores = values + a.width() * VALUES;
-    Ahead<T> ahead{next, offset, dim};
-    score_keys(q, place, offset, dim, ahead, keys, scores);
-    for (long r = 0; r < q.rows; r++) {
-        ahead.ask(AT_ONCE);
-        long position = q.first_position + r / q.group, low = a.window ? position - a.window + 1 : 0;
-        out.total[r] = softmax_row(scores + r * TILE, place.first, low, position + 1, out.largest + r);
+struct Wide {
+    using Stored = T;
+    struct Held {  // by the thread, while it attends rows of which each KV head has so many
+        explicit Held(long) {}
+    };
+
+    static long query_size(const Attention& a, long rows) { return rows * a.cache.dim; }  // floats
+    static long spare(const Attention&) { return 0; }  // floats beyond the last row of a result, that may be written to
+
+    // Row r of a KV head's `rows`.
+    static void pack_query(const Attention& a, long, long r, const float* from, float* query) {
+        for (long d = 0; d < a.cache.dim; d++) query[r * a.cache.dim + d] = from[d] * a.scale;
     }
-    weigh_values(place, offset, dim, ahead, scores, q.rows, values, out.values);
-    ahead.ask(TILE);
-}
+
+    // The queries of one KV head over the tile at `place`, while the tile at `next` comes from memory.
+    static void attend(const Attention& a, const Queries& q, long head, const Place<T>& place, const Place<T>* next, Partial out) {
+        long dim = a.cache.dim, offset = head * dim;
+        float* keys = scratch<float, 2>(TILE * (dim + W) + a.width() * VALUES + q.rows * TILE);
+        float *values = keys + TILE * (dim + W), *scores = values + a.width() * VALUES;
+        Ahead<T> ahead{next, offset, dim};
+        score_keys(q, place, offset, dim, ahead, keys, scores);
+        for (long r = 0; r < q.rows; r++) {
+            ahead.ask(AT_ONCE);
+            out.total[r] = softmax_row(scores + r * TILE, place.first, q.low(a, r), q.position(r) + 1, out.largest + r);
+        }
+        weigh_values(place, offset, dim, ahead, scores, q.rows, values, out.values);
+        ahead.ask(TILE);
+    }
+};

@@ -142,10 +142,11 @@ static inline void panels_by_rows(const typename P::Weight* w, long panel, const
     }
 }
 
-// A buffer of this thread that grows as needed.
+// A buffer of this thread that grows as needed. It begins with a line of the cache, as vectors and tiles do then.
 template <class T, int N>
 static inline T* scratch(size_t count) {
+    constexpr size_t LINE = 64;
     static thread_local std::vector<T> memory;
-    if (memory.size() < count) memory.resize(count);
-    return memory.data();
+    if (memory.size() < count + LINE / sizeof(T)) memory.resize(count + LINE / sizeof(T));
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + LINE - 1) / LINE * LINE);
 }

@@ -176,8 +176,7 @@ static const uint32_t* tiled_rows(const float* x, long ldx, long k, long m, long
 static void tiled_linear_into(const Linear& l, const float* x, long ldx, long m, float* y, long ldy, bool add) {
     static const float zeros[4 * W] = {};
     if (m == 0) return;
-    long count = (m + ROWS_A - 1) / ROWS_A, rows = (m + count - 1) / count;  // of nearly the same size
-    long tile = rows * l.k / 2, panel_size = l.k / 2 * W;
+    long rows = rows_of_tile(m), tile = rows * l.k / 2, panel_size = l.k / 2 * W;
     long block = std::max<long>(2, TILED_BYTES / (4 * tile) / 2 * 2) * rows;
     const uint32_t *weight = static_cast<const uint32_t*>(l.weight), *tiled = tiled_rows(x, ldx, l.k, m, rows);
     auto multiply = [&](auto np, auto mr, long panel, long row) {
