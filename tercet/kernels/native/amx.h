@@ -25,6 +25,9 @@ static inline bool amx() {
     return allowed;
 }
 
+// To the nearest bfloat16, as store_narrowed, but what is below the normal numbers becomes 0, as a tile takes it.
+static inline void store_rounded(uint16_t* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+
 // Rows of each tile of A when m rows are divided evenly into as few as hold them.
 static inline long rows_of_tile(long m) {
     long tiles = (m + ROWS_A - 1) / ROWS_A;

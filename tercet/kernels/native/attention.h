@@ -7,7 +7,6 @@
 
 #include "attention_amx.h"
 
-constexpr int BLOCK_ROWS = 48;  // query rows (tokens times the query heads of a KV head) that share a tile of one item
 constexpr long MOST_PARTIALS = 8 << 20;  // floats
 constexpr long RUNS = 4;  // pieces of a batch for each thread
 
@@ -31,14 +30,18 @@ struct Item {  // query tokens first .. last of a span, all their heads
 
 // Adds a tile's partial result to what the tiles before it gave.
 static inline void merge(Partial sofar, Partial tile, long rows, long width) {
-    for (long r = 0; r < rows; r++) {
-        if (tile.total[r] == 0) continue;  // it sees no key of this tile
-        float top = std::max(sofar.largest[r], tile.largest[r]);
-        float old = std::exp(sofar.largest[r] - top), fresh = std::exp(tile.largest[r] - top);
-        float *to = sofar.values + r * width, *from = tile.values + r * width;
-        for (long d = 0; d < width; d += W) store(to + d, load(to + d) * old + load(from + d) * fresh);
-        sofar.total[r] = sofar.total[r] * old + tile.total[r] * fresh;
-        sofar.largest[r] = top;
+    for (long first = 0; first < rows; first += W) {
+        int count = static_cast<int>(std::min<long>(W, rows - first));
+        vf before = load(sofar.largest + first, count), now = load(tile.largest + first, count), top = larger(before, now);
+        vf old = exponential(before - top), fresh = exponential(now - top);
+        for (int i = 0; i < count; i++) {
+            long r = first + i;
+            if (tile.total[r] == 0) continue;  // it sees no key of this tile
+            float *to = sofar.values + r * width, *from = tile.values + r * width;
+            for (long d = 0; d < width; d += W) store(to + d, load(to + d) * old[i] + load(from + d) * fresh[i]);
+            sofar.total[r] = sofar.total[r] * old[i] + tile.total[r] * fresh[i];
+            sofar.largest[r] = top[i];
+        }
     }
 }
 
@@ -82,7 +85,7 @@ struct Items {
     long most_rows = 0;
 
     Items(const Attention& a, const Span* spans, long count) : a(a) {
-        long tokens = std::max<long>(1, BLOCK_ROWS / a.group());
+        long tokens = std::max<long>(1, Kind::BLOCK_ROWS / a.group());
         for (long s = 0; s < count; s++)
             for (long first = 0; first < spans[s].rows; first += tokens) {
                 Item item{spans + s, first, std::min<long>(spans[s].rows, first + tokens)};

@@ -28,7 +28,7 @@ static inline void tile_row(const float* from, float scale, long dim, long each,
     for (long d = 0; d < dim; d += PIECE, to += each * PIECE)
         for (long j = 0; j < PIECE; j += W) {
             long count = std::clamp<long>(dim - d - j, 0, W);
-            store_narrowed(to + j, (count == W ? load(from + d + j) : load(from + d + j, static_cast<int>(count))) * scale);
+            store_rounded(to + j, (count == W ? load(from + d + j) : load(from + d + j, static_cast<int>(count))) * scale);
         }
 }
 
@@ -50,8 +50,9 @@ static inline void pair_keys(const Place<uint16_t>& place, long offset, long dim
 }
 
 // Values as panels [TILE / 2][W] of pairs of tokens.
-static inline void pair_values(const Place<uint16_t>& place, long offset, long dim, uint32_t* panels) {
+static inline void pair_values(const Place<uint16_t>& place, long offset, long dim, Ahead<uint16_t>& ahead, uint32_t* panels) {
     for (long t = 0; t < TILE; t += 2, panels += W) {
+        if (t % (2 * AT_ONCE) == 0) ahead.ask(AT_ONCE);
         const uint16_t *first = place.values(t) + offset, *second = place.values(t + 1) + offset;
         long d = 0;
         for (; d + W <= dim; d += W) store(panels + d * TILE / 2, (vu)widened(first + d) >> 16 | (vu)widened(second + d));
@@ -76,6 +77,7 @@ static inline void multiply_rows(const TiledRows& t, const uint32_t* x, long pie
 
 struct Tiled {
     using Stored = uint16_t;
+    static constexpr int BLOCK_ROWS = 96;
     struct Held : Tiles {
         explicit Held(long rows) : Tiles(rows_of_tile(rows)) {}
     };
@@ -100,12 +102,11 @@ struct Tiled {
         multiply_rows(t, reinterpret_cast<const uint32_t*>(q.query), t.pieces, keys, TILE / W, scores, TILE);
         for (long r = 0; r < q.rows; r++) {
             ahead.ask(AT_ONCE);
-            float* row = scores + r * TILE;
-            out.total[r] = softmax_row(row, place.first, q.low(a, r), q.position(r) + 1, out.largest + r);
-            tile_row(row, 1, TILE, t.each, t.row(weights, r, TILE / PIECE));
+            uint16_t* row = t.row(weights, r, TILE / PIECE);
+            auto keep = [&](int at, vf some) { store_rounded(row + at / PIECE * t.each * PIECE + at % PIECE, some); };
+            out.total[r] = softmax_row(scores + r * TILE, place.first, q.low(a, r), q.position(r) + 1, out.largest + r, keep);
         }
-        ahead.ask(2 * AT_ONCE);
-        pair_values(place, offset, a.cache.dim, values);
+        pair_values(place, offset, a.cache.dim, ahead, values);
         ahead.ask(TILE);
         multiply_rows(t, weights, TILE / PIECE, values, a.width() / W, out.values, a.width());
     }

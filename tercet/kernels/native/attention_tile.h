@@ -177,8 +177,9 @@ static void weigh_values(const Place<T>& place, long offset, long dim, Ahead<T>&
     });
 }
 
-// Scores of one row against keys first .. first + TILE -> weights in place; -> sum. Only keys low .. high count.
-static inline float softmax_row(float* scores, long first, long low, long high, float* largest) {
+// Scores of one row against keys first .. first + TILE -> keep(t, weights t .. t + W); -> sum. Only keys low .. high count.
+template <class Keep>
+static inline float softmax_row(float* scores, long first, long low, long high, float* largest, const Keep& keep) {
     long from = std::max<long>(0, low - first), to = std::max<long>(from, std::min<long>(TILE, high - first));
     for (long t = 0; t < from; t++) scores[t] = -INFINITY;
     for (long t = to; t < TILE; t++) scores[t] = -INFINITY;
@@ -186,11 +187,10 @@ static inline float softmax_row(float* scores, long first, long low, long high, 
     for (int t = 0; t < TILE; t += W) most = larger(load(scores + t), most);
     float top = largest_lane(most);
     *largest = top;
-    if (from == to) return 0;
     vf total = {};
     for (int t = 0; t < TILE; t += W) {
-        vf weight = exponential(load(scores + t) - top);
-        store(scores + t, weight);
+        vf weight = from == to ? vf{} : exponential(load(scores + t) - top);
+        keep(t, weight);
         total += weight;
     }
     return sum(total);
@@ -200,6 +200,7 @@ static inline float softmax_row(float* scores, long first, long low, long high, 
 template <class T>
 struct Wide {
     using Stored = T;
+    static constexpr int BLOCK_ROWS = 48;  // query rows (tokens times the query heads of a KV head) that share a tile of one item
     struct Held {  // by the thread, while it attends rows of which each KV head has so many
         explicit Held(long) {}
     };
@@ -221,7 +222,9 @@ struct Wide {
         score_keys(q, place, offset, dim, ahead, keys, scores);
         for (long r = 0; r < q.rows; r++) {
             ahead.ask(AT_ONCE);
-            out.total[r] = softmax_row(scores + r * TILE, place.first, q.low(a, r), q.position(r) + 1, out.largest + r);
+            float* row = scores + r * TILE;
+            auto keep = [&](int t, vf weights) { store(row + t, weights); };
+            out.total[r] = softmax_row(row, place.first, q.low(a, r), q.position(r) + 1, out.largest + r, keep);
         }
         weigh_values(place, offset, dim, ahead, scores, q.rows, values, out.values);
         ahead.ask(TILE);

@@ -166,7 +166,7 @@ static const uint32_t* tiled_rows(const float* x, long ldx, long k, long m, long
             const float* from = x + (t * rows + r) * ldx;
             uint16_t* at = reinterpret_cast<uint16_t*>(to) + t * rows * k + r * PIECE;
             for (long i = 0; i < k; i += PIECE, at += rows * PIECE)
-                for (long j = 0; j < PIECE; j += W) store_narrowed(at + j, load(from + i + j));
+                for (long j = 0; j < PIECE; j += W) store_rounded(at + j, load(from + i + j));
         }
     });
     return to;

@@ -88,20 +88,24 @@ static inline void store_narrowed(uint16_t* p, vf x) {
     *reinterpret_cast<vh*>(p) = __builtin_convertvector(narrowed(x), vh);
 }
 
-static inline float sum(vf x) {
-    float lanes[W], total = 0;
-    store(lanes, x);
-    for (int i = 0; i < W; i++) total += lanes[i];
-    return total;
-}
-
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
-static inline float largest_lane(vf x) {
-    float most = x[0];
-    for (int i = 1; i < W; i++) most = x[i] > most ? x[i] : most;
-    return most;
+// Each lane beside the one `STRIDE` away.
+template <int STRIDE, size_t... LANE>
+static inline vf swapped(vf x, std::index_sequence<LANE...>) {
+    return __builtin_shufflevector(x, x, (LANE ^ STRIDE)...);
 }
+
+// All lanes joined to one, half by half.
+template <int STRIDE = W / 2, class Join>
+static inline float joined(vf x, const Join& join) {
+    vf both = join(x, swapped<STRIDE>(x, std::make_index_sequence<W>{}));
+    if constexpr (STRIDE == 1) return both[0];
+    else return joined<STRIDE / 2>(both, join);
+}
+
+static inline float sum(vf x) { return joined(x, [](vf a, vf b) { return a + b; }); }
+static inline float largest_lane(vf x) { return joined(x, larger); }
 
 // e^x, 2 ulp; 0 below -87, e^88 above 88, NaN for NaN. Range reduction to |r| <= ln2 / 2 and a polynomial of degree 6 (Cody and Waite).
 static inline vf exponential(vf x) {
