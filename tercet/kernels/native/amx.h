@@ -34,6 +34,22 @@ static inline long rows_of_tile(long m) {
     return (m + tiles - 1) / tiles;
 }
 
+// Rows of bfloat16 as tiles of A, [tiles][pieces][each][PIECE]; those that fill up the last tile hold anything.
+struct TiledRows {
+    uint32_t* at;
+    long rows, pieces, each;  // each: rows of a tile
+
+    TiledRows(uint32_t* at, long rows, long pieces) : at(at), rows(rows), pieces(pieces), each(rows_of_tile(rows)) {}
+    long tiles() const { return (rows + each - 1) / each; }
+    long tile_words() const { return each * pieces * W; }
+    long words() const { return tiles() * tile_words(); }
+    const uint32_t* tile_of(long r) const { return at + r / each * tile_words(); }
+    uint16_t* row(long r) const { return reinterpret_cast<uint16_t*>(at + r / each * tile_words() + r % each * W); }
+
+    // The first of W values of row r, from value i on.
+    uint16_t* value(long r, long i) const { return row(r) + i / PIECE * each * PIECE + i % PIECE; }
+};
+
 // This thread's tiles, as long as it lives: 0 to 3 are C and 4, 5 are A, all of `rows` rows; 6, 7 are B.
 class Tiles {
 public:
@@ -52,15 +68,16 @@ public:
     Tiles& operator=(const Tiles&) = delete;
 };
 
-// MR tiles of A, `a` words apart, times NP panels, `panel` words apart, over `pieces`. Tile (t, p) of the sums begins with
-// what lies at first + t * rows * first_row + p * W, in rows `first_row` apart, and goes to the like place from y on.
+// MR tiles of x, the first that of row r, times NP panels, `panel` words apart. Tile (t, p) of the sums begins with what
+// lies at first + t * x.each * first_row + p * W, in rows `first_row` apart, and goes to the like place from y on.
 // Intrinsics take no tile numbers but literals.
 template <int NP, int MR>
-static inline void multiply_tiles(const uint32_t* w, long panel, const uint32_t* x, long a, long rows, long pieces, const float* first,
-                                  long first_row, float* y, long ldy) {
+static inline void multiply_tiles(const TiledRows& x, long r, const uint32_t* w, long panel, const float* first, long first_row, float* y,
+                                  long ldy) {
     static_assert(MR == 1 || NP <= 2);
-    long first_bytes = first_row * 4, y_bytes = ldy * 4;
-    const float* second = first + rows * first_row;
+    long first_bytes = first_row * 4, y_bytes = ldy * 4, below = x.tile_words();
+    const uint32_t* a = x.tile_of(r);
+    const float* second = first + x.each * first_row;
     asm volatile("" : : : "memory");  // what was written to x and to `first` is there
     _tile_loadd(0, first, first_bytes);
     if constexpr (NP > 1) _tile_loadd(1, first + W, first_bytes);
@@ -68,10 +85,10 @@ static inline void multiply_tiles(const uint32_t* w, long panel, const uint32_t*
     if constexpr (NP > 3) _tile_loadd(3, first + 3 * W, first_bytes);
     if constexpr (MR > 1) _tile_loadd(2, second, first_bytes);
     if constexpr (MR > 1 && NP > 1) _tile_loadd(3, second + W, first_bytes);
-    for (long i = 0; i < pieces; i++, x += rows * W, w += PIECE / 2 * W) {
-        _tile_loadd(4, x, 64);
+    for (long i = 0; i < x.pieces; i++, a += x.each * W, w += PIECE / 2 * W) {
+        _tile_loadd(4, a, 64);
         _tile_loadd(6, w, 64);
-        if constexpr (MR > 1) _tile_loadd(5, x + a, 64);
+        if constexpr (MR > 1) _tile_loadd(5, a + below, 64);
         if constexpr (NP > 1) _tile_loadd(7, w + panel, 64);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (MR > 1) _tile_dpbf16ps(2, 5, 6);
@@ -82,12 +99,12 @@ static inline void multiply_tiles(const uint32_t* w, long panel, const uint32_t*
         if constexpr (NP > 2) _tile_dpbf16ps(2, 4, 6);
         if constexpr (NP > 3) _tile_dpbf16ps(3, 4, 7);
     }
-    float* below = y + rows * ldy;
+    float* y_second = y + x.each * ldy;
     _tile_stored(0, y, y_bytes);
     if constexpr (NP > 1) _tile_stored(1, y + W, y_bytes);
     if constexpr (NP > 2) _tile_stored(2, y + 2 * W, y_bytes);
     if constexpr (NP > 3) _tile_stored(3, y + 3 * W, y_bytes);
-    if constexpr (MR > 1) _tile_stored(2, below, y_bytes);
-    if constexpr (MR > 1 && NP > 1) _tile_stored(3, below + W, y_bytes);
+    if constexpr (MR > 1) _tile_stored(2, y_second, y_bytes);
+    if constexpr (MR > 1 && NP > 1) _tile_stored(3, y_second + W, y_bytes);
 }
 #endif

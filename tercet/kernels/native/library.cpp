@@ -1,13 +1,15 @@
 // What Python calls (library.py): each operation alone, and all layers of a step in one call.
 
 #include "attention.h"
+#include "mlp.h"
 #include "sampling.h"
 
 struct Layer {
     const float* attention_norm;  // [hidden]
     const float* qk_norm;         // [heads + kv_heads, dim] or null
     const float* mlp_norm;        // [hidden]
-    Linear qkv, output, gate_up, down;
+    Linear qkv, output;
+    Mlp mlp;
     int64_t window;
 };
 
@@ -92,7 +94,7 @@ int layers_forward(const Layer* layers, int64_t count, const Shape* s, const Ste
     long rows = step->rows, width = (s->heads + 2 * s->kv_heads) * s->dim, attended_width = s->heads * s->dim;
     float* normed = scratch<float, 6>(rows * (s->hidden + width + attended_width + 3 * s->intermediate));
     float *qkv = normed + rows * s->hidden, *attended = qkv + rows * width;
-    float *gate_up = attended + rows * attended_width, *activated = gate_up + rows * 2 * s->intermediate;
+    float* between = attended + rows * attended_width;
     Step here = *step;
     for (int64_t i = 0; i < count; i++) {
         const Layer& layer = layers[i];
@@ -104,9 +106,7 @@ int layers_forward(const Layer* layers, int64_t count, const Shape* s, const Ste
         attention_forward(qkv, width, s, &here, layer.window, attended);
         linear_into(layer.output, attended, attended_width, rows, x, s->hidden, true);
         rms_norm(x, layer.mlp_norm, s->eps, rows, s->hidden, normed);
-        linear_into(layer.gate_up, normed, s->hidden, rows, gate_up, 2 * s->intermediate, false);
-        silu_and_mul(gate_up, rows, s->intermediate, activated);
-        linear_into(layer.down, activated, s->intermediate, rows, x, s->hidden, true);
+        mlp_into(layer.mlp, normed, rows, x, between);
         done->fetch_add(1, std::memory_order_relaxed);
     }
     return 0;

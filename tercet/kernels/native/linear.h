@@ -156,50 +156,56 @@ static void linear(const Linear& l, const float* x, long ldx, long m, const Out&
 
 #if defined(TERCET_AMX)
 constexpr long TILED_BYTES = 512 << 10;  // of the tiles of x that stay in the cache while panels pass by
+static const float ZEROS[4 * W] = {};
 
-// Rows of x as tiles of A, [m / rows][k / PIECE][rows][PIECE]; those that fill up the last tile hold anything.
-static const uint32_t* tiled_rows(const float* x, long ldx, long k, long m, long rows) {
-    long tiles = (m + rows - 1) / rows;
-    uint32_t* to = scratch<uint32_t, 1>(tiles * rows * k / 2);
-    Team::instance().run(tiles, [&](long t) {
-        for (long r = 0; r < std::min(rows, m - t * rows); r++) {
-            const float* from = x + (t * rows + r) * ldx;
-            uint16_t* at = reinterpret_cast<uint16_t*>(to) + t * rows * k + r * PIECE;
-            for (long i = 0; i < k; i += PIECE, at += rows * PIECE)
-                for (long j = 0; j < PIECE; j += W) store_rounded(at + j, load(from + i + j));
-        }
-    });
-    return to;
+// Whether the tiles of AMX multiply these weights: those of one layer always, or never.
+static inline bool by_tiles(const Linear& l) { return l.format == FORMAT_BF16 && l.k % PIECE == 0 && amx(); }
+
+template <int N>
+static TiledRows tiled_scratch(long rows, long k) {
+    return {scratch<uint32_t, N>(TiledRows(nullptr, rows, k / PIECE).words()), rows, k / PIECE};
 }
 
-// As linear_into, of bf16 panels; k is a multiple of PIECE.
-static void tiled_linear_into(const Linear& l, const float* x, long ldx, long m, float* y, long ldy, bool add) {
-    static const float zeros[4 * W] = {};
-    if (m == 0) return;
-    long rows = rows_of_tile(m), tile = rows * l.k / 2, panel_size = l.k / 2 * W;
-    long block = std::max<long>(2, TILED_BYTES / (4 * tile) / 2 * 2) * rows;
-    const uint32_t *weight = static_cast<const uint32_t*>(l.weight), *tiled = tiled_rows(x, ldx, l.k, m, rows);
+static TiledRows tiled_rows(const float* x, long ldx, long k, long m) {
+    TiledRows tiled = tiled_scratch<1>(m, k);
+    Team::instance().run(tiled.tiles(), [&](long t) {
+        for (long r = t * tiled.each; r < std::min(m, (t + 1) * tiled.each); r++)
+            for (long i = 0; i < k; i += W) store_rounded(tiled.value(r, i), load(x + r * ldx + i));
+    });
+    return tiled;
+}
+
+// Calls part(first panel, end, row, rows) as parts_by_blocks does, with tiles for the rows of x.
+template <class Part>
+static void parts_of_tiles(long n, const TiledRows& x, long most, const Part& part) {
+    long block = std::max<long>(2, TILED_BYTES / (4 * x.tile_words()) / 2 * 2) * x.each;
+    parts_by_blocks(n, x.rows, block, most, [&](long first, long last, long row, long rows) {
+        Tiles tiles(x.each);
+        part(first, last, row, rows);
+    });
+}
+
+// y [m, ldy] = x wᵀ + b, or added to what is there.
+static void tiled_linear_into(const Linear& l, const TiledRows& x, float* y, long ldy, bool add) {
+    long panel_size = l.k / 2 * W, most = x.rows > ROWS_A ? 2 : 4;
     auto multiply = [&](auto np, auto mr, long panel, long row) {
-        auto into = [&](const float* first, long first_row, float* to, long to_row) {
-            multiply_tiles<np, mr>(weight + panel * panel_size, panel_size, tiled + row / rows * tile, tile, rows, l.k / PIECE, first, first_row,
-                                   to, to_row);
-        };
-        long height = std::min(mr * rows, m - row), width = std::min<long>(np * W, l.n - panel * W);
+        const uint32_t* from = static_cast<const uint32_t*>(l.weight) + panel * panel_size;
+        long height = std::min(mr * x.each, x.rows - row), width = std::min<long>(np * W, l.n - panel * W);
         float* to = y + row * ldy + panel * W;
-        const float* bias = l.bias ? l.bias + panel * W : zeros;
-        if (height == mr * rows && width == np * W && !(add && l.bias)) return into(add ? to : bias, add ? ldy : 0, to, ldy);
+        const float* bias = l.bias ? l.bias + panel * W : ZEROS;
+        if (height == mr * x.each && width == np * W && !(add && l.bias))
+            return multiply_tiles<np, mr>(x, row, from, panel_size, add ? to : bias, add ? ldy : 0, to, ldy);
         alignas(64) float edge[mr * ROWS_A * np * W];
         for (long r = 0; r < height; r++)
             for (long c = 0; c < width; c++) edge[r * np * W + c] = add ? to[r * ldy + c] + bias[c] : bias[c];
-        into(edge, np * W, edge, np * W);
+        multiply_tiles<np, mr>(x, row, from, panel_size, edge, np * W, edge, np * W);
         for (long r = 0; r < height; r++) memcpy(to + r * ldy, edge + r * np * W, width * sizeof(float));
     };
-    parts_by_blocks(l.n, m, block, m > ROWS_A ? 2 : 4, [&](long first, long last, long row, long height) {
-        Tiles tiles(rows);
-        by_panels(first, last, m > ROWS_A ? 2 : 4, [&](auto np, long panel) {
-            long at = row, end = row + height;
+    parts_of_tiles(l.n, x, most, [&](long first, long last, long row, long rows) {
+        by_panels(first, last, most, [&](auto np, long panel) {
+            long at = row, end = row + rows;
             if constexpr (np <= 2)
-                for (; end - at > rows; at += 2 * rows) multiply(np, std::integral_constant<int, 2>{}, panel, at);
+                for (; end - at > x.each; at += 2 * x.each) multiply(np, std::integral_constant<int, 2>{}, panel, at);
             if (at < end) multiply(np, std::integral_constant<int, 1>{}, panel, at);
         });
     });
@@ -209,7 +215,7 @@ static void tiled_linear_into(const Linear& l, const float* x, long ldx, long m,
 // y [m, ldy] = x wᵀ + b, or added to what is there.
 static void linear_into(const Linear& l, const float* x, long ldx, long m, float* y, long ldy, bool add) {
 #if defined(TERCET_AMX)
-    if (l.format == FORMAT_BF16 && l.k % PIECE == 0 && amx()) return tiled_linear_into(l, x, ldx, m, y, ldy, add);
+    if (m > 0 && by_tiles(l)) return tiled_linear_into(l, tiled_rows(x, ldx, l.k, m), y, ldy, add);
 #endif
     linear(l, x, ldx, m, [&](int row, int column, vf sums) {
         float* to = y + row * ldy + column;

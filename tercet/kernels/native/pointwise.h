@@ -34,15 +34,14 @@ static void rms_norm(const float* x, const float* weight, float eps, long rows, 
     for_rows(rows, n, [&](long r) { rms_norm_row(x + r * n, weight, eps, n, y + r * n); });
 }
 
+static inline vf silu(vf x) { return x / (1.0f + exponential(-x)); }
+
 // gate_up [rows, 2n], the gate's columns first -> y [rows, n] = silu(gate) * up.
 static void silu_and_mul(const float* gate_up, long rows, long n, float* y) {
     for_rows(rows, n, [&](long r) {
         const float *gate = gate_up + r * 2 * n, *up = gate + n;
         long i = 0;
-        for (; i + W <= n; i += W) {
-            vf g = load(gate + i);
-            store(y + r * n + i, g / (1.0f + exponential(-g)) * load(up + i));
-        }
+        for (; i + W <= n; i += W) store(y + r * n + i, silu(load(gate + i)) * load(up + i));
         for (; i < n; i++) y[r * n + i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
     });
 }

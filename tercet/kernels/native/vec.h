@@ -111,16 +111,16 @@ static inline float largest_lane(vf x) { return joined(x, larger); }
 static inline vf exponential(vf x) {
     vf low = splat(-87.0f), high = splat(88.0f);
     vf bounded = x < low ? low : x > high ? high : x;
-    vf shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+    vf shifted = fma(bounded, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: the sum's low bits are the nearest integer
     vf n = shifted - 12582912.0f;
-    vf r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), bounded));
     vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
     vf power = (vf)((((vi)shifted << 23)) + (127 << 23));
     vf result = p * power;
     return x < low ? vf{} : result;
