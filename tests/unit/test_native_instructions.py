@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tercet.kernels.native import trial
+from tercet.kernels.native import operations, trial
+from tercet.kernels.native.layers import NativeLayer, NativeLayers, NativeShape, NativeStep
 from tercet.kernels.native.library import library
 from tercet.kernels.native.linear import NativeLinear
 
@@ -80,6 +81,58 @@ def test_every_number_of_rows(n, k, threads):
         assert torch.equal(layer.linear(x[:rows]), whole[:rows]), f"{rows} rows change the result of a row"
         assert torch.equal(layer.linear(x[50 - rows :]), whole[50 - rows :]), f"{rows} rows elsewhere"
     library().set_threads(1)
+
+
+def layer_of(hidden, width, biased):
+    """A layer of 4 query heads over 2 KV heads of 32, and its context of up to 64 tokens."""
+    torch.manual_seed(width)
+
+    def of(n, k):
+        return NativeLinear((torch.randn(n, k) / k**0.5).bfloat16(), torch.randn(n) / 4 if biased else None)
+
+    norms, angles = torch.rand(2, hidden), torch.outer(torch.arange(64.0), torch.arange(1, 17) / 16)
+    shape = NativeShape(4, 2, 32, 1e-5, angles.cos(), angles.sin())
+    linears = of(256, hidden), of(hidden, 128), of(2 * width, hidden), of(hidden, width)
+    return shape, NativeLayer(norms[0], None, norms[1], *linears, None)
+
+
+def forward(shape, layer, x, chunks):
+    """Chunk after chunk over one cache."""
+    layers, cache = NativeLayers(shape, [layer]), torch.zeros(1, 4, 2, 16, 2, 32, dtype=torch.bfloat16)
+    table, first, outs = torch.arange(4), 0, []
+    for rows in chunks:
+        at = torch.arange(first, first + rows)
+        out = x[first : first + rows].clone()
+        first += rows
+        layers.forward(out, NativeStep(at, at, operations.spans([(0, rows, first, table)])), cache, None)
+        outs.append(out)
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(64, 96), (96, 64), (70, 96), (64, 48)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_layer_in_chunks(hidden, width, biased, threads):
+    """The right values, and the same to the bit however the tokens are divided."""
+    library().set_threads(threads)
+    shape, layer = layer_of(hidden, width, biased)
+    x = torch.randn(60, hidden)
+    whole = forward(shape, layer, x, [60])
+    for chunks in ([1] * 60, [17, 1, 33, 9], [2, 16, 32, 10], [48, 12]):
+        assert torch.equal(forward(shape, layer, x, chunks), whole), f"chunks of {chunks}"
+    library().set_threads(1)
+    torch.testing.assert_close(whole, by_operations(shape, layer, x), rtol=3e-2, atol=3e-2)
+
+
+def by_operations(shape, layer, x):
+    """Each operation of the layer alone."""
+    at, table, cache = torch.arange(60), torch.arange(4), torch.zeros(4, 2, 16, 2, 32, dtype=torch.bfloat16)
+    step = NativeStep(at, at, operations.spans([(0, 60, 60, table)]))
+    qkv = layer.qkv.linear(operations.rms_norm(x, layer.attention_norm, 1e-5)).view(60, 8, 32)
+    operations.rotate_and_write(qkv, None, shape, step, cache)
+    x = x + layer.output.linear(operations.attend(qkv[:, :4], shape, step, cache, None).flatten(1))
+    gates = layer.gate_up.linear(operations.rms_norm(x, layer.mlp_norm, 1e-5))
+    return x + layer.down.linear(operations.silu_and_mul(gates))
 
 
 def test_a_child_has_the_same_instructions():
