@@ -26,7 +26,9 @@ static inline bool amx() {
 }
 
 // To the nearest bfloat16, as store_narrowed, but what is below the normal numbers becomes 0, as a tile takes it.
-static inline void store_rounded(uint16_t* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+static inline void store_rounded(uint16_t* p, vf x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
 
 // Rows of each tile of A when m rows are divided evenly into as few as hold them.
 static inline long rows_of_tile(long m) {
@@ -44,10 +46,9 @@ struct TiledRows {
     long tile_words() const { return each * pieces * W; }
     long words() const { return tiles() * tile_words(); }
     const uint32_t* tile_of(long r) const { return at + r / each * tile_words(); }
-    uint16_t* row(long r) const { return reinterpret_cast<uint16_t*>(at + r / each * tile_words() + r % each * W); }
-
-    // The first of W values of row r, from value i on.
-    uint16_t* value(long r, long i) const { return row(r) + i / PIECE * each * PIECE + i % PIECE; }
+    uint16_t* value(long r, long i) const {  // the values of row r from i on lie there, up to the end of a piece
+        return reinterpret_cast<uint16_t*>(at + r / each * tile_words()) + (i / PIECE * each + r % each) * PIECE + i % PIECE;
+    }
 };
 
 // This thread's tiles, as long as it lives: 0 to 3 are C and 4, 5 are A, all of `rows` rows; 6, 7 are B.
