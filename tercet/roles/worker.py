@@ -206,7 +206,9 @@ class Worker:
 def _region_of(layout: KvLayout, transport: str, kernels: Kernels) -> KvRegion:
     """Memory for the KV, where the transport can reach it. Raises SpecError, UnsupportedSpec."""
     if not in_device_memory(transport):
-        return Region(layout)
+        region = Region(layout)
+        region.populate()
+        return region
     usable(transport)  # raises if it is not
     from tercet.transfer.memory.cuda import CudaGpu
 

@@ -3,6 +3,7 @@ with its last process. For a cache on a device it is the host copy (engine/kv_ca
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -12,13 +13,15 @@ import numpy as np
 
 from tercet.transfer.memory.layout import KvLayout
 
+MADV_POPULATE_WRITE = 23  # Linux 5.14
 SCRATCH = 1 << 20  # bytes behind the cache for measuring links; they never hold KV
 
 
 class Region:
     """A memfd of the cache and a scratch, mapped here. It has no name in the file system, so nothing can leak by name.
 
-    The size is sealed: a peer that maps it cannot shrink it under us. Pages are taken when first written.
+    The size is sealed: a peer that maps it cannot shrink it under us. Pages are taken when first written, or all
+    of them by `populate`.
     """
 
     def __init__(self, layout: KvLayout) -> None:
@@ -30,6 +33,11 @@ class Region:
         self._map = mmap.mmap(self.fd, self.num_bytes)
         self.memory = memoryview(self._map)
         self.view = self.memory[: layout.total_bytes]
+
+    def populate(self) -> None:
+        """Take all pages now: a fault for each would cost the first prompts a tenth of their time and more."""
+        with contextlib.suppress(OSError):  # an older kernel takes them one by one
+            self._map.madvise(MADV_POPULATE_WRITE)
 
     def block(self, layer: int, block: int) -> memoryview:
         start = self.layout.offset(layer, block)

@@ -1,0 +1,41 @@
+"""The host memory of a KV cache."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tercet.transfer.memory import region
+from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.memory.region import Region
+
+LAYOUT = KvLayout(2, 64, 16, 4, 32, "float32")
+
+
+@pytest.fixture
+def made():
+    made = Region(LAYOUT)
+    yield made
+    made.close()
+
+
+def taken(made: Region) -> int:
+    return os.fstat(made.fd).st_blocks * 512
+
+
+def test_all_pages_are_taken_at_once_and_hold_zeros(made):
+    assert taken(made) == 0
+    made.populate()
+    if taken(made) == 0:
+        pytest.skip("this kernel takes pages one by one")
+    assert taken(made) >= made.num_bytes
+    assert not any(made.view)
+
+
+def test_an_older_kernel_takes_them_when_they_are_written(made, monkeypatch):
+    monkeypatch.setattr(region, "MADV_POPULATE_WRITE", 1 << 20)  # no advice that a kernel knows
+    made.populate()
+    assert taken(made) == 0
+    made.view[:4] = b"word"
+    assert 0 < taken(made) < made.num_bytes
