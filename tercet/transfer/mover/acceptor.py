@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from tercet import secret
 from tercet.errors import Overloaded, PeerDown, PeerMismatch, ProtocolViolation
-from tercet.transfer.links.channel import Channel
+from tercet.transfer.links.channel import Channel, join_all
 from tercet.transfer.links.wires import listen_tcp, listen_unix
 from tercet.transfer.protocol.messages import VERSION, Challenge, Hello, Refuse
-from tercet.transfer.transports.contract import HANDSHAKE_S, MoverConfig, check_hello
+from tercet.transfer.transports.contract import HANDSHAKE_S, STOP_S, MoverConfig, check_hello
 
 MAX_HELLO = 8192
 MAX_CONNECTIONS = 1024
@@ -34,6 +34,7 @@ class Acceptor:
         self._serve = serve
         self._lock = threading.Lock()
         self._listeners: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._num_connections = 0  # not counting strangers
         self._strangers: dict[Channel, None] = {}  # in the order in which they came
         self._stopping = threading.Event()
@@ -45,7 +46,11 @@ class Acceptor:
         found = [listen_tcp(host) for host in hosts]
         for each in (listener, *(listener for listener, _ in found)):
             self._listeners.append(each)
-            threading.Thread(target=self._accept_loop, args=(each,), name="kv-accept", daemon=True).start()
+            self._threads.append(
+                threading.Thread(target=self._accept_loop, args=(each,), name="kv-accept", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
         return unix, [address for _, address in found]
 
     def refused(self) -> Counter[str]:
@@ -64,6 +69,7 @@ class Acceptor:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
+        join_all(self._threads, STOP_S)
 
     def _accept_loop(self, listener: socket.socket) -> None:
         while not self._stopping.is_set():

@@ -57,7 +57,8 @@ class DecodePeer:
         self.worker_id = ""
         self.mailbox: Mailbox
         self.links: list[tuple[Channel, Outlet]] = []
-        self.threads: list[threading.Thread] = []
+        self.threads: list[threading.Thread] = []  # of the data links
+        self.reader: threading.Thread  # of the control link; it ends behind them
         self.attested: PairState | None = None
         self.over = False
         self.changed = threading.Condition(lock)  # there may be something to write

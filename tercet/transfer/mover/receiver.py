@@ -66,13 +66,14 @@ class KvReceiver:
         self._acceptor = Acceptor(config, self._serve)
         self._stopping = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
+        self._ticking = threading.Thread(target=self._clock, name="kv-clock", daemon=True)
 
     # ---- verbs, any thread
 
     def start(self, *hosts: str) -> Endpoint:
         """Listen on each host. -> the endpoint that prefill workers connect to."""
         unix, tcp = self._acceptor.listen(*hosts)
-        threading.Thread(target=self._clock, name="kv-clock", daemon=True).start()
+        self._ticking.start()
         return Endpoint(self._config.worker_id, self._epoch, host_id(), unix, tcp, list(self._transports))
 
     def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int], sources: int = 1) -> None:
@@ -115,8 +116,8 @@ class KvReceiver:
         for peer in peers:
             peer.mailbox.finish(timeout=1.0)
             peer.shutdown()
-        # A thread that is inside a library when the process ends would abort it.
-        join_all([peer.thread for peer in peers], STOP_S)  # each joins those of its links
+        # A thread that is inside a library when the process ends would abort it: also one that drops the last tensor.
+        join_all([self._ticking, *(peer.thread for peer in peers)], STOP_S)  # each joins those of its links
         os.close(self._stop_write)  # so the read end is readable for threads that still wait for a death
 
     # ---- handshakes

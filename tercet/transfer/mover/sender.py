@@ -54,7 +54,8 @@ class KvSender:
         self._dialing: dict[str, Future[DecodePeer]] = {}  # endpoint -> the handshake that all callers wait for
         self._peers: dict[str, DecodePeer] = {}  # endpoint -> pair, until no more of its writes can follow
         self._stopping = threading.Event()
-        threading.Thread(target=self._clock, name="kv-clock", daemon=True).start()
+        self._ticking = threading.Thread(target=self._clock, name="kv-clock", daemon=True)
+        self._ticking.start()
 
     # ---- verbs, any thread
 
@@ -126,8 +127,8 @@ class KvSender:
         for peer in peers:
             peer.mailbox.finish(timeout=1.0)
             peer.shutdown()
-        # A thread that is inside a library when the process ends would abort it.
-        join_all([thread for peer in peers for thread in peer.threads], STOP_S)
+        # A thread that is inside a library when the process ends would abort it: also one that drops the last tensor.
+        join_all([self._ticking, *(thread for peer in peers for thread in (*peer.threads, peer.reader))], STOP_S)
 
     def _wrote_all(self, peer: DecodePeer) -> bool:
         return not self._outbound.writing(peer)
@@ -176,11 +177,11 @@ class KvSender:
             threading.Thread(target=self._write_loop, args=(peer, *link), name="kv-link", daemon=True)
             for link in peer.links
         ]
+        peer.reader = threading.Thread(target=self._read_loop, args=(peer,), name="kv-read", daemon=True)
         with self._lock:  # `stop` joins the threads of the peers that it finds
             self._peers[peer.endpoint] = peer
-            for thread in peer.threads:
+            for thread in (*peer.threads, peer.reader):
                 thread.start()
-        threading.Thread(target=self._read_loop, args=(peer,), name="kv-read", daemon=True).start()
         return peer
 
     # ---- threads
