@@ -54,15 +54,15 @@ def _trials() -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "rms_norm", operations.rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5)
     yield "silu_and_mul", operations.silu_and_mul(x), silu_and_mul_reference(x)
     for dtype in (torch.float32, torch.bfloat16):
-        yield from _attention(some(40, 8, 32), dtype)
+        yield from _attention(some(150, 8, 32), dtype)
 
 
 def _attention(qkv: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of 4 query heads over 2 KV heads of 32; 40 tokens in three blocks of 16."""
-    angles, positions = torch.outer(torch.arange(40.0), torch.arange(1, 17) / 16), torch.arange(40)
-    table, cache = torch.tensor([2, 0, 1]), torch.zeros(3, 2, 16, 2, 32, dtype=dtype)
+    """Of 4 query heads over 2 KV heads of 32; 150 tokens in ten blocks of 16."""
+    angles, positions = torch.outer(torch.arange(150.0), torch.arange(1, 17) / 16), torch.arange(150)
+    table, cache = torch.tensor([2, 0, 1, 9, 3, 8, 4, 7, 5, 6]), torch.zeros(10, 2, 16, 2, 32, dtype=dtype)
     shape = NativeShape(4, 2, 32, 1e-5, angles.cos(), angles.sin())
-    step = NativeStep(positions, table[positions // 16] * 16 + positions % 16, operations.spans([(0, 40, 40, table)]))
+    step = NativeStep(positions, table[positions // 16] * 16 + positions % 16, operations.spans([(0, 150, 150, table)]))
     rotated = apply_rope_reference(qkv[:, :6], angles.cos(), angles.sin())
     value = qkv[:, 6:].to(dtype).float()
     expected = attention_reference(rotated[:, :4], rotated[:, 4:].to(dtype).float(), value, None)

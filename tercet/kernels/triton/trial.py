@@ -19,6 +19,7 @@ from tercet.kernels.rope import apply_rope_reference
 TOLERANCE = 2e-2  # of values around 1: bfloat16 rounds results to 2^-8
 DTYPES = (torch.float32, torch.bfloat16)
 HEADS, KV_HEADS, DIM, SIZE = 4, 2, 32, 16  # of the trials' attention, over blocks of SIZE tokens
+TOKENS = 300  # of a prompt: some tiles that every row sees, and some that few do
 
 
 @functools.cache
@@ -54,37 +55,49 @@ def _trials(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
         alone = rms_norm(x_there, weight_there, 1e-5)
         yield f"rms_norm ({dtype})", alone, rms_norm_reference(x.float(), weight.float(), 1e-5)
         yield f"silu_and_mul ({dtype})", silu_and_mul(x_there), silu_and_mul_reference(x)
-        qkv = torch.randn(40, HEADS + 2 * KV_HEADS, DIM, generator=generator).to(dtype)
+        qkv = torch.randn(TOKENS, HEADS + 2 * KV_HEADS, DIM, generator=generator).to(dtype)
         yield from _attention(qkv, device)
     yield from _draws(torch.randn(4, 300, generator=generator) * 3, device)
     yield from _digests(torch.randint(1 << 62, (2, 3, 1, 2, 2, 16, 32), generator=generator), device)
+    yield from _copies(torch.randint(256, (200,), generator=generator, dtype=torch.uint8), device)
 
 
 def _row_linears(generator: torch.Generator, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
-    from tercet.kernels.triton.row_linear import Norm, row_linear
+    from tercet.kernels.triton.row_linear import INPUTS, Norm, row_linear
 
     for dtype in DTYPES:
-        x, norm, residual = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 70), (70,), (1, 9)))
-        weight = (torch.randn(18, 70, generator=generator) / 8).to(dtype)
+        inputs = INPUTS + 70  # more than a program takes at a time
+        x, norm, residual = (
+            torch.randn(shape, generator=generator).to(dtype) for shape in ((1, inputs), (inputs,), (1, 9))
+        )
+        weight = (torch.randn(18, inputs, generator=generator) / inputs**0.5).to(dtype)
+        bias = torch.randn(18, generator=generator).to(dtype)
         x_there, weight_there, given = x.to(device), weight.to(device), Norm(norm.to(device), 1e-5)
-        product = functional.linear(rms_norm_reference(x.float(), norm.float(), 1e-5), weight.float())
+        product = functional.linear(rms_norm_reference(x.float(), norm.float(), 1e-5), weight.float(), bias.float())
         gated = silu_and_mul_reference(product)
-        yield f"row_linear, gated ({dtype})", row_linear(x_there, weight_there, None, norm=given, gated=True), gated
+        yield (
+            f"row_linear, gated ({dtype})",
+            row_linear(x_there, weight_there, bias.to(device), norm=given, gated=True),
+            gated,
+        )
         added = row_linear(x_there, weight_there[:9], None, residual=residual.to(device))
         yield f"row_linear, added ({dtype})", added, functional.linear(x.float(), weight[:9].float()) + residual.float()
 
 
 def _attention(qkv: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of 40 tokens in three blocks: as one chunk, and the last tokens of its beginnings as decodes."""
+    """Of 300 tokens in 19 blocks: as one chunk, and the last tokens of its beginnings as decodes."""
     from tercet.kernels.triton.decode import decode_attention
     from tercet.kernels.triton.prefill import prefill_attention
     from tercet.kernels.triton.rope import rope_and_write
 
     rotary, dtype = HEADS + KV_HEADS, qkv.dtype
-    angles, positions = torch.outer(torch.arange(40.0), torch.arange(1, DIM // 2 + 1) / 16), torch.arange(40)
-    table = torch.tensor([2, 0, 1])
+    angles, positions = (
+        torch.outer(torch.arange(float(TOKENS)), torch.arange(1, DIM // 2 + 1) / 16),
+        torch.arange(TOKENS),
+    )
+    table = torch.randperm(-(-TOKENS // SIZE), generator=torch.Generator().manual_seed(1))
     slots = (table[positions // SIZE] * SIZE + positions % SIZE).to(device)
-    cache = torch.zeros(3, 2, SIZE, KV_HEADS, DIM, dtype=dtype, device=device)
+    cache = torch.zeros(len(table), 2, SIZE, KV_HEADS, DIM, dtype=dtype, device=device)
     turned = qkv.to(device, copy=True)
     rope_and_write(turned, angles.cos().to(device), angles.sin().to(device), cache, slots, KV_HEADS)
     rotated = apply_rope_reference(qkv[:, :rotary].float(), angles.cos(), angles.sin()).to(dtype)
@@ -96,15 +109,15 @@ def _attention(qkv: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor,
     def ints(*numbers: int) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=device)
 
-    tables, contexts = table.int().to(device).expand(3, 3).contiguous(), [1, 17, 40]
+    tables, contexts = table.int().to(device).expand(3, -1).contiguous(), [1, 17, TOKENS]
     last = turned[[context - 1 for context in contexts], :HEADS]
     for window in (None, 9):
         prefilled = prefill_attention(
-            turned[:, :HEADS], cache, tables[:1], ints(0, 40), ints(40), most_rows=40, window=window
+            turned[:, :HEADS], cache, tables[:1], ints(0, TOKENS), ints(TOKENS), most_rows=TOKENS, window=window
         )
         whole = attention_reference(query, keys, values, window)
         yield f"prefill_attention ({dtype}, window {window})", prefilled, whole
-        decoded = decode_attention(last, cache, tables, ints(*contexts), most_context=48, programs=3, window=window)
+        decoded = decode_attention(last, cache, tables, ints(*contexts), most_context=TOKENS, programs=3, window=window)
         yield f"decode_attention ({dtype}, window {window})", decoded, whole[[context - 1 for context in contexts]]
 
 
@@ -120,6 +133,15 @@ def _draws(logits: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor, 
         torch.tensor([race_words(7, position) for position in range(4)], device=device),
     )
     yield "sample", sample(logits.to(device), rows), logits.argmax(-1)
+
+
+def _copies(source: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from tercet.kernels.triton.copy import copy_runs
+
+    there, target, expected = source.to(device), torch.zeros(200, dtype=torch.uint8, device=device), source.clone()
+    expected[40:103], expected[143:] = 0, 0
+    copy_runs(target.data_ptr(), there.data_ptr(), [(103, 103, 40), (0, 0, 40)], device)
+    yield "copy_runs", target, expected
 
 
 def _digests(rows: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
