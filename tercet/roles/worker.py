@@ -91,7 +91,7 @@ class Worker:
         loaded = await loop.run_in_executor(None, load_model, self._spec.model, kernels)
         layout = loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size)
         transport = self._spec.transfer.transport
-        region = self._region = await loop.run_in_executor(None, _region_of, layout, transport, kernels)
+        region = self._region = await loop.run_in_executor(None, _region_of, layout, transport, kernels, self._cores)
         self.legs = Legs(loop)
         mover = _Mover(self._mover_config(loaded.fingerprint), region, usable(transport))
         handlers = [self._makers()[kind](mover) for kind in self._serves]
@@ -203,17 +203,34 @@ class Worker:
         self._region.close()
 
 
-def _region_of(layout: KvLayout, transport: str, kernels: Kernels) -> KvRegion:
+def _region_of(layout: KvLayout, transport: str, kernels: Kernels, cores: Sequence[int]) -> KvRegion:
     """Memory for the KV, where the transport can reach it. Raises SpecError, UnsupportedSpec."""
     if not in_device_memory(transport):
-        region = Region(layout)
-        region.populate()
-        return region
+        return _host_region(layout, cores)
     usable(transport)  # raises if it is not
     from tercet.transfer.memory.cuda import CudaGpu
 
     try:
         return DeviceRegion(layout, CudaGpu(kernels.device, kernels.copy_runs), kernels.unit_digests)
     except RuntimeError as error:
-        size = f"{layout.total_bytes / 1e9:.1f} GB for {layout.blocks} blocks of KV"
-        raise UnsupportedSpec(f"transfer.transport: {transport}: no {size} in the GPU's memory: {error}") from error
+        raise UnsupportedSpec(
+            f"transfer.transport: {transport}: no {_size(layout)} in the GPU's memory: {error}"
+        ) from error
+
+
+def _host_region(layout: KvLayout, cores: Sequence[int]) -> Region:
+    """Its pages are near the cores that will compute with them. Raises UnsupportedSpec."""
+    region, before = Region(layout), os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)  # of this thread
+    try:
+        region.populate()
+    except OSError as error:
+        raise UnsupportedSpec(f"kv.blocks: no {_size(layout)} in this machine's memory: {error}") from error
+    finally:
+        os.sched_setaffinity(0, before)
+    return region
+
+
+def _size(layout: KvLayout) -> str:
+    return f"{layout.total_bytes / 1e9:.1f} GB for {layout.blocks} blocks of KV"

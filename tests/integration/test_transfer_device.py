@@ -210,7 +210,7 @@ async def test_the_tokens_are_those_of_host_memory(cls, monkeypatch):
         expected = await tokens(made)
     regions = []
 
-    def region_of(layout, transport, kernels):
+    def region_of(layout, transport, kernels, cores):
         regions.append(SeenRegion(layout, SharedGpu()))
         regions[-1].bytes.fill_(0xFF)
         return regions[-1]
@@ -387,7 +387,7 @@ def test_without_a_gpu_it_is_refused_before_anything_starts(name):
     with pytest.raises(SpecError, match=rf"transfer\.transport: {name} cannot be used here: "):
         preflight.refuse_missing_transport(spec)
     with pytest.raises(SpecError, match=f"{name} cannot be used here"):
-        worker._region_of(LAYOUT, name, Kernels())
+        worker._region_of(LAYOUT, name, Kernels(), [])
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
@@ -401,9 +401,9 @@ def test_a_pool_of_cpus_is_refused(name):
 
 def test_a_full_gpu_is_named(monkeypatch):
     monkeypatch.setattr(worker, "usable", lambda name: [])
-    monkeypatch.setattr("tercet.transfer.memory.cuda.CudaGpu", lambda device: SharedGpu())
+    monkeypatch.setattr("tercet.transfer.memory.cuda.CudaGpu", lambda device, copy_runs: SharedGpu())
     monkeypatch.setattr(SharedGpu, "allocate", failing("cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY, out of memory"))
     with pytest.raises(
         UnsupportedSpec, match=r"cuda_ipc: no .* GB for 8 blocks of KV in the GPU's memory: .*OUT_OF_MEMORY"
     ):
-        worker._region_of(LAYOUT, "cuda_ipc", Kernels())
+        worker._region_of(LAYOUT, "cuda_ipc", Kernels(), [])

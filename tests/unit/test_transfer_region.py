@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
+from tercet.errors import UnsupportedSpec
+from tercet.roles.worker import _host_region
 from tercet.transfer.memory import region
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
@@ -39,3 +42,22 @@ def test_an_older_kernel_takes_them_when_they_are_written(made, monkeypatch):
     assert taken(made) == 0
     made.view[:4] = b"word"
     assert 0 < taken(made) < made.num_bytes
+
+
+def test_memory_that_is_not_there_is_named(monkeypatch):
+    """And the worker's thread keeps its own cores."""
+    cores = os.sched_getaffinity(0)
+    made = _host_region(LAYOUT, [min(cores)])
+    assert os.sched_getaffinity(0) == cores
+    made.close()
+    monkeypatch.setattr(region.mmap, "mmap", lambda *_: Full(LAYOUT.total_bytes + region.SCRATCH))
+    with pytest.raises(UnsupportedSpec, match=r"kv\.blocks: no 0\.0 GB for 64 blocks of KV in this machine's memory"):
+        _host_region(LAYOUT, [min(cores)])
+    assert os.sched_getaffinity(0) == cores
+
+
+class Full(bytearray):
+    """A mapping for whose pages there is no memory."""
+
+    def madvise(self, option, start, length):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import logging
 import os
 import select
@@ -39,7 +38,7 @@ from tercet.transfer.memory.device import DeviceRegion, Gpu, KvRegion, Mark
 from tercet.transfer.memory.pack import Memory
 from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parcel, Transport, library_errors
 
-BUILDS = ("nixl_cu13", "nixl_cu12")  # the same library for two versions of CUDA; the first one that is installed
+BUILDS = ("nixl_cu12", "nixl_cu13")  # the same library for two versions of CUDA; the first one that can be loaded
 INSTALL = "pip install --no-deps nixl nixl-cu12, or nixl-cu13 beside a torch for CUDA 13"
 SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, since only these calls drive the library
 LOOKS = 32  # at the library, between two checks of clock and channel
@@ -242,8 +241,13 @@ class _Agent:
 def _library() -> Any:
     """The API module. Raises ImportError or OSError."""
     os.environ.setdefault("UCX_TLS", "^" + ",".join(sorted(DIRECT)))
-    name = next((name for name in BUILDS if importlib.util.find_spec(name) is not None), BUILDS[-1])
-    return importlib.import_module(f"{name}._api")
+    failures: list[ImportError | OSError] = []
+    for build in BUILDS:
+        try:
+            return importlib.import_module(f"{build}._api")
+        except (ImportError, OSError) as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def _direct(tls: str) -> bool:
