@@ -12,6 +12,9 @@ from tercet.roles.worker import _host_region
 from tercet.transfer.memory import region
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.transports.tcp import TcpTransport
+from tests.movers import config
 
 LAYOUT = KvLayout(2, 64, 16, 4, 32, "float32")
 
@@ -61,3 +64,8 @@ class Full(bytearray):
 
     def madvise(self, option, start, length):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_a_receiver_that_never_started_stops(made):
+    """As in a worker that fails while it starts."""
+    KvReceiver(config("d"), 1, made, [TcpTransport()], print).stop()

@@ -73,7 +73,7 @@ def _prefill(
         acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
         table = tables + sequence * table_stride
         mixed = lowest // TILE if WINDOW else (first_position + 1) // TILE  # the first tile that some row sees in part
-        for i in range(0 if not WINDOW else mixed, mixed):
+        for i in range(mixed if WINDOW else 0, mixed):
             key = i * TILE + tl.arange(0, TILE)
             k, v = load_tile(
                 cache, block_stride, kind_stride, slot_stride, head_stride, table, head, key, lowest, context,

@@ -136,7 +136,8 @@ def join_all(threads: Sequence[threading.Thread], timeout_s: float) -> None:
     """Wait for threads that have been told to end, `timeout_s` at most for all together."""
     deadline = time.monotonic() + timeout_s
     for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.ident is not None:  # else it was never started
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class Mailbox:
