@@ -3,6 +3,8 @@ to the bit whatever shares the batch."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,8 +49,8 @@ def tiled(dtype):
 
 def attention_expected(query, content, window, dtype):
     """In float64, of queries as they are rounded."""
-    scale = query.shape[-1] ** 0.5
-    seen = (query / scale).bfloat16().double() * scale if tiled(dtype) else query.double()
+    scale = torch.tensor(math.log2(math.e)) / torch.tensor(query.shape[-1]).sqrt()  # scores are logarithms to base 2
+    seen = (query * scale).bfloat16().double() / scale.double() if tiled(dtype) else query.double()
     return attention_reference(seen, *content.double().chunk(2, 1), window)
 
 

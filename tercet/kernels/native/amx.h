@@ -70,22 +70,30 @@ public:
 };
 
 // MR tiles of x, the first that of row r, times NP panels, `panel` words apart. Tile (t, p) of the sums begins with what
-// lies at first + t * x.each * first_row + p * W, in rows `first_row` apart, and goes to the like place from y on.
+// lies at first + t * x.each * first_row + p * W, in rows `first_row` apart, or with 0 if that is null, and goes to the like
+// place from y on. Between its pieces, of which each takes a while, meanwhile(piece) has the thread's vectors.
 // Intrinsics take no tile numbers but literals.
-template <int NP, int MR>
+template <int NP, int MR, class Meanwhile>
 static inline void multiply_tiles(const TiledRows& x, long r, const uint32_t* w, long panel, const float* first, long first_row, float* y,
-                                  long ldy) {
+                                  long ldy, const Meanwhile& meanwhile) {
     static_assert(MR == 1 || NP <= 2);
     long first_bytes = first_row * 4, y_bytes = ldy * 4, below = x.tile_words();
     const uint32_t* a = x.tile_of(r);
     const float* second = first + x.each * first_row;
     asm volatile("" : : : "memory");  // what was written to x and to `first` is there
-    _tile_loadd(0, first, first_bytes);
-    if constexpr (NP > 1) _tile_loadd(1, first + W, first_bytes);
-    if constexpr (NP > 2) _tile_loadd(2, first + 2 * W, first_bytes);
-    if constexpr (NP > 3) _tile_loadd(3, first + 3 * W, first_bytes);
-    if constexpr (MR > 1) _tile_loadd(2, second, first_bytes);
-    if constexpr (MR > 1 && NP > 1) _tile_loadd(3, second + W, first_bytes);
+    if (first) {
+        _tile_loadd(0, first, first_bytes);
+        if constexpr (NP > 1) _tile_loadd(1, first + W, first_bytes);
+        if constexpr (NP > 2) _tile_loadd(2, first + 2 * W, first_bytes);
+        if constexpr (NP > 3) _tile_loadd(3, first + 3 * W, first_bytes);
+        if constexpr (MR > 1) _tile_loadd(2, second, first_bytes);
+        if constexpr (MR > 1 && NP > 1) _tile_loadd(3, second + W, first_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (long i = 0; i < x.pieces; i++, a += x.each * W, w += PIECE / 2 * W) {
         _tile_loadd(4, a, 64);
         _tile_loadd(6, w, 64);
@@ -99,6 +107,7 @@ static inline void multiply_tiles(const TiledRows& x, long r, const uint32_t* w,
         if constexpr (NP > 3) _tile_loadd(7, w + 3 * panel, 64);
         if constexpr (NP > 2) _tile_dpbf16ps(2, 4, 6);
         if constexpr (NP > 3) _tile_dpbf16ps(3, 4, 7);
+        meanwhile(i);
     }
     float* y_second = y + x.each * ldy;
     _tile_stored(0, y, y_bytes);
@@ -107,5 +116,11 @@ static inline void multiply_tiles(const TiledRows& x, long r, const uint32_t* w,
     if constexpr (NP > 3) _tile_stored(3, y + 3 * W, y_bytes);
     if constexpr (MR > 1) _tile_stored(2, y_second, y_bytes);
     if constexpr (MR > 1 && NP > 1) _tile_stored(3, y_second + W, y_bytes);
+}
+
+template <int NP, int MR>
+static inline void multiply_tiles(const TiledRows& x, long r, const uint32_t* w, long panel, const float* first, long first_row, float* y,
+                                  long ldy) {
+    multiply_tiles<NP, MR>(x, r, w, panel, first, first_row, y, ldy, [](long) {});
 }
 #endif

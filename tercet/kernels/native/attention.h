@@ -8,7 +8,7 @@
 #include "attention_amx.h"
 
 constexpr long MOST_PARTIALS = 8 << 20;  // floats
-constexpr long RUNS = 4;  // pieces of a batch for each thread
+constexpr long RUNS = 8;  // pieces of a batch for each thread
 
 struct Span {  // one sequence's part of the batch
     int64_t row, rows;          // its rows of the batch, the last tokens of its context
@@ -33,7 +33,7 @@ static inline void merge(Partial sofar, Partial tile, long rows, long width) {
     for (long first = 0; first < rows; first += W) {
         int count = static_cast<int>(std::min<long>(W, rows - first));
         vf before = load(sofar.largest + first, count), now = load(tile.largest + first, count), top = larger(before, now);
-        vf old = exponential(before - top), fresh = exponential(now - top);
+        vf old = power_of_two(before - top), fresh = power_of_two(now - top);
         for (int i = 0; i < count; i++) {
             long r = first + i;
             if (tile.total[r] == 0) continue;  // it sees no key of this tile
@@ -106,18 +106,23 @@ struct Items {
     }
 };
 
-// Rows of a partial and of the packed query: by KV head, then token, then query head of that KV head.
-template <class Kind, class P = Place<typename Kind::Stored>>
-static void attend_tile(const Attention& a, const Item& item, const float* query, const P& place, const P* next, Partial out) {
+// Rows of the packed query, and of a partial of all KV heads: by KV head, then token, then query head of that KV head.
+// partial(head) is where the result of one goes, and take(head, partial) gets it at once, while it is in the cache.
+template <class Kind, class P, class Where, class Take>
+static void attend_tile(const Attention& a, const Item& item, const float* query, const P& place, const P* next, const Where& partial,
+                        const Take& take) {
     long rows = item.tokens() * a.group(), size = Kind::query_size(a, rows);
     typename Kind::Held held(rows);
     for (long head = 0; head < a.cache.kv_heads; head++) {
         Queries queries{query + head * size, rows, a.group(), item.position(item.first)};
-        Kind::attend(a, queries, head, place, next, out.from(head * rows, a.width()));
+        Partial out = partial(head);
+        Kind::attend(a, queries, head, place, next, out);
+        take(head, out);
     }
 }
 
-// Tiles first .. last of the line; take(item, tile, partial) gets what each gives, in the partial of partial(item, tile).
+// Tiles first .. last of the line; take(item, tile, head, partial) gets what each gives, in the partial of
+// partial(item, tile, head).
 template <class Kind, class Where, class Take>
 static void attend_run(const Items<Kind>& items, long first, long last, const Where& partial, const Take& take) {
     float* query = scratch<float, 4>(items.query_size());
@@ -131,9 +136,8 @@ static void attend_run(const Items<Kind>& items, long first, long last, const Wh
         const P& here = places[(number - first) % 2];
         P* ahead = number + 1 < last ? &places[(number - first + 1) % 2] : nullptr;
         if (ahead) items.find(next, number + 1, *ahead);
-        Partial out = partial(i, number);
-        attend_tile<Kind>(items.a, items.all[i], query, here, ahead, out);
-        take(i, number, out);
+        auto of_head = [&](long head) { return partial(i, number, head); };
+        attend_tile<Kind>(items.a, items.all[i], query, here, ahead, of_head, [&](long head, Partial out) { take(i, number, head, out); });
     }
 }
 
@@ -148,15 +152,16 @@ static void in_runs(long count, const Run& run) {
 // Of many items, each merges its own tiles one by one.
 template <class Kind>
 static void attend_whole(const Items<Kind>& items) {
-    long width = items.a.width();
+    long width = items.a.width(), heads = items.a.cache.kv_heads;
     in_runs(items.count(), [&](long first, long last) {
         float* memory = scratch<float, 5>(2 * items.partial_size());
-        auto sofar = [&](long i) { return Partial(memory, items.rows(i)); };
-        auto own = [&](long i, long) { return Partial(memory + items.partial_size(), items.rows(i)); };
-        attend_run(items, items.tiles[first], items.tiles[last], own, [&](long i, long number, Partial tile) {
-            if (number == items.tiles[i]) begin(sofar(i), items.rows(i), width);
-            merge(sofar(i), tile, items.rows(i), width);
-            if (number + 1 == items.tiles[i + 1]) finish(items.all[i], items.a, sofar(i), width);
+        auto own = [&](long i, long, long) { return Partial(memory + items.partial_size(), items.rows(i) / heads); };
+        attend_run(items, items.tiles[first], items.tiles[last], own, [&](long i, long number, long head, Partial tile) {
+            long rows = items.rows(i) / heads;
+            Partial all(memory, items.rows(i)), sofar = all.from(head * rows, width);
+            if (number == items.tiles[i]) begin(sofar, rows, width);
+            merge(sofar, tile, rows, width);
+            if (number + 1 == items.tiles[i + 1] && head + 1 == heads) finish(items.all[i], items.a, all, width);
         });
     });
 }
@@ -167,7 +172,10 @@ static void attend_divided(const Items<Kind>& items) {
     long size = items.partial_size(), width = items.a.width();
     float* partials = scratch<float, 3>(items.tiles.back() * size);
     auto partial = [&](long i, long number) { return Partial(partials + number * size, items.rows(i)); };
-    in_runs(items.tiles.back(), [&](long first, long last) { attend_run(items, first, last, partial, [](long, long, Partial) {}); });
+    auto of_head = [&](long i, long number, long head) {
+        return partial(i, number).from(head * items.rows(i) / items.a.cache.kv_heads, width);
+    };
+    in_runs(items.tiles.back(), [&](long first, long last) { attend_run(items, first, last, of_head, [](long, long, long, Partial) {}); });
     Team::instance().run(items.count(), [&](long i) {
         Partial sofar(scratch<float, 5>(size), items.rows(i));
         begin(sofar, items.rows(i), width);

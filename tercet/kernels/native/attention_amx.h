@@ -42,8 +42,8 @@ static inline void multiply_rows(const TiledRows& x, const uint32_t* w, long pan
     by_panels(0, panels, x.rows > ROWS_A ? 2 : 4, [&](auto np, long p) {
         long r = 0;
         if constexpr (np <= 2)
-            for (; r + x.each < x.rows; r += 2 * x.each) multiply_tiles<np, 2>(x, r, w + p * panel, panel, ZEROS, 0, y + r * ldy + p * W, ldy);
-        if (r < x.rows) multiply_tiles<np, 1>(x, r, w + p * panel, panel, ZEROS, 0, y + r * ldy + p * W, ldy);
+            for (; r + x.each < x.rows; r += 2 * x.each) multiply_tiles<np, 2>(x, r, w + p * panel, panel, nullptr, 0, y + r * ldy + p * W, ldy);
+        if (r < x.rows) multiply_tiles<np, 1>(x, r, w + p * panel, panel, nullptr, 0, y + r * ldy + p * W, ldy);
     });
 }
 
@@ -78,11 +78,17 @@ struct Tiled {
         Ahead<uint16_t> ahead{next, offset, dim};
         pair_keys(place, offset, dim, ahead, keys);
         multiply_rows(query, keys, TILE / W, scores, TILE);
-        for (long r = 0; r < q.rows; r++) {
-            ahead.ask(AT_ONCE);
-            auto keep = [&](int t, vf some) { store_rounded(weights.value(r, t), some); };
-            out.total[r] = softmax_row(scores + r * TILE, place.first, q.low(a, r), q.position(r) + 1, out.largest + r, keep);
-        }
+        auto weigh = [&](auto n, long r) {
+            uint16_t* to[n];
+            for (int i = 0; i < n; i++) to[i] = weights.value(r + i, 0);
+            ahead.ask(n * AT_ONCE);
+            softmax_rows<n>(a, q, place.first, r, scores, out, [&](int i, int t, vf some) {
+                store_rounded(to[i] + t / PIECE * weights.each * PIECE + t % PIECE, some);
+            });
+        };
+        long r = 0;
+        for (; r + 4 <= q.rows; r += 4) weigh(std::integral_constant<int, 4>{}, r);
+        for (; r < q.rows; r++) weigh(std::integral_constant<int, 1>{}, r);
         pair_values(place, offset, dim, ahead, values);
         ahead.ask(TILE);
         multiply_rows(weights, values, a.width() / W, out.values, a.width());

@@ -15,7 +15,7 @@ struct Attention {
     Cache cache;
     long heads;
     long window;  // tokens that a token sees, itself included; 0: all before it
-    float scale;
+    float scale;  // of the scores, which are logarithms to base 2
     float* out;  // [T, heads * dim]
 
     long group() const { return heads / cache.kv_heads; }
@@ -177,23 +177,30 @@ static void weigh_values(const Place<T>& place, long offset, long dim, Ahead<T>&
     });
 }
 
-// Scores of one row against keys first .. first + TILE -> keep(t, weights t .. t + W); -> sum. Only keys low .. high count.
-template <class Keep>
-static inline float softmax_row(float* scores, long first, long low, long high, float* largest, const Keep& keep) {
-    long from = std::max<long>(0, low - first), to = std::max<long>(from, std::min<long>(TILE, high - first));
-    for (long t = 0; t < from; t++) scores[t] = -INFINITY;
-    for (long t = to; t < TILE; t++) scores[t] = -INFINITY;
-    vf most = splat(-INFINITY);
-    for (int t = 0; t < TILE; t += W) most = larger(load(scores + t), most);
-    float top = largest_lane(most);
-    *largest = top;
-    vf total = {};
-    for (int t = 0; t < TILE; t += W) {
-        vf weight = from == to ? vf{} : exponential(load(scores + t) - top);
-        keep(t, weight);
-        total += weight;
+// Scores of rows r .. r + N against keys first .. first + TILE -> out's largest and total, and keep(i, t, weights t .. t + W) of row r + i.
+// Rows are computed by turns: each has to wait for its own results.
+template <int N, class Keep>
+static inline void softmax_rows(const Attention& a, const Queries& q, long first, long r, float* scores, Partial out, const Keep& keep) {
+    scores += r * TILE;
+    vf top[N], total[N] = {};
+    for (int i = 0; i < N; i++) {
+        float* row = scores + i * TILE;
+        long from = std::max<long>(0, q.low(a, r + i) - first), to = std::max<long>(from, std::min<long>(TILE, q.position(r + i) + 1 - first));
+        for (long t = 0; t < from; t++) row[t] = -INFINITY;
+        for (long t = to; t < TILE; t++) row[t] = -INFINITY;
+        vf most = splat(-INFINITY);
+        for (int t = 0; t < TILE; t += W) most = larger(load(row + t), most);
+        out.largest[r + i] = largest_lane(most);
+        top[i] = splat(from == to ? INFINITY : out.largest[r + i]);  // that sees none of them: all weights are 0
     }
-    return sum(total);
+    for (int t = 0; t < TILE; t += W)
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i++) {
+            vf weight = power_of_two(load(scores + i * TILE + t) - top[i]);
+            keep(i, t, weight);
+            total[i] += weight;
+        }
+    for (int i = 0; i < N; i++) out.total[r + i] = sum(total[i]);
 }
 
 // Attention in float32, over a cache of T.
@@ -222,9 +229,7 @@ struct Wide {
         score_keys(q, place, offset, dim, ahead, keys, scores);
         for (long r = 0; r < q.rows; r++) {
             ahead.ask(AT_ONCE);
-            float* row = scores + r * TILE;
-            auto keep = [&](int t, vf weights) { store(row + t, weights); };
-            out.total[r] = softmax_row(row, place.first, q.low(a, r), q.position(r) + 1, out.largest + r, keep);
+            softmax_rows<1>(a, q, place.first, r, scores, out, [&](int, int t, vf weights) { store(scores + r * TILE + t, weights); });
         }
         weigh_values(place, offset, dim, ahead, scores, q.rows, values, out.values);
         ahead.ask(TILE);

@@ -1,5 +1,7 @@
 // What Python calls (library.py): each operation alone, and all layers of a step in one call.
 
+#include <numbers>
+
 #include "attention.h"
 #include "mlp.h"
 #include "sampling.h"
@@ -80,7 +82,8 @@ void rotate_and_write_forward(float* qkv, const float* qk_norm, const Shape* s, 
 
 void attention_forward(const float* query, int64_t ldq, const Shape* s, const Step* step, int64_t window, float* out) {
     Cache cache{step->cache, step->block_size, s->kv_heads, s->dim, step->cache_format};
-    attend({query, ldq, cache, s->heads, window, 1 / std::sqrt(static_cast<float>(s->dim)), out}, step->spans, step->num_spans);
+    float scale = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(s->dim));
+    attend({query, ldq, cache, s->heads, window, scale, out}, step->spans, step->num_spans);
 }
 
 void draw_tokens_forward(const float* logits, int64_t rows, int64_t n, const Draw* draws, int64_t* tokens) {

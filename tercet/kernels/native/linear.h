@@ -155,8 +155,8 @@ static void linear(const Linear& l, const float* x, long ldx, long m, const Out&
 }
 
 #if defined(TERCET_AMX)
-constexpr long TILED_BYTES = 512 << 10;  // of the tiles of x that stay in the cache while panels pass by
-static const float ZEROS[4 * W] = {};
+constexpr long TILED_BYTES = 1 << 20;  // of the tiles of x that stay in the cache while panels pass by
+constexpr long OWN_TILES = 8;          // of each thread: with fewer, threads divide the panels instead, and read each once
 
 // Whether the tiles of AMX multiply these weights: those of one layer always, or never.
 static inline bool by_tiles(const Linear& l) { return l.format == FORMAT_BF16 && l.k % PIECE == 0 && amx(); }
@@ -175,11 +175,15 @@ static TiledRows tiled_rows(const float* x, long ldx, long k, long m) {
     return tiled;
 }
 
-// Calls part(first panel, end, row, rows) as parts_by_blocks does, with tiles for the rows of x.
+// Calls part(first panel, end, row, rows) as parts_by_blocks does, with tiles for the rows of x. Of many rows each thread
+// has its own in all products of a layer, so that no cache waits for another's.
 template <class Part>
 static void parts_of_tiles(long n, const TiledRows& x, long most, const Part& part) {
-    long block = std::max<long>(2, TILED_BYTES / (4 * x.tile_words()) / 2 * 2) * x.each;
-    parts_by_blocks(n, x.rows, block, most, [&](long first, long last, long row, long rows) {
+    long threads = Team::instance().threads(), fit = std::max<long>(2, TILED_BYTES / (4 * x.tile_words()));
+    long blocks = (x.tiles() + fit - 1) / fit;
+    if (x.tiles() >= OWN_TILES * threads) blocks = (blocks + threads - 1) / threads * threads;
+    long block = (x.tiles() + 2 * blocks - 1) / (2 * blocks) * 2;
+    parts_by_blocks(n, x.rows, block * x.each, most, [&](long first, long last, long row, long rows) {
         Tiles tiles(x.each);
         part(first, last, row, rows);
     });
@@ -192,12 +196,12 @@ static void tiled_linear_into(const Linear& l, const TiledRows& x, float* y, lon
         const uint32_t* from = static_cast<const uint32_t*>(l.weight) + panel * panel_size;
         long height = std::min(mr * x.each, x.rows - row), width = std::min<long>(np * W, l.n - panel * W);
         float* to = y + row * ldy + panel * W;
-        const float* bias = l.bias ? l.bias + panel * W : ZEROS;
+        const float* bias = l.bias ? l.bias + panel * W : nullptr;
         if (height == mr * x.each && width == np * W && !(add && l.bias))
             return multiply_tiles<np, mr>(x, row, from, panel_size, add ? to : bias, add ? ldy : 0, to, ldy);
         alignas(64) float edge[mr * ROWS_A * np * W];
         for (long r = 0; r < height; r++)
-            for (long c = 0; c < width; c++) edge[r * np * W + c] = add ? to[r * ldy + c] + bias[c] : bias[c];
+            for (long c = 0; c < width; c++) edge[r * np * W + c] = (add ? to[r * ldy + c] : 0) + (bias ? bias[c] : 0);
         multiply_tiles<np, mr>(x, row, from, panel_size, edge, np * W, edge, np * W);
         for (long r = 0; r < height; r++) memcpy(to + r * ldy, edge + r * np * W, width * sizeof(float));
     };

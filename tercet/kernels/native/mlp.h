@@ -13,18 +13,27 @@ struct Mlp {
 // Some rows of W outputs of the gate, and of the same of `up` beside them.
 struct Gates {
     alignas(64) float both[2 * ROWS_A][2 * W];
-    long column, row, rows = 0;
+    long rows = 0, done = 0, each;
+    uint16_t* to[2];  // of each tile of rows
 
-    void activate(const TiledRows& to) const {
-        for (long r = 0; r < rows; r++) store_rounded(to.value(row + r, column), silu(load(both[r])) * load(both[r] + W));
+    void begin(const TiledRows& activated, long row, long column) {
+        each = activated.each, rows = std::min(2 * each, activated.rows - row), done = 0;
+        to[0] = activated.value(row, column), to[1] = to[0] + 2 * activated.tile_words();
+    }
+    void activate(long count) {
+        for (long end = std::min(rows, done + count); done < end; done++) {
+            uint16_t* at = done < each ? to[0] + done * PIECE : to[1] + (done - each) * PIECE;
+            store_rounded(at, silu(load(both[done])) * load(both[done] + W));
+        }
     }
 };
 
-// silu(gate) * up as tiles, so that the gates go through no memory. Tiles come late: meanwhile those before are activated.
+// silu(gate) * up as tiles, so that the gates go through no memory. While some are multiplied, those before are activated.
 static TiledRows tiled_gates(const Mlp& mlp, const TiledRows& x) {
     TiledRows activated = tiled_scratch<11>(x.rows, mlp.width());
     const Linear& l = mlp.gate_up;
     long panel_size = l.k / 2 * W, up = mlp.width() / W * panel_size;
+    long share = (2 * x.each + x.pieces - 1) / x.pieces;  // of the rows before, for each piece
     parts_of_tiles(mlp.width(), x, 1, [&](long first, long last, long row, long rows) {
         Gates gates[2];
         long turn = 0, end = row + rows;
@@ -33,16 +42,16 @@ static TiledRows tiled_gates(const Mlp& mlp, const TiledRows& x) {
             alignas(64) float bias[2 * W] = {};
             if (l.bias) store(bias, load(l.bias + panel * W)), store(bias + W, load(l.bias + mlp.width() + panel * W));
             for (long at = row; at < end; at += 2 * x.each, turn ^= 1) {
-                Gates& now = gates[turn];
-                now.column = panel * W, now.row = at, now.rows = std::min(2 * x.each, end - at);
+                Gates &now = gates[turn], &before = gates[turn ^ 1];
+                auto meanwhile = [&](long) { before.activate(share); };
+                now.begin(activated, at, panel * W);
                 if (now.rows > x.each)
-                    multiply_tiles<2, 2>(x, at, from, up, bias, 0, now.both[0], 2 * W);
+                    multiply_tiles<2, 2>(x, at, from, up, l.bias ? bias : nullptr, 0, now.both[0], 2 * W, meanwhile);
                 else
-                    multiply_tiles<2, 1>(x, at, from, up, bias, 0, now.both[0], 2 * W);
-                gates[turn ^ 1].activate(activated);
+                    multiply_tiles<2, 1>(x, at, from, up, l.bias ? bias : nullptr, 0, now.both[0], 2 * W, meanwhile);
             }
         }
-        gates[turn ^ 1].activate(activated);
+        gates[turn ^ 1].activate(2 * x.each);
     });
     return activated;
 }
