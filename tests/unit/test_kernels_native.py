@@ -136,6 +136,25 @@ SPANS = st.lists(
 )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_attention_of_scores_far_apart(rows, dtype):
+    """All equal, all but one negligible, beyond what exponentials hold; a query that is no number stays visible."""
+    cache, tables, (content,) = paged([130], 16, 1, 16, dtype)
+    content[:, 0] = 0
+    content[:, 0, 0] = (torch.arange(130) % 7).to(dtype)
+    for at, both in enumerate(content):
+        cache[tables[0][at // 16], 0, at % 16] = both[:1]
+    for size in (0.0, 1.0, 40.0, 4e3, 1e6, -1e6):
+        query = torch.zeros(rows, 1, 16)
+        query[:, 0, 0] = size
+        out = attended(cache, tables, [(rows, 130)], query, 1, 1, 16, None)
+        close_attention(out, attention_expected(query, content, None, dtype), dtype)
+    query[rows // 2, 0, 3] = float("nan")
+    finite = attended(cache, tables, [(rows, 130)], query, 1, 1, 16, None).isfinite().all(-1).flatten()
+    assert finite.tolist() == [row != rows // 2 for row in range(rows)]
+
+
 @given(
     SPANS,
     st.sampled_from([(4, 4), (6, 2), (9, 3), (8, 1)]),
