@@ -22,9 +22,31 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True)
+class ImageRows:
+    """Rows of the batch at which an image stands, and what stands there in place of their tokens."""
+
+    rows: Tensor  # [M] int64
+    embeddings: Tensor  # [levels, M, E]: the input, then what is added behind each of the first layers
+
+    @property
+    def deeper(self) -> int:
+        """Layers behind which something is added."""
+        return len(self.embeddings) - 1
+
+    def replace(self, x: Tensor) -> None:
+        """x [T, E], the batch's input."""
+        x[self.rows] = self.embeddings[0].to(x.dtype)
+
+    def add_behind(self, layer: int, x: Tensor) -> None:
+        """x [T, E], the layer's output."""
+        if layer < self.deeper:
+            x[self.rows] += self.embeddings[layer + 1].to(x.dtype)
+
+
+@dataclass(frozen=True)
 class StepBatch:
     token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
+    positions: Tensor  # [T] int64; or [3, T], if an image is in a batch of a model with M-RoPE
     slots: Tensor  # [T] int64, block * block_size + offset: where each row's K and V are written
     num_decodes: int  # D
     decode_block_tables: Tensor  # [D, max_blocks] int64, padded with 0
@@ -33,3 +55,4 @@ class StepBatch:
     logit_rows: Tensor  # [R] int64, rows whose logits are wanted
     # [2 N + 1] int64 of the N chunks: their first rows, the last one's end, and their contexts. Triton's layers read it
     chunk_bounds: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    images: ImageRows | None = None

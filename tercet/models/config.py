@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tercet.models.vision.config import VisionConfig
+
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -25,6 +27,8 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn: rotations below which a dimension is interpolated in full
     truncate: bool = True  # yarn: whole dimensions as the ends of the ramp
     attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    sections: tuple[int, ...] = ()  # M-RoPE: pairs of a head that turn by time, by row, by column
+    interleaved: bool = False  # M-RoPE: pairs by turns, as long as there are any, and not one section behind the other
     freq_factors: tuple[float, ...] = ()  # GGUF `rope_freqs.weight`: divides each frequency; empty is all ones
 
 
@@ -51,3 +55,4 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    vision: VisionConfig | None = None  # of a model that sees

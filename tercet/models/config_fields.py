@@ -31,6 +31,7 @@ OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 TEXTS: Kind = ("a list of texts", _is_list_of(str))
 ID: Kind = ("a token's id", lambda value: type(value) is int)
 IDS: Kind = ("a token's id or a list of them", lambda value: type(value) is int or _is_list_of(int)(value))
+WHOLES: Kind = ("a list of whole numbers", lambda value: _is_list_of(int)(value) and all(0 <= i < 2**16 for i in value))
 LAYERS: Kind = ("a whole number of layers", lambda value: _is_count(value, 0) and value < 2**16)
 
 # What the fields that are read must be; a name with ? may be null as well.
@@ -38,16 +39,21 @@ FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), COUNT),
     **dict.fromkeys(("num_key_value_heads?", "head_dim?", "original_max_position_embeddings?"), COUNT),
     "max_position_embeddings": COUNT,
+    **dict.fromkeys(("depth", "num_heads", "patch_size", "temporal_patch_size", "spatial_merge_size"), COUNT),
+    **dict.fromkeys(("in_channels", "num_channels", "image_size", "scale_factor", "window_size"), COUNT),
+    **dict.fromkeys(("out_hidden_size", "num_position_embeddings"), COUNT),
+    **dict.fromkeys(("fullatt_block_indexes", "deepstack_visual_indexes", "mrope_section"), WHOLES),
     **dict.fromkeys(("num_hidden_layers", "max_window_layers"), LAYERS),
     "sliding_window?": ("a whole number", lambda value: _is_count(value, 0)),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta?", "partial_rotary_factor?"), NUMBER),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "rope_theta?", "partial_rotary_factor?"), NUMBER),
     **dict.fromkeys(("factor?", "low_freq_factor?", "high_freq_factor?", "attention_factor?"), NUMBER),
     **dict.fromkeys(("beta_fast?", "beta_slow?", "mscale?", "mscale_all_dim?"), NUMBER),
     **dict.fromkeys(("attention_bias?", "mlp_bias?", "tie_word_embeddings?", "use_sliding_window?", "truncate?"), FLAG),
+    "mrope_interleaved?": FLAG,
     **dict.fromkeys(("model_type", "rope_type?", "type?"), TEXT),
-    **dict.fromkeys(("rope_parameters?", "rope_scaling?"), OBJECT),
+    **dict.fromkeys(("rope_parameters?", "rope_scaling?", "text_config?", "vision_config"), OBJECT),
     **dict.fromkeys(("architectures?", "layer_types?"), TEXTS),
-    "bos_token_id?": ID,
+    **dict.fromkeys(("bos_token_id?", "image_token_id"), ID),
     "eos_token_id?": IDS,
 }
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tercet.errors import ModelFileCorrupt, ModelFileMissing, UnsupportedModel
 from tercet.models.config import ModelConfig, RopeConfig
 from tercet.models.config_fields import check
+from tercet.models.vision.config_hf import ARCHITECTURES as SEEING
+from tercet.models.vision.config_hf import text_fields, vision_config
 
 ARCHITECTURES = {  # model_type -> the one class of it that is run
     "llama": "LlamaForCausalLM",
@@ -56,13 +59,18 @@ def config_from_hf(directory: Path, max_context: int) -> ModelConfig:
     path = directory / "config.json"
     fields = read_json(path)
     try:
-        return _config(path, fields, max_context, _generation(directory))
+        check(path, fields)
+        if fields["model_type"] not in SEEING:
+            return _config(path, fields, max_context, _generation(directory))
+        config = _config(path, text_fields(path, fields), max_context, _generation(directory))
+        if (sections := config.rope.sections) and sum(sections) != config.head_dim // 2:
+            raise ModelFileCorrupt(f"{path}: mrope_section {[*sections]} are not the pairs of {config.head_dim} values")
+        return replace(config, vision=vision_config(path, fields, config.hidden_size))
     except KeyError as error:
         raise ModelFileCorrupt(f"{path}: has no field {error}") from error
 
 
 def _config(path: Path, fields: dict[str, Any], max_context: int, generation: dict[str, Any]) -> ModelConfig:
-    check(path, fields)
     kind = fields["model_type"]
     _refuse_unsupported(path, kind, fields)
     heads, layers, hidden = fields["num_attention_heads"], fields["num_hidden_layers"], fields["hidden_size"]
@@ -105,7 +113,9 @@ def _generation(directory: Path) -> dict[str, Any]:
 
 def _refuse_unsupported(path: Path, kind: str, fields: dict[str, Any]) -> None:
     if kind not in ARCHITECTURES:
-        raise UnsupportedModel(f"{path}: model_type {kind!r} is not supported; {', '.join(ARCHITECTURES)} are")
+        raise UnsupportedModel(
+            f"{path}: model_type {kind!r} is not supported; {', '.join((*ARCHITECTURES, *SEEING))} are"
+        )
     named = fields.get("architectures") or [ARCHITECTURES[kind]]
     if named != [ARCHITECTURES[kind]]:
         raise UnsupportedModel(f"{path}: architectures {named} is not supported; {ARCHITECTURES[kind]} is")
@@ -140,6 +150,9 @@ def _rope(path: Path, fields: dict[str, Any]) -> RopeConfig:
     check(path, given)
     kind = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
+    sections, interleaved = tuple(given.pop("mrope_section", ())), bool(given.pop("mrope_interleaved", False))
+    if kind == "mrope":
+        kind = "default"
     theta = float(given.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0)
     partial = given.pop("partial_rotary_factor", fields.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
@@ -147,7 +160,9 @@ def _rope(path: Path, fields: dict[str, Any]) -> RopeConfig:
     if kind not in ROPE_FIELDS:
         raise UnsupportedModel(f"{path}: rope type {kind!r} is not supported; {', '.join(ROPE_FIELDS)} are")
     if kind == "default":
-        return RopeConfig(theta)
+        return RopeConfig(theta, sections=sections, interleaved=interleaved)
+    if sections:
+        raise UnsupportedModel(f"{path}: rope type {kind!r} with mrope_section is not supported")
     if unknown := set(given) - ROPE_FIELDS[kind]:
         raise UnsupportedModel(f"{path}: rope {kind} has the unknown parameter {min(unknown)!r}")
     if kind == "linear":

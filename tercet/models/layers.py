@@ -73,6 +73,8 @@ class TorchLayers:
             attended = self._attend(query, key_value, kv_cache[i], step, self._config.sliding_windows[i])
             x = layer.output.linear(attended).add_(x)
             x = layer.down.linear(silu_and_mul(layer.gate_up.linear(layer.mlp_norm(x)))).add_(x)
+            if batch.images is not None:
+                batch.images.add_behind(i, x)
             self.layers_done += 1
         return x
 

@@ -18,6 +18,7 @@ from tercet.models.layers import Layer
 
 class CompiledLayers:
     def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
+        self._rope, self._count = rope, config.num_layers
         shape = NativeShape(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps, *rope.halves())
         windows = config.sliding_windows
         self._layers = NativeLayers(shape, [_native(*each) for each in zip(layers, windows, strict=True)])
@@ -27,8 +28,16 @@ class CompiledLayers:
         return self._layers.layers_done
 
     def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
-        step = NativeStep(batch.positions, batch.slots, _spans(batch))
-        self._layers.forward(x, step, kv_cache, on_layer)
+        positions, turns = batch.positions, None
+        if positions.dim() > 1:
+            positions, turns = torch.arange(len(x)), self._rope.turns(positions)
+        step = NativeStep(positions, batch.slots, _spans(batch), turns)
+        images, done = batch.images, 0
+        while images is not None and done < min(images.deeper, self._count):
+            self._layers.forward(x, step, kv_cache, on_layer, range(done, done + 1))
+            images.add_behind(done, x)
+            done += 1
+        self._layers.forward(x, step, kv_cache, on_layer, range(done, self._count))
         return x
 
 

@@ -13,7 +13,20 @@ from tercet.models.config import ModelConfig, RopeConfig
 
 def rope_table(config: ModelConfig, device: torch.device) -> RopeTable:
     rope = config.rope
-    return RopeTable(inverse_frequencies(rope, config.head_dim), config.max_context, rope.attention_factor, device)
+    frequencies = inverse_frequencies(rope, config.head_dim)
+    return RopeTable(frequencies, config.max_context, rope.attention_factor, device, _axes(rope))
+
+
+def _axes(rope: RopeConfig) -> Tensor | None:
+    """M-RoPE: which of time, row and column each pair turns by."""
+    if not rope.sections:
+        return None
+    axes = torch.repeat_interleave(torch.arange(3), torch.tensor(rope.sections))
+    if rope.interleaved:
+        axes = torch.zeros_like(axes)
+        for axis in (1, 2):
+            axes[axis : 3 * rope.sections[axis] : 3] = axis
+    return axes
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

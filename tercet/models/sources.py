@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from tercet.errors import ModelFileCorrupt, ModelFileMissing, UnsupportedSpec
+from tercet.errors import ModelFileCorrupt, ModelFileMissing, UnsupportedModel, UnsupportedSpec
 from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import config_from_gguf
 from tercet.models.config_hf import config_from_hf
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tercet.kernels.kinds import Kernels
     from tercet.models.loader import LoadedModel
     from tercet.models.tokenizer import Tokenizer
+    from tercet.models.vision.tower import VisionTower
 
 QUANTISATION = re.compile(r"[-.](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)  # how GGUF file names end
 PART = re.compile(r"-\d{5}-of-\d{5}$")  # how those of a split one do
@@ -99,6 +100,21 @@ def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel
     config = config_from_hf(path, spec.max_context)
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))
     return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels)
+
+
+def load_vision(spec: ModelSpec, kernels: Kernels) -> tuple[VisionTower, str]:
+    """-> what makes embeddings of patches, and its fingerprint. Raises as `load_model` does."""
+    import torch
+
+    from tercet.models.vision.loader import build_tower
+    from tercet.models.weights import SafetensorsWeights
+
+    path = locate(spec, weights=True)
+    with _named(path):
+        vision = load_config(spec).vision
+        if vision is None:
+            raise UnsupportedModel(f"{path}: this model takes no images")
+        return build_tower(vision, SafetensorsWeights(path), getattr(torch, spec.dtype), kernels)
 
 
 def refuse_blocks(spec: ModelSpec, path: Path) -> None:

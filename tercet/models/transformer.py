@@ -72,6 +72,8 @@ class Transformer:
     def hidden(self, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """-> the last layer's output for each row, [T, E]."""
         x = self._weights.embedding[batch.token_ids].to(self._activations)
+        if batch.images is not None:
+            batch.images.replace(x)
         return self._layers.forward(x, batch, kv_cache, on_layer)
 
     @torch.inference_mode()

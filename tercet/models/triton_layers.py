@@ -69,8 +69,8 @@ class Hidden:
 class TritonLayers:
     def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
         self._config, self._layers = config, layers
-        self._cos, self._sin = rope.halves()
-        self._programs = decode_programs(self._cos.device)
+        self._rope = rope
+        self._programs = decode_programs(rope.device)
         self.layers_done = 0
 
     def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
@@ -85,14 +85,15 @@ class TritonLayers:
                 on_layer(i)
             attended = _attend(qkv[:, : self._config.num_heads], kv_cache[i], step, window)
             hidden = behind(layer, attended.flatten(1), hidden)
+            if batch.images is not None:
+                batch.images.add_behind(i, hidden.residual)
             self.layers_done += 1
         return hidden.residual if hidden.update is None else hidden.update.add_(hidden.residual)
 
     def _plan(self, batch: StepBatch, block_size: int) -> _Step:
-        positions = batch.positions
         decodes = self._plan_decodes(batch, block_size) if batch.num_decodes else None
         chunks = _plan_chunks(batch) if batch.chunks else None
-        return _Step(self._cos[positions], self._sin[positions], batch.slots, decodes, chunks)
+        return _Step(*self._rope.turns(batch.positions), batch.slots, decodes, chunks)
 
     def _plan_decodes(self, batch: StepBatch, block_size: int) -> _Decodes:
         tables, contexts = batch.decode_block_tables.int(), batch.decode_context_lens.int()

@@ -39,6 +39,15 @@ GGUF_NAMES = {  # part of a GGUF name -> of a Hugging Face name
 }
 ADAPTER = "adapter_config.json"
 BODY = ("embed_tokens.", "layers.", "norm.")  # prefix of all names but the head's
+VISION = "vision."  # prefix of the names of what makes embeddings of images
+RENAMED = {  # prefix in files of models that see -> here
+    "model.language_model.": "model.",
+    "model.text_model.": "model.",
+    "model.visual.": VISION,
+    "visual.": VISION,
+    "model.vision_model.": VISION,
+    "model.connector.": f"{VISION}connector.",
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -120,15 +129,23 @@ class SafetensorsWeights:
 
 
 def _stored(directory: Path) -> dict[str, tuple[Path, str]]:
-    """Tensor name -> its file, and its name there: without the prefix `model.` if saved without its head."""
+    """Tensor name -> its file, and its name there: without the prefix `model.` if saved without its head, or with those
+    of a model that sees."""
     stored: dict[str, tuple[Path, str]] = {}
     for path in _files(directory):
         for name in _tensor_names(path):
-            full = f"model.{name}" if name.startswith(BODY) else name
+            full = _full_name(name)
             if full in stored and stored[full][1] != name:
-                raise ModelFileCorrupt(f"{path}: has tensor {name!r} with and without the prefix 'model.'")
+                raise ModelFileCorrupt(f"{path}: has tensor {full!r} twice, as {name!r} and {stored[full][1]!r}")
             stored[full] = path, name
     return stored
+
+
+def _full_name(name: str) -> str:
+    if name.startswith(BODY):
+        return f"model.{name}"
+    prefix = next(filter(name.startswith, RENAMED), "")
+    return RENAMED.get(prefix, "") + name.removeprefix(prefix)
 
 
 def _files(directory: Path) -> list[Path]:

@@ -39,9 +39,10 @@ class NativeShape:
 
 @dataclass(frozen=True)
 class NativeStep:
-    positions: Tensor  # [T] int64
+    positions: Tensor  # [T] int64: rows of the shape's cosine and sine, or of `turns`
     slots: Tensor  # [T] int64
     spans: Tensor  # [N, 4] int64: first row, rows, context, address of its block table
+    turns: tuple[Tensor, Tensor] | None = None  # cosine and sine of this step alone
 
 
 class NativeLayers:
@@ -56,24 +57,40 @@ class NativeLayers:
         """Over all steps; grows during one. Any thread."""
         return self._done.value
 
-    def forward(self, x: Tensor, step: NativeStep, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> None:
-        """x [T, E] float32 in place; kv_cache [layers, blocks, 2, block size, Hkv, D]. What on_layer raises ends it."""
+    def forward(
+        self,
+        x: Tensor,
+        step: NativeStep,
+        kv_cache: Tensor,
+        on_layer: Callable[[int], None] | None,
+        only: range | None = None,
+    ) -> None:
+        """x [T, E] float32 in place; kv_cache [layers, blocks, 2, block size, Hkv, D]. What on_layer raises ends it.
+        only: of the layers, those that follow each other."""
+        only = range(len(self._layers)) if only is None else only
         raised: list[BaseException] = []
 
         def told(layer: int) -> int:
             assert on_layer is not None
             try:
-                on_layer(layer)
+                on_layer(only.start + layer)
             except BaseException as error:  # noqa: BLE001  # raised again below: C++ cannot carry it
                 raised.append(error)
             return len(raised)
 
         call = OnLayer() if on_layer is None else OnLayer(told)
-        native = native_step(step, kv_cache[0])
+        native = native_step(step, kv_cache[only.start])
         native.layer_bytes = kv_cache.stride(0) * kv_cache.element_size()
-        layers, shape = self._layers, self._shape
+        shape = self._shape if step.turns is None else _turned(self._shape, *step.turns)
+        first = ctypes.byref(self._layers, only.start * ctypes.sizeof(Layer))
         library().layers_forward(
-            layers, len(layers), ctypes.byref(shape), ctypes.byref(native), x.data_ptr(), call, ctypes.byref(self._done)
+            ctypes.cast(first, ctypes.POINTER(Layer)),
+            len(only),
+            ctypes.byref(shape),
+            ctypes.byref(native),
+            x.data_ptr(),
+            call,
+            ctypes.byref(self._done),
         )
         if raised:
             raise raised[0]
@@ -83,6 +100,13 @@ def native_shape(shape: NativeShape, hidden: int, intermediate: int) -> Shape:
     """The tensors must live as long as the structure."""
     cosine, sine = shape.cosine.data_ptr(), shape.sine.data_ptr()
     return Shape(hidden, shape.heads, shape.kv_heads, shape.dim, intermediate, shape.eps, cosine, sine)
+
+
+def _turned(shape: Shape, cosine: Tensor, sine: Tensor) -> Shape:
+    """The tensors must live as long as the structure."""
+    turned = Shape.from_buffer_copy(shape)
+    turned.cosine, turned.sine = cosine.data_ptr(), sine.data_ptr()
+    return turned
 
 
 def native_step(step: NativeStep, cache: Tensor) -> Step:
