@@ -1,6 +1,6 @@
 """The data types of a request's life cycle: plain frozen data, no behaviour beyond validation.
 
-GenerateRequest --router--> Start legs --worker--> TokenEvent ... Done
+GenerateRequest --router--> Start legs --worker--> TokenEvent, Progress ... Done
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class TokenEvent:
 
 
 STAGES = {  # in the order in which a request passes them; a stage's seconds are measured where it runs
-    "queue": "arrival at the prefill worker until its first chunk is scheduled",
+    "queue": "arrival at the router until the first chunk is scheduled, waiting for a worker and failed tries included",
     "prefill": "first chunk scheduled until the first token is sampled",
     "transfer": "first token sampled until every KV byte has landed and its digest holds",
     "first_decode": "landed until the second token",
@@ -142,6 +142,20 @@ class StageTimes:
 
     def with_stage(self, stage: str, seconds: float) -> StageTimes:
         return replace(self, seconds=(*self.seconds, (stage, seconds)))
+
+    def longer(self, stage: str, seconds: float) -> StageTimes:
+        """The same, with so much more in a stage."""
+        return replace(self, seconds=tuple((name, s + seconds if name == stage else s) for name, s in self.seconds))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a request came to its second token, told with that: an answer may end before `Done`, at a stop string."""
+
+    cached_tokens: int  # as in Done, the rest too
+    times: StageTimes
+    workers: tuple[tuple[str, str], ...] = ()
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -189,7 +203,7 @@ class Rejection:
     reason: str
 
 
-Outcome = Admitted | PromptLogprobs | TokenEvent | Done | Rejection | TercetError
+Outcome = Admitted | PromptLogprobs | TokenEvent | Progress | Done | Rejection | TercetError
 
 
 @dataclass(frozen=True)

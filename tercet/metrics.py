@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from tercet.core import STAGES, Done, FinishReason, Load
+from tercet.core import STAGES, Done, FinishReason, Load, Progress
 from tercet.errors import TercetError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -132,7 +132,7 @@ class Metrics:
     def failed(self, error: type[TercetError]) -> None:
         self._failure.labels(error.code()).inc()
 
-    def stages(self, done: Done) -> None:
+    def stages(self, done: Progress | Done) -> None:
         """Book what the workers measured of one finished generation."""
         for stage, histogram in self._stages.items():
             histogram.observe(done.times.of(stage))

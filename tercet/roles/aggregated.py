@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
-from tercet.core import Done, StageTimes
+from tercet.core import Done, Progress, StageTimes
 from tercet.engine.report import Faulted, Scored, StepItem, StepReport
 from tercet.errors import TercetError
 from tercet.roles.legs import ActiveLeg, Handler, Legs
@@ -14,14 +12,14 @@ class Aggregated(Handler):
     def __init__(self, legs: Legs) -> None:
         super().__init__(legs)
         self._first_token_at: dict[ActiveLeg, float] = {}
-        self._first_decode_s: dict[ActiveLeg, float] = {}
+        self._times: dict[ActiveLeg, StageTimes] = {}  # of those that decode
 
     def begin(self, active: ActiveLeg) -> None:
         self.engine.add(active.sequence)
         active.stream.admitted(active.leg)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
-        self._times_of(active, time.monotonic())
+        self._forget(active)
         self.engine.abort(active.sequence)
 
     def on_step(self, report: StepReport) -> None:
@@ -32,31 +30,31 @@ class Aggregated(Handler):
         if active is None:
             return
         if isinstance(item, Faulted):
-            self._times_of(active, now)
+            self._forget(active)
             self.legs.fail(active, item.error)
             return
         if isinstance(item, Scored):
             active.stream.prompt_logprobs(active.leg, item.scores)
             return
-        active.stream.token(active.leg, item.token)
+        cached = item.sequence.cached_tokens
         if active not in self._first_token_at:
             self._first_token_at[active] = now
-        elif active not in self._first_decode_s:
-            self._first_decode_s[active] = now - self._first_token_at[active]
+        elif active not in self._times:
+            self._times[active] = self._times_of(active, now)
+            active.stream.progress(active.leg, Progress(cached, self._times[active]))
+        active.stream.token(active.leg, item.token)
         if item.token.finish is not None:
-            times = self._times_of(active, now)
-            done = Done(item.token.finish, item.stop_token_id, item.sequence.cached_tokens, times)
-            active.stream.finished(active.leg, done)
+            times = self._times.get(active) or self._times_of(active, now)
+            active.stream.finished(active.leg, Done(item.token.finish, item.stop_token_id, cached, times))
+            self._forget(active)
             self.legs.forget(active)
 
     def _times_of(self, active: ActiveLeg, now: float) -> StageTimes:
-        sequence = active.sequence
-        scheduled = sequence.first_scheduled or now
-        first = self._first_token_at.pop(active, now)
-        return StageTimes(
-            (
-                ("queue", scheduled - sequence.arrived),
-                ("prefill", first - scheduled),
-                ("first_decode", self._first_decode_s.pop(active, 0.0)),
-            )
-        )
+        """now: its second token is there, or its only one."""
+        scheduled, first = active.sequence.first_scheduled or now, self._first_token_at[active]
+        queue, prefill = scheduled - active.sequence.arrived, first - scheduled
+        return StageTimes((("queue", queue), ("prefill", prefill), ("first_decode", now - first)))
+
+    def _forget(self, active: ActiveLeg) -> None:
+        self._first_token_at.pop(active, None)
+        self._times.pop(active, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from tercet.core import Done, Load, StageTimes, Ticket, TokenEvent
+from tercet.core import Done, Load, Progress, StageTimes, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Sampled, Scored, StepItem, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.first_token import FirstToken
@@ -153,6 +153,8 @@ class Decode(Handler):
         if not incoming.decoded:
             incoming.times = incoming.times.with_stage("first_decode", now - incoming.joined_at)
             incoming.decoded = True
+            assert incoming.note is not None
+            active.stream.progress(active.leg, Progress(incoming.note.cached_tokens, incoming.times))
         active.stream.token(active.leg, item.token)
         if item.token.finish is not None:
             self._finish(incoming, item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from typing import Any
 
 from tercet.core import (
     Done,
@@ -11,6 +12,7 @@ from tercet.core import (
     Leg,
     Load,
     PairState,
+    Progress,
     PromptLogprobs,
     Role,
     SamplingParams,
@@ -118,22 +120,35 @@ def token_from_proto(token: pb.Token) -> TokenEvent:
 
 
 def done_to_proto(done: Done) -> pb.Finished:
-    times = done.times
     return pb.Finished(
         finish_reason=done.finish_reason.value,
         stop_token_id=done.stop_token_id,
         cached_tokens=done.cached_tokens,
-        stages=[pb.Stage(name=name, seconds=seconds) for name, seconds in times.seconds],
-        kv_bytes=times.kv_bytes,
-        transport=times.transport,
+        **_times_to_proto(done.times),
     )
 
 
 def done_from_proto(message: pb.Finished) -> Done:
-    seconds = tuple((stage.name, stage.seconds) for stage in message.stages)
-    times = StageTimes(seconds, message.kv_bytes, message.transport)
     stop = message.stop_token_id if message.HasField("stop_token_id") else None
-    return Done(FinishReason(message.finish_reason), stop, message.cached_tokens, times)
+    return Done(FinishReason(message.finish_reason), stop, message.cached_tokens, _times_from_proto(message))
+
+
+def progress_to_proto(progress: Progress) -> pb.Progress:
+    return pb.Progress(cached_tokens=progress.cached_tokens, **_times_to_proto(progress.times))
+
+
+def progress_from_proto(message: pb.Progress) -> Progress:
+    return Progress(message.cached_tokens, _times_from_proto(message))
+
+
+def _times_to_proto(times: StageTimes) -> dict[str, Any]:
+    stages = [pb.Stage(name=name, seconds=seconds) for name, seconds in times.seconds]
+    return {"stages": stages, "kv_bytes": times.kv_bytes, "transport": times.transport}
+
+
+def _times_from_proto(message: pb.Finished | pb.Progress) -> StageTimes:
+    seconds = tuple((stage.name, stage.seconds) for stage in message.stages)
+    return StageTimes(seconds, message.kv_bytes, message.transport)
 
 
 def load_to_proto(load: Load) -> pb.Load:

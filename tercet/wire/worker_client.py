@@ -20,6 +20,7 @@ from tercet.wire.codec import (
     done_from_proto,
     leg_to_proto,
     load_from_proto,
+    progress_from_proto,
     scores_from_proto,
     ticket_from_proto,
     ticket_to_proto,
@@ -167,6 +168,8 @@ def _outcome(report: pb.Report) -> Outcome:
         return done_from_proto(report.finished)
     if kind == "admitted":
         return Admitted()
+    if kind == "progress":
+        return progress_from_proto(report.progress)
     if kind == "prompt":
         return scores_from_proto(report.prompt)
     if kind == "rejected":

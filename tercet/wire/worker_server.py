@@ -16,7 +16,7 @@ from typing import Protocol
 import grpc
 
 from tercet import secret
-from tercet.core import Done, Leg, Load, PromptLogprobs, Ticket, TokenEvent
+from tercet.core import Done, Leg, Load, Progress, PromptLogprobs, Ticket, TokenEvent
 from tercet.errors import TercetError
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.codec import (
@@ -26,6 +26,7 @@ from tercet.wire.codec import (
     done_to_proto,
     leg_from_proto,
     load_to_proto,
+    progress_to_proto,
     scores_to_proto,
     ticket_from_proto,
     ticket_to_proto,
@@ -64,6 +65,9 @@ class ReportStream:
 
     def token(self, leg: Leg, event: TokenEvent) -> None:
         self._post(pb.Report(ticket=ticket_to_proto(leg.ticket), token=token_to_proto(event)))
+
+    def progress(self, leg: Leg, progress: Progress) -> None:
+        self._post(pb.Report(ticket=ticket_to_proto(leg.ticket), progress=progress_to_proto(progress)))
 
     def finished(self, leg: Leg, done: Done) -> None:
         self._post(pb.Report(ticket=ticket_to_proto(leg.ticket), finished=done_to_proto(done)))

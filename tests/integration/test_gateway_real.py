@@ -59,6 +59,14 @@ async def _check_aborts(client):
     stopped = await client.chat.completions.create(**GREEDY | {"max_tokens": 500}, stop="Paris")
     assert "Paris" not in stopped.choices[0].message.content
     assert stopped.choices[0].finish_reason == "stop"
+    timings = stopped.model_extra["timings"]
+    assert timings["first_decode_s"] > 0
+    assert timings["workers"]
+    assert (
+        sum(timings[f"{stage}_s"] for stage in ("queue", "prefill", "transfer"))
+        <= timings["ttft_s"] + timings["first_decode_s"]
+    )
+    assert stopped.usage.prompt_tokens_details.cached_tokens > 0
     stream = await client.chat.completions.create(**GREEDY | {"max_tokens": 500}, stream=True)
     await anext(stream)
     await stream.close()

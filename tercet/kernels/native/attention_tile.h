@@ -185,7 +185,7 @@ static inline void softmax_rows(const Attention& a, const Queries& q, long first
     vf top[N], total[N] = {};
     for (int i = 0; i < N; i++) {
         float* row = scores + i * TILE;
-        long from = std::max<long>(0, q.low(a, r + i) - first), to = std::max<long>(from, std::min<long>(TILE, q.position(r + i) + 1 - first));
+        long from = std::clamp<long>(q.low(a, r + i) - first, 0, TILE), to = std::clamp<long>(q.position(r + i) + 1 - first, from, TILE);
         for (long t = 0; t < from; t++) row[t] = -INFINITY;
         for (long t = to; t < TILE; t++) row[t] = -INFINITY;
         vf most = splat(-INFINITY);

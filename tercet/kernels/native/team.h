@@ -41,12 +41,12 @@ public:
 
     template <class Work>
     void run(long items, const Work& work) {
-        long threads = this->threads();
-        if (items <= 1 || threads == 1) {
+        if (items <= 1 || threads() == 1) {
             for (long item = 0; item < items; item++) work(item);
             return;
         }
         std::lock_guard<std::mutex> alone(one_caller_);
+        long threads = crew_ = this->threads();  // not before: another caller may just have changed it
         work_ = [](const void* w, long item) { (*static_cast<const Work*>(w))(item); };
         context_ = &work;
         for (long t = 0; t < threads; t++) {
@@ -71,8 +71,8 @@ private:
     };
 
     void take_items(int number) {
-        for (int i = 0, threads = this->threads(); i < threads; i++) {
-            Share& share = shares_[(number + i) % threads];
+        for (int i = 0; i < crew_; i++) {
+            Share& share = shares_[(number + i) % crew_];
             long item;
             while ((item = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end) work_(context_, item);
         }
@@ -114,5 +114,6 @@ private:
     int helpers_ = 0;
     void (*work_)(const void*, long) = nullptr;
     const void* context_ = nullptr;
+    int crew_ = 1;  // threads of this run
     std::deque<Share> shares_;  // by thread; its members stay where they are
 };

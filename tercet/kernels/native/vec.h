@@ -138,7 +138,7 @@ static inline vf power_of_two(vf x) {
     p = fma(p, f, splat(0.24022651f));
     p = fma(p, f, splat(0.69314718f));
     p = fma(p, f, splat(1.0f));
-    vf result = p * (vf)(((vi)shifted << 23) + (127 << 23));
+    vf result = p * (vf)(((vu)shifted << 23) + (127u << 23));
     return x < splat(-126.0f) ? vf{} : result;
 }
 

@@ -2,6 +2,7 @@
 
 PromptLogprobs --prompt-->                  kept for the answer's beginning
 TokenEvent     --push--> Delta              first_at, last_at, tokens counted
+Progress       --account-->                 kept for the timings, in case a stop string ends it
 Done           --finish--> Delta(finish_reason)
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from tercet.core import STAGES, Done, FinishReason, GenerateRequest, PromptLogprobs, TokenEvent
+from tercet.core import STAGES, Done, FinishReason, GenerateRequest, Progress, PromptLogprobs, TokenEvent
 from tercet.metrics import Metrics
 from tercet.roles.gateway.ask import Delta, GatewayTokenizer, Timings
 from tercet.roles.gateway.stop import StopMatcher
@@ -35,7 +36,7 @@ class Choice:
         self.num_tokens = 0
         self.prompt: PromptLogprobs | None = None
         self.owes_prompt = request.params.prompt_logprobs is not None  # prompt logprobs must come before any token
-        self.done: Done | None = None
+        self.account: Progress | Done | None = None  # the last one
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(request.token_ids)
         self._stop = StopMatcher(stop)
@@ -59,7 +60,7 @@ class Choice:
 
     def finish(self, done: Done) -> Delta:
         """The end, with the text that was held back."""
-        self.done = done
+        self.account = done
         if self._prompt_only:
             return Delta(self.index, "", (), time.monotonic(), FinishReason.LENGTH)
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
@@ -91,8 +92,8 @@ class Choice:
         metrics.generation_tokens.inc(self.num_tokens)
         if self.num_tokens > 1:
             metrics.tpot.observe(self._tpot_s)
-        if self.done is not None:
-            metrics.stages(self.done)
+        if self.account is not None:
+            metrics.stages(self.account)
 
     @property
     def completion_tokens(self) -> int:
@@ -106,15 +107,15 @@ class Choice:
     @property
     def timings(self) -> Timings:
         ttft_s = self._first_at - self._arrived
-        if self.done is None:
+        if self.account is None:
             return Timings(ttft_s, self._tpot_s)
-        t = self.done.times
+        t = self.account.times
         return Timings(
             ttft_s,
             self._tpot_s,
             stages={stage: t.of(stage) for stage in STAGES},
             kv_bytes=t.kv_bytes,
             transport=t.transport,
-            workers=dict(self.done.workers),
-            attempts=self.done.attempts,
+            workers=dict(self.account.workers),
+            attempts=self.account.attempts,
         )

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from tercet.core import Done, PromptLogprobs
+from tercet.core import Done, Progress, PromptLogprobs
 from tercet.errors import ProtocolViolation
 from tercet.metrics import Metrics
 from tercet.roles.gateway.admission import Places
@@ -43,6 +43,9 @@ class Session:
                 if isinstance(event, PromptLogprobs):
                     choice.prompt, choice.owes_prompt = event, False
                     continue
+                if isinstance(event, Progress):
+                    choice.account = event
+                    continue
                 if choice.owes_prompt:
                     raise ProtocolViolation(f"request {choice.request.request_id}: the prompt's logprobs are missing")
                 delta = choice.finish(event) if isinstance(event, Done) else choice.push(event, self._metrics)
@@ -58,7 +61,7 @@ class Session:
     def usage(self) -> Usage:
         """Of all choices together; a prompt counts once however many samples it has."""
         firsts = self.choices[:: self.ask.n]
-        cached = [c.done.cached_tokens for c in firsts if c.done is not None]
+        cached = [c.account.cached_tokens for c in firsts if c.account is not None]
         return Usage(
             prompt_tokens=sum(len(c.request.token_ids) for c in firsts),
             completion_tokens=sum(c.completion_tokens for c in self.choices),

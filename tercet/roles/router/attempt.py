@@ -13,6 +13,7 @@ from tercet.core import (
     GenerateRequest,
     Leg,
     Outcome,
+    Progress,
     PromptLogprobs,
     Rejection,
     Role,
@@ -38,7 +39,7 @@ class AttemptFailed(Exception):  # likewise
         self.reporter, self.error = reporter, error
 
 
-RequestEvent = PromptLogprobs | TokenEvent | Done
+RequestEvent = PromptLogprobs | TokenEvent | Progress | Done
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Attempt:
     legs: dict[WorkerView, Leg]  # those that have not ended
     committed: bool = False  # a token came, so the prefill worker has done its part
     awaits_scores: bool = False  # the prompt's logprobs, which come before all tokens, are still to come
-    held: list[TokenEvent | Done] = field(default_factory=list)  # events that came before them
+    held: list[TokenEvent | Progress | Done] = field(default_factory=list)  # events that came before them
 
     @classmethod
     def of(cls, name: tuple[str, int], request: GenerateRequest, told: Told, plan: Plan, now: float) -> Attempt:
@@ -100,11 +101,13 @@ class Attempt:
             return ()
         return (event,)
 
-    def _event(self, view: WorkerView | None, outcome: Outcome) -> TokenEvent | Done | None:
+    def _event(self, view: WorkerView | None, outcome: Outcome) -> TokenEvent | Progress | Done | None:
         if isinstance(outcome, Admitted):
             return None
         if isinstance(outcome, TokenEvent):
             self.committed = True
+            return outcome
+        if isinstance(outcome, Progress):
             return outcome
         if view is self.plan.decode or view is None:
             return self._decode_ended(view, outcome)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from tercet.core import (
     Admitted,
@@ -29,6 +28,7 @@ from tercet.core import (
     Leg,
     Load,
     Outcome,
+    Progress,
     PromptLogprobs,
     Role,
     Ticket,
@@ -69,7 +69,7 @@ class Decisions:
     def submit(self, request: GenerateRequest, name: str, now: float) -> tuple[Ongoing, list[RouterEffect]]:
         """name: unique among all tickets."""
         place = self._line.place(request.client, len(request.token_ids))
-        ongoing = Ongoing(request, name, place, self._patience(request, now))
+        ongoing = Ongoing(request, name, place, self._patience(request, now), now)
         self._places[place.number] = ongoing
         if request.deadline <= now:
             return ongoing, self._end(ongoing, DeadlineExceeded("the request's deadline has passed already"))
@@ -138,7 +138,7 @@ class Decisions:
             ongoing.place.holds = False  # those behind it may be planned now
             self._leave(ongoing.place, planned=True)
             return self._plan(now)
-        if isinstance(outcome, TokenEvent):  # most reports are tokens; they free no room, so nothing is planned
+        if isinstance(outcome, TokenEvent | Progress):  # most reports are tokens; they free no room
             return self._take(ongoing, worker, outcome, now)
         if isinstance(outcome, WorkerLost):  # its engine has died; the process answers until it is replaced
             worker.up = False
@@ -191,6 +191,8 @@ class Decisions:
         attempt = ongoing.attempt = Attempt.of(name, ongoing.request, ongoing.told, plan, now)
         self._running[attempt.ticket] = ongoing
         ongoing.attempts += 1
+        if not ongoing.told.tokens:
+            ongoing.waited_s = now - ongoing.submitted
         ongoing.before = len(ongoing.told.tokens)
         if not ongoing.place.holds:
             self._leave(ongoing.place, planned=True)
@@ -208,6 +210,9 @@ class Decisions:
                 if isinstance(event, Done):
                     self.proven.add(ongoing.attempt.plan.incarnations)
                     return [*effects, *self._done(ongoing, event)]
+                if isinstance(event, Progress):
+                    effects.append(Tell(ongoing, ongoing.accounted(event)))
+                    continue
                 ongoing.told.add(event)
                 effects.append(Tell(ongoing, event))
         except WorkerBusy as busy:
@@ -248,9 +253,7 @@ class Decisions:
         return self._stop(ongoing)
 
     def _done(self, ongoing: Ongoing, done: Done) -> list[RouterEffect]:
-        assert ongoing.attempt is not None
-        workers = tuple((w.info.role.value, w.info.worker_id) for w in reversed(ongoing.attempt.plan.workers))
-        told = Tell(ongoing, replace(done, workers=workers, attempts=ongoing.failures + ongoing.moves + 1))
+        told = Tell(ongoing, ongoing.accounted(done))
         return [*self._close(ongoing), told, End(ongoing, None)]
 
     def _end(self, ongoing: Ongoing, error: TercetError) -> list[RouterEffect]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from tercet.core import GenerateRequest, Leg
+from tercet.core import Done, GenerateRequest, Leg, Progress
 from tercet.errors import TercetError
 from tercet.roles.router.attempt import Attempt, RequestEvent, Told
 from tercet.roles.router.directory import WorkerView
 from tercet.roles.router.line import Place
 from tercet.roles.router.policy import History
+
+Account = TypeVar("Account", Progress, Done)
 
 
 @dataclass(eq=False)
@@ -20,6 +23,7 @@ class Ongoing:
     name: str  # unique, for its tickets: clients reuse their ids
     place: Place
     give_up: float  # how long it waits for a role without a live worker, as time.monotonic()
+    submitted: float
     told: Told = field(default_factory=Told)
     history: History = field(default_factory=History)
     attempt: Attempt | None = None  # while it runs
@@ -27,7 +31,15 @@ class Ongoing:
     failures: int = 0
     moves: int = 0  # attempts that ended because a worker was drained
     before: int = 0  # tokens that earlier attempts produced
+    waited_s: float = 0.0  # before the attempt that brought the first token
     over: bool = False
+
+    def accounted(self, event: Account) -> Account:
+        """With what only the router knows of it."""
+        assert self.attempt is not None
+        workers = tuple((w.info.role.value, w.info.worker_id) for w in reversed(self.attempt.plan.workers))
+        times = event.times.longer("queue", self.waited_s)
+        return replace(event, times=times, workers=workers, attempts=self.failures + self.moves + 1)
 
 
 @dataclass(frozen=True)

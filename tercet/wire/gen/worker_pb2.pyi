@@ -198,8 +198,20 @@ class Finished(_message.Message):
     transport: str
     def __init__(self, finish_reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
+class Progress(_message.Message):
+    __slots__ = ("cached_tokens", "stages", "kv_bytes", "transport")
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    cached_tokens: int
+    stages: _containers.RepeatedCompositeFieldContainer[Stage]
+    kv_bytes: int
+    transport: str
+    def __init__(self, cached_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+
 class Report(_message.Message):
-    __slots__ = ("ticket", "token", "finished", "rejected", "failed", "admitted", "prompt")
+    __slots__ = ("ticket", "token", "finished", "rejected", "failed", "admitted", "prompt", "progress")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +219,7 @@ class Report(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     ticket: TicketId
     token: Token
     finished: Finished
@@ -214,7 +227,8 @@ class Report(_message.Message):
     failed: Failed
     admitted: Admitted
     prompt: PromptLogprobs
-    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., prompt: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., prompt: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
 
 class Reports(_message.Message):
     __slots__ = ("reports", "load", "challenge")

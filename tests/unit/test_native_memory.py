@@ -1,0 +1,41 @@
+"""The native kernels' threads and bounds, in programs of their own: what Python would not see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tercet.kernels.native.library import SOURCES
+from tercet.kernels.native.trial import missing
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+HERE = Path(__file__).parent
+
+
+def compiled(name, folder, *options):
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")))
+    program = folder / name
+    flags = ("-std=gnu++20", "-march=native", "-fno-math-errno", "-pthread", f"-I{SOURCES}")
+    subprocess.run([compiler, *flags, *options, str(HERE / f"{name}.cpp"), "-o", str(program)], check=True, timeout=300)
+    return program
+
+
+def run(program):
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_item_runs_once_while_threads_come_and_go(tmp_path):
+    run(compiled("native_team", tmp_path, "-O2"))
+
+
+def test_attention_stays_within_its_memory(tmp_path):
+    try:
+        program = compiled("native_bounds", tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize=alignment")
+    except subprocess.CalledProcessError:
+        pytest.skip("this compiler has no sanitizers")
+    run(program)
