@@ -186,6 +186,8 @@ def chosen(only: Sequence[str], given: Given) -> tuple[list[str], dict[str, str]
     for name in only:
         if name not in SYSTEMS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(SYSTEMS)}", param_hint="--only")
+        if why := SYSTEMS[name].missing(given):
+            raise typer.BadParameter(f"{name} is asked for, and there is {why}", param_hint="--only")
     left = {name: "not asked for" for name in SYSTEMS if only and name not in only}
     left |= {name: why for name, system in SYSTEMS.items() if name not in left and (why := system.missing(given))}
     return [name for name in SYSTEMS if name not in left], left

@@ -96,9 +96,10 @@ def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> 
         nodes = remote.nodes(address)
     placed = roles.plan(checked, nodes)
     if address is None:
-        from tercet.cluster.preflight import refuse_too_large
+        from tercet.cluster import preflight
 
-        refuse_too_large(checked)
+        preflight.check_model(checked, typer.echo)
+        preflight.refuse_what_does_not_fit(checked)
     Console().print(plan_table(checked, placed))
     asked, cores = nodes[0].resources.get("CPU", 0), os.cpu_count() or 1
     if address is None and asked > cores:

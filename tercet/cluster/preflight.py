@@ -28,6 +28,11 @@ def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
             _bind(listen)
         except OSError as error:
             raise listen_error(listen.host, listen.port, error, f"gateway.{name}") from error
+    check_model(spec, report)
+
+
+def check_model(spec: ClusterSpec, report: Callable[[str], None]) -> None:
+    """Raises ModelError, UnsupportedSpec."""
     refuse_blocks(spec.model, locate(spec.model))
     wanted, held = spec.model.max_context, load_config(spec.model).max_context
     if held < wanted:
@@ -43,9 +48,7 @@ def refuse_missing_transport(spec: ClusterSpec) -> None:
 def refuse_what_is_not_here(spec: ClusterSpec) -> None:
     """Check cores, memory, accelerators and kernels, where all workers run on this machine; compiles the kernels if
     they must be native. Raises UnsupportedSpec."""
-    for role, wanted in spec.roles.items():
-        refuse_missing_cores(role, wanted.cpu_affinity or ())
-    refuse_too_large(spec)
+    refuse_what_does_not_fit(spec)
     native = [f"roles.{role}.kernels: native" for role, wanted in spec.roles.items() if wanted.kernels == "native"]
     if spec.model.dtype == "gguf":
         native = ["model.dtype: gguf takes native kernels"]
@@ -57,8 +60,11 @@ def refuse_what_is_not_here(spec: ClusterSpec) -> None:
             raise UnsupportedSpec(f"{native[0]}: {reason}")
 
 
-def refuse_too_large(spec: ClusterSpec) -> None:
-    """Check what the workers take of this machine's memory, where all of them run on it. Raises UnsupportedSpec."""
+def refuse_what_does_not_fit(spec: ClusterSpec) -> None:
+    """Check what the workers take of this machine's cores and memory, where all of them run on it. Raises
+    UnsupportedSpec."""
+    for role, wanted in spec.roles.items():
+        refuse_missing_cores(role, wanted.cpu_affinity or ())
     from tercet.devices import DEVICES  # as above
     from tercet.models import footprint
 

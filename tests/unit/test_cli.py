@@ -56,6 +56,7 @@ def test_plan_shows_an_address_that_can_be_used():
         (["plan", "configs/local.yaml", "--set", "roles.decode.replicas=0"], 2, "must be at least 1, got 0"),
         (["serve", "configs/local.yaml", "--set", "topology=pdx"], 2, "topology: must be"),
         (["plan", "configs/local.yaml", "--set", "pools.cpu.labels.zone=a"], 1, "no node carries the labels zone=a"),
+        (["plan", "configs/local.yaml", "--set", "roles.prefill.cpu_affinity=[700]"], 2, "core 700 is not here"),
         (["plan", "configs/local.yaml", "--address", "127.0.0.1:1"], 1, "no Ray answers at 127.0.0.1:1"),
         (["serve", "configs/local.yaml", "--set", "ray.address=here"], 1, "Ray address 'here': want host:port"),
         (["serve", "configs/local.yaml", "--ready-file=/none/x"], 2, "--ready-file /none/x: cannot be written"),

@@ -104,6 +104,8 @@ def test_a_rival_that_is_not_given_is_named():
     assert chosen(["tercet"], NOTHING)[1]["tercet-pd"] == "not asked for"
     with pytest.raises(typer.BadParameter, match="'ollama' is none of tercet, "):
         chosen(["ollama"], NOTHING)
+    with pytest.raises(typer.BadParameter, match="vllm is asked for, and there is no --vllm PATH"):
+        chosen(["tercet", "vllm"], NOTHING)
 
 
 def test_medians_are_of_the_clean_and_ratios_of_medians():
