@@ -170,6 +170,23 @@ class Done:
     attempts: int = 1
 
 
+@dataclass(frozen=True)
+class PromptImage:
+    """An image in a prompt."""
+
+    digest: bytes  # sha256 of all that its embeddings follow from
+    grid: tuple[int, int, int]  # tiles, rows and columns of tokens
+    spans: tuple[tuple[int, int], ...]  # where its tokens stand in the prompt: first, count
+
+    @property
+    def start(self) -> int:
+        return self.spans[0][0]
+
+    @property
+    def tokens(self) -> int:
+        return sum(count for _, count in self.spans)
+
+
 class Ticket(NamedTuple):
     """Names one attempt at a request, and the handover of its KV to one incarnation of a decode worker."""
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from tercet.engine.plan import Piece, PieceResult, StepPlan, StepResult
+from tercet.engine.plan import ImageKey, Piece, PieceResult, StepPlan, StepResult
 from tercet.errors import EngineFault
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,12 @@ class Executor(Protocol):
     @property
     def layers_done(self) -> int:
         """Layers computed so far, over all steps; grows during a step. Any thread."""
+
+    def see(self, key: ImageKey, embeddings: Any) -> None:
+        """Keep an image's embeddings, [levels, tokens, E], for the steps that take them."""
+
+    def forget(self, key: ImageKey) -> None:
+        """No step to come takes them."""
 
     def launch(self, plan: StepPlan) -> Launched:
         """Begin a step; its result may be a fault that ends a sequence. Raises what the model raises if the model
@@ -71,6 +77,10 @@ class StepRunner(Protocol[Tokens]):
     def tokens_of(self, token_ids: Sequence[int]) -> Tokens:
         """Known ids, as a step has them."""
 
+    def see(self, key: ImageKey, embeddings: Any) -> None: ...
+
+    def forget(self, key: ImageKey) -> None: ...
+
     def check(self) -> None:
         """Run the model without any sequence. Raises what it raises."""
 
@@ -93,6 +103,12 @@ class LocalExecutor(Generic[Tokens]):
     @property
     def layers_done(self) -> int:
         return self._runner.layers_done
+
+    def see(self, key: ImageKey, embeddings: Any) -> None:
+        self._runner.see(key, embeddings)
+
+    def forget(self, key: ImageKey) -> None:
+        self._runner.forget(key)
 
     def launch(self, plan: StepPlan) -> Launched:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tercet.engine.plan import Piece, StepPlan
-from tercet.models.batch import PrefillChunk, StepBatch
+from tercet.models.batch import ImageRows, PrefillChunk, StepBatch
 
 Array = npt.NDArray[np.generic]
 ALIGNMENT = 16  # bytes, of each array in the copy
@@ -73,7 +74,10 @@ class BatchInputs:
             tables[row, : len(piece.blocks)] = piece.blocks
         starts = [*accumulate((len(piece.token_ids) for piece in chunks), initial=rows)]
         self._token_ids = arrays.add([*_each(decodes, _token_ids), *padding, *_each(chunks, _token_ids)])
-        self._positions = arrays.add([*_each(decodes, _positions), *padding, *_each(chunks, _positions)])
+        self._positions = arrays.add(_positions_of(decodes, padding, chunks))
+        rows_before = zip(plan.pieces, [*range(len(decodes)), *starts], strict=False)
+        seen = [range(first + s.row, first + s.row + s.tokens) for piece, first in rows_before for s in piece.seen]
+        self._image_rows = arrays.add([*chain.from_iterable(seen)]) if seen else None
         slots = partial(_slots, block_size)
         self._slots = arrays.add([*_each(decodes, slots), *(-1 for _ in padding), *_each(chunks, slots)])
         self._tables = arrays.add(tables)
@@ -87,8 +91,15 @@ class BatchInputs:
         if any(piece.drawn >= 0 for piece in decodes):
             self._drawn = arrays.add([*(piece.drawn for piece in decodes), *(-1 for _ in padding)])
 
-    def batch(self, landed: Sequence[Tensor], before: Tensor | None = None) -> StepBatch:
-        """landed: the arrays on their device. before: what the step before draws there, [R] int64."""
+    def batch(
+        self, landed: Sequence[Tensor], before: Tensor | None = None, embeddings: Tensor | None = None
+    ) -> StepBatch:
+        """landed: the arrays on their device. before: what the step before draws there, [R] int64. embeddings: of all
+        tokens of images, in the order of the pieces and of what each has seen, [levels, M, E]."""
+        images = None
+        if self._image_rows is not None:
+            assert embeddings is not None, "a plan has images whose embeddings are not here"
+            images = ImageRows(landed[self._image_rows], embeddings)
         if self._drawn is not None:
             assert before is not None, "a plan takes tokens of a step that drew none"
             _fill(landed[self._token_ids][: self._num_decodes], before, landed[self._drawn])
@@ -105,7 +116,19 @@ class BatchInputs:
             ),
             logit_rows=landed[self._logit_rows],
             chunk_bounds=landed[self._bounds],
+            images=images,
         )
+
+
+def _positions_of(decodes: Sequence[Piece], padding: Sequence[int], chunks: Sequence[Piece]) -> list[Any]:
+    """[T], or [3, T] if a piece has three numbers for each token."""
+    if not any(piece.positions for piece in chunks):
+        return [*_each(decodes, _positions), *padding, *_each(chunks, _positions)]
+    axes = []
+    for axis in range(3):
+        given = [piece.positions[axis] if piece.positions else _positions(piece) for piece in chunks]
+        axes.append([*_each(decodes, _positions), *padding, *chain.from_iterable(given)])
+    return axes
 
 
 def _each(pieces: Sequence[Piece], values: Callable[[Piece], Iterable[int]]) -> Iterator[int]:
@@ -117,7 +140,7 @@ def _token_ids(piece: Piece) -> Sequence[int]:
 
 
 def _positions(piece: Piece) -> Sequence[int]:
-    return range(piece.start, piece.end)
+    return range(piece.start + piece.shift, piece.end + piece.shift)
 
 
 def _slots(block_size: int, piece: Piece) -> list[int]:

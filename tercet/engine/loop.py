@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from tercet.core import FinishReason, Load
 from tercet.engine.executor import Executor, Launched
@@ -31,12 +32,14 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         quarantine_blocks: int,
         on_step: Callable[[StepReport], None],
+        *,
+        mrope: bool = False,
     ) -> None:
-        """on_step: takes the report of each step; called on the engine's thread."""
+        """on_step: takes the report of each step; called on the engine's thread. mrope: the model has M-RoPE."""
         self._executor = executor
         self._on_step = on_step
         self._work = threading.Condition()
-        self._state = EngineState(spec, max_context, eos_token_ids, quarantine_blocks, self._work.notify)
+        self._state = EngineState(spec, max_context, eos_token_ids, quarantine_blocks, self._work.notify, mrope=mrope)
         self._stopping = False
         self.step_started: float | None = None  # time.monotonic() since which one step is awaited; health looks at it
         self.failure: BaseException | None = None  # what ended the loop, if it died
@@ -66,6 +69,13 @@ class Engine:
     def abort(self, sequence: Sequence) -> None:
         with self._work:
             self._state.abort(sequence)
+            self._forget()
+
+    def see(self, sequence: Sequence, image: int, embeddings: Any) -> None:
+        """An image's embeddings, [levels, tokens, hidden size], are here; too late is as good as never."""
+        with self._work:
+            if self._state.see(sequence, image):
+                self._executor.see((sequence.ticket, image), embeddings)
 
     def op_done(self, sequence: Sequence) -> None:
         with self._work:
@@ -133,9 +143,14 @@ class Engine:
                 self._work.wait()
             return None
 
+    def _forget(self) -> None:
+        for key in self._state.forgotten():
+            self._executor.forget(key)
+
     def _settle(self, step: Launched) -> None:
         result = step.result()
         with self._work:
             report = self._state.commit(result)
+            self._forget()
         self.step_started = None
         self._on_step(report)

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from tercet.engine.plan import Draw, Piece, Push, StepPlan
+from tercet.engine.images import overlaps, positions_of, shift_at
+from tercet.engine.plan import Draw, Piece, Push, Seen, StepPlan
 from tercet.engine.scheduler import Chunk, Step
 from tercet.engine.sequence import Sequence
 
 
-def plan_of(step: Step, before: Step, landed: Collection[int], block_size: int) -> StepPlan:
+def plan_of(step: Step, before: Step, landed: Collection[int], block_size: int, *, mrope: bool = False) -> StepPlan:
     """before: the step in flight, whose draws the sequences of this one may take; empty if there is none. landed: what
-    transfers wrote since the last plan."""
+    transfers wrote since the last plan. mrope: the model's rotary positions are those of M-RoPE."""
     rows = {sequence: row for row, sequence in enumerate(before.drawing)}
-    return StepPlan(
-        tuple(_decode(sequence, rows, block_size) for sequence in step.decodes),
-        tuple(_chunk(chunk, block_size) for chunk in step.chunks),
-        tuple(landed),
-    )
+    decodes = [_decode(sequence, rows, block_size) for sequence in step.decodes]
+    chunks = [_chunk(chunk, block_size) for chunk in step.chunks]
+    if any(sequence.images for sequence in step.sequences):
+        decodes = [_seeing(*each, mrope) for each in zip(decodes, step.decodes, strict=True)]
+        chunks = [_seeing(piece, chunk.sequence, mrope) for piece, chunk in zip(chunks, step.chunks, strict=True)]
+    return StepPlan(tuple(decodes), tuple(chunks), tuple(landed))
+
+
+def _seeing(piece: Piece, sequence: Sequence, mrope: bool) -> Piece:
+    """With what the sequence's images mean for it."""
+    found = overlaps(sequence.images, piece.start, piece.end)
+    piece = piece._replace(seen=tuple(Seen(o.image, o.start - piece.start, o.tokens, o.offset) for o in found))
+    if not mrope or not sequence.images:
+        return piece
+    if not piece.seen:
+        return piece._replace(shift=shift_at(sequence.images, piece.start))
+    positions = positions_of(sequence.images, len(sequence.token_ids))
+    return piece._replace(positions=positions[:, piece.start : piece.end].tolist())
 
 
 def _decode(sequence: Sequence, rows: dict[Sequence, int], block_size: int) -> Piece:

@@ -36,6 +36,18 @@ class Push(NamedTuple):
     tail: int = 0  # tokens in the last block, if it stays partial; the rest of it is zeroed
 
 
+ImageKey = tuple[Ticket, int]  # an image by its number in the prompt of a request
+
+
+class Seen(NamedTuple):
+    """Tokens of an image in a piece: embeddings stand in their place."""
+
+    image: int  # its number in the prompt
+    row: int  # of the piece, the first of them
+    tokens: int
+    offset: int  # of the image's embeddings, the first of them
+
+
 class Piece(NamedTuple):
     """One sequence's part of a step: compute the KV of tokens that follow each other, then perhaps draw the next."""
 
@@ -48,6 +60,9 @@ class Piece(NamedTuple):
     follow: Sequence[int] = ()  # the prompt token after each of `token_ids`, if its logprob is wanted
     most_likely: int = 0  # how many top logprobs are wanted for each of `follow`
     drawn: int = -1  # if its one token is what the step before draws: the number of that draw; `token_ids` says 0
+    seen: Sequence[Seen] = ()
+    positions: Sequence[Sequence[int]] = ()  # M-RoPE: three numbers of each token, if there are images among them
+    shift: int = 0  # M-RoPE: what is added to a token's place otherwise
 
     @property
     def end(self) -> int:
@@ -99,4 +114,5 @@ def unpack(packed: bytes) -> StepPlan:
 def _piece(fields: tuple[object, ...]) -> Piece:
     piece = Piece(*fields)  # type: ignore[arg-type]  # as `pack` has packed them
     draw = piece.draw and Draw(SamplingParams(*piece.draw[0]), *piece.draw[1:])  # type: ignore[misc]  # likewise
-    return piece._replace(ticket=Ticket(*piece.ticket), draw=draw, push=piece.push and Push(*piece.push))
+    seen = tuple(Seen(*each) for each in piece.seen)
+    return piece._replace(ticket=Ticket(*piece.ticket), draw=draw, push=piece.push and Push(*piece.push), seen=seen)

@@ -8,10 +8,10 @@ import struct
 from collections.abc import Iterable, Sequence
 
 
-def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of a full block: its tokens and everything before them. sha256, since a collision would serve one
-    user's KV to another."""
-    return hashlib.sha256(parent + struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
+def chain_hash(parent: bytes, token_ids: Sequence[int], images: bytes = b"") -> bytes:
+    """Hash of a full block: its tokens, what they do not say of images, and everything before them. sha256, since a
+    collision would serve one user's KV to another."""
+    return hashlib.sha256(parent + struct.pack(f"<{len(token_ids)}I", *token_ids) + images).digest()
 
 
 class PrefixIndex:

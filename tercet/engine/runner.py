@@ -20,7 +20,7 @@ from tercet.engine.graphs import DecodeGraphs, Recorder
 from tercet.engine.inputs import Arrays, BatchInputs
 from tercet.engine.kv_cache import HostCache, cache_of
 from tercet.engine.outputs import Outputs
-from tercet.engine.plan import Draw, Piece, PieceResult, StepPlan, StepResult
+from tercet.engine.plan import Draw, ImageKey, Piece, PieceResult, StepPlan, StepResult
 from tercet.engine.sampler import sample
 from tercet.engine.scores import PieceScores
 from tercet.errors import EngineFault
@@ -66,6 +66,7 @@ class Runner:
         self._cache = cache_of(region, model.dtype, model.device)
         self._graphs: DecodeGraphs | None = None
         self.kv_cache = self._cache.tensor
+        self._embeddings: dict[ImageKey, Tensor] = {}  # [levels, tokens, E]
         self.vocab_size = model.config.vocab_size  # rows of the embedding
         self.ahead = model.kernels.kind == "triton"  # others wait for the logits, to draw on the host
 
@@ -80,6 +81,12 @@ class Runner:
         graphs.capture(sizes, recorder)
         self._graphs = graphs
 
+    def see(self, key: ImageKey, embeddings: Tensor) -> None:
+        self._embeddings[key] = embeddings.to(self._model.device)
+
+    def forget(self, key: ImageKey) -> None:
+        self._embeddings.pop(key, None)
+
     @torch.inference_mode()
     def launch(self, plan: StepPlan, before: Tensor | None = None) -> RunningStep:
         """Compute the step's KV, and draw a token for each piece that is to get one."""
@@ -91,7 +98,7 @@ class Runner:
         scores = [PieceScores(arrays, piece) for piece in plan.pieces]
         packed = arrays.packed(pin=self._model.device.type != "cpu").to(self._model.device, non_blocking=True)
         landed = arrays.views(packed)
-        batch = inputs.batch(landed, before)
+        batch = inputs.batch(landed, before, self._seen(plan))
 
         outputs = Outputs(self._model.device)
         step = RunningStep(plan, outputs, self._cache)
@@ -111,6 +118,15 @@ class Runner:
             step.events = device_draws.events
         step.close()
         return step
+
+    def _seen(self, plan: StepPlan) -> Tensor | None:
+        """[levels, M, E], of all images in the order of the pieces."""
+        parts = [
+            self._embeddings[piece.ticket, s.image][:, s.offset : s.offset + s.tokens]
+            for piece in plan.pieces
+            for s in piece.seen
+        ]
+        return torch.cat(parts, 1) if parts else None
 
     def tokens_of(self, token_ids: Rows[int]) -> Tensor:
         return torch.tensor(token_ids, dtype=torch.int64, device=self._model.device)

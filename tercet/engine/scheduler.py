@@ -60,7 +60,7 @@ class Scheduler:
         if behind and self._must_wait():
             return Step()
         step = self._choose()
-        while not step and not behind and len(self.running) > 1 and self._preempt():
+        while not step and not behind and len(self.running) > 1 and self._lacks_blocks() and self._preempt():
             step = self._choose()  # half-done prompts each held blocks that the others needed
         return step
 
@@ -86,6 +86,10 @@ class Scheduler:
         return (
             sequence.decodes and output < sequence.params.max_tokens and sequence.num_prompt + output < self.max_context
         )
+
+    def _lacks_blocks(self) -> bool:
+        """Whether somebody would go on if there were more; the others wait for images."""
+        return any(s.decodes or s.computable > s.planned for s in self.running)
 
     def _choose(self) -> Step:
         fitting = [s for s in list(self.running) if self._goes_on(s) and self._fit(s, 1)]
@@ -130,7 +134,7 @@ class Scheduler:
         """Add the next chunk of a prefilling sequence, as long as budget and blocks allow. -> tokens taken."""
         assert sequence.pending > 0, f"{sequence.ticket} has no token left to compute"
         room = (len(sequence.blocks) + self.pool.available) * self.block_size - sequence.planned
-        length = min(sequence.pending, budget, room)
+        length = min(sequence.pending, budget, room, sequence.computable - sequence.planned)
         if length <= 0:
             return 0
         sequence.blocks += self.pool.allocate(self._missing(sequence, length), Hold.OWNED)

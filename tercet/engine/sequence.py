@@ -18,7 +18,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from tercet.core import FinishReason, PromptScore, Role, SamplingParams, Ticket
+from tercet.core import FinishReason, PromptImage, PromptScore, Role, SamplingParams, Ticket
+from tercet.engine.images import computable, told_apart
 from tercet.engine.prefix import chain_hash
 
 
@@ -39,6 +40,7 @@ class Sequence:
     params: SamplingParams
     kind: Role | None = None  # of its leg: which handler gets its part of a step's report
     hand_over: bool = False  # compute the prompt, hand its KV over, sample one token, be done
+    images: tuple[PromptImage, ...] = ()
 
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Sequence:
     published: int = 0  # blocks offered to the prefix cache
     arrived: float = 0.0  # time.monotonic()
     first_scheduled: float | None = None
+    here: set[int] = field(default_factory=set)  # images whose embeddings are here
 
     @property
     def over(self) -> bool:
@@ -72,6 +75,11 @@ class Sequence:
         return len(self.token_ids) + self.drawing - self.planned
 
     @property
+    def computable(self) -> int:
+        """Tokens that can be computed: up to the first image whose embeddings are not here yet."""
+        return computable(self.images, self.here, len(self.token_ids) + self.drawing)
+
+    @property
     def decodes(self) -> bool:
         """Whether what it needs next is one more token."""
         return self.phase is Phase.DECODING or (self.drawing > 0 and not self.hand_over)
@@ -85,7 +93,8 @@ class Sequence:
         while (len(self.hashes) + 1) * block_size <= len(self.token_ids):
             start = len(self.hashes) * block_size
             parent = self.hashes[-1] if self.hashes else b""
-            self.hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
+            images = told_apart(self.images, start, start + block_size)
+            self.hashes.append(chain_hash(parent, self.token_ids[start : start + block_size], images))
         return self.hashes
 
     def finish_reason(self, eos_token_ids: tuple[int, ...], max_context: int) -> tuple[FinishReason, int | None] | None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from tercet.core import FinishReason, Load, PromptLogprobs, TokenEvent
 from tercet.engine.blocks import BlockPool, Hold
 from tercet.engine.pieces import plan_of
-from tercet.engine.plan import PieceResult, StepPlan, StepResult
+from tercet.engine.plan import ImageKey, PieceResult, StepPlan, StepResult
 from tercet.engine.policy import FirstComeFirstServed
 from tercet.engine.prefix import PrefixIndex
 from tercet.engine.report import Faulted, Sampled, Scored, StepReport
@@ -34,8 +34,11 @@ class EngineState:
         eos_token_ids: tuple[int, ...],
         quarantine_blocks: int,
         on_work: Callable[[], None],
+        *,
+        mrope: bool = False,
     ) -> None:
-        """on_work: called whenever `plan` may find more to do than the last time."""
+        """on_work: called whenever `plan` may find more to do than the last time. mrope: the model has M-RoPE."""
+        self._mrope = mrope
         self._max_running = spec.scheduler.max_running
         self._max_active = spec.scheduler.max_running + spec.scheduler.max_waiting
         self._block_size = spec.kv.block_size
@@ -50,6 +53,7 @@ class EngineState:
         self._reserved: set[Sequence] = set()  # their KV is on its way
         self._sending: set[Sequence] = set()  # a transfer reads their blocks, until `op_done`
         self._in_flight: deque[Step] = deque()  # planned, not yet committed; the oldest first
+        self._unseen: list[ImageKey] = []  # images that no step to come takes, until `forgotten`
         self._landed: set[int] = set()  # blocks that transfers have written and no plan has named yet
 
     # ---- verbs
@@ -128,6 +132,19 @@ class EngineState:
             self._pool.release(written, Hold.QUARANTINED)
         sequence.blocks, sequence.phase = [], Phase.OVER
 
+    def see(self, sequence: Sequence, image: int) -> bool:
+        """The executor has the embeddings of an image of the prompt. False: the sequence takes none any more."""
+        if sequence.phase not in (Phase.WAITING, Phase.PREFILLING, Phase.DECODING):
+            return False
+        sequence.here.add(image)
+        self._on_work()
+        return True
+
+    def forgotten(self) -> list[ImageKey]:
+        """Images whose embeddings no step to come takes, each once."""
+        unseen, self._unseen = self._unseen, []
+        return unseen
+
     def abort(self, sequence: Sequence) -> None:
         """Stop computing a sequence that was added or joined; its blocks are free once no step and no transfer reads
         them."""
@@ -173,7 +190,7 @@ class EngineState:
             return StepPlan()
         before = self._in_flight[-1] if self._in_flight else Step()
         landed, self._landed = tuple(self._landed), set()
-        plan = plan_of(step, before, landed, self._block_size)
+        plan = plan_of(step, before, landed, self._block_size, mrope=self._mrope)
         for sequence in step.sequences:
             sequence.first_scheduled = sequence.first_scheduled or now
         for sequence in step.decodes:
@@ -268,6 +285,8 @@ class EngineState:
         return any(sequence in step.sequences for step in self._in_flight)
 
     def _give_back(self, sequence: Sequence) -> None:
+        self._unseen += [(sequence.ticket, image) for image in sorted(sequence.here)]
+        sequence.here = set()
         if sequence in self._sending:
             self._pool.move(sequence.blocks, Hold.OWNED, Hold.IN_FLIGHT)
             return

@@ -107,6 +107,7 @@ class Worker:
             loaded.config.eos_token_ids,
             self._spec.transfer.quarantine_blocks,
             self.legs.on_step,
+            mrope=bool(loaded.config.rope.sections),
         )
         self.legs.engine = self.engine
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)

@@ -13,7 +13,7 @@ import pytest
 
 from tercet.core import SamplingParams, Ticket, TokenEvent
 from tercet.engine.executor import Launched, LocalExecutor
-from tercet.engine.plan import Draw, Piece, PieceResult, Push, StepPlan, StepResult, pack, unpack
+from tercet.engine.plan import Draw, Piece, PieceResult, Push, Seen, StepPlan, StepResult, pack, unpack
 from tercet.engine.runner import Runner
 from tercet.transfer.memory.region import Region
 from tests.engines import SIZE, Running, load_tiny
@@ -44,6 +44,9 @@ def piece_of(rng: random.Random) -> Piece:
         ids[: rng.randrange(2)],
         rng.randrange(21),
         rng.choice([-1, 0, 7]),
+        [Seen(*(rng.randrange(300) for _ in range(4))) for _ in range(rng.randrange(3))],
+        rng.choice([(), [ids, ids, ids]]),
+        -rng.randrange(90),
     )
 
 
@@ -65,6 +68,7 @@ def test_what_is_packed_is_unpacked(seed):
         assert (type(one), type(one.ticket), one.end) == (Piece, Ticket, other.end)
         assert type(one.draw) is type(other.draw)
         assert type(one.push) is type(other.push)
+        assert [*map(type, one.seen)] == [*map(type, other.seen)]
         assert one.draw is None or one.draw.params == other.draw.params
 
 

@@ -169,10 +169,10 @@ def test_embeddings(count, kernels, family):
         torch.testing.assert_close(tower.encode([one])[0], whole, rtol=1e-4, atol=2e-4)
 
 
-def prompt_of(counts):
+def prompt_of(counts, lead=5):
     """Text around and between images. -> ids, and where each image begins."""
     torch.manual_seed(1)
-    ids, starts = [torch.randint(0, 119, (5,))], []
+    ids, starts = [torch.randint(0, 119, (lead,))], []
     for i, count in enumerate(counts):
         starts.append(sum(map(len, ids)))
         ids += [torch.full((count,), IMAGE), torch.randint(0, 119, (i % 3 * 4 + 1,))]
