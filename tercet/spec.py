@@ -37,7 +37,7 @@ class ModelSpec(Frozen):
 class PoolSpec(Frozen):
     accelerator: Literal["cpu", "gpu", "npu"] = "cpu"
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that a worker's node must carry
-    cpus: Positive | None = None  # what the pool has in all; None: as many as Ray finds
+    cpus: Positive | None = None  # what the pool has in all; null: as many as Ray finds
     gpus: Annotated[int, Field(ge=0)] = 0
     npus: Annotated[int, Field(ge=0)] = 0
 
@@ -78,7 +78,7 @@ class RoleSpec(Frozen):
     parallel: ParallelSpec = ParallelSpec()
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # Ray CPUs of one replica
     threads: Positive = 1  # compute threads of one replica
-    # Cores that they are pinned to: each replica on a node takes the next `threads` of them. None: any
+    # Cores that they are pinned to: each replica on a node takes the next `threads` of them. null: any
     cpu_affinity: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
     # auto: on a CPU C++ compiled for it, on a GPU Triton's, and torch's where those cannot be had; why not is logged
     kernels: Literal["auto", "native", "torch", "triton"] = "auto"
@@ -109,14 +109,14 @@ class RoleSpec(Frozen):
 
 
 class TransferSpec(Frozen):
-    # auto: shm within a host, else the one of tcp, torch and ucx that both have and that measures fastest
+    # auto: shm within a host, else the one of tcp, torch and ucx that both have and that measures fastest;
     # cuda_ipc (GPUs of one host), nixl_gpu: KV stays in the GPUs' memory; all others move it through the host's
     transport: Literal["auto", "shm", "tcp", "cuda_ipc", "nixl", "nixl_gpu", "ucx", "torch"] = "auto"
     min_bandwidth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # bytes/s; below it a pair is not ready
     lease_s: Seconds = 10.0  # a ticket whose peer is silent for so long fails
-    heartbeat_s: Seconds = 2.0
+    heartbeat_s: Seconds = 2.0  # at most half of lease_s
     quarantine_blocks: Positive = 128  # bound on blocks that wait for a proof; full: admission refuses
-    links: Annotated[int, Field(ge=1, le=16)] | None = None  # data connections of a pair; None: as the transport likes
+    links: Annotated[int, Field(ge=1, le=16)] | None = None  # data connections of a pair; null: as the transport likes
     integrity: bool = True  # digest of every block, checked before a token is decoded from it
 
 
@@ -139,10 +139,9 @@ class GatewaySpec(Frozen):
 class LimitsSpec(Frozen):
     request_timeout_s: Seconds = 300.0  # the longest deadline that a client may ask for, and the default
     max_inflight_requests: Positive = 256  # a client below its share is let in beyond this, up to twice as many
-    max_n: Positive = 16
+    max_n: Positive = 16  # choices of a request
     max_chars_per_token: Positive = 16  # of a prompt, times model.max_context; more are refused before they are read
-    # What a client has begun to send. All of HTTP and gRPC together.
-    max_body_bytes: Positive = 4 * 1024 * 1024
+    max_body_bytes: Positive = 4 * 1024 * 1024  # of a request; this and the next six are for HTTP and gRPC together
     max_held_bytes: Positive = 64 * 1024 * 1024  # bodies that come, or wait for their turn; at least one body
     body_grace_s: Seconds = 10.0  # for a body; a second more for each min_body_rate bytes of it that came
     min_body_rate: Positive = 16 * 1024  # bytes/s
@@ -153,7 +152,7 @@ class LimitsSpec(Frozen):
     )
     retries: Annotated[int, Field(ge=0, le=10)] = 3  # new plans for a request whose worker died
     worker_wait_s: Seconds = 30.0  # how long a request waits for a role without a live worker (a restart)
-    drain_timeout_s: Seconds = 20.0
+    drain_timeout_s: Seconds = 20.0  # what is not done then goes on elsewhere, or ends when the cluster does
 
 
 class RaySpec(Frozen):
@@ -198,9 +197,13 @@ class ClusterSpec(Frozen):
             raise ValueError(f"gateway.grpc.port: {grpc.port} is taken by gateway.http.port")
         for role, spec in self.roles.items():
             if spec.kv.blocks * spec.kv.block_size < self.model.max_context:
-                held = f"{spec.kv.blocks} blocks of {spec.kv.block_size} tokens"
+                held, least = (
+                    f"{spec.kv.blocks} blocks of {spec.kv.block_size} tokens",
+                    -(-self.model.max_context // spec.kv.block_size),
+                )
                 raise ValueError(
-                    f"roles.{role}.kv.blocks: {held} cannot hold model.max_context {self.model.max_context}"
+                    f"roles.{role}.kv.blocks: {held} cannot hold model.max_context {self.model.max_context}; "
+                    f"{least} blocks would"
                 )
         if self.transfer.heartbeat_s * 2 > self.transfer.lease_s:
             raise ValueError("transfer.heartbeat_s: must be at most half of transfer.lease_s")

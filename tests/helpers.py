@@ -9,11 +9,19 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 
 from tercet.core import Done, GenerateRequest, Role, SamplingParams, TokenEvent
+from tercet.roles.router.attempt import RequestEvent
 from tercet.roles.router.router import Router
 from tercet.roles.worker import Worker
 from tercet.spec import ClusterSpec
 
 TOKEN = "secret"
+
+
+async def next_token(stream: AsyncIterator[RequestEvent]) -> int:
+    """Of a request of the router."""
+    while not isinstance(event := await anext(stream), TokenEvent):
+        pass
+    return event.token_id
 
 
 def spec_of(

@@ -80,6 +80,14 @@ def validate(spec: SpecPath, settings: Settings = None) -> None:
     typer.echo(f"{spec} is valid: cluster {checked.name}, topology {checked.topology}, {roles}")
 
 
+@app.command("spec")
+def show_spec(spec: SpecPath, settings: Settings = None) -> None:
+    """Print a spec with every key that it could have, what each means, and its value here."""
+    from tercet.cluster.spec_text import spec_text
+
+    typer.echo(spec_text(load_spec(spec, settings or ())), nl=False)
+
+
 @app.command()
 def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> None:
     """Show what would be placed where; start nothing. Without --address, on a Ray of this machine alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tercet.core import STAGES
@@ -62,24 +63,23 @@ def pairs_table(status: Mapping[str, Any]) -> Table:
 
 
 def status_table(status: Mapping[str, Any]) -> Table:
-    """status: what `remote.status` gives."""
+    """status: what `remote.status` gives. A worker's requests: running + waiting. It fits into 80 columns."""
     ready = "ready" if status["ready"] else f"not ready: {status['reason']}"
     wanted = ", ".join(f"{replicas} {role}" for role, replicas in status["target"].items())
     title = f"{status['name']}: {ready} at {status['http_url']}, gRPC {status['grpc_address']}"
-    table = Table(title=title, caption=f"target: {wanted}" if wanted else None)
-    for column in ("member", "role", "state", "epoch", "pid", "node", "running", "waiting", "KV blocks free"):
+    table = Table(title=title, caption=f"target: {wanted}" if wanted else None, box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("member", "role", "state", "epoch", "pid", "node", "requests", "KV free"):
         table.add_column(column, overflow="fold", no_wrap=column in {"member", "role", "state"})
-    table.add_row(
-        "gateway", "", "", "", str(status["pid"]), str(status["node"]), str(status.get("inflight", "")), "", ""
-    )
+    table.add_row("gateway", "", "", "", str(status["pid"]), str(status["node"]), str(status.get("inflight", "")), "")
     for worker_id in sorted({*status["members"], *status["workers"]}):
         # The gateway's workers and the controller's members come separately, so one may be ahead of the other.
         worker = {"state": "", "pid": "", "node": "", "load": None, **status["workers"].get(worker_id, {})}
         worker |= status["members"].get(worker_id, {})
         load = worker["load"] or {}
-        blocks = f"{load['blocks_free']} of {load['blocks_total']}" if load else "not heard from yet"
+        blocks = f"{load['blocks_free']}/{load['blocks_total']}" if load else "unknown"
+        requests = f"{load['running']}+{load['waiting']}" if load else ""
         row = [worker[key] for key in ("role", "state", "epoch", "pid", "node")]
-        table.add_row(worker_id, *map(str, row), *(str(load.get(key, "")) for key in ("running", "waiting")), blocks)
+        table.add_row(worker_id, *map(str, row), requests, blocks)
     return table
 
 

@@ -16,7 +16,7 @@ import pytest
 from tercet.core import Done, Role, TokenEvent, WorkerInfo
 from tercet.errors import NoWorkers
 from tercet.roles.router.router import Router
-from tests.helpers import TOKEN, LocalCluster, request_of, spec_of
+from tests.helpers import TOKEN, LocalCluster, next_token, request_of, spec_of
 
 PROMPT = [(7 * n) % 30000 + 100 for n in range(40)]
 LONG = [(11 * n) % 30000 + 100 for n in range(800)]
@@ -97,7 +97,7 @@ async def collect(stream) -> tuple[list[int], Done]:
 async def kill_in_mid_stream(made: Processes, expected: list[int]) -> None:
     """SIGKILL the worker that decodes; the stream goes on elsewhere without a lost or repeated token."""
     stream = made.router.generate(request_of(PROMPT, max_tokens=24, ignore_eos=True, temperature=0.8, seed=3))
-    tokens = [(await anext(stream)).token_id for _ in range(6)]
+    tokens = [await next_token(stream) for _ in range(6)]
     attempt = next(iter(made.router._decisions._running.values())).attempt
     victim = attempt.plan.decode.info.worker_id
     made.signal(victim, signal.SIGKILL)

@@ -57,6 +57,7 @@ RUN_BY = {
     """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'""": ON_TINY,
     "python -m benchmarks.serving": ON_TINY,
     "tercet validate SPEC": f"{CLI}:test_version_and_validate",
+    "tercet spec SPEC": f"{CLI}:test_spec_prints_every_key_and_is_read_again",
     "tercet plan SPEC": f"{CLI}:test_plan_shows_every_member_and_starts_nothing",
     **dict.fromkeys(
         (
@@ -204,7 +205,7 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     assert json.loads(typed(curl))["choices"][0]["message"]["content"]
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert typed(shlex.join([sys.executable, "-c", block.replace(":8000", f":{port}")])).strip()
-    assert re.search(r"worker-\d\s*│\s*decode", typed("tercet status"))
+    assert re.search(r"^ *worker-\d +decode +live", typed("tercet status"), re.MULTILINE)
     assert typed("tercet chat", "Hello\n\n").strip()
     assert typed("tercet scale decode 3") == "cluster typed: decode has 3 workers (worker-2, worker-3 came)\n"
     loads = "--num-prompts 4 --input-len 20 --output-len 4 --vocab-size 256"

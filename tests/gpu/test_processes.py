@@ -14,7 +14,7 @@ from tercet.kernels.triton import trial
 from tercet.transfer.transports.table import ALL
 from tests.chaos.test_deaths import Processes
 from tests.gpu.small import GREEDY, ON_GPU, PATIENCE_S, PROMPTS, VOCAB, expected, spec_of
-from tests.helpers import request_of
+from tests.helpers import next_token, request_of
 from tests.triton_interpreter import DEVICE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
@@ -51,7 +51,7 @@ async def kill_in_mid_stream(made: Processes) -> list[list[int]]:
     """The decode worker dies when each stream has had five tokens, the prefill worker while others are computed. The
     router tries all of them again. -> the tokens of each."""
     streams = [made.router.generate(request_of(prompt, **LONG)) for prompt in NEW]
-    begun = [[(await anext(stream)).token_id for _ in range(5)] for stream in streams]
+    begun = [[await next_token(stream) for _ in range(5)] for stream in streams]
     rest = [asyncio.create_task(_rest(stream)) for stream in streams]
     await restart(made, Role.DECODE, 2)
     decoded = [first + await more for first, more in zip(begun, rest, strict=True)]

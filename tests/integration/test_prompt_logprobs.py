@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tercet.core import Done, PromptLogprobs, Role, TokenEvent
+from tercet.core import Done, Progress, PromptLogprobs, Role, TokenEvent
 from tercet.errors import EngineFault
 from tercet.transfer.mover.sender import KvSender
 from tests.helpers import LocalCluster, cluster, request_of, spec_of
@@ -34,7 +34,7 @@ def reference():
 def assert_scores(events: list[object], prompt: list[int], reference) -> None:
     """They come first and once, and are what transformers says."""
     assert isinstance(events[0], PromptLogprobs)
-    assert all(isinstance(event, TokenEvent | Done) for event in events[1:])
+    assert all(isinstance(event, TokenEvent | Progress | Done) for event in events[1:])
     with torch.inference_mode():
         rows = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
     assert len(events[0].entries) == len(prompt) - 1

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tercet.cluster import run_file
 from tercet.cluster.cli import app
 from tercet.cluster.run_file import RunFile, Served
+from tercet.cluster.spec_file import load_spec
 from tercet.errors import ClusterError, SpecError
 from tercet.transfer.transports.nixl import NixlTransport
 from tercet.transfer.transports.table import ALL, usable
@@ -33,6 +34,19 @@ def test_version_and_validate():
     done = tercet("validate", "configs/local.yaml")
     assert (done.returncode, done.stderr) == (0, "")
     assert "1 prefill, 2 decode" in done.stdout
+
+
+@pytest.mark.parametrize("given", [[], ["roles.decode.cuda_graphs=off", "transfer.links=3", "pools.cpu.labels.zone=a"]])
+def test_spec_prints_every_key_and_is_read_again(given, tmp_path):
+    settings = [part for setting in given for part in ("--set", setting)]
+    done = tercet("spec", "configs/local.yaml", *settings)
+    assert done.returncode == 0
+    (tmp_path / "whole.yaml").write_text(done.stdout)
+    assert load_spec(tmp_path / "whole.yaml", ()) == load_spec(ROOT / "configs/local.yaml", given)
+    for key in ("#max_inflight_requests: 256", "cuda_graphs:", "#heartbeat_s: 2.0  # at most half of lease_s"):
+        assert key in done.stdout
+    said = load_spec(tmp_path / "whole.yaml", ())
+    assert said.model_fields_set == load_spec(ROOT / "configs/local.yaml", given).model_fields_set
 
 
 def test_plan_shows_every_member_and_starts_nothing():
