@@ -93,6 +93,7 @@ class GenerateRequest:
     params: SamplingParams
     deadline: float  # time.monotonic() of this host, seconds
     client: str = ""  # who asks; requests of one client wait for each other before they wait for others'
+    images: tuple[PromptImage, ...] = ()  # in the order of the prompt
 
 
 TopLogprobs = tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
@@ -177,6 +178,7 @@ class PromptImage:
     digest: bytes  # sha256 of all that its embeddings follow from
     grid: tuple[int, int, int]  # tiles, rows and columns of tokens
     spans: tuple[tuple[int, int], ...]  # where its tokens stand in the prompt: first, count
+    content: bytes = field(default=b"", repr=False)  # its file, where it is to be encoded
 
     @property
     def start(self) -> int:
@@ -206,6 +208,7 @@ class Leg:
     params: SamplingParams
     timeout_s: float
     peer: str = ""  # prefill: the decode worker's transfer endpoint
+    images: tuple[PromptImage, ...] = ()  # in the order of the prompt
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,27 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
 
 from tercet.core import Leg, Load, Role, Ticket
 from tercet.engine.loop import Engine
 from tercet.engine.report import StepItem, StepReport
 from tercet.engine.runner import PushBlocks
 from tercet.engine.sequence import Sequence
-from tercet.errors import DeadlineExceeded, EngineFault, Overloaded, ProtocolViolation, TercetError, WorkerDrained
+from tercet.errors import (
+    DeadlineExceeded,
+    EngineFault,
+    InvalidRequest,
+    Overloaded,
+    ProtocolViolation,
+    TercetError,
+    WorkerDrained,
+)
+from tercet.roles.encode import Encoder
 from tercet.wire.worker_server import ReportStream
 
 log = logging.getLogger(__name__)
@@ -44,6 +57,7 @@ class Legs:
         self.loop = loop
         self.handlers: dict[Role, Handler] = {}  # kind of leg -> who serves it
         self._active: dict[Ticket, ActiveLeg] = {}
+        self.encoder: Encoder | None = None  # of a model that sees
         self._draining = False
         self._dead: TercetError | None = None  # why no leg can be served here any more
 
@@ -63,12 +77,14 @@ class Legs:
         if self._draining or ticket in self._active or self._settling(ticket):
             stream.rejected(leg, "the worker is draining" if self._draining else f"{ticket} is not over yet")
             return
-        sequence = Sequence(ticket, list(leg.token_ids), leg.num_prompt, leg.params, kind=leg.kind)
+        sequence = Sequence(ticket, list(leg.token_ids), leg.num_prompt, leg.params, kind=leg.kind, images=leg.images)
         timer = self.loop.call_later(leg.timeout_s, self._expire, ticket)
         active = self._active[ticket] = ActiveLeg(leg, stream, sequence, timer)
         try:
             self.engine.check_ids(leg.token_ids)
+            self._check_images(leg)
             handler.begin(active)
+            self._encode(active)
         except Overloaded as error:
             self.forget(active)
             stream.rejected(leg, str(error))
@@ -111,6 +127,8 @@ class Legs:
     def forget(self, active: ActiveLeg) -> bool:
         """Remove a leg from the table. False: it was removed before."""
         active.timer.cancel()
+        if active.leg.images:
+            self.engine.abort(active.sequence)  # one that was never queued may have been given embeddings
         return self._active.pop(active.ticket, None) is not None
 
     def take_each(self, report: StepReport, take: Callable[[StepItem, float], None]) -> None:
@@ -154,8 +172,44 @@ class Legs:
     async def close(self) -> None:
         for handler in self.handlers.values():
             await handler.close()
+        if self.encoder is not None:
+            await self.loop.run_in_executor(None, self.encoder.close)
 
     # ---- inside
+
+    def _check_images(self, leg: Leg) -> None:
+        """Raises InvalidRequest, ProtocolViolation."""
+        encodes, end = leg.kind is not Role.DECODE, 0
+        if leg.images and encodes and self.encoder is None:
+            raise InvalidRequest("this model takes no images")
+        for image in leg.images:
+            tiles, rows, columns = image.grid
+            for first, count in image.spans:
+                if not end <= first < first + count <= leg.num_prompt:
+                    raise ProtocolViolation(f"an image at {image.spans} of a prompt of {leg.num_prompt} tokens")
+                end = first + count
+            if image.tokens != tiles * rows * columns or not image.tokens or bool(image.content) != encodes:
+                raise ProtocolViolation(f"an image of {image.grid} tokens, {image.tokens} in the prompt")
+
+    def _encode(self, active: ActiveLeg) -> None:
+        """Have the images' embeddings made, and give each to the engine as it comes."""
+        if self.encoder is None or active.leg.kind is Role.DECODE:
+            return
+        for number, image in enumerate(active.leg.images):
+            take = partial(self._encoded, active, number)
+            self.encoder.encode(image).add_done_callback(partial(self.loop.call_soon_threadsafe, take))
+
+    def _encoded(self, active: ActiveLeg, number: int, embeddings: Future[Tensor]) -> None:
+        if self._active.get(active.ticket) is not active:
+            return
+        error = embeddings.exception()
+        if error is None:
+            self.engine.see(active.sequence, number, embeddings.result())
+        elif isinstance(error, TercetError):
+            self._end(active, error)
+        else:
+            log.error("an image of %s could not be encoded", active.ticket, exc_info=error)
+            self._end(active, EngineFault(f"an image of {active.ticket}: unexpected {type(error).__name__}: {error}"))
 
     def _settling(self, ticket: Ticket) -> bool:
         return any(handler.settling(ticket) for handler in self.handlers.values())

@@ -13,6 +13,7 @@ from tercet.core import (
     Load,
     PairState,
     Progress,
+    PromptImage,
     PromptLogprobs,
     Role,
     SamplingParams,
@@ -55,6 +56,7 @@ def leg_to_proto(leg: Leg) -> pb.Command:
             timeout_s=leg.timeout_s,
             peer=leg.peer,
             prompt_logprobs=leg.params.prompt_logprobs,
+            images=[_image_to_proto(image) for image in leg.images],
         )
     )
 
@@ -71,7 +73,20 @@ def leg_from_proto(start: pb.Start) -> Leg:
         params,
         start.timeout_s,
         start.peer,
+        tuple(_image_from_proto(image) for image in start.images),
     )
+
+
+def _image_to_proto(image: PromptImage) -> pb.Image:
+    tiles, rows, columns = image.grid
+    spans = [pb.Image.Span(first=first, count=count) for first, count in image.spans]
+    return pb.Image(digest=image.digest, tiles=tiles, rows=rows, columns=columns, spans=spans, content=image.content)
+
+
+def _image_from_proto(message: pb.Image) -> PromptImage:
+    spans = tuple((span.first, span.count) for span in message.spans)
+    grid = (message.tiles, message.rows, message.columns)
+    return PromptImage(message.digest, grid, spans, message.content)
 
 
 def _sampling_to_proto(params: SamplingParams) -> inf.Sampling:

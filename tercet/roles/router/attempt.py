@@ -14,6 +14,7 @@ from tercet.core import (
     Leg,
     Outcome,
     Progress,
+    PromptImage,
     PromptLogprobs,
     Rejection,
     Role,
@@ -23,6 +24,11 @@ from tercet.core import (
 from tercet.errors import Overloaded, ProtocolViolation, TercetError
 from tercet.roles.router.directory import WorkerView
 from tercet.roles.router.policy import Plan
+
+
+def _unread(images: tuple[PromptImage, ...]) -> tuple[PromptImage, ...]:
+    """For a worker that decodes: its KV is told apart by them."""
+    return tuple(replaced(image, content=b"") for image in images)
 
 
 class WorkerBusy(Exception):  # never leaves the router
@@ -79,11 +85,19 @@ class Attempt:
             params = replaced(params, prompt_logprobs=None)
         tokens = (*request.token_ids, *(event.token_id for event in told.tokens))
         ticket = Ticket(*name, decoder.epoch)
-        leg = Leg(ticket, Role.AGGREGATED, tokens, len(request.token_ids), params, request.deadline - now)
+        leg = Leg(
+            ticket,
+            Role.AGGREGATED,
+            tokens,
+            len(request.token_ids),
+            params,
+            request.deadline - now,
+            images=request.images,
+        )
         legs = {plan.decode: leg}
         if plan.prefill is not plan.decode:
             legs = {
-                plan.decode: replaced(leg, kind=Role.DECODE),
+                plan.decode: replaced(leg, kind=Role.DECODE, images=_unread(request.images)),
                 plan.prefill: replaced(leg, kind=Role.PREFILL, peer=decoder.transfer_endpoint),
             }
         return cls(ticket, plan, legs, awaits_scores=params.prompt_logprobs is not None)

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from tercet.wire.gen import inference_pb2 as tercet_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tercet/v1/worker.proto\x12\ttercet.v1\x1a\x19tercet/v1/inference.proto\"\x9b\x01\n\x07\x43ommand\x12!\n\x05start\x18\x01 \x01(\x0b\x32\x10.tercet.v1.StartH\x00\x12!\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x10.tercet.v1.AbortH\x00\x12\x1f\n\x04meet\x18\x03 \x01(\x0b\x32\x0f.tercet.v1.MeetH\x00\x12!\n\x05prove\x18\x04 \x01(\x0b\x32\x10.tercet.v1.ProveH\x00\x42\x06\n\x04kind\"\x16\n\x05Prove\x12\r\n\x05proof\x18\x01 \x01(\x0c\")\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\x19\n\x04Meet\x12\x11\n\tendpoints\x18\x01 \x03(\t\"a\n\x04Pair\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x11\n\tbandwidth\x18\x03 \x01(\x01\x12\x11\n\tlatency_s\x18\x04 \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x05 \x01(\t\">\n\x08TicketId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xed\x01\n\x05Start\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\x12\x1b\n\x03leg\x18\x02 \x01(\x0e\x32\x0e.tercet.v1.Leg\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.tercet.v1.Sampling\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x1c\n\x0fprompt_logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_prompt_logprobs\",\n\x05\x41\x62ort\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\"\xb9\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_owned\x18\x05 \x01(\r\x12\x15\n\rblocks_leased\x18\x06 \x01(\r\x12\x18\n\x10\x62locks_in_flight\x18\x07 \x01(\r\x12\x1a\n\x12\x62locks_quarantined\x18\x08 \x01(\r\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\x12\x18\n\x10transfer_dropped\x18\n \x01(\x04\x12\x18\n\x10transfer_refused\x18\x0b \x01(\x04\x12\x18\n\x10transfer_corrupt\x18\x0c \x01(\x04\x12\x1e\n\x05pairs\x18\r \x03(\x0b\x32\x0f.tercet.v1.Pair\"\x81\x01\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12-\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x04 \x01(\tB\n\n\x08_logprob\"\n\n\x08\x41\x64mitted\"\x82\x01\n\x0ePromptLogprobs\x12\x30\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1f.tercet.v1.PromptLogprobs.Entry\x1a>\n\x05\x45ntry\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\"\x1a\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"&\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xad\x01\n\x08\x46inished\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x1a\n\rstop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12 \n\x06stages\x18\x04 \x03(\x0b\x32\x10.tercet.v1.Stage\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x11\n\ttransport\x18\x06 \x01(\tB\x10\n\x0e_stop_token_id\"h\n\x08Progress\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12 \n\x06stages\x18\x02 \x03(\x0b\x32\x10.tercet.v1.Stage\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x11\n\ttransport\x18\x04 \x01(\t\"\xce\x02\n\x06Report\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\x12!\n\x05token\x18\x02 \x01(\x0b\x32\x10.tercet.v1.TokenH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.tercet.v1.FinishedH\x00\x12\'\n\x08rejected\x18\x04 \x01(\x0b\x32\x13.tercet.v1.RejectedH\x00\x12#\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x11.tercet.v1.FailedH\x00\x12\'\n\x08\x61\x64mitted\x18\x06 \x01(\x0b\x32\x13.tercet.v1.AdmittedH\x00\x12+\n\x06prompt\x18\x07 \x01(\x0b\x32\x19.tercet.v1.PromptLogprobsH\x00\x12\'\n\x08progress\x18\x08 \x01(\x0b\x32\x13.tercet.v1.ProgressH\x00\x42\x06\n\x04kind\"u\n\x07Reports\x12\"\n\x07reports\x18\x01 \x03(\x0b\x32\x11.tercet.v1.Report\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tercet.v1.Load\x12\'\n\tchallenge\x18\x03 \x01(\x0b\x32\x14.tercet.v1.Challenge*O\n\x03Leg\x12\x13\n\x0fLEG_UNSPECIFIED\x10\x00\x12\x12\n\x0eLEG_AGGREGATED\x10\x01\x12\x0f\n\x0bLEG_PREFILL\x10\x02\x12\x0e\n\nLEG_DECODE\x10\x03\x32?\n\x06Worker\x12\x35\n\x07\x43onnect\x12\x12.tercet.v1.Command\x1a\x12.tercet.v1.Reports(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tercet/v1/worker.proto\x12\ttercet.v1\x1a\x19tercet/v1/inference.proto\"\x9b\x01\n\x07\x43ommand\x12!\n\x05start\x18\x01 \x01(\x0b\x32\x10.tercet.v1.StartH\x00\x12!\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x10.tercet.v1.AbortH\x00\x12\x1f\n\x04meet\x18\x03 \x01(\x0b\x32\x0f.tercet.v1.MeetH\x00\x12!\n\x05prove\x18\x04 \x01(\x0b\x32\x10.tercet.v1.ProveH\x00\x42\x06\n\x04kind\"\x16\n\x05Prove\x12\r\n\x05proof\x18\x01 \x01(\x0c\")\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\x19\n\x04Meet\x12\x11\n\tendpoints\x18\x01 \x03(\t\"a\n\x04Pair\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x11\n\tbandwidth\x18\x03 \x01(\x01\x12\x11\n\tlatency_s\x18\x04 \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x05 \x01(\t\">\n\x08TicketId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xa2\x01\n\x05Image\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05tiles\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x04 \x01(\r\x12$\n\x05spans\x18\x05 \x03(\x0b\x32\x15.tercet.v1.Image.Span\x12\x0f\n\x07\x63ontent\x18\x06 \x01(\x0c\x1a$\n\x04Span\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\x8f\x02\n\x05Start\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\x12\x1b\n\x03leg\x18\x02 \x01(\x0e\x32\x0e.tercet.v1.Leg\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.tercet.v1.Sampling\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12 \n\x06images\x18\t \x03(\x0b\x32\x10.tercet.v1.Image\x12\x1c\n\x0fprompt_logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_prompt_logprobs\",\n\x05\x41\x62ort\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\"\xb9\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_owned\x18\x05 \x01(\r\x12\x15\n\rblocks_leased\x18\x06 \x01(\r\x12\x18\n\x10\x62locks_in_flight\x18\x07 \x01(\r\x12\x1a\n\x12\x62locks_quarantined\x18\x08 \x01(\r\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\x12\x18\n\x10transfer_dropped\x18\n \x01(\x04\x12\x18\n\x10transfer_refused\x18\x0b \x01(\x04\x12\x18\n\x10transfer_corrupt\x18\x0c \x01(\x04\x12\x1e\n\x05pairs\x18\r \x03(\x0b\x32\x0f.tercet.v1.Pair\"\x81\x01\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12-\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x04 \x01(\tB\n\n\x08_logprob\"\n\n\x08\x41\x64mitted\"\x82\x01\n\x0ePromptLogprobs\x12\x30\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1f.tercet.v1.PromptLogprobs.Entry\x1a>\n\x05\x45ntry\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\"\x1a\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"&\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xad\x01\n\x08\x46inished\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x1a\n\rstop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12 \n\x06stages\x18\x04 \x03(\x0b\x32\x10.tercet.v1.Stage\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x11\n\ttransport\x18\x06 \x01(\tB\x10\n\x0e_stop_token_id\"h\n\x08Progress\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12 \n\x06stages\x18\x02 \x03(\x0b\x32\x10.tercet.v1.Stage\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x11\n\ttransport\x18\x04 \x01(\t\"\xce\x02\n\x06Report\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.tercet.v1.TicketId\x12!\n\x05token\x18\x02 \x01(\x0b\x32\x10.tercet.v1.TokenH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.tercet.v1.FinishedH\x00\x12\'\n\x08rejected\x18\x04 \x01(\x0b\x32\x13.tercet.v1.RejectedH\x00\x12#\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x11.tercet.v1.FailedH\x00\x12\'\n\x08\x61\x64mitted\x18\x06 \x01(\x0b\x32\x13.tercet.v1.AdmittedH\x00\x12+\n\x06prompt\x18\x07 \x01(\x0b\x32\x19.tercet.v1.PromptLogprobsH\x00\x12\'\n\x08progress\x18\x08 \x01(\x0b\x32\x13.tercet.v1.ProgressH\x00\x42\x06\n\x04kind\"u\n\x07Reports\x12\"\n\x07reports\x18\x01 \x03(\x0b\x32\x11.tercet.v1.Report\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tercet.v1.Load\x12\'\n\tchallenge\x18\x03 \x01(\x0b\x32\x14.tercet.v1.Challenge*O\n\x03Leg\x12\x13\n\x0fLEG_UNSPECIFIED\x10\x00\x12\x12\n\x0eLEG_AGGREGATED\x10\x01\x12\x0f\n\x0bLEG_PREFILL\x10\x02\x12\x0e\n\nLEG_DECODE\x10\x03\x32?\n\x06Worker\x12\x35\n\x07\x43onnect\x12\x12.tercet.v1.Command\x1a\x12.tercet.v1.Reports(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tercet.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEG']._serialized_start=2205
-  _globals['_LEG']._serialized_end=2284
+  _globals['_LEG']._serialized_start=2404
+  _globals['_LEG']._serialized_end=2483
   _globals['_COMMAND']._serialized_start=65
   _globals['_COMMAND']._serialized_end=220
   _globals['_PROVE']._serialized_start=222
@@ -46,34 +46,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PAIR']._serialized_end=413
   _globals['_TICKETID']._serialized_start=415
   _globals['_TICKETID']._serialized_end=477
-  _globals['_START']._serialized_start=480
-  _globals['_START']._serialized_end=717
-  _globals['_ABORT']._serialized_start=719
-  _globals['_ABORT']._serialized_end=763
-  _globals['_LOAD']._serialized_start=766
-  _globals['_LOAD']._serialized_end=1079
-  _globals['_TOKEN']._serialized_start=1082
-  _globals['_TOKEN']._serialized_end=1211
-  _globals['_ADMITTED']._serialized_start=1213
-  _globals['_ADMITTED']._serialized_end=1223
-  _globals['_PROMPTLOGPROBS']._serialized_start=1226
-  _globals['_PROMPTLOGPROBS']._serialized_end=1356
-  _globals['_PROMPTLOGPROBS_ENTRY']._serialized_start=1294
-  _globals['_PROMPTLOGPROBS_ENTRY']._serialized_end=1356
-  _globals['_REJECTED']._serialized_start=1358
-  _globals['_REJECTED']._serialized_end=1384
-  _globals['_FAILED']._serialized_start=1386
-  _globals['_FAILED']._serialized_end=1425
-  _globals['_STAGE']._serialized_start=1427
-  _globals['_STAGE']._serialized_end=1465
-  _globals['_FINISHED']._serialized_start=1468
-  _globals['_FINISHED']._serialized_end=1641
-  _globals['_PROGRESS']._serialized_start=1643
-  _globals['_PROGRESS']._serialized_end=1747
-  _globals['_REPORT']._serialized_start=1750
-  _globals['_REPORT']._serialized_end=2084
-  _globals['_REPORTS']._serialized_start=2086
-  _globals['_REPORTS']._serialized_end=2203
-  _globals['_WORKER']._serialized_start=2286
-  _globals['_WORKER']._serialized_end=2349
+  _globals['_IMAGE']._serialized_start=480
+  _globals['_IMAGE']._serialized_end=642
+  _globals['_IMAGE_SPAN']._serialized_start=606
+  _globals['_IMAGE_SPAN']._serialized_end=642
+  _globals['_START']._serialized_start=645
+  _globals['_START']._serialized_end=916
+  _globals['_ABORT']._serialized_start=918
+  _globals['_ABORT']._serialized_end=962
+  _globals['_LOAD']._serialized_start=965
+  _globals['_LOAD']._serialized_end=1278
+  _globals['_TOKEN']._serialized_start=1281
+  _globals['_TOKEN']._serialized_end=1410
+  _globals['_ADMITTED']._serialized_start=1412
+  _globals['_ADMITTED']._serialized_end=1422
+  _globals['_PROMPTLOGPROBS']._serialized_start=1425
+  _globals['_PROMPTLOGPROBS']._serialized_end=1555
+  _globals['_PROMPTLOGPROBS_ENTRY']._serialized_start=1493
+  _globals['_PROMPTLOGPROBS_ENTRY']._serialized_end=1555
+  _globals['_REJECTED']._serialized_start=1557
+  _globals['_REJECTED']._serialized_end=1583
+  _globals['_FAILED']._serialized_start=1585
+  _globals['_FAILED']._serialized_end=1624
+  _globals['_STAGE']._serialized_start=1626
+  _globals['_STAGE']._serialized_end=1664
+  _globals['_FINISHED']._serialized_start=1667
+  _globals['_FINISHED']._serialized_end=1840
+  _globals['_PROGRESS']._serialized_start=1842
+  _globals['_PROGRESS']._serialized_end=1946
+  _globals['_REPORT']._serialized_start=1949
+  _globals['_REPORT']._serialized_end=2283
+  _globals['_REPORTS']._serialized_start=2285
+  _globals['_REPORTS']._serialized_end=2402
+  _globals['_WORKER']._serialized_start=2485
+  _globals['_WORKER']._serialized_end=2548
 # @@protoc_insertion_point(module_scope)

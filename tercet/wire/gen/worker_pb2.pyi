@@ -75,8 +75,31 @@ class TicketId(_message.Message):
     epoch: int
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
+class Image(_message.Message):
+    __slots__ = ("digest", "tiles", "rows", "columns", "spans", "content")
+    class Span(_message.Message):
+        __slots__ = ("first", "count")
+        FIRST_FIELD_NUMBER: _ClassVar[int]
+        COUNT_FIELD_NUMBER: _ClassVar[int]
+        first: int
+        count: int
+        def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    tiles: int
+    rows: int
+    columns: int
+    spans: _containers.RepeatedCompositeFieldContainer[Image.Span]
+    content: bytes
+    def __init__(self, digest: _Optional[bytes] = ..., tiles: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Image.Span, _Mapping]]] = ..., content: _Optional[bytes] = ...) -> None: ...
+
 class Start(_message.Message):
-    __slots__ = ("ticket", "leg", "token_ids", "prompt_tokens", "sampling", "timeout_s", "peer", "prompt_logprobs")
+    __slots__ = ("ticket", "leg", "token_ids", "prompt_tokens", "sampling", "timeout_s", "peer", "images", "prompt_logprobs")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     LEG_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +107,7 @@ class Start(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ticket: TicketId
     leg: Leg
@@ -92,8 +116,9 @@ class Start(_message.Message):
     sampling: _inference_pb2.Sampling
     timeout_s: float
     peer: str
+    images: _containers.RepeatedCompositeFieldContainer[Image]
     prompt_logprobs: int
-    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., leg: _Optional[_Union[Leg, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., peer: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., leg: _Optional[_Union[Leg, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., peer: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("ticket",)

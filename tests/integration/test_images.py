@@ -1,0 +1,99 @@
+"""Prompts with images through real workers and the router: what transformers answers, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import io
+
+import pytest
+
+from tercet.core import Role
+from tercet.errors import InvalidRequest, ProtocolViolation
+from tercet.roles.encode import image_digest
+from tests.helpers import cluster, request_of, spec_of
+from tests.tiny import tiny_model
+from tests.unit.test_engine_images import NEW, Model
+
+
+@pytest.fixture(scope="module", params=["qwen2.5-vl", "idefics3"])
+def model(request, tmp_path_factory):
+    return Model(request.param, tmp_path_factory.mktemp("model"))
+
+
+def file_of(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def asked(model, chosen, seed=0, **changes):
+    """-> a request, and transformers' answer."""
+    ids, images, answer = model.prompt(chosen, seed)
+    contents = [file_of(model.pictures[i]) for i in chosen]
+    shown = tuple(
+        dataclasses.replace(image, content=content, digest=image_digest(content, "m"), **changes)
+        for image, content in zip(images, contents, strict=True)
+    )
+    request = request_of(ids, max_tokens=NEW, ignore_eos=True, temperature=0.0)
+    return dataclasses.replace(request, images=shown), answer
+
+
+async def answered(made, request):
+    events = [event async for event in made.router.generate(request)]
+    return [event.token_id for event in events if hasattr(event, "token_id")], events[-1]
+
+
+@pytest.mark.parametrize("topology", ["pd", "aggregated"])
+async def test_tokens_are_transformers(topology, model):
+    """Several at once, several pictures in a prompt, and again from the caches."""
+    async with cluster(spec_of(topology, decoders=1, source=str(model.directory), kv__block_size=8)) as made:
+        requests = [asked(model, chosen, seed) for seed, chosen in enumerate(([0], [1, 3, 0], [2], [0], [3, 3]))]
+        found = await asyncio.gather(*(answered(made, request) for request, _ in requests))
+        assert [tokens for tokens, _ in found] == [answer for _, answer in requests]
+        request, answer = requests[1]
+        tokens, done = await answered(made, dataclasses.replace(request, request_id="again"))
+        assert tokens == answer
+        assert done.cached_tokens > 0
+        encoders = [w.legs.encoder for w in made.workers.values() if w.legs.encoder is not None]
+        assert [encoder.encoded for encoder in encoders] == [4]
+        assert not any(worker.engine._executor._runner._embeddings for worker in made.workers.values())
+
+
+@pytest.mark.parametrize("topology", ["pd", "aggregated"])
+async def test_a_picture_that_cannot_be_read_ends_its_request_alone(topology, model):
+    async with cluster(spec_of(topology, decoders=1, source=str(model.directory))) as made:
+        (good, answer), (bad, _) = asked(model, [0]), asked(model, [1, 2], 1)
+        images = (bad.images[0], dataclasses.replace(bad.images[1], content=bad.images[1].content[:90]))
+        broken = dataclasses.replace(bad, images=images)
+        first, second = await asyncio.gather(answered(made, good), answered(made, broken), return_exceptions=True)
+        assert first[0] == answer
+        assert isinstance(second, InvalidRequest)
+        wrong = dataclasses.replace(bad, images=(dataclasses.replace(bad.images[0], grid=(1, 1, 1)),))
+        with pytest.raises(ProtocolViolation, match="an image of"):
+            await answered(made, wrong)
+        beyond = dataclasses.replace(bad, token_ids=bad.token_ids[:3])
+        with pytest.raises(ProtocolViolation, match="of a prompt of 3 tokens"):
+            await answered(made, beyond)
+
+
+async def test_who_goes_while_pictures_are_encoded_leaves_nothing(model):
+    async with cluster(spec_of("pd", decoders=1, source=str(model.directory))) as made:
+        for seed, wait_s in enumerate((0.0, 0.001, 0.005, 0.02, 0.05)):
+            request, _ = asked(model, [0, 1, 2], seed)
+            task = asyncio.create_task(answered(made, dataclasses.replace(request, request_id=f"r{seed}")))
+            await asyncio.sleep(wait_s)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        request, answer = asked(model, [3], 9)
+        assert (await answered(made, request))[0] == answer
+        await made.settled()
+        assert not any(worker.engine._executor._runner._embeddings for worker in made.workers.values())
+
+
+async def test_a_model_that_takes_none_says_so(model):
+    async with cluster(spec_of("aggregated", decoders=1, source=tiny_model())) as made:
+        request, _ = asked(model, [0])
+        with pytest.raises(InvalidRequest, match="this model takes no images"):
+            await answered(made, request)
+        assert [*made.workers] == [f"{Role.AGGREGATED.value}-0"]

@@ -1,0 +1,135 @@
+"""The encoder's thread: batches, one computation for equal images, its cache, and what fails alone."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from tercet.core import PromptImage
+from tercet.errors import InvalidRequest, ProtocolViolation
+from tercet.models.vision.tower import Patches
+from tercet.roles.encode import MOST_PATCHES, Encoder, image_digest
+
+
+def png(colour, side=8):
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def image(content, side=8, digest=None):
+    return PromptImage(digest or image_digest(content, "m"), (1, side // 2, side // 2), ((0, side**2 // 4),), content)
+
+
+class Tower:
+    """A pixel is a patch, two by two of them a token; an embedding says the image's red."""
+
+    def __init__(self, **options):
+        self.batches, self.gate, self.error = [], threading.Event(), None
+        self.gate.set()
+        self.encoder = Encoder(self.patches, self.encode, 2, **options)
+
+    def patches(self, opened):
+        side = opened.size[0]
+        return Patches(torch.full((side * side, 3), float(opened.getpixel((0, 0))[0])), (1, side, side))
+
+    def encode(self, images):
+        assert self.gate.wait(10)
+        if self.error is not None:
+            raise self.error
+        self.batches.append([len(one.values) for one in images])
+        return [one.values[::4, :1].repeat(1, 5).unsqueeze(0) for one in images]
+
+
+@pytest.fixture
+def tower():
+    made = Tower()
+    yield made
+    made.gate.set()
+    made.encoder.close()
+    assert not made.encoder._under_way
+
+
+def test_each_gets_its_own_embeddings(tower):
+    tower.gate.clear()
+    futures = [tower.encoder.encode(image(png((red, 0, 0), side), side)) for red, side in ((1, 8), (2, 4), (3, 16))]
+    tower.gate.set()
+    for future, red, side in zip(futures, (1, 2, 3), (8, 4, 16), strict=True):
+        assert torch.equal(future.result(10), torch.full((1, side**2 // 4, 5), float(red)))
+    assert sum(map(len, tower.batches)) == 3
+
+
+def test_fifty_equal_ones_are_encoded_once(tower):
+    tower.gate.clear()
+    futures = [tower.encoder.encode(image(png((7, 0, 0)))) for _ in range(50)]
+    tower.gate.set()
+    assert {future.result(10).mean().item() for future in futures} == {7.0}
+    again = tower.encoder.encode(image(png((7, 0, 0))))
+    assert again.done()  # by the cache
+    assert tower.encoder.encoded == 1
+
+
+def test_a_batch_holds_no_more_than_its_patches(tower):
+    side = 32  # 1,024 patches
+    tower.gate.clear()
+    futures = [tower.encoder.encode(image(png((n, 0, 0), side), side)) for n in range(11)]
+    tower.gate.set()
+    assert [future.result(10).mean().item() for future in futures] == [*range(11)]
+    assert max(map(sum, tower.batches)) <= MOST_PATCHES
+    assert len(tower.batches) <= 5
+    large = image(png((9, 0, 0), 66), 66)  # alone
+    assert tower.encoder.encode(large).result(10).shape == (1, 33 * 33, 5)
+
+
+def test_the_cache_keeps_what_was_asked_for_last():
+    size = 16 * 5 * 4  # bytes of an image's embeddings
+    made = Tower(cache_bytes=2 * size)
+    one, two, three = (image(png((n, 0, 0))) for n in (1, 2, 3))
+    for each in (one, two, one, three):
+        made.encoder.encode(each).result(10)
+    assert made.encoder.encoded == 3
+    assert made.encoder.encode(one).done()
+    made.encoder.encode(two).result(10)
+    assert made.encoder.encoded == 4
+    made.encoder.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "cannot identify"),
+        (b"no picture at all", "cannot identify"),
+        (png((1, 1, 1), 64)[:-40], "cannot be read"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "cannot"),
+    ],
+)
+def test_what_cannot_be_read_fails_alone(content, told, tower):
+    tower.gate.clear()
+    first = tower.encoder.encode(image(png((4, 0, 0))))
+    bad = tower.encoder.encode(image(content))
+    good = tower.encoder.encode(image(png((5, 0, 0))))
+    tower.gate.set()
+    with pytest.raises(InvalidRequest, match=told):
+        bad.result(10)
+    assert (first.result(10).mean(), good.result(10).mean()) == (4, 5)
+
+
+def test_other_tokens_than_the_prompt_has_are_refused(tower):
+    with pytest.raises(ProtocolViolation, match=r"\(1, 8, 8\) patches"):
+        tower.encoder.encode(image(png((1, 0, 0)), 4)).result(10)
+
+
+def test_a_fault_of_the_tower_costs_its_batch_and_no_later_one(tower):
+    tower.error = RuntimeError("no memory")
+    with pytest.raises(RuntimeError, match="no memory"):
+        tower.encoder.encode(image(png((1, 0, 0)))).result(10)
+    tower.error = None
+    assert tower.encoder.encode(image(png((1, 0, 0)))).result(10).mean() == 1
+
+
+def test_digests_tell_models_and_files_apart():
+    assert len({image_digest(content, model) for content in (b"a", b"b") for model in ("m", "n")}) == 4
