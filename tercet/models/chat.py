@@ -117,6 +117,8 @@ class ChatTemplate:
         if isinstance(content, str) and not self._reads_text:
             readable["content"] = [{"type": "text", "text": content}]
         elif isinstance(content, list) and not self._reads_parts:
+            if any("text" not in part for part in content):
+                raise InvalidRequest("messages: the model's chat template shows no images")
             readable["content"] = "\n".join(part["text"] for part in content)
         return readable
 

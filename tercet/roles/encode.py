@@ -7,7 +7,6 @@ image once, however many ask for it; and a cache.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import queue
 import threading
@@ -23,7 +22,6 @@ from tercet.core import PromptImage
 from tercet.errors import InvalidRequest, ProtocolViolation
 from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_vision, locate
-from tercet.models.vision.processor import ImageProcessor
 from tercet.models.vision.tower import Patches
 from tercet.spec import ModelSpec
 
@@ -31,11 +29,6 @@ MOST_PATCHES = 4096  # of one pass of the tower; a larger image goes alone
 CACHE_BYTES = 256 << 20
 
 Work = tuple[PromptImage, "Future[Tensor]"]
-
-
-def image_digest(content: bytes, model: str) -> bytes:
-    """Names the embeddings that a model (its fingerprint) makes of an image's file."""
-    return hashlib.sha256(model.encode() + b"\0" + content).digest()
 
 
 class Encoder:
@@ -140,6 +133,8 @@ class Encoder:
 
 def encoder_of(spec: ModelSpec, kernels: Kernels) -> Encoder:
     """Raises ModelError."""
+    from tercet.models.vision.processor import ImageProcessor  # it imports transformers' image processors
+
     tower, _ = load_vision(spec, kernels)
     return Encoder(ImageProcessor(locate(spec), tower.config).patches, tower.encode, tower.config.merge)
 

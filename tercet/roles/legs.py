@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -32,8 +33,10 @@ from tercet.errors import (
     TercetError,
     WorkerDrained,
 )
-from tercet.roles.encode import Encoder
 from tercet.wire.worker_server import ReportStream
+
+if TYPE_CHECKING:
+    from tercet.roles.encode import Encoder
 
 log = logging.getLogger(__name__)
 

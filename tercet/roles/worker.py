@@ -29,7 +29,6 @@ from tercet.models.sources import load_model
 from tercet.placement.cores import refuse_missing_cores
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
-from tercet.roles.encode import encoder_of
 from tercet.roles.legs import Handler, Legs
 from tercet.roles.prefill import Prefill
 from tercet.spec import ClusterSpec
@@ -95,6 +94,8 @@ class Worker:
         region = self._region = await loop.run_in_executor(None, _region_of, layout, transport, kernels, self._cores)
         self.legs = Legs(loop)
         if loaded.config.vision is not None and {*self._serves} != {Role.DECODE}:
+            from tercet.roles.encode import encoder_of  # it imports Pillow, which a model that reads only does without
+
             self.legs.encoder = await loop.run_in_executor(None, encoder_of, self._spec.model, kernels)
         mover = _Mover(self._mover_config(loaded.fingerprint), region, usable(transport))
         handlers = [self._makers()[kind](mover) for kind in self._serves]

@@ -10,7 +10,7 @@ import pytest
 
 from tercet.core import Role
 from tercet.errors import InvalidRequest, ProtocolViolation
-from tercet.roles.encode import image_digest
+from tercet.models.vision.prompt import image_digest
 from tests.helpers import cluster, request_of, spec_of
 from tests.tiny import tiny_model
 from tests.unit.test_engine_images import NEW, Model

@@ -11,8 +11,9 @@ from PIL import Image
 
 from tercet.core import PromptImage
 from tercet.errors import InvalidRequest, ProtocolViolation
+from tercet.models.vision.prompt import image_digest
 from tercet.models.vision.tower import Patches
-from tercet.roles.encode import MOST_PATCHES, Encoder, image_digest
+from tercet.roles.encode import MOST_PATCHES, Encoder
 
 
 def png(colour, side=8):

@@ -34,8 +34,8 @@ def completion(**fields):
         ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\].content must be a text"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone .*surrogate"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "must be a text part, got 'image_url'",
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "x"}}]}]},
+            "must be a text or an image part, got 'input_audio'",
         ),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, r"tool_calls\[0\] must be an object"),
         ({"timeout": 0}, "timeout must be above 0"),

@@ -33,7 +33,7 @@ def tokenising(tokenizer, context=CONTEXT, most=16):
 
 
 async def ids(made, prompt):
-    return (await made.ids([prompt], "me"))[0]
+    return (await made.encoded([prompt], "me"))[0].ids
 
 
 @pytest.mark.parametrize("prompt", ["x" * (SHORT + 1), Chat(({"role": "user", "content": "x" * SHORT},) * 2)])

@@ -162,11 +162,17 @@ def test_the_wheels_are_few_and_all_that_is_missing(repository):
     carried = set(versions)
     there = {"torch", "triton", "transformers", *needs_of("torch"), *needs_of("transformers")}
     loaded = subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, capture_output=True, text=True, check=True)
-    names = {"grpc": "grpcio", "google": "protobuf", "yaml": "pyyaml", "torchgen": "torch", "py": "pytest"}
+    names = {
+        "grpc": "grpcio",
+        "google": "protobuf",
+        "yaml": "pyyaml",
+        "torchgen": "torch",
+        "py": "pytest",
+        "PIL": "pillow",
+    }
     wanted = {names.get(name, name).replace("_", "-") for name in loaded.stdout.split() if not name.startswith("_")}
     # What libraries try to import, and go on without.
     optional = {"grpc-tools", "grpc-health", "grpc-reflection", "accelerate", "psutil", "sentencepiece", "sniffio"}
-    optional |= {"PIL"}  # by transformers
     optional |= {"nixl", "nixl-cu12", "ucxx", "libucx", "libucxx"}  # transports that are asked whether they are there
     missing = wanted - carried - there - optional - {"tercet", "tests", "benchmarks", "cython-runtime"}
     assert not missing, f"neither carried nor there: {missing}"

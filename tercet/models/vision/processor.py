@@ -10,26 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoImageProcessor
 
-from tercet.errors import ModelFileMissing, UnsupportedModel
+from tercet.errors import UnsupportedModel
 from tercet.models.vision.config import VisionConfig
+from tercet.models.vision.sizes import ImageSizes, processor_settings
 from tercet.models.vision.tower import Patches
 
 if TYPE_CHECKING:
     from PIL import Image
 
-FILE = "preprocessor_config.json"
-
 
 class ImageProcessor:
     def __init__(self, directory: Path, config: VisionConfig) -> None:
         """Raises ModelFileMissing, UnsupportedModel."""
-        if not any((directory / name).exists() for name in (FILE, "processor_config.json")):
-            raise ModelFileMissing(f"{directory}: has no {FILE}, which says how pixels become patches")
+        ImageSizes(config, processor_settings(directory), directory)  # the gateway counts on it
         self._config = config
         load: Any = AutoImageProcessor.from_pretrained  # it has no types
         self._processor = load(directory, backend="pil", local_files_only=True)
         if not type(self._processor).__name__.endswith("Pil"):
-            raise UnsupportedModel(f"{directory / FILE}: {type(self._processor).__name__} takes torchvision")
+            raise UnsupportedModel(f"{directory}: {type(self._processor).__name__} takes torchvision")
 
     def patches(self, image: Image.Image) -> Patches:
         out = self._processor(images=[image], return_tensors="pt")

@@ -23,6 +23,8 @@ from tercet.core import (
     TokenEvent,
     WorkerInfo,
 )
+from tercet.models.vision.prompt import ImagePrompts
+from tercet.roles.gateway.images import ImagePart
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ class Chat:
     messages: tuple[dict[str, Any], ...]
     add_generation_prompt: bool = True
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[ImagePart, ...] = ()  # in the order of the messages
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
         """All text that the client sent, to measure its length."""
         others = [{k: v for k, v in m.items() if k != "content"} for m in self.messages if len(m) > 2]
-        return (*(m["content"] for m in self.messages), *map(json.dumps, others))
+        contents = [m["content"] for m in self.messages]
+        parts = [part for content in contents for part in (content if isinstance(content, list) else ())]
+        shown = (content for content in contents if isinstance(content, str))
+        return (*shown, *(part["text"] for part in parts if "text" in part), *map(json.dumps, others))
 
 
 Prompt = str | tuple[int, ...] | Chat
@@ -145,6 +151,7 @@ class ServedModel:
     tokenizer: GatewayTokenizer
     vocab_size: int
     max_context: int  # tokens, prompt and output together
+    images: ImagePrompts | None = None  # of a model that sees
 
 
 class Backend(Protocol):

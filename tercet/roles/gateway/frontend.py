@@ -22,7 +22,7 @@ from tercet.roles.gateway.bounds import MOST_CHOICES, STOP_CHARS, STOPS_CHARS, b
 from tercet.roles.gateway.choice import Choice
 from tercet.roles.gateway.offloop import OffLoop
 from tercet.roles.gateway.session import Session
-from tercet.roles.gateway.tokenising import Tokenising
+from tercet.roles.gateway.tokenising import Encoded, Tokenising
 from tercet.spec import LimitsSpec
 
 
@@ -116,22 +116,24 @@ class Frontend:
         """One per prompt and sample, in that order."""
         seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed
         choices: list[Choice] = []
-        tokenised = await self._tokenising.ids(ask.prompts, ask.client, ask.add_special)
-        for prompt, ids in zip(ask.prompts, tokenised, strict=True):
+        tokenised = await self._tokenising.encoded(ask.prompts, ask.client, ask.add_special)
+        for prompt, encoded in zip(ask.prompts, tokenised, strict=True):
+            ids = encoded.ids
             params = dataclasses.replace(
                 ask.params, max_tokens=self._room(prompt, ids, ask), top_k=min(ask.params.top_k, self.model.vocab_size)
             )
             echo = await self._tokenising.text(prompt, ids, ask.client) if ask.echo else ""
             for _ in range(ask.n):
                 index = len(choices)
-                request = self._request(ask, index, ids, dataclasses.replace(params, seed=_own_seed(seed, index)))
+                request = self._request(ask, index, encoded, dataclasses.replace(params, seed=_own_seed(seed, index)))
                 own = (ask.stop_strings, ask.arrived, echo, ask.prompt_only)
                 choices.append(Choice(index, request, self.model.tokenizer, *own))
         return choices
 
-    def _request(self, ask: Ask, index: int, ids: tuple[int, ...], params: SamplingParams) -> GenerateRequest:
+    def _request(self, ask: Ask, index: int, encoded: Encoded, params: SamplingParams) -> GenerateRequest:
         name = ask.request_id if ask.num_choices == 1 else f"{ask.request_id}-{index}"
-        return GenerateRequest(name, ids, params, ask.arrived + ask.timeout_s, ask.client)
+        deadline = ask.arrived + ask.timeout_s
+        return GenerateRequest(name, encoded.ids, params, deadline, ask.client, encoded.images)
 
     def _room(self, prompt: Prompt, ids: tuple[int, ...], ask: Ask) -> int:
         """max_tokens of a prompt: what was asked for, or the rest of the context.

@@ -8,9 +8,12 @@ drain -> new requests get 503, running ones finish; stop -> ports closed
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from aiohttp import web
@@ -19,7 +22,11 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tercet.core import WorkerInfo
 from tercet.metrics import Metrics
-from tercet.models.sources import load_config, load_tokenizer, served_name
+from tercet.models.sources import load_config, load_tokenizer, locate, served_name
+from tercet.models.tokenizer import Tokenizer
+from tercet.models.vision.config import VisionConfig
+from tercet.models.vision.prompt import ImagePrompts
+from tercet.models.vision.sizes import ImageSizes, processor_settings
 from tercet.roles.gateway.ask import Backend, ServedModel
 from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.frontend import Frontend
@@ -57,13 +64,22 @@ class GatewayInfo:
 
 def load_served_model(spec: ModelSpec) -> ServedModel:
     """Tokenizer and limits, without weights. Raises ModelError."""
-    config = load_config(spec)
+    config, tokenizer = load_config(spec), load_tokenizer(spec)
     return ServedModel(
         name=served_name(spec),
-        tokenizer=load_tokenizer(spec),
+        tokenizer=tokenizer,
         vocab_size=config.vocab_size,
         max_context=min(spec.max_context, config.max_context),
+        images=None if config.vision is None else _images(config.vision, locate(spec), tokenizer),
     )
+
+
+def _images(config: VisionConfig, directory: Path, tokenizer: Tokenizer) -> ImagePrompts:
+    """Raises ModelError."""
+    settings = processor_settings(directory)
+    sizes = ImageSizes(config, settings, directory)
+    encode, image = partial(tokenizer.encode, add_special=False), tokenizer.token_text(config.image_token)
+    return ImagePrompts(config, sizes, encode, image, json.dumps([asdict(config), settings], sort_keys=True))
 
 
 class Gateway:

@@ -78,7 +78,8 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
             return tuple(request.tokens.ids)
         case "chat" if request.chat.messages:
             bound("messages", request.chat.messages)
-            return Chat(messages_of([{"role": m.role, "content": m.content} for m in request.chat.messages]))
+            messages, _ = messages_of([{"role": m.role, "content": m.content} for m in request.chat.messages])
+            return Chat(messages)
     raise InvalidRequest("prompt must not be empty")
 
 

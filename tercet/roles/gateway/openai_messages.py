@@ -12,6 +12,7 @@ from typing import Any
 
 from tercet.errors import InvalidRequest
 from tercet.roles.gateway.bounds import ID_CHARS, JSON_NODES, MOST_PARTS, NAME_CHARS, bound, bound_depth
+from tercet.roles.gateway.images import MOST_IMAGES, PARTS, ImagePart, image_part
 from tercet.roles.gateway.json_body import json_object
 
 ROLES = ("assistant", "developer", "system", "tool", "user")
@@ -27,17 +28,20 @@ THOUGHTS = ("reasoning", "redacted_thinking", "thinking")  # parts of an assista
 NAMES = {"name": NAME_CHARS, "tool_call_id": ID_CHARS}  # -> most characters
 
 
-def messages_of(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
-    """Raises InvalidRequest naming what is wrong."""
+def messages_of(messages: Sequence[Any]) -> tuple[tuple[dict[str, Any], ...], tuple[ImagePart, ...]]:
+    """-> messages for the template, and the images in their order. Raises InvalidRequest naming what is wrong."""
     if not messages:
         raise InvalidRequest("messages must not be empty")
     bound("messages", messages)
     parts = sum(len(m["content"]) for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list))
     if parts > MOST_PARTS:
         raise InvalidRequest(f"messages take at most {MOST_PARTS} content parts in all, got {parts}")
-    kept = tuple(_message(f"messages[{i}]", message) for i, message in enumerate(messages))
+    images: list[ImagePart] = []
+    kept = tuple(_message(f"messages[{i}]", message, images) for i, message in enumerate(messages))
+    if len(images) > MOST_IMAGES:
+        raise InvalidRequest(f"messages take at most {MOST_IMAGES} images in all, got {len(images)}")
     _read_arguments([call["function"] for message in kept for call in message.get("tool_calls", ())])
-    return kept
+    return kept, tuple(images)
 
 
 def text_of(text: str, where: str) -> str:
@@ -49,14 +53,15 @@ def text_of(text: str, where: str) -> str:
     return text
 
 
-def _message(where: str, message: Any) -> dict[str, Any]:
+def _message(where: str, message: Any, images: list[ImagePart]) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest(f"{where} must be an object, got {type(message).__name__}")
     role = message.get("role")
     role = OLD_ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, got {shown(role)}")
-    kept: dict[str, Any] = {"role": role, "content": _content(role, message.get("content"), f"{where}.content")}
+    content = _content(role, message.get("content"), f"{where}.content", images)
+    kept: dict[str, Any] = {"role": role, "content": content}
     for name, most in NAMES.items():
         if message.get(name) is not None:
             kept[name] = _name(message[name], f"{where}.{name}", most)
@@ -70,8 +75,8 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     return kept
 
 
-def _content(role: str, content: Any, where: str) -> str:
-    """A text, or a list of text parts, which are joined by newlines as in vLLM."""
+def _content(role: str, content: Any, where: str, images: list[ImagePart]) -> str | list[dict[str, str]]:
+    """A text, or a list of text parts, which are joined by newlines as in vLLM; with images among them, the parts."""
     if isinstance(content, str):
         return text_of(content, where)
     if content is None and role in SILENT_ROLES:
@@ -79,19 +84,25 @@ def _content(role: str, content: Any, where: str) -> str:
     if not isinstance(content, list):
         raise InvalidRequest(f"{where} must be a text or a list of text parts, got {shown(content)}")
     bound("messages[].content", content, where)
-    return "\n".join(_parts(role, content, where))
+    before = len(images)
+    parts = list(_parts(role, content, where, images))
+    return parts if len(images) > before else "\n".join(part["text"] for part in parts)
 
 
-def _parts(role: str, content: Iterable[Any], where: str) -> Iterable[str]:
+def _parts(role: str, content: Iterable[Any], where: str, images: list[ImagePart]) -> Iterable[dict[str, str]]:
     for i, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type") in PARTS:
+            images.append(image_part(part, f"{where}[{i}]"))
+            yield {"type": "image"}
+            continue
         kind = "text" if isinstance(part, str) else part.get("type") if isinstance(part, dict) else None
         if role == "assistant" and kind in THOUGHTS:
             continue
         name = TEXT_OF.get(kind) if isinstance(kind, str) else None
         text = part if isinstance(part, str) else part.get(name) if name else None
         if not isinstance(text, str):
-            raise InvalidRequest(f"{where}[{i}] must be a text part, got {shown(kind or part)}")
-        yield text_of(text, f"{where}[{i}]")
+            raise InvalidRequest(f"{where}[{i}] must be a text or an image part, got {shown(kind or part)}")
+        yield {"type": "text", "text": text_of(text, f"{where}[{i}]")}
 
 
 def _name(name: Any, where: str, most: int = NAME_CHARS) -> str:

@@ -151,7 +151,8 @@ def parse_chat(body: bytes, timeout_header: str | None, limit_s: float, origin: 
         raise InvalidRequest("top_logprobs needs logprobs: true")
     if not 0 <= b.top_logprobs <= MOST_LOGPROBS:
         raise InvalidRequest(f"top_logprobs must be from 0 to {MOST_LOGPROBS}, got {b.top_logprobs}")
-    chat = Chat(messages_of(b.messages), b.add_generation_prompt, _template_kwargs(b.chat_template_kwargs))
+    messages, images = messages_of(b.messages)
+    chat = Chat(messages, b.add_generation_prompt, _template_kwargs(b.chat_template_kwargs), images)
     max_tokens = b.max_tokens if b.max_completion_tokens is None else b.max_completion_tokens
     params = _params(b, max_tokens, b.top_logprobs if b.logprobs else None)
     ask = _ask(b, "chatcmpl", (chat,), params, _timeout(b, timeout_header, limit_s), origin or Origin())

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
+from tercet.core import PromptImage
 from tercet.errors import ContextTooLong, InvalidRequest
 from tercet.roles.gateway.ask import Chat, Prompt, ServedModel
+from tercet.roles.gateway.images import ImagePart, size_of
 from tercet.roles.gateway.offloop import INLINE, OffLoop
 
 PIECE = 64 * 1024  # characters that are counted at once: memory for tokens is bounded by it
 SHORT = 16 * 1024  # characters: such a text is always tokenised, so that the error can tell its tokens
 SLACK = 16  # extra tokens that splitting a text in two may produce
+
+
+class Encoded(NamedTuple):
+    ids: tuple[int, ...]
+    images: tuple[PromptImage, ...] = ()
 
 
 class Tokenising:
@@ -23,8 +31,8 @@ class Tokenising:
         longest = model.tokenizer.longest_token
         self._max_chars = model.max_context * min(max_chars_per_token, longest or max_chars_per_token)
 
-    async def ids(self, prompts: Iterable[Prompt], client: str, add_special: bool = True) -> list[tuple[int, ...]]:
-        """The token ids of each prompt. Raises InvalidRequest, ContextTooLong."""
+    async def encoded(self, prompts: Iterable[Prompt], client: str, add_special: bool = True) -> list[Encoded]:
+        """Each prompt. Raises InvalidRequest, ContextTooLong."""
         prompts = tuple(prompts)
         sizes = [self._size(prompt) for prompt in prompts]
         # Many short prompts are as much work as a long one.
@@ -32,9 +40,10 @@ class Tokenising:
         found = []
         for prompt, size in zip(prompts, sizes, strict=True):
             work = partial(self._encode, prompt, size, add_special)
-            ids = await self._offloop.run(client, max(size, at_least), work)
-            self.check_ids("prompt", ids, ours=not isinstance(prompt, tuple))
-            found.append(ids)
+            images = sum(len(part.url) for part in prompt.images) if isinstance(prompt, Chat) else 0
+            encoded = await self._offloop.run(client, max(size, at_least, images), work)
+            self.check_ids("prompt", encoded.ids, ours=not isinstance(prompt, tuple))
+            found.append(encoded)
         return found
 
     async def text(self, prompt: Prompt, ids: tuple[int, ...], client: str) -> str:
@@ -63,12 +72,24 @@ class Tokenising:
             raise self.too_long(f"{size} characters, at most {self._max_chars} can fit (limits.max_chars_per_token);")
         return size
 
-    def _encode(self, prompt: Prompt, size: int, add_special: bool) -> tuple[int, ...]:
-        if not isinstance(prompt, tuple):
-            prompt = tuple(self._encode_text(prompt, size, add_special))
-        if not prompt:
+    def _encode(self, prompt: Prompt, size: int, add_special: bool) -> Encoded:
+        images: tuple[PromptImage, ...] = ()
+        if isinstance(prompt, Chat) and prompt.images:
+            if self._model.images is None:
+                raise InvalidRequest(f"{prompt.images[0].where}: the model {self._model.name} takes no images")
+            ids, images = self._seen(prompt.images, self._encode_text(prompt, size, add_special))
+        else:
+            ids = prompt if isinstance(prompt, tuple) else tuple(self._encode_text(prompt, size, add_special))
+        if not ids:
             raise InvalidRequest("prompt must not be empty")
-        return prompt
+        return Encoded(ids, images)
+
+    def _seen(self, parts: Sequence[ImagePart], ids: Sequence[int]) -> Encoded:
+        """The prompt with all tokens of its images."""
+        assert self._model.images is not None
+        contents = [part.content() for part in parts]
+        sizes = [size_of(content, part.where) for content, part in zip(contents, parts, strict=True)]
+        return Encoded(*self._model.images.expanded(ids, list(zip(contents, sizes, strict=True))))
 
     def _encode_text(self, prompt: str | Chat, size: int, add_special: bool) -> list[int]:
         tokenizer = self._model.tokenizer

@@ -1,0 +1,131 @@
+"""Images in messages: what is taken, what is refused and by which words, and what becomes of a prompt."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from tercet.errors import InvalidRequest
+from tercet.roles.gateway import images as module
+from tercet.roles.gateway.images import ImagePart, image_part, size_of
+from tercet.roles.gateway.openai_messages import messages_of
+
+
+def file_of(kind="PNG", size=(6, 4), mode="RGB"):
+    file = io.BytesIO()
+    Image.new(mode, size, 3).save(file, kind)
+    return file.getvalue()
+
+
+def uri(content, kind="image/png"):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def user(*parts):
+    return [{"role": "user", "content": [*parts]}]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_kinds_that_are_taken(kind):
+    part = image_part({"type": "image_url", "image_url": {"url": uri(file_of(kind)), "detail": "low"}}, "m")
+    assert part.content() == file_of(kind)
+    assert size_of(part.content(), "m") == (6, 4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "CMYK"])
+def test_modes_that_are_taken(mode):
+    assert size_of(file_of("TIFF" if mode == "none" else "PNG" if mode != "CMYK" else "JPEG", mode=mode), "m") == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://example.com/a.png", "'https' addresses are not fetched"),
+        ("http://127.0.0.1/a.png", "'http' addresses are not fetched"),
+        ("file:///etc/passwd", "'file' addresses"),
+        ("data:image/png,abc", "'data' addresses"),
+        ("", "must be a data URI"),
+        ("data:image/png;base64,ab$c", "no base64"),
+        ("data:image/png;base64,abc", "no base64"),
+        ("data:image/png;base64,é", "no base64"),
+    ],
+)
+def test_urls_that_are_refused(url, told):
+    with pytest.raises(InvalidRequest, match=told) as raised:
+        ImagePart("messages[0].content[1]", url).content()
+    assert str(raised.value).startswith("messages[0].content[1]: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is no image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no image; PNG, JPEG, WEBP, GIF, BMP are taken"),
+        (file_of("TIFF"), "is no image"),
+        (file_of(size=(400, 300))[:-30], "cannot be read"),
+        (file_of("JPEG", size=(400, 300))[:300], "cannot be read"),
+    ],
+)
+def test_files_that_are_refused(content, told):
+    with pytest.raises(InvalidRequest, match=told) as raised:
+        size_of(content, "messages[0].content[1]")
+    assert str(raised.value).startswith("messages[0].content[1]: ")
+
+
+def test_a_bomb_is_refused_by_its_size_and_never_decoded(monkeypatch):
+    content = file_of(size=(9000, 9000), mode="1")
+    assert len(content) < 100_000
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InvalidRequest, match="an image of 9000 x 9000; at most"):
+        size_of(content, "m")
+
+
+def header(width, height):
+    """Of a PNG whose content does not follow."""
+    import struct
+    import zlib
+
+    chunk = b"IHDR" + struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 0), (0, 5), (100_000, 100_000), (2**31 - 1, 1), (1, 2**31 - 1)])
+def test_sizes_that_no_image_has(width, height):
+    with pytest.raises(InvalidRequest, match=r"m: "):
+        size_of(header(width, height), "m")
+
+
+def test_messages_keep_the_order_of_their_parts():
+    one, two = uri(file_of()), uri(file_of("GIF"))
+    first = user({"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": one}}, "b")
+    last = user({"type": "input_image", "image_url": two}, {"type": "text", "text": "d"})
+    messages, images = messages_of([*first, {"role": "assistant", "content": "c"}, *last])
+    assert [m["content"] for m in messages] == [
+        [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}],
+        "c",
+        [{"type": "image"}, {"type": "text", "text": "d"}],
+    ]
+    assert images == (ImagePart("messages[0].content[1]", one), ImagePart("messages[2].content[0]", two))
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"type": "image_url"}, r"content\[0\].image_url must have a url"),
+        ({"type": "image_url", "image_url": {"url": 3}}, "must have a url, got int"),
+        ({"type": "image_url", "image_url": "data:", "uuid": "x"}, "uuid is not built"),
+        ({"type": "input_audio"}, "must be a text or an image part, got 'input_audio'"),
+    ],
+)
+def test_parts_that_are_refused(part, told):
+    with pytest.raises(InvalidRequest, match=told):
+        messages_of(user(part))
+
+
+def test_a_thousand_images_are_too_many():
+    part = {"type": "image_url", "image_url": {"url": uri(file_of())}}
+    with pytest.raises(InvalidRequest, match=f"at most {module.MOST_IMAGES} images in all, got 1000"):
+        messages_of(user(*[part] * 1000))
