@@ -104,7 +104,7 @@ REFUSED = {
     "embed_tokens.weight' is": lambda tensors: tensors.update({"model.embed_tokens.weight": torch.ones(140, 64)}),
     "embed_tokens.weight' has dtype torch.float8": cast(torch.float8_e4m3fn, "embed"),
     "embed_tokens.weight' has dtype torch.int8": cast(torch.int8, "embed"),
-    "with and without the prefix": added("norm.weight", 64),
+    "twice, as 'norm.weight' and": added("norm.weight", 64),
 }
 
 

@@ -223,7 +223,7 @@ async def test_workers_that_are_set_at_once_end_as_the_last_word_says(monkeypatc
                 await asyncio.sleep(0.01)
         started = time.monotonic()
         stream = made.router.generate(request_of(prompt(20), max_tokens=3))
-        assert [type(event) async for event in stream][:3] == [TokenEvent] * 3
+        assert [isinstance(event, TokenEvent) async for event in stream].count(True) == 3
         assert time.monotonic() - started < 20
 
 

@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from tercet.core import Admitted, Done, Leg, Role, SamplingParams, Ticket, TokenEvent, WorkerInfo
+from tercet.core import Admitted, Done, Leg, Progress, Role, SamplingParams, Ticket, TokenEvent, WorkerInfo
 from tercet.errors import ProtocolViolation, TercetError
 from tercet.roles.worker import Worker
 from tercet.wire.worker_client import WorkerLink
@@ -48,7 +48,7 @@ class Host:
     async def end_of(self, ticket: Ticket) -> list:
         """All outcomes of a leg, its last one behind."""
         outcomes = []
-        while not outcomes or isinstance(outcomes[-1], Admitted | TokenEvent):
+        while not outcomes or isinstance(outcomes[-1], Admitted | TokenEvent | Progress):
             outcomes.append(await asyncio.wait_for(self.heard[ticket].get(), 30))
         return outcomes
 

@@ -88,13 +88,13 @@ def test_workers_of_one_machine_share_its_memory(monkeypatch):
     config = load_config(spec.model)
     cache, weights = kv_bytes(config, spec.roles[Role.DECODE].kv, spec.model.dtype), weight_bytes(config, spec.model)
     memory(monkeypatch, 4 * (weights + cache))
-    preflight.refuse_too_large(spec)
+    preflight.refuse_what_does_not_fit(spec)
     memory(monkeypatch, 4 * (weights + cache) - 1)
     wanted = (
         r"the model does not fit: .* 3 prefill with .*, 1 decode with .* \(kv.blocks 1000\) are .* and this machine"
     )
     with pytest.raises(UnsupportedSpec, match=wanted):
-        preflight.refuse_too_large(spec)
+        preflight.refuse_what_does_not_fit(spec)
 
 
 def test_each_worker_on_a_gpu_has_one_to_itself(monkeypatch):
@@ -114,9 +114,9 @@ def test_a_gpus_memory_is_asked_of_another_process():
     spec = spec_of(blocks=128, pools={"default": PoolSpec(accelerator="gpu", gpus=2)})
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedSpec, match=r"accelerator gpu: torch .* sees no CUDA device"):
-            preflight.refuse_too_large(spec)
+            preflight.refuse_what_does_not_fit(spec)
     else:
-        preflight.refuse_too_large(spec)
+        preflight.refuse_what_does_not_fit(spec)
     assert not torch.cuda.is_initialized()
 
 
