@@ -185,6 +185,10 @@ class PromptImage:
         return self.spans[0][0]
 
     @property
+    def end(self) -> int:
+        return sum(self.spans[-1])
+
+    @property
     def tokens(self) -> int:
         return sum(count for _, count in self.spans)
 

@@ -39,9 +39,10 @@ def told_apart(images: Sequence[PromptImage], start: int, end: int) -> bytes:
     )
 
 
-def computable(images: Sequence[PromptImage], here: set[int], length: int) -> int:
-    """How many tokens can be computed, with the embeddings of the images `here`."""
-    return min((image.start for number, image in enumerate(images) if number not in here), default=length)
+def computable(images: Sequence[PromptImage], here: set[int], done: int, length: int) -> int:
+    """How many tokens can be computed, with the embeddings of the images `here`; done: of those that already are."""
+    missing = (i for number, i in enumerate(images) if number not in here and i.end > done)
+    return max(done, min((image.start for image in missing), default=length))
 
 
 def shift_at(images: Sequence[PromptImage], start: int) -> int:

@@ -124,24 +124,32 @@ class Engine:
 
     def _run(self) -> None:
         launched: deque[Launched] = deque()
-        while (plan := self._next_plan(wait=not launched)) is not None or launched:
+        while True:
+            plan, evicted = self._next_plan(wait=not launched)
+            if evicted:
+                self._on_step(evicted)
+            elif plan is None and not launched:
+                return
+            if plan is None and not launched:
+                continue
             self.step_started = self.step_started or time.monotonic()
             if plan is not None:
                 launched.append(self._executor.launch(plan))
             if plan is None or len(launched) > self._executor.ahead:
                 self._settle(launched.popleft())
 
-    def _next_plan(self, *, wait: bool) -> StepPlan | None:
-        """wait: for work. None: the engine stops, or there is nothing to do before a step in flight has ended."""
+    def _next_plan(self, *, wait: bool) -> tuple[StepPlan | None, StepReport]:
+        """wait: for work. None: the engine stops, or there is nothing to do before a step in flight has ended. And who
+        had to leave for the plan."""
         with self._work:
             while not self._stopping:
-                plan = self._state.plan(time.monotonic())
-                if plan.pieces:
-                    return plan
+                plan, evicted = self._state.plan(time.monotonic()), self._state.evicted()
+                if plan.pieces or evicted:
+                    return plan if plan.pieces else None, evicted
                 if not wait:
                     break
                 self._work.wait()
-            return None
+            return None, []
 
     def _forget(self) -> None:
         for key in self._state.forgotten():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tercet.core import PromptLogprobs, TokenEvent
 from tercet.engine.sequence import Sequence
-from tercet.errors import EngineFault
+from tercet.errors import EngineFault, WorkerDrained
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Faulted:
-    """The step failed on this sequence, which is over."""
+    """The step failed on this sequence, or it was preempted and cannot be computed again here. It is over."""
 
     sequence: Sequence
-    error: EngineFault
+    error: EngineFault | WorkerDrained
 
 
 @dataclass(frozen=True)

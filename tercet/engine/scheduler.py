@@ -51,6 +51,7 @@ class Scheduler:
     running: list[Sequence] = field(default_factory=list)  # in order of arrival
     waiting: deque[Sequence] = field(default_factory=deque)
     preemptions: int = 0
+    evicted: list[Sequence] = field(default_factory=list)  # preempted, and cannot be computed again here
 
     def schedule(self, *, behind: bool = False) -> Step:
         """Choose the next step and allocate its blocks.
@@ -153,7 +154,7 @@ class Scheduler:
     def _fit(self, sequence: Sequence, length: int) -> bool:
         """Give the sequence blocks for `length` more tokens, preempting others if it must."""
         while self._missing(sequence, length) > self.pool.available:
-            if not self._preempt() or sequence.phase is Phase.WAITING:
+            if not self._preempt() or sequence not in self.running:
                 return False
         sequence.blocks += self.pool.allocate(self._missing(sequence, length), Hold.OWNED)
         return True
@@ -167,8 +168,12 @@ class Scheduler:
         self.pool.release(victim.blocks, Hold.OWNED)
         victim.blocks, victim.published = [], 0
         victim.start_at(0)
-        victim.phase = Phase.WAITING
-        self.waiting.appendleft(victim)
+        if victim.can_start_again:
+            victim.phase = Phase.WAITING
+            self.waiting.appendleft(victim)
+        else:
+            victim.phase = Phase.OVER
+            self.evicted.append(victim)
         self.preemptions += 1
         return True
 

@@ -41,6 +41,7 @@ class Sequence:
     kind: Role | None = None  # of its leg: which handler gets its part of a step's report
     hand_over: bool = False  # compute the prompt, hand its KV over, sample one token, be done
     images: tuple[PromptImage, ...] = ()
+    joined: bool = False  # the KV of its prompt came from another worker
 
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)
@@ -77,7 +78,12 @@ class Sequence:
     @property
     def computable(self) -> int:
         """Tokens that can be computed: up to the first image whose embeddings are not here yet."""
-        return computable(self.images, self.here, len(self.token_ids) + self.drawing)
+        return computable(self.images, self.here, self.planned, len(self.token_ids) + self.drawing)
+
+    @property
+    def can_start_again(self) -> bool:
+        """Whether its prompt can be computed here; a worker that only decodes gets no embeddings of images."""
+        return not (self.joined and self.images)
 
     @property
     def decodes(self) -> bool:

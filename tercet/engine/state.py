@@ -20,7 +20,7 @@ from tercet.engine.prefix import PrefixIndex
 from tercet.engine.report import Faulted, Sampled, Scored, StepReport
 from tercet.engine.scheduler import Scheduler, Step
 from tercet.engine.sequence import Phase, Sequence
-from tercet.errors import Overloaded
+from tercet.errors import Overloaded, WorkerDrained
 from tercet.spec import RoleSpec
 
 
@@ -97,6 +97,7 @@ class EngineState:
         self._reserved.remove(sequence)
         self._landed.update(sequence.blocks[sequence.published :])
         self._pool.move(sequence.blocks[sequence.published :], Hold.LEASED, Hold.OWNED)
+        sequence.joined = True
         sequence.start_at(len(sequence.token_ids))
         self._publish(sequence)
         sequence.token_ids.append(first_token)
@@ -133,16 +134,21 @@ class EngineState:
         sequence.blocks, sequence.phase = [], Phase.OVER
 
     def see(self, sequence: Sequence, image: int) -> bool:
-        """The executor has the embeddings of an image of the prompt. False: the sequence takes none any more."""
-        if sequence.phase not in (Phase.WAITING, Phase.PREFILLING, Phase.DECODING):
-            return False
-        sequence.here.add(image)
-        self._on_work()
-        return True
+        """The executor gets the embeddings of an image of the prompt. False: the sequence takes none any more."""
+        if takes := sequence.phase in (Phase.WAITING, Phase.PREFILLING, Phase.DECODING):
+            sequence.here.add(image)
+            self._on_work()
+        return takes
+
+    def evicted(self) -> StepReport:
+        """Sequences that a plan took blocks from, and that can only go on elsewhere; each once."""
+        evicted, self._scheduler.evicted = self._scheduler.evicted, []
+        error = WorkerDrained("preempted, and its images are not here to compute it again")
+        return [Faulted(sequence, error) for sequence in evicted]
 
     def forgotten(self) -> list[ImageKey]:
         """Images whose embeddings no step to come takes, each once."""
-        unseen, self._unseen = self._unseen, []
+        self._unseen, unseen = [], self._unseen
         return unseen
 
     def abort(self, sequence: Sequence) -> None:

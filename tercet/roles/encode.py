@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from tercet.core import PromptImage
@@ -114,8 +114,9 @@ class Encoder:
         try:
             with Image.open(io.BytesIO(image.content)) as opened:
                 cut = self._patches_of(opened.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            self._fail(work, InvalidRequest(f"an image of the prompt cannot be read: {error}"))
+        except Exception as error:  # noqa: BLE001  # decoders fail in many ways, and one must not end the thread
+            told = f"{type(error).__name__}: {error}"
+            self._fail(work, InvalidRequest(f"an image of the prompt cannot be read: {told}"))
             return None
         tiles, rows, columns = cut.grid
         if (tiles, rows // self._merge, columns // self._merge) != image.grid:

@@ -27,12 +27,12 @@ def file_of(picture):
     return file.getvalue()
 
 
-def asked(model, chosen, seed=0, **changes):
-    """-> a request, and transformers' answer."""
-    ids, images, answer = model.prompt(chosen, seed)
+def asked(model, chosen, seed=0, lead=5):
+    """-> a request, and transformers' answer. lead: tokens before the first picture."""
+    ids, images, answer = model.prompt(chosen, seed, lead)
     contents = [file_of(model.pictures[i]) for i in chosen]
     shown = tuple(
-        dataclasses.replace(image, content=content, digest=image_digest(content, "m"), **changes)
+        dataclasses.replace(image, content=content, digest=image_digest(content, "m"))
         for image, content in zip(images, contents, strict=True)
     )
     request = request_of(ids, max_tokens=NEW, ignore_eos=True, temperature=0.0)
@@ -97,3 +97,18 @@ async def test_a_model_that_takes_none_says_so(model):
         with pytest.raises(InvalidRequest, match="this model takes no images"):
             await answered(made, request)
         assert [*made.workers] == [f"{Role.AGGREGATED.value}-0"]
+
+
+async def test_who_is_preempted_where_it_is_decoded_goes_on_elsewhere(model):
+    """The decode worker cannot compute its prompt again: it is handed over once more, and no token is lost."""
+    lead = 5 + -len(model.prompt([2])[0]) % 8  # full blocks, so that each needs one more for its second token
+    requests = [asked(model, [2], seed, lead) for seed in range(4)]
+    blocks = len(requests[0][0].token_ids) // 8 * 2 + 1
+    spec = spec_of("pd", decoders=1, source=str(model.directory), kv__block_size=8)
+    tight = spec.roles[Role.DECODE].kv.model_copy(update={"blocks": blocks, "prefix_cache": False})
+    decode = spec.roles[Role.DECODE].model_copy(update={"kv": tight})
+    async with cluster(spec.model_copy(update={"roles": spec.roles | {Role.DECODE: decode}})) as made:
+        found = await asyncio.gather(*(answered(made, request) for request, _ in requests))
+        assert [tokens for tokens, _ in found] == [answer for _, answer in requests]
+        assert made.router.loads()["decode-0"].preemptions > 0
+        assert sum(done.attempts for _, done in found) > len(requests)

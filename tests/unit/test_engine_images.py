@@ -16,6 +16,7 @@ from tercet.engine.plan import pack, unpack
 from tercet.engine.runner import Runner
 from tercet.engine.sequence import Sequence
 from tercet.engine.state import EngineState
+from tercet.errors import WorkerDrained
 from tercet.kernels.kinds import choose_kernels
 from tercet.models.sources import load_model, load_vision
 from tercet.models.vision.processor import ImageProcessor
@@ -226,8 +227,10 @@ def test_ranges_and_positions_of_any_prompt(drawn, size):
         if at not in owner:
             assert positions[:, at].tolist() == [at + shift_at(images, at)] * 3
     for here in ({*range(len(images))}, set(), {0}):
-        expected = next((at for at in range(length) if at in owner and owner[at][0] not in here), length)
-        assert computable(images, here, length) == expected
+        for done in (0, size, length // 2):
+            gone = {number for number, each in enumerate(images) if each.end <= done}
+            expected = next((at for at in range(length) if at in owner and owner[at][0] not in here | gone), length)
+            assert computable(images, here, done, length) == max(done, expected)
 
 
 def test_what_hashes_tell_apart():
@@ -273,3 +276,36 @@ def test_a_prompt_with_pictures_is_handed_over(model):
     decode.state.join(target, first)
     decode.run()
     assert [first, *decode.tokens[target]] == answer
+
+
+def test_one_that_was_decoded_only_leaves_when_blocks_run_out(model):
+    """Its images are elsewhere, so it cannot be computed again: it is told so, and the others go on."""
+    ids, images, answer = model.prompt([2], lead=5 + -len(model.prompt([2])[0]) % 8)  # full blocks
+    decode = Driven(model.loaded, blocks=len(ids) // 8 * 2 + 1, prefix=False)
+    prefill = Driven(model.loaded)
+    prefill.runner._push = lambda _, layer, first, blocks: [
+        decode.runner.kv_cache.__setitem__(
+            (layer, target.blocks[first + i]), prefill.runner.kv_cache[layer, block].clone()
+        )
+        for i, block in enumerate(blocks)
+    ]
+    targets = []
+    for name in ("one", "two"):
+        target = Sequence(Ticket(name, 0, 1), list(ids), len(ids), GREEDY, images=images)
+        targets.append(target)
+        decode.tokens[target] = []
+        decode.state.reserve(target)
+        source = prefill.add(name, ids, images)
+        source.hand_over = True
+        prefill.see(source, 0, model.encoded[2])
+        prefill.run()
+        decode.state.join(target, prefill.tokens[source][0])
+    decode.run()
+    one, two = targets
+    [left] = decode.state.evicted()
+    assert (left.sequence, type(left.error)) == (two, WorkerDrained)
+    assert [prefill.tokens[source][0], *decode.tokens[one]] == answer
+    assert two.over
+    assert decode.state.evicted() == []
+    load = decode.state.load()
+    assert (load.blocks_free, load.preemptions, load.running, load.waiting) == (load.blocks_total, 1, 0, 0)

@@ -63,6 +63,8 @@ def size_of(content: bytes, where: str) -> tuple[int, int]:
             opened.load()
     except UnidentifiedImageError as error:
         raise InvalidRequest(f"{where}: is no image; {', '.join(KINDS)} are taken") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"{where}: the image cannot be read: {error}") from error
+    except InvalidRequest:
+        raise
+    except Exception as error:  # decoders fail in many ways
+        raise InvalidRequest(f"{where}: the image cannot be read: {type(error).__name__}: {error}") from error
     return width, height
