@@ -257,6 +257,9 @@ class Load:
     transfer_dropped: int = 0  # messages that named no live ticket: late, duplicate, or of an old epoch
     transfer_refused: int = 0  # connections turned away or cut off: mismatch, garbage
     transfer_corrupt: int = 0  # units of KV that landed with a wrong digest and were fetched again
+    encoder_cache_queries: int = 0  # images that embeddings were wanted of
+    encoder_cache_hits: int = 0  # of these, those that were there, or on their way
+    encoder_patches: int = 0  # that went through the tower
     pairs: tuple[PairState, ...] = ()  # of a prefill worker
 
 

@@ -28,6 +28,9 @@ _WORKER_COUNTERS = {  # field of Load -> help
     "transfer_dropped": "Transfer messages that named no live ticket",
     "transfer_refused": "Transfer connections turned away or cut off",
     "transfer_corrupt": "Units of KV that arrived with a wrong digest and were fetched again",
+    "encoder_cache_queries": "Images that embeddings were wanted of",
+    "encoder_cache_hits": "Images whose embeddings were there, or on their way",
+    "encoder_patches": "Patches of images that went through the vision tower",
 }
 
 

@@ -46,7 +46,7 @@ class Encoder:
         self._lock = threading.Lock()
         self._under_way: dict[bytes, Future[Tensor]] = {}
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
-        self.encoded = 0  # images that went through the tower
+        self.queries = self.hits = self.patches = 0  # since the start, as in core.Load
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._thread.start()
 
@@ -54,10 +54,13 @@ class Encoder:
         """-> its embeddings, [levels, tokens, hidden size]; or InvalidRequest if it can't be read, ProtocolViolation
         if it takes other tokens than the prompt has for it. Any thread."""
         with self._lock:
+            self.queries += 1
             if (under_way := self._under_way.get(image.digest)) is not None:
+                self.hits += 1
                 return under_way
             future: Future[Tensor] = Future()
             if (cached := self._cache.get(image.digest)) is not None:
+                self.hits += 1
                 future.set_result(cached)
                 return future
             self._under_way[image.digest] = future
@@ -80,7 +83,7 @@ class Encoder:
                 for work in works:
                     self._fail(work, error)
                 continue
-            self.encoded += len(found)
+            self.patches += sum(len(patches.values) for _, patches in batch)
             for (image, future), embeddings in zip(works, found, strict=True):
                 with self._lock:
                     self._cache.put(image.digest, embeddings)

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -170,7 +170,14 @@ class Legs:
         load = self.engine.load()
         for handler in self.handlers.values():
             load = handler.counted(load)
-        return load
+        if (encoder := self.encoder) is None:
+            return load
+        return replace(
+            load,
+            encoder_cache_queries=encoder.queries,
+            encoder_cache_hits=encoder.hits,
+            encoder_patches=encoder.patches,
+        )
 
     async def close(self) -> None:
         for handler in self.handlers.values():

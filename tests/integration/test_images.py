@@ -55,8 +55,10 @@ async def test_tokens_are_transformers(topology, model):
         tokens, done = await answered(made, dataclasses.replace(request, request_id="again"))
         assert tokens == answer
         assert done.cached_tokens > 0
-        encoders = [w.legs.encoder for w in made.workers.values() if w.legs.encoder is not None]
-        assert [encoder.encoded for encoder in encoders] == [4]
+        computing = "prefill-0" if topology == "pd" else "aggregated-0"
+        load = made.workers[computing].legs.load()
+        assert (load.encoder_cache_queries, load.encoder_cache_hits) == (11, 7)
+        assert load.encoder_patches == sum(len(patches.values) for patches in model.patches)
         assert not any(worker.engine._executor._runner._embeddings for worker in made.workers.values())
 
 
