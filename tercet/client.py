@@ -11,12 +11,15 @@ Every failure is one of tercet.errors: the gateway's own by its code, NoWorkers 
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import SplitResult, urlsplit
@@ -170,17 +173,36 @@ class Client:
             raise NoWorkers(f"cannot reach {self._url.geturl()}: {error}; is `tercet serve` running?") from error
 
 
-def chat_loop(client: Client, console: Console | None = None, **params: Any) -> bool:
-    """Read a line, stream the answer, remember both; an empty line or the end of input ends it.
+def image_part(path: Path) -> dict[str, Any]:
+    """An image file as a part of a message's content, for models that see. Raises InvalidRequest."""
+    try:
+        content = base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise InvalidRequest(f"{path}: cannot be read: {error.strerror}") from error
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/{path.suffix[1:].lower() or 'png'};base64,{content}"},
+    }
+
+
+def chat_loop(
+    client: Client, console: Console | None = None, question: str = "", images: Sequence[Path] = (), **params: Any
+) -> bool:
+    """Read a line, stream the answer, remember both; an empty line or the end of input ends it. question: the one line
+    that is asked. images: shown with the first line.
 
     -> whether every line was answered.
     """
     answered = True
     console = console or Console()
-    history: list[dict[str, str]] = []
-    console.print("Chat with the model; an empty line ends it.", style="dim")
-    while line := _ask(console):
-        history.append({"role": "user", "content": line})
+    history: list[dict[str, Any]] = []
+    shown = [image_part(path) for path in images]
+    if not question:
+        console.print("Chat with the model; an empty line ends it.", style="dim")
+    lines = [question] if question else iter(partial(_ask, console), "")
+    for line in lines:
+        first = [*shown, {"type": "text", "text": line}] if shown and not history else line
+        history.append({"role": "user", "content": first})
         try:
             history.append({"role": "assistant", "content": _say(client, console, history, params)})
         except TercetError as error:

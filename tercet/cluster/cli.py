@@ -206,6 +206,10 @@ def scale(
 
 @app.command()
 def chat(
+    question: Annotated[str, typer.Argument(help="Ask this alone, and end.")] = "",
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Show this file with the first question; again for more.")
+    ] = None,
     name: ClusterName = None,
     url: Url = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -215,7 +219,7 @@ def chat(
     from tercet.client import Client, chat_loop
 
     client = Client(url or run_file.find_reachable(name).http_url)
-    if not chat_loop(client, temperature=temperature, max_tokens=max_tokens):
+    if not chat_loop(client, None, question, image or (), temperature=temperature, max_tokens=max_tokens):
         raise typer.Exit(1)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+from functools import partial
 
 import openai
 import pytest
@@ -11,9 +13,12 @@ import tokenizers
 import torch
 import transformers
 from PIL import Image
+from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tercet.client import Client, chat_loop, image_part
+from tercet.errors import InvalidRequest
 from tercet.roles.gateway.gateway import Gateway
 from tercet.spec import GatewaySpec, ListenSpec
 from tests.helpers import TOKEN, cluster, spec_of
@@ -213,3 +218,22 @@ async def test_a_model_that_takes_none_says_so():
     async with Running("aggregated", tiny_model()) as client:
         with pytest.raises(openai.BadRequestError, match="the model seeing takes no images"):
             await asked(client, [{"role": "user", "content": [part_of(pictures(1)[0])]}])
+
+
+async def test_the_client_shows_files(served, tmp_path):
+    """As `tercet chat QUESTION --image FILE` does."""
+    [one] = pictures(1)
+    file = tmp_path / "a.PNG"
+    one.save(file)
+    async with Running("aggregated", served.directory) as client:
+        base = str(client.base_url).removesuffix("/v1/")
+        _, tokens = served.answer(f"[user]{SHOWN[served.kind]}What?[assistant]", [one])
+        console = Console(width=200, record=True, file=io.StringIO())
+        options = {"temperature": 0, "max_tokens": NEW, "ignore_eos": True}
+        asked_once = partial(chat_loop, Client(base), console, "What?", [file], **options)
+        assert await asyncio.to_thread(asked_once)
+        assert console.export_text().rstrip("\n") == served.tokenizer.decode(tokens, skip_special_tokens=True).rstrip(
+            "\n"
+        )
+    with pytest.raises(InvalidRequest, match=r"none\.png: cannot be read"):
+        image_part(tmp_path / "none.png")
