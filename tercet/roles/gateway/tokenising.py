@@ -10,7 +10,7 @@ from tercet.core import PromptImage
 from tercet.errors import ContextTooLong, InvalidRequest
 from tercet.roles.gateway.ask import Chat, Prompt, ServedModel
 from tercet.roles.gateway.images import ImagePart, size_of
-from tercet.roles.gateway.offloop import INLINE, OffLoop
+from tercet.roles.gateway.offloop import INLINE, LONG, OffLoop
 
 PIECE = 64 * 1024  # characters that are counted at once: memory for tokens is bounded by it
 SHORT = 16 * 1024  # characters: such a text is always tokenised, so that the error can tell its tokens
@@ -40,8 +40,8 @@ class Tokenising:
         found = []
         for prompt, size in zip(prompts, sizes, strict=True):
             work = partial(self._encode, prompt, size, add_special)
-            images = sum(len(part.url) for part in prompt.images) if isinstance(prompt, Chat) else 0
-            encoded = await self._offloop.run(client, max(size, at_least, images), work)
+            decodes = LONG + 1 if isinstance(prompt, Chat) and prompt.images else 0  # a small file may be a large image
+            encoded = await self._offloop.run(client, max(size, at_least, decodes), work)
             self.check_ids("prompt", encoded.ids, ours=not isinstance(prompt, tuple))
             found.append(encoded)
         return found
