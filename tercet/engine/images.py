@@ -34,7 +34,8 @@ def overlaps(images: Sequence[PromptImage], start: int, end: int) -> Iterator[Ov
 def told_apart(images: Sequence[PromptImage], start: int, end: int) -> bytes:
     """What the tokens start .. end do not say of the images among them."""
     return b"".join(
-        images[each.image].digest + struct.pack("<3Q", each.start - start, each.tokens, each.offset)
+        images[each.image].digest
+        + struct.pack("<6Q", each.start - start, each.tokens, each.offset, *images[each.image].grid)
         for each in overlaps(images, start, end)
     )
 

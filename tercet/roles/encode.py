@@ -7,34 +7,43 @@ image once, however many ask for it; and a cache.
 
 from __future__ import annotations
 
-import io
 import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
-import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 
 from tercet.core import PromptImage
-from tercet.errors import InvalidRequest, ProtocolViolation
+from tercet.errors import ProtocolViolation
 from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_vision, locate
+from tercet.models.vision.files import decoded
 from tercet.models.vision.tower import Patches
 from tercet.spec import ModelSpec
 
 MOST_PATCHES = 4096  # of one pass of the tower; a larger image goes alone
 CACHE_BYTES = 256 << 20
 
-Work = tuple[PromptImage, "Future[Tensor]"]
+Key = tuple[bytes, tuple[int, int, int]]  # an image's digest, and the tokens that a prompt has for it
+
+
+@dataclass(eq=False)
+class _Wanted:
+    """An image that is being encoded, or waits for it."""
+
+    image: PromptImage
+    future: Future[Tensor]
+    by: int = 0  # so many
 
 
 class Encoder:
     def __init__(
         self,
-        patches_of: Callable[[Image.Image], Patches],
+        patches_of: Callable[[Image], Patches],
         encode: Callable[[Sequence[Patches]], list[Tensor]],
         merge: int,
         *,
@@ -44,95 +53,113 @@ class Encoder:
         self._patches_of, self._encode, self._merge = patches_of, encode, merge
         self._cache = _Cache(cache_bytes)
         self._lock = threading.Lock()
-        self._under_way: dict[bytes, Future[Tensor]] = {}
-        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._under_way: dict[Key, _Wanted] = {}
+        self._queue: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
+        self._closed = False
         self.queries = self.hits = self.patches = 0  # since the start, as in core.Load
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def encode(self, image: PromptImage) -> Future[Tensor]:
         """-> its embeddings, [levels, tokens, hidden size]; or InvalidRequest if it can't be read, ProtocolViolation
-        if it takes other tokens than the prompt has for it. Any thread."""
+        if it takes other tokens than the prompt has for it. Cancelled if nobody waits for it any more. Any thread."""
         with self._lock:
             self.queries += 1
-            if (under_way := self._under_way.get(image.digest)) is not None:
+            if (under_way := self._under_way.get(_key(image))) is not None:
                 self.hits += 1
-                return under_way
+                under_way.by += 1
+                return under_way.future
             future: Future[Tensor] = Future()
-            if (cached := self._cache.get(image.digest)) is not None:
+            if (cached := self._cache.get(_key(image))) is not None:
                 self.hits += 1
                 future.set_result(cached)
                 return future
-            self._under_way[image.digest] = future
-        self._queue.put((image, future))
+            wanted = self._under_way[_key(image)] = _Wanted(image, future, 1)
+        self._queue.put(wanted)
         return future
 
+    def leave(self, image: PromptImage) -> None:
+        """One who asked waits no longer. Any thread."""
+        with self._lock:
+            if (under_way := self._under_way.get(_key(image))) is not None:
+                under_way.by -= 1
+
     def close(self) -> None:
+        """What still waits is not encoded."""
+        self._closed = True
         self._queue.put(None)
         self._thread.join()
 
     # ---- the thread
 
     def _run(self) -> None:
-        left: list[tuple[Work, Patches]] = []  # the next batch begins with it
+        left: list[tuple[_Wanted, Patches]] = []  # the next batch begins with it
         while (batch := self._batch(left)) is not None:
-            works = [work for work, _ in batch]
             try:
                 found = self._encode([patches for _, patches in batch])
+                found = [one.clone() for one in found]  # each in memory of its own, not its batch's
+                assert len(found) == len(batch), "as many embeddings as images"
             except Exception as error:  # noqa: BLE001  # whatever the model raises, it costs these requests alone
-                for work in works:
-                    self._fail(work, error)
+                for wanted, _ in batch:
+                    self._end(wanted).set_exception(error)
                 continue
             self.patches += sum(len(patches.values) for _, patches in batch)
-            for (image, future), embeddings in zip(works, found, strict=True):
-                with self._lock:
-                    self._cache.put(image.digest, embeddings)
-                    del self._under_way[image.digest]
-                future.set_result(embeddings)
+            for (wanted, _), embeddings in zip(batch, found, strict=True):
+                self._end(wanted, embeddings).set_result(embeddings)
 
-    def _batch(self, left: list[tuple[Work, Patches]]) -> list[tuple[Work, Patches]] | None:
+    def _batch(self, left: list[tuple[_Wanted, Patches]]) -> list[tuple[_Wanted, Patches]] | None:
         """As many images as are waiting and fit into one pass, at least one; None: it is over."""
         batch, patches = [*left], sum(len(p.values) for _, p in left)
         left.clear()
         while patches < MOST_PATCHES:
             try:
-                work = self._queue.get(block=not batch)
+                wanted = self._queue.get(block=not batch)
             except queue.Empty:
                 break
-            if work is None:
+            if wanted is None or self._closed:
                 return None
-            cut = self._cut(work)
+            cut = self._cut(wanted)
             if cut is None:
                 continue
             if batch and patches + len(cut.values) > MOST_PATCHES:
-                left.append((work, cut))
+                left.append((wanted, cut))
                 break
-            batch.append((work, cut))
+            batch.append((wanted, cut))
             patches += len(cut.values)
         return batch
 
-    def _cut(self, work: Work) -> Patches | None:
-        """None: its future has the reason."""
-        image, _ = work
+    def _cut(self, wanted: _Wanted) -> Patches | None:
+        """None: nobody waits for it, or its future has the reason."""
+        with self._lock:
+            if wanted.by <= 0:
+                del self._under_way[_key(wanted.image)]
+                wanted.future.cancel()
+                return None
         try:
-            with Image.open(io.BytesIO(image.content)) as opened:
-                cut = self._patches_of(opened.convert("RGB"))
-        except Exception as error:  # noqa: BLE001  # decoders fail in many ways, and one must not end the thread
-            told = f"{type(error).__name__}: {error}"
-            self._fail(work, InvalidRequest(f"an image of the prompt cannot be read: {told}"))
-            return None
-        tiles, rows, columns = cut.grid
-        if (tiles, rows // self._merge, columns // self._merge) != image.grid:
-            told = f"an image takes {cut.grid} patches, and the prompt has {image.grid} tokens for it"
-            self._fail(work, ProtocolViolation(told))
+            cut = self._patches_of(decoded(wanted.image.content))
+            tiles, rows, columns = cut.grid
+            if (tiles, rows // self._merge, columns // self._merge) != wanted.image.grid:
+                told = f"an image takes {cut.grid} patches, and the prompt has {wanted.image.grid} tokens for it"
+                raise ProtocolViolation(told)
+        except Exception as error:  # noqa: BLE001  # processors fail in many ways, and none may end the thread
+            self._end(wanted).set_exception(error)
             return None
         return cut
 
-    def _fail(self, work: Work, error: Exception) -> None:
-        image, future = work
+    def _end(self, wanted: _Wanted, embeddings: Tensor | None = None) -> Future[Tensor]:
         with self._lock:
-            del self._under_way[image.digest]
-        future.set_exception(error)
+            if embeddings is not None:
+                self._cache.put(_key(wanted.image), embeddings)
+            del self._under_way[_key(wanted.image)]
+        return wanted.future
+
+
+def _key(image: PromptImage) -> Key:
+    return image.digest, image.grid
 
 
 def encoder_of(spec: ModelSpec, kernels: Kernels) -> Encoder:
@@ -148,20 +175,18 @@ class _Cache:
 
     def __init__(self, most_bytes: int) -> None:
         self._most, self._bytes = most_bytes, 0
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._kept: OrderedDict[Key, Tensor] = OrderedDict()
 
-    def get(self, digest: bytes) -> Tensor | None:
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-        return self._kept.get(digest)
+    def get(self, key: Key) -> Tensor | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
 
-    def put(self, digest: bytes, embeddings: Tensor) -> None:
+    def put(self, key: Key, embeddings: Tensor) -> None:
         size = embeddings.nbytes
-        if size > self._most or digest in self._kept:
+        if size > self._most or key in self._kept:
             return
-        self._kept[digest] = embeddings.clone(
-            memory_format=torch.contiguous_format
-        )  # a batch's memory is not kept for one
+        self._kept[key] = embeddings
         self._bytes += size
         while self._bytes > self._most:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ class ActiveLeg:
     stream: ReportStream
     sequence: Sequence
     timer: asyncio.TimerHandle
+    unseen: set[int] = field(default_factory=set)  # images that are being encoded
 
     @property
     def ticket(self) -> Ticket:
@@ -132,6 +133,8 @@ class Legs:
         active.timer.cancel()
         if active.leg.images:
             self.engine.abort(active.sequence)  # one that was never queued may have been given embeddings
+            while active.unseen and self.encoder is not None:
+                self.encoder.leave(active.leg.images[active.unseen.pop()])
         return self._active.pop(active.ticket, None) is not None
 
     def take_each(self, report: StepReport, take: Callable[[StepItem, float], None]) -> None:
@@ -206,11 +209,13 @@ class Legs:
         if self.encoder is None or active.leg.kind is Role.DECODE:
             return
         for number, image in enumerate(active.leg.images):
+            active.unseen.add(number)
             take = partial(self._encoded, active, number)
             self.encoder.encode(image).add_done_callback(partial(self.loop.call_soon_threadsafe, take))
 
     def _encoded(self, active: ActiveLeg, number: int, embeddings: Future[Tensor]) -> None:
-        if self._active.get(active.ticket) is not active:
+        active.unseen.discard(number)
+        if self._active.get(active.ticket) is not active or embeddings.cancelled():
             return
         error = embeddings.exception()
         if error is None:

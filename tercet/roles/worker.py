@@ -192,6 +192,8 @@ class Worker:
             raise ClusterError(f"the engine of {self._worker_id} died: {self.engine.failure!r}")
         if isinstance(self._region, DeviceRegion) and self._region.broken:
             raise ClusterError(f"{self._worker_id}: {self._region.broken}")
+        if self.legs.encoder is not None and not self.legs.encoder.alive:
+            raise ClusterError(f"{self._worker_id}: the encoder of images died")
         started = self.engine.step_started
         if started is not None and time.monotonic() - started > STUCK_S:
             raise ClusterError(f"the engine of {self._worker_id} is stuck in one step for over {STUCK_S:g} s")

@@ -170,7 +170,7 @@ async def test_tokens_are_transformers(topology, served):
                 {"role": "system", "content": "Be brief."},
                 {"role": "user", "content": [text("First "), part_of(two, "WEBP"), text(" then "), part_of(three)]},
                 {"role": "assistant", "content": "Yes"},
-                {"role": "user", "content": [part_of(four, "BMP"), text("and this?")]},
+                {"role": "user", "content": [part_of(four), text("and this?")]},
             ],
             f"[system]Be brief.[user]First {shown} then {shown}[assistant]Yes[user]{shown}and this?[assistant]",
             [Image.open(io.BytesIO(base64.b64decode(part_of(two, "WEBP")["image_url"]["url"][23:]))), three, four],

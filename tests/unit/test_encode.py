@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 
@@ -22,8 +23,8 @@ def png(colour, side=8):
     return file.getvalue()
 
 
-def image(content, side=8, digest=None):
-    return PromptImage(digest or image_digest(content, "m"), (1, side // 2, side // 2), ((0, side**2 // 4),), content)
+def image(content, side=8):
+    return PromptImage(image_digest(content, "m"), (1, side // 2, side // 2), ((0, side**2 // 4),), content)
 
 
 class Tower:
@@ -102,10 +103,10 @@ def test_the_cache_keeps_what_was_asked_for_last():
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "cannot identify"),
-        (b"no picture at all", "cannot identify"),
+        (b"", "is no image"),
+        (b"no picture at all", "is no image"),
         (png((1, 1, 1), 64)[:-40], "cannot be read"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "cannot"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is no image|cannot be read"),
     ],
 )
 def test_what_cannot_be_read_fails_alone(content, told, tower):
@@ -134,3 +135,55 @@ def test_a_fault_of_the_tower_costs_its_batch_and_no_later_one(tower):
 
 def test_digests_tell_models_and_files_apart():
     assert len({image_digest(content, model) for content in (b"a", b"b") for model in ("m", "n")}) == 4
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory"), TypeError("odd"), AssertionError()]
+)
+def test_no_fault_of_a_processor_ends_the_thread(error, tower):
+    tower.encoder._patches_of = lambda opened: (_ for _ in ()).throw(error)
+    with pytest.raises(type(error)):
+        tower.encoder.encode(image(png((1, 0, 0)))).result(10)
+    tower.encoder._patches_of = tower.patches
+    assert tower.encoder.encode(image(png((1, 0, 0)))).result(10).mean() == 1
+    assert tower.encoder.alive
+
+
+def test_one_that_nobody_waits_for_is_not_encoded(tower):
+    tower.gate.clear()
+    first = tower.encoder.encode(image(png((1, 0, 0))))
+    left, kept = image(png((2, 0, 0))), image(png((3, 0, 0)))
+    gone = [tower.encoder.encode(left) for _ in range(2)]
+    futures = [tower.encoder.encode(kept) for _ in range(2)]
+    for each in (left, left, kept):
+        tower.encoder.leave(each)
+    tower.gate.set()
+    assert first.result(10).mean() == 1
+    assert futures[0].result(10).mean() == 3
+    assert all(future.cancelled() for future in gone)
+    assert tower.encoder.patches == 2 * 64
+    assert tower.encoder.encode(left).result(10).mean() == 2  # asked for again
+
+
+def test_it_closes_without_what_still_waits():
+    made = Tower()
+    made.gate.clear()
+    futures = [made.encoder.encode(image(png((n, 0, 0), 64), 64)) for n in range(20)]  # a batch each
+    made.gate.set()
+    made.encoder.close()
+    assert not futures[-1].done()
+    assert not made.encoder.alive
+
+
+def test_embeddings_have_memory_of_their_own(tower):
+    tower.gate.clear()
+    futures = [tower.encoder.encode(image(png((n, 0, 0)))) for n in range(8)]
+    tower.gate.set()
+    assert all(f.result(10).untyped_storage().nbytes() == f.result(10).nbytes for f in futures)
+
+
+def test_equal_files_with_other_tokens_are_not_taken_for_each_other(tower):
+    whole = image(png((1, 0, 0)))
+    tower.encoder.encode(whole).result(10)
+    with pytest.raises(ProtocolViolation, match="has \\(1, 2, 8\\) tokens"):
+        tower.encoder.encode(dataclasses.replace(whole, grid=(1, 2, 8))).result(10)

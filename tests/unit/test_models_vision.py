@@ -365,3 +365,15 @@ def test_a_model_without_a_tower(tmp_path):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="takes no images"):
         load_vision(spec(tmp_path), Kernels())
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_other_modes_become_what_transformers_makes_of_them(mode, tmp_path):
+    """Transparency lies on white."""
+    saved("qwen2.5-vl", tmp_path)
+    processor = ImageProcessor(tmp_path, load_config(spec(tmp_path)).vision)
+    picture = pictures(1)[0].convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    other = picture.convert(mode)
+    expected = processed(tmp_path, [other])["pixel_values"]
+    assert torch.equal(processor.patches(other).values, expected.float())

@@ -26,10 +26,14 @@ class ImageProcessor:
         self._config = config
         load: Any = AutoImageProcessor.from_pretrained  # it has no types
         self._processor = load(directory, backend="pil", local_files_only=True)
+        self._converts = bool(getattr(self._processor, "do_convert_rgb", False))
         if not type(self._processor).__name__.endswith("Pil"):
             raise UnsupportedModel(f"{directory}: {type(self._processor).__name__} takes torchvision")
 
     def patches(self, image: Image.Image) -> Patches:
+        """Transparency is put on white, as transformers does."""
+        if not self._converts:
+            image = image.convert("RGB")
         out = self._processor(images=[image], return_tensors="pt")
         if self._config.family != "idefics3":
             tiles, rows, columns = out["image_grid_thw"][0].tolist()

@@ -38,6 +38,7 @@ class Frontend:
         self._tokenising = Tokenising(model, limits.max_chars_per_token, self.offloop)
         self._admission = Admission(limits.max_inflight_requests, metrics.inflight.set)
         self._live: dict[str, asyncio.Timeout] = {}  # request id -> its deadline
+        self._image_bytes = 0  # of the files that requests hold until their end
         self._draining = False
         self._stopping = False
 
@@ -50,11 +51,16 @@ class Frontend:
     async def session(self, ask: Ask) -> AsyncGenerator[Session, None]:
         """Run the body under the request's deadline, counted against limits.max_inflight_requests."""
         self._check(ask)
-        places = self._admit(ask)
+        places, held = self._admit(ask), 0
         try:
             async with asyncio.timeout(ask.arrived + ask.timeout_s - time.monotonic()) as deadline:
                 self._live[ask.request_id] = deadline
-                yield Session(ask, await self._choices(ask), self._backend, self.metrics, places)
+                choices = await self._choices(ask)
+                held = sum(len(image.content) for choice in choices[:: ask.n] for image in choice.request.images)
+                self._image_bytes += held
+                if self._image_bytes > self.limits.max_held_bytes:
+                    raise Overloaded(f"images of {self._image_bytes:,} bytes are held already (limits.max_held_bytes)")
+                yield Session(ask, choices, self._backend, self.metrics, places)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -63,6 +69,7 @@ class Frontend:
             raise DeadlineExceeded(f"no full answer within {ask.timeout_s:g} s") from error
         finally:
             self._live.pop(ask.request_id, None)
+            self._image_bytes -= held
             places.close()
 
     async def drain(self, timeout_s: float) -> None:

@@ -5,29 +5,28 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from tercet.errors import InvalidRequest
+from tercet.models.vision.files import decoded, pixels_of
 
-KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MOST_IMAGES = 64  # of a request
-MOST_PIXELS = 1 << 25  # of an image, decoded: 100 MB as RGB
+MOST_IN_ALL = 1 << 26  # pixels of a request: a second's work
 DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w.+-]+=[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
 PARTS = ("image_url", "input_image")  # types of a content part that is an image
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImagePart:
     where: str  # messages[1].content[0]
     url: str
 
-    def content(self) -> bytes:
-        """The file. Raises InvalidRequest."""
+    def take(self) -> bytes:
+        """The file; the URL, which is larger, is let go. Raises InvalidRequest."""
         head = DATA_URI.match(self.url[:256])
         if head is None:
             told = self.url.partition(":")[0][:20]
@@ -35,9 +34,11 @@ class ImagePart:
                 f"{self.where}: must be a data URI (data:image/png;base64,...); {told!r} addresses are not fetched here"
             )
         try:
-            return base64.b64decode(self.url[head.end() :], validate=True)
+            content = base64.b64decode(self.url[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise InvalidRequest(f"{self.where}: the data URI is no base64: {error}") from error
+        self.url = ""
+        return content
 
 
 def image_part(part: dict[str, Any], where: str) -> ImagePart:
@@ -51,20 +52,26 @@ def image_part(part: dict[str, Any], where: str) -> ImagePart:
     return ImagePart(where, url)
 
 
-def size_of(content: bytes, where: str) -> tuple[int, int]:
-    """Width and height in pixels, of an image that can be decoded whole. Raises InvalidRequest."""
+def sizes_of(parts: Sequence[ImagePart], contents: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Width and height in pixels of each, decoded whole: equal ones once, and none if all have too many pixels. Raises
+    InvalidRequest."""
+    whole = 0
+    for part, content in zip(parts, contents, strict=True):
+        with _named(part):
+            whole += pixels_of(content)
+            if whole > MOST_IN_ALL:
+                raise InvalidRequest(f"more than {MOST_IN_ALL:,} pixels in all images together")
+    sizes: dict[bytes, tuple[int, int]] = {}
+    for part, content in zip(parts, contents, strict=True):
+        if content not in sizes:
+            with _named(part):
+                sizes[content] = decoded(content).size
+    return [sizes[content] for content in contents]
+
+
+@contextmanager
+def _named(part: ImagePart) -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(content), formats=KINDS) as opened:
-            width, height = opened.size
-            if not 0 < width * height <= MOST_PIXELS:
-                raise InvalidRequest(
-                    f"{where}: an image of {width} x {height}; at most {MOST_PIXELS:,} pixels are taken"
-                )
-            opened.load()
-    except UnidentifiedImageError as error:
-        raise InvalidRequest(f"{where}: is no image; {', '.join(KINDS)} are taken") from error
-    except InvalidRequest:
-        raise
-    except Exception as error:  # decoders fail in many ways
-        raise InvalidRequest(f"{where}: the image cannot be read: {type(error).__name__}: {error}") from error
-    return width, height
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{part.where}: {error}") from error

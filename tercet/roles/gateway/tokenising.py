@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tercet.core import PromptImage
 from tercet.errors import ContextTooLong, InvalidRequest
 from tercet.roles.gateway.ask import Chat, Prompt, ServedModel
-from tercet.roles.gateway.images import ImagePart, size_of
+from tercet.roles.gateway.images import ImagePart, sizes_of
 from tercet.roles.gateway.offloop import INLINE, LONG, OffLoop
 
 PIECE = 64 * 1024  # characters that are counted at once: memory for tokens is bounded by it
@@ -87,8 +87,8 @@ class Tokenising:
     def _seen(self, parts: Sequence[ImagePart], ids: Sequence[int]) -> Encoded:
         """The prompt with all tokens of its images."""
         assert self._model.images is not None
-        contents = [part.content() for part in parts]
-        sizes = [size_of(content, part.where) for content, part in zip(contents, parts, strict=True)]
+        contents = [part.take() for part in parts]
+        sizes = sizes_of(parts, contents)
         return Encoded(*self._model.images.expanded(ids, list(zip(contents, sizes, strict=True))))
 
     def _encode_text(self, prompt: str | Chat, size: int, add_special: bool) -> list[int]:
