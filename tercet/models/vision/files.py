@@ -1,5 +1,5 @@
-"""An image's file as pixels, the same in the gateway and where it is encoded. Pillow decodes; the time and memory that it
-takes, which do not follow from a file's size, are bounded here."""
+"""An image's file as pixels, the same in the gateway and where it is encoded. Pillow decodes; the time and memory that
+it takes, which do not follow from a file's size, are bounded here."""
 
 from __future__ import annotations
 
