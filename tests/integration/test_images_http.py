@@ -7,6 +7,7 @@ import base64
 import io
 from functools import partial
 
+import grpc
 import openai
 import pytest
 import tokenizers
@@ -21,6 +22,8 @@ from tercet.client import Client, chat_loop, image_part
 from tercet.errors import InvalidRequest
 from tercet.roles.gateway.gateway import Gateway
 from tercet.spec import GatewaySpec, ListenSpec
+from tercet.wire.gen import inference_pb2 as pb
+from tercet.wire.gen import inference_pb2_grpc
 from tests.helpers import TOKEN, cluster, spec_of
 from tests.tiny import tiny_model
 from tests.unit.test_models_vision import QWEN25, SIGLIP, TEXT, mrope, pictures
@@ -146,6 +149,7 @@ class Running:
         spec = made.spec.model_copy(update={"gateway": anywhere, "model": model})
         self._gateway = Gateway(spec, TOKEN, made.router)
         info = await self._gateway.start()
+        self.grpc_address = info.grpc_address
         self._client = openai.AsyncOpenAI(base_url=f"{info.http_url}/v1", api_key="none", max_retries=0)
         return self._client
 
@@ -186,6 +190,26 @@ async def test_tokens_are_transformers(topology, served):
             chunks = [chunk async for chunk in await asked(client, messages, stream=True)]
             streamed = [i for chunk in chunks for c in chunk.choices for i in c.model_extra.get("token_ids") or ()]
             assert streamed == tokens
+
+
+async def test_grpc_takes_files(served):
+    one, two = pictures(2)
+    files = [base64.b64decode(part_of(each)["image_url"]["url"].partition(",")[2]) for each in (one, two)]
+    shown = SHOWN[served.kind]
+    ids, tokens = served.answer(f"[user]{shown}{shown}What?[assistant]", [one, two])
+    running = Running("aggregated", served.directory)
+    sampling = pb.Sampling(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+    async with running, grpc.aio.insecure_channel(running.grpc_address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        chat = pb.Chat(messages=[pb.Message(role="user", content="What?", images=files)])
+        answers = [answer async for answer in stub.Generate(pb.GenerateRequest(chat=chat, sampling=sampling))]
+        assert [i for answer in answers for i in answer.delta.token_ids] == tokens
+        assert answers[-1].done.prompt_tokens == len(ids)
+        broken = pb.Chat(messages=[pb.Message(role="user", images=[files[0][:40]])])
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await anext(aiter(stub.Generate(pb.GenerateRequest(chat=broken))))
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "messages[0].content[0]: " in raised.value.details()
 
 
 async def test_what_is_wrong_is_told_by_its_place(served):

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from typing import Any
 
 from tercet.core import SamplingParams
 from tercet.errors import InvalidRequest
@@ -17,6 +18,7 @@ from tercet.roles.gateway.ask import Ask, Chat, Delta, Prompt
 from tercet.roles.gateway.bounds import bound
 from tercet.roles.gateway.clients import client_of
 from tercet.roles.gateway.frontend import Frontend
+from tercet.roles.gateway.images import data_uri
 from tercet.roles.gateway.openai_messages import messages_of
 from tercet.roles.gateway.openai_reply import LOWEST_LOGPROB
 from tercet.roles.gateway.session import Session
@@ -78,8 +80,8 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
             return tuple(request.tokens.ids)
         case "chat" if request.chat.messages:
             bound("messages", request.chat.messages)
-            messages, _ = messages_of([{"role": m.role, "content": m.content} for m in request.chat.messages])
-            return Chat(messages)
+            messages, images = messages_of([_message(message) for message in request.chat.messages])
+            return Chat(messages, images=images)
     raise InvalidRequest("prompt must not be empty")
 
 
@@ -94,6 +96,15 @@ def _delta(request_id: str, delta: Delta) -> pb.GenerateResponse:
         request_id=request_id,
         delta=pb.GenerateResponse.Delta(token_ids=ids, text=delta.text, logprobs=_logprobs(delta)),
     )
+
+
+def _message(message: pb.Message) -> dict[str, Any]:
+    """As HTTP has it."""
+    if not message.images:
+        return {"role": message.role, "content": message.content}
+    bound("messages[].content", message.images, "images")
+    parts: list[Any] = [{"type": "image_url", "image_url": data_uri(file)} for file in message.images]
+    return {"role": message.role, "content": [*parts, *([message.content] if message.content else [])]}
 
 
 def _logprobs(delta: Delta) -> Sequence[pb.TokenLogprob]:

@@ -41,6 +41,10 @@ class ImagePart:
         return content
 
 
+def data_uri(content: bytes) -> str:
+    return f"data:image/any;base64,{base64.b64encode(content).decode()}"
+
+
 def image_part(part: dict[str, Any], where: str) -> ImagePart:
     """Raises InvalidRequest."""
     given = part.get("image_url")
