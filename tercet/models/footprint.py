@@ -26,10 +26,12 @@ def weight_count(config: ModelConfig) -> int:
     return embeddings + config.num_layers * (attention + mlp + 2 * hidden) + hidden
 
 
-def weight_bytes(config: ModelConfig, spec: ModelSpec) -> int:
+def weight_bytes(config: ModelConfig, spec: ModelSpec, role: Role = Role.DECODE) -> int:
+    """Of a worker; one that only decodes has no vision tower."""
     if spec.dtype == "gguf":
         return locate(spec).stat().st_size
-    return weight_count(config) * ITEM_BYTES[spec.dtype]
+    vision = 0 if config.vision is None or role is Role.DECODE else config.vision.weights
+    return (weight_count(config) + vision) * ITEM_BYTES[spec.dtype]
 
 
 def kv_bytes(config: ModelConfig, kv: KvSpec, dtype: str) -> int:
@@ -44,13 +46,14 @@ def refuse_too_large(spec: ClusterSpec, replicas: Mapping[Role, int], device: De
 
     A worker takes more than what is counted here, so one that passes may still be too large."""
     config = load_config(spec.model)
-    weights = weight_bytes(config, spec.model)
     needs: dict[str, int] = {}
+    weights = 0  # the most that one has
     for role, count in replicas.items():
-        kv = spec.roles[role].kv
+        kv, its = spec.roles[role].kv, weight_bytes(config, spec.model, role)
+        weights = max(weights, its)
         cache = kv_bytes(config, kv, spec.model.dtype)
         workers = count if device.kind == "cpu" else 1
-        needs[f"{workers} {role} with {_gib(cache)} of KV cache (kv.blocks {kv.blocks})"] = workers * (weights + cache)
+        needs[f"{workers} {role} with {_gib(cache)} of KV cache (kv.blocks {kv.blocks})"] = workers * (its + cache)
     needed = sum(needs.values()) if device.kind == "cpu" else max(needs.values(), default=0)
     if needed > held:
         whose = "this machine has" if device.kind == "cpu" else f"a {device.kind.upper()} here has"

@@ -271,6 +271,14 @@ def test_triton_layers_as_torchs(tmp_path):
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
+def test_weights_are_counted(family):
+    reference, directory = family
+    model = reference.model
+    towers = [model.visual] if is_qwen(directory) else [model.vision_model, model.connector]
+    whole = sum(parameter.numel() for tower in towers for parameter in tower.parameters())
+    assert load_config(spec(directory)).vision.weights == whole
+
+
 GRIDS = [(1, 2, 2), (1, 4, 6), (1, 14, 10), (2, 6, 8), (1, 2, 34), (3, 4, 4)]
 
 

@@ -51,6 +51,20 @@ class VisionConfig:
         return math.prod(self.patch)
 
     @property
+    def weights(self) -> int:
+        """How many there are."""
+        hidden, middle, joined = self.hidden_size, self.intermediate_size, self.hidden_size * self.merge**2
+        older = self.family == "qwen2_5_vl"  # RMSNorm and SwiGLU; others have LayerNorm and a plain MLP
+        norm = 1 if older else 2  # of each value
+        mlp = (3 * hidden + 2) * middle + hidden if older else (2 * hidden + 1) * middle + hidden
+        block = 4 * (hidden + 1) * hidden + mlp + 2 * norm * hidden
+        patch = (self.patch_values + (not older) + self.positions**2 + norm) * hidden  # the merger's norm, too
+        if self.family == "idefics3":
+            return patch + self.num_layers * block + joined * self.out_size
+        merger = (joined + 1) * (joined + self.out_size)
+        return patch + self.num_layers * block + merger + len(self.deepstack_layers) * (merger + norm * joined)
+
+    @property
     def levels(self) -> int:
         """Embeddings of a token: the one in its place, and one for each of the first text layers."""
         return 1 + len(self.deepstack_layers)
