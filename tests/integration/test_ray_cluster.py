@@ -36,7 +36,9 @@ def ray_head(machine: Machine) -> Iterator[tuple[str, str]]:
         f"--dashboard-port={dashboard}", f"--temp-dir={machine.folder / 'ray'}",
     )  # fmt: skip
     until(lambda: answers(gcs))
-    node = machine.start("ray", "start", f"--address={gcs}", "--labels=pool=b", *both)
+    # A folder of its own, as on a machine of its own: Ray unpacks a job's files into it, over what lies there.
+    own = f"--temp-dir={machine.folder / 'node'}"
+    node = machine.start("ray", "start", f"--address={gcs}", "--labels=pool=b", own, *both)
     until(lambda: "pool=b" in machine.run("tercet", "plan", "configs/local.yaml", "--address", gcs, "--set",
                                           "pools.cpu.labels.pool=b").stdout, 120)  # fmt: skip
     yield gcs, f"http://127.0.0.1:{dashboard}"
