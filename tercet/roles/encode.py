@@ -82,10 +82,11 @@ class Encoder:
         self._queue.put(wanted)
         return future
 
-    def leave(self, image: PromptImage) -> None:
-        """One who asked waits no longer. Any thread."""
+    def leave(self, image: PromptImage, future: Future[Tensor]) -> None:
+        """One who was given this future waits no longer. Any thread."""
         with self._lock:
-            if (under_way := self._under_way.get(_key(image))) is not None:
+            under_way = self._under_way.get(_key(image))
+            if under_way is not None and under_way.future is future:  # not that of who asked again after its end
                 under_way.by -= 1
 
     def close(self) -> None:

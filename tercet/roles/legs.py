@@ -47,7 +47,7 @@ class ActiveLeg:
     stream: ReportStream
     sequence: Sequence
     timer: asyncio.TimerHandle
-    unseen: set[int] = field(default_factory=set)  # images that are being encoded
+    unseen: dict[int, Future[Tensor]] = field(default_factory=dict)  # images that are being encoded
 
     @property
     def ticket(self) -> Ticket:
@@ -134,7 +134,8 @@ class Legs:
         if active.leg.images:
             self.engine.abort(active.sequence)  # one that was never queued may have been given embeddings
             while active.unseen and self.encoder is not None:
-                self.encoder.leave(active.leg.images[active.unseen.pop()])
+                number, embeddings = active.unseen.popitem()
+                self.encoder.leave(active.leg.images[number], embeddings)
         return self._active.pop(active.ticket, None) is not None
 
     def take_each(self, report: StepReport, take: Callable[[StepItem, float], None]) -> None:
@@ -209,12 +210,12 @@ class Legs:
         if self.encoder is None or active.leg.kind is Role.DECODE:
             return
         for number, image in enumerate(active.leg.images):
-            active.unseen.add(number)
+            embeddings = active.unseen[number] = self.encoder.encode(image)
             take = partial(self._encoded, active, number)
-            self.encoder.encode(image).add_done_callback(partial(self.loop.call_soon_threadsafe, take))
+            embeddings.add_done_callback(partial(self.loop.call_soon_threadsafe, take))
 
     def _encoded(self, active: ActiveLeg, number: int, embeddings: Future[Tensor]) -> None:
-        active.unseen.discard(number)
+        active.unseen.pop(number, None)
         if self._active.get(active.ticket) is not active or embeddings.cancelled():
             return
         error = embeddings.exception()

@@ -155,14 +155,29 @@ def test_one_that_nobody_waits_for_is_not_encoded(tower):
     left, kept = image(png((2, 0, 0))), image(png((3, 0, 0)))
     gone = [tower.encoder.encode(left) for _ in range(2)]
     futures = [tower.encoder.encode(kept) for _ in range(2)]
-    for each in (left, left, kept):
-        tower.encoder.leave(each)
+    for each, future in ((left, gone[0]), (left, gone[1]), (kept, futures[0])):
+        tower.encoder.leave(each, future)
     tower.gate.set()
     assert first.result(10).mean() == 1
     assert futures[0].result(10).mean() == 3
     assert all(future.cancelled() for future in gone)
     assert tower.encoder.patches == 2 * 64
     assert tower.encoder.encode(left).result(10).mean() == 2  # asked for again
+
+
+def test_who_leaves_after_the_end_takes_nothing_from_who_asks_again(tower):
+    broken = image(b"no image")
+    ended = tower.encoder.encode(broken)
+    with pytest.raises(InvalidRequest):
+        ended.result(10)
+    tower.gate.clear()
+    before = tower.encoder.encode(image(png((1, 0, 0))))
+    again = tower.encoder.encode(broken)
+    tower.encoder.leave(broken, ended)
+    tower.gate.set()
+    assert before.result(10).mean() == 1
+    with pytest.raises(InvalidRequest):
+        again.result(10)
 
 
 def test_it_closes_without_what_still_waits():
