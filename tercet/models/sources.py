@@ -102,8 +102,8 @@ def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel
     return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels)
 
 
-def load_vision(spec: ModelSpec, kernels: Kernels) -> tuple[VisionTower, str]:
-    """-> what makes embeddings of patches, and its fingerprint. Raises as `load_model` does."""
+def load_vision(spec: ModelSpec, kernels: Kernels) -> VisionTower:
+    """What makes embeddings of patches. Raises as `load_model` does."""
     import torch
 
     from tercet.models.vision.loader import build_tower

@@ -167,7 +167,7 @@ def encoder_of(spec: ModelSpec, kernels: Kernels) -> Encoder:
     """Raises ModelError."""
     from tercet.models.vision.processor import ImageProcessor  # it imports transformers' image processors
 
-    tower, _ = load_vision(spec, kernels)
+    tower = load_vision(spec, kernels)
     return Encoder(ImageProcessor(locate(spec), tower.config).patches, tower.encode, tower.config.merge)
 
 

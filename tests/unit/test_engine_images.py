@@ -83,7 +83,7 @@ class Model:
     def __init__(self, name, directory):
         self.reference, self.directory = saved(name, directory), directory
         kernels = choose_kernels("auto")
-        self.tower, _ = load_vision(spec(directory), kernels)
+        self.tower = load_vision(spec(directory), kernels)
         self.loaded = load_model(spec(directory), kernels)
         processor = ImageProcessor(directory, self.tower.config)
         self.pictures = pictures(4)

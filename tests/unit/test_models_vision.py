@@ -155,7 +155,7 @@ def is_qwen(directory):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_embeddings(count, kernels, family):
     reference, directory = family
-    tower, _ = load_vision(spec(directory), choose_kernels(kernels))
+    tower = load_vision(spec(directory), choose_kernels(kernels))
     processor = ImageProcessor(directory, tower.config)
     images = pictures(count)
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_logits_and_greedy_tokens(count, kernels, family):
     """An interleaved prompt, whole and in chunks that end within an image; then eight tokens, one by one."""
     reference, directory = family
     chosen = choose_kernels(kernels)
-    tower, _ = load_vision(spec(directory), chosen)
+    tower = load_vision(spec(directory), chosen)
     processor, loaded = ImageProcessor(directory, tower.config), load_model(spec(directory), chosen)
     images = pictures(count)
     patches = [processor.patches(image) for image in images]

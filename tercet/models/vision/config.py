@@ -37,9 +37,7 @@ class VisionConfig:
     positions: int = 0  # side of the square of learned positions; 0: none
     window: int = 0  # pixels of a side; 0: no windows
     full_layers: tuple[int, ...] = ()  # that attend to the whole tile where others attend to a window
-    deepstack_layers: tuple[
-        int, ...
-    ] = ()  # whose outputs become embeddings that are added behind the first text layers
+    deepstack_layers: tuple[int, ...] = ()  # their outputs become what is added behind the first text layers
 
     @property
     def patch_size(self) -> int:

@@ -21,10 +21,8 @@ ACTIVATE: dict[Activation, Operation] = {
 }
 
 
-def build_tower(
-    config: VisionConfig, source: WeightSource, dtype: torch.dtype, kernels: Kernels
-) -> tuple[VisionTower, str]:
-    """-> the tower and its fingerprint. Raises as `loader.build_model` does."""
+def build_tower(config: VisionConfig, source: WeightSource, dtype: torch.dtype, kernels: Kernels) -> VisionTower:
+    """Raises as `loader.build_model` does."""
     fan_in = max(config.patch_values, config.intermediate_size, config.hidden_size * config.merge**2)
     names = {name for name in source.names() if name.startswith(VISION)}
     reader = WeightReader(source, names, config, dtype, kernels, fan_in)
@@ -32,7 +30,7 @@ def build_tower(
     with torch.inference_mode():
         weights = build.idefics3() if config.family == "idefics3" else build.qwen()
     reader.refuse_unused(config.family)
-    return VisionTower(config, weights, reader.activations, kernels.device), reader.fingerprint()
+    return VisionTower(config, weights, reader.activations, kernels.device)
 
 
 class _Builder:

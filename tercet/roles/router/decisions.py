@@ -187,13 +187,9 @@ class Decisions:
 
     def _begin(self, ongoing: Ongoing, plan: Plan, now: float) -> list[RouterEffect]:
         """Start every leg of the plan."""
-        name = (ongoing.name, ongoing.attempts)
-        attempt = ongoing.attempt = Attempt.of(name, ongoing.request, ongoing.told, plan, now)
+        attempt = Attempt.of((ongoing.name, ongoing.attempts), ongoing.request, ongoing.told, plan, now)
+        ongoing.begin(attempt, now)
         self._running[attempt.ticket] = ongoing
-        ongoing.attempts += 1
-        if not ongoing.told.tokens:
-            ongoing.waited_s = now - ongoing.submitted
-        ongoing.before = len(ongoing.told.tokens)
         if not ongoing.place.holds:
             self._leave(ongoing.place, planned=True)
         for worker, leg in attempt.legs.items():

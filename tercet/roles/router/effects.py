@@ -34,6 +34,13 @@ class Ongoing:
     waited_s: float = 0.0  # before the attempt that brought the first token
     over: bool = False
 
+    def begin(self, attempt: Attempt, now: float) -> None:
+        self.attempt = attempt
+        self.attempts += 1
+        self.before = len(self.told.tokens)
+        if not self.told.tokens:
+            self.waited_s = now - self.submitted
+
     def accounted(self, event: Account) -> Account:
         """With what only the router knows of it."""
         assert self.attempt is not None
