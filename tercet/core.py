@@ -123,7 +123,9 @@ class TokenEvent:
 
 STAGES = {  # in the order in which a request passes them; a stage's seconds are measured where it runs
     "queue": "arrival at the router until the first chunk is scheduled, waiting for a worker and failed tries included",
-    "prefill": "first chunk scheduled until the first token is sampled",
+    "encode": "arrival at the worker that computes the prompt until the last image is encoded, beside text before it",
+    "embed_transfer": "last image encoded until its embeddings are where the prompt is computed",
+    "prefill": "first chunk scheduled, and all images there, until the first token is sampled",
     "transfer": "first token sampled until every KV byte has landed and its digest holds",
     "first_decode": "landed until the second token",
 }
@@ -178,7 +180,7 @@ class PromptImage:
     digest: bytes  # sha256 of all that its embeddings follow from
     grid: tuple[int, int, int]  # tiles, rows and columns of tokens
     spans: tuple[tuple[int, int], ...]  # where its tokens stand in the prompt: first, count
-    content: bytes = field(default=b"", repr=False)  # its file, where it is to be encoded
+    content: bytes = field(default=b"", repr=False)  # its file; empty where it need not, or need not yet, be encoded
 
     @property
     def start(self) -> int:
@@ -211,8 +213,13 @@ class Leg:
     num_prompt: int
     params: SamplingParams
     timeout_s: float
-    peer: str = ""  # prefill: the decode worker's transfer endpoint
-    images: tuple[PromptImage, ...] = ()  # in the order of the prompt
+    peer: str = ""  # prefill, encode: transfer endpoint of the worker for the next stage
+    images: tuple[PromptImage, ...] = ()  # in the order of the prompt; encode: those that it encodes
+
+    @property
+    def size(self) -> int:
+        """Tokens that are computed for it: of the prompt, or of its images."""
+        return len(self.token_ids) or sum(image.tokens for image in self.images)
 
 
 @dataclass(frozen=True)
@@ -232,9 +239,9 @@ Outcome = Admitted | PromptLogprobs | TokenEvent | Progress | Done | Rejection |
 
 @dataclass(frozen=True)
 class PairState:
-    """A prefill worker's connection to one decode worker."""
+    """A prefill worker's connection to one decode worker, or an encode worker's to one that computes prompts."""
 
-    worker_id: str  # of the decode worker
+    worker_id: str  # of the other one
     transport: str = ""
     bandwidth: float = 0.0  # bytes per second, measured when the pair connected
     latency_s: float = 0.0  # round trip
@@ -260,7 +267,12 @@ class Load:
     encoder_cache_queries: int = 0  # images that embeddings were wanted of
     encoder_cache_hits: int = 0  # of these, those that were there, or on their way
     encoder_patches: int = 0  # that went through the tower
-    pairs: tuple[PairState, ...] = ()  # of a prefill worker
+    encoder_waiting: int = 0  # images that wait for their pass
+    embedding_blocks_total: int = 0  # of the region that embeddings cross by
+    embedding_blocks_free: int = 0
+    embedding_blocks_quarantined: int = 0
+    embedding_bytes: int = 0  # that have come from encode workers
+    pairs: tuple[PairState, ...] = ()  # with workers for the next stage
 
 
 @dataclass(frozen=True)
@@ -271,7 +283,7 @@ class WorkerInfo:
     role: Role
     epoch: int
     rpc_address: str  # host:port of its gRPC Worker service
-    transfer_endpoint: str  # opaque blob of transfer/, given to the peer; empty for a prefill worker
+    transfer_endpoint: str  # opaque blob of transfer/, for workers of the stage before; empty if there is none
     fingerprint: str  # model + layout; a pair must agree
     pid: int = 0
     node: str = ""

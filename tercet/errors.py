@@ -24,6 +24,7 @@
     ├── Cancelled                   499   CANCELLED            the client went away or asked for it
     ├── WorkerLost                  502   UNAVAILABLE          a worker died and no retry was left
     ├── WorkerDrained               503   UNAVAILABLE          its worker is taken away; the router goes on elsewhere
+    ├── ImageForgotten              503   UNAVAILABLE          no longer cached; the router sends its file
     ├── EngineFault                 500   INTERNAL             this request's own step failed; the worker lives
     ├── TransferError               502   UNAVAILABLE          a KV handover failed
     │   ├── PeerDown                502   UNAVAILABLE
@@ -163,6 +164,11 @@ class WorkerLost(TercetError):
 
 
 class WorkerDrained(TercetError):
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+
+
+class ImageForgotten(TercetError):
     http_status = 503
     grpc_status = "UNAVAILABLE"
 

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from tercet.core import Role
 
+EMBEDDING_BLOCK = 16  # tokens
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port
 Positive = Annotated[int, Field(ge=1, le=2**62)]  # what foreign code counts with has 63 bits
@@ -61,6 +62,14 @@ class KvSpec(Frozen):
     prefix_cache: bool = True
 
 
+class ImagesSpec(Frozen):
+    """Of workers that encode images, or get their embeddings from others."""
+
+    patch_budget: Positive = 4096  # patches of one pass of the vision tower; a larger image goes alone
+    cache_bytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024  # of embeddings that are kept
+    blocks: Positive = 1024  # of EMBEDDING_BLOCK tokens, by which embeddings cross between workers
+
+
 def _batch_sizes(given: object) -> object:
     if given is False:  # which is how YAML reads a bare off
         return "off"
@@ -88,6 +97,7 @@ class RoleSpec(Frozen):
     npus: Annotated[int, Field(ge=0)] = 0
     scheduler: SchedulerSpec = SchedulerSpec()
     kv: KvSpec = KvSpec()
+    images: ImagesSpec = ImagesSpec()
 
     @model_validator(mode="after")
     def _divide_cores(self) -> Self:
@@ -169,7 +179,8 @@ class NetworkSpec(Frozen):
 class ClusterSpec(Frozen):
     name: Name = "tercet"
     model: ModelSpec = ModelSpec()
-    topology: Literal["aggregated", "pd", "epd", "e-pd"] = "pd"
+    # Which stages have workers of their own: encode (e; else it is done where prompts are computed), prefill, decode
+    topology: Literal["aggregated", "pd", "ep-d", "epd", "e-pd"] = "pd"
     pools: dict[Name, PoolSpec] = Field(default_factory=lambda: {"default": PoolSpec()})
     roles: dict[Role, RoleSpec]
     transfer: TransferSpec = TransferSpec()
@@ -196,18 +207,20 @@ class ClusterSpec(Frozen):
         if http.port and http.port == grpc.port:
             raise ValueError(f"gateway.grpc.port: {grpc.port} is taken by gateway.http.port")
         for role, spec in self.roles.items():
-            if spec.kv.blocks * spec.kv.block_size < self.model.max_context:
-                held, least = (
-                    f"{spec.kv.blocks} blocks of {spec.kv.block_size} tokens",
-                    -(-self.model.max_context // spec.kv.block_size),
-                )
-                raise ValueError(
-                    f"roles.{role}.kv.blocks: {held} cannot hold model.max_context {self.model.max_context}; "
-                    f"{least} blocks would"
-                )
+            if role is not Role.ENCODE:
+                self._holds_a_context(f"roles.{role}.kv", spec.kv.blocks, spec.kv.block_size)
+            if Role.ENCODE in self.roles and role is not Role.DECODE:
+                self._holds_a_context(f"roles.{role}.images", spec.images.blocks, EMBEDDING_BLOCK)
         if self.transfer.heartbeat_s * 2 > self.transfer.lease_s:
             raise ValueError("transfer.heartbeat_s: must be at most half of transfer.lease_s")
         return self
+
+    def _holds_a_context(self, path: str, blocks: int, size: int) -> None:
+        if blocks * size < self.model.max_context:
+            raise ValueError(
+                f"{path}.blocks: {blocks} blocks of {size} tokens cannot hold model.max_context "
+                f"{self.model.max_context}; {-(-self.model.max_context // size)} blocks would"
+            )
 
     def _pools_suffice(self) -> None:
         for name, pool in self.pools.items():
@@ -223,6 +236,7 @@ class ClusterSpec(Frozen):
 ROLES_OF: dict[str, tuple[Role, ...]] = {
     "aggregated": (Role.AGGREGATED,),
     "pd": (Role.PREFILL, Role.DECODE),
+    "ep-d": (Role.PREFILL, Role.DECODE),  # pd, said of a model that sees
     "epd": (Role.ENCODE, Role.PREFILL, Role.DECODE),
     "e-pd": (Role.ENCODE, Role.AGGREGATED),
 }

@@ -25,7 +25,13 @@ async def next_token(stream: AsyncIterator[RequestEvent]) -> int:
 
 
 def spec_of(
-    topology: str = "pd", decoders: int = 2, prefills: int = 1, source: str | None = None, **changes: object
+    topology: str = "pd",
+    decoders: int = 2,
+    prefills: int = 1,
+    source: str | None = None,
+    encoders: int = 1,
+    images: dict[str, int] | None = None,
+    **changes: object,
 ) -> ClusterSpec:
     """A small float32 cluster; `changes` are dotted keys: transfer__transport="tcp", kv__blocks=64, ..."""
     kv = {k.removeprefix("kv__"): v for k, v in changes.items() if k.startswith("kv__")}
@@ -34,7 +40,15 @@ def spec_of(
     roles = {
         "pd": {Role.PREFILL: role | {"replicas": prefills}, Role.DECODE: role | {"replicas": decoders}},
         "aggregated": {Role.AGGREGATED: role | {"replicas": decoders}},
-    }[topology]
+    }
+    roles["ep-d"] = roles["pd"]
+    encode = {"threads": 1, "replicas": encoders, "images": images or {}}
+    for apart, other in (("epd", "pd"), ("e-pd", "aggregated")):
+        roles[apart] = {
+            Role.ENCODE: encode,
+            **{name: its | {"images": images or {}} for name, its in roles[other].items()},
+        }
+    roles = roles[topology]
     transfer = {k.removeprefix("transfer__"): v for k, v in changes.items() if k.startswith("transfer__")}
     limits = {k.removeprefix("limits__"): v for k, v in changes.items() if k.startswith("limits__")}
     return ClusterSpec(
@@ -80,15 +94,20 @@ class LocalCluster:
         """The leak oracle: every block is accounted for, and idle workers hold none."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and any(
-            load.blocks_free < load.blocks_total or load.running or load.waiting
-            for load in (w.engine.load() for w in self.workers.values())
+            load.blocks_free < load.blocks_total
+            or load.embedding_blocks_free < load.embedding_blocks_total
+            or load.running
+            or load.waiting
+            for load in (w.legs.load() for w in self.workers.values())
         ):
             await asyncio.sleep(0.02)
         for name, worker in self.workers.items():
-            worker.engine.check_integrity()
-            load = worker.engine.load()
+            if worker.legs.engine is not None:
+                worker.engine.check_integrity()
+            load = worker.legs.load()
             assert load.blocks_free == load.blocks_total, f"{name} leaks: {load}"
-            assert load.running == load.waiting == 0, f"{name}: {load}"
+            assert load.embedding_blocks_free == load.embedding_blocks_total, f"{name} leaks: {load}"
+            assert load.running == load.waiting == load.encoder_waiting == 0, f"{name}: {load}"
 
 
 def request_of(token_ids: Sequence[int], timeout_s: float = 60.0, **params: object) -> GenerateRequest:

@@ -9,8 +9,6 @@ from tercet.spec import ClusterSpec, PoolSpec, RoleSpec
 
 def refuse_unbuilt(spec: ClusterSpec) -> None:
     """Raises UnsupportedSpec `dotted.path: what is not built`, or what has no effect there."""
-    if spec.topology in {"epd", "e-pd"}:
-        raise UnsupportedSpec(f"topology: {spec.topology} needs the encode role, which is not built yet; use pd")
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
         accelerator = spec.pools[wanted.pool].accelerator
@@ -34,6 +32,8 @@ def _refuse_role(role: Role, wanted: RoleSpec) -> None:
             f"roles.{role}.scheduler.max_waiting: has no effect, since a decode worker has no queue; leave it out "
             "(requests wait in the gateway; max_running bounds those that are admitted)"
         )
+    if role is Role.ENCODE and (given := wanted.model_fields_set & {"kv", "cuda_graphs"}):
+        raise UnsupportedSpec(f"roles.{role}.{min(given)}: has no effect, since an encode worker has no text model")
     if role is Role.PREFILL and not isinstance(wanted.cuda_graphs, str):
         raise UnsupportedSpec(
             f"roles.{role}.cuda_graphs: has no effect, since a prefill worker decodes none; leave it out"

@@ -6,6 +6,7 @@ from tercet.core import Done, Progress, StageTimes
 from tercet.engine.report import Faulted, Scored, StepItem, StepReport
 from tercet.errors import TercetError
 from tercet.roles.legs import ActiveLeg, Handler, Legs
+from tercet.roles.stages import until_first_token
 
 
 class Aggregated(Handler):
@@ -51,9 +52,10 @@ class Aggregated(Handler):
 
     def _times_of(self, active: ActiveLeg, now: float) -> StageTimes:
         """now: its second token is there, or its only one."""
-        scheduled, first = active.sequence.first_scheduled or now, self._first_token_at[active]
-        queue, prefill = scheduled - active.sequence.arrived, first - scheduled
-        return StageTimes((("queue", queue), ("prefill", prefill), ("first_decode", now - first)))
+        sequence, first = active.sequence, self._first_token_at[active]
+        scheduled = sequence.first_scheduled or now
+        until = until_first_token(sequence.arrived, scheduled, active.last_image, first)
+        return StageTimes((*until, ("first_decode", now - first)))
 
     def _forget(self, active: ActiveLeg) -> None:
         self._first_token_at.pop(active, None)

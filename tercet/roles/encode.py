@@ -1,193 +1,208 @@
-"""Embeddings of images, on a thread of their own beside the engine: in batches, whoever the images come from; each
-image once, however many ask for it; and a cache.
+"""Make embeddings of images for workers that compute prompts, and push them there: an offer for each image at once, the
+embeddings when they are made and there is room for them at both ends.
 
-    encode(image) ──> Future ──queue──> thread: decode, cut into patches, one pass of the tower for all ──> result
-                        ^ the same for all who ask meanwhile              cache: digest -> embeddings, by bytes
+begin ─open─> offered ─Granted─┐
+  └──> encoder ─── embeddings ─┴─> region ─push, finish─> written ─Released─> finished, with the leg's last image
+                 └──── Failed ─────> failed, and the leg with it                OpDone: the source blocks are free
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from PIL.Image import Image
 from torch import Tensor
 
-from tercet.core import PromptImage
-from tercet.errors import ProtocolViolation
-from tercet.kernels.kinds import Kernels
-from tercet.models.sources import load_vision, locate
-from tercet.models.vision.files import decoded
-from tercet.models.vision.tower import Patches
-from tercet.spec import ModelSpec
+from tercet.core import Done, FinishReason, Load, PromptImage, Ticket
+from tercet.engine.blocks import Hold
+from tercet.engine.report import StepReport
+from tercet.errors import EngineFault, ImageForgotten, Overloaded, TercetError
+from tercet.roles.embedding_region import EmbeddingRegion, image_ticket
+from tercet.roles.encoder import Encoder
+from tercet.roles.legs import ActiveLeg, Handler, Legs
+from tercet.roles.peers import Peers
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.protocol.facts import Granted, OpDone, Released, SendEvent, SendFailed
 
-MOST_PATCHES = 4096  # of one pass of the tower; a larger image goes alone
-CACHE_BYTES = 256 << 20
-
-Key = tuple[bytes, tuple[int, int, int]]  # an image's digest, and the tokens that a prompt has for it
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Wanted:
-    """An image that is being encoded, or waits for it."""
-
+class _Outgoing:
+    active: ActiveLeg
     image: PromptImage
+    ticket: Ticket
     future: Future[Tensor]
-    by: int = 0  # so many
+    granted: bool = False
+    embeddings: Tensor | None = None
+    blocks: list[int] = field(default_factory=list)  # once written
+    given_up: TercetError | None = None
 
 
-class Encoder:
-    def __init__(
-        self,
-        patches_of: Callable[[Image], Patches],
-        encode: Callable[[Sequence[Patches]], list[Tensor]],
-        merge: int,
-        *,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> None:
-        """patches_of: ImageProcessor.patches; encode: VisionTower.encode; merge: of the tower."""
-        self._patches_of, self._encode, self._merge = patches_of, encode, merge
-        self._cache = _Cache(cache_bytes)
-        self._lock = threading.Lock()
-        self._under_way: dict[Key, _Wanted] = {}
-        self._queue: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
-        self._closed = False
-        self.queries = self.hits = self.patches = 0  # since the start, as in core.Load
-        self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
-        self._thread.start()
+class Encode(Handler):
+    sender: KvSender
+    peers: Peers
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def __init__(self, legs: Legs, encoder: Encoder, region: EmbeddingRegion, max_legs: int) -> None:
+        super().__init__(legs)
+        self.encoder, self._region, self._max_legs = encoder, region, max_legs
+        self._outgoing: dict[Ticket, _Outgoing] = {}  # an image's ticket; until OpDone
+        self._of_leg: dict[Ticket, list[_Outgoing]] = {}  # a leg's ticket; until the last one's OpDone
+        self._ready: deque[_Outgoing] = deque()  # for whose embeddings there is no room yet
 
-    def encode(self, image: PromptImage) -> Future[Tensor]:
-        """-> its embeddings, [levels, tokens, hidden size]; or InvalidRequest if it can't be read, ProtocolViolation
-        if it takes other tokens than the prompt has for it. Cancelled if nobody waits for it any more. Any thread."""
-        with self._lock:
-            self.queries += 1
-            if (under_way := self._under_way.get(_key(image))) is not None:
-                self.hits += 1
-                under_way.by += 1
-                return under_way.future
-            future: Future[Tensor] = Future()
-            if (cached := self._cache.get(_key(image))) is not None:
-                self.hits += 1
-                future.set_result(cached)
-                return future
-            wanted = self._under_way[_key(image)] = _Wanted(image, future, 1)
-        self._queue.put(wanted)
-        return future
+    def send_by(self, sender: KvSender) -> None:
+        self.sender, self.peers = sender, Peers(self.legs.loop, sender)
 
-    def leave(self, image: PromptImage, future: Future[Tensor]) -> None:
-        """One who was given this future waits no longer. Any thread."""
-        with self._lock:
-            under_way = self._under_way.get(_key(image))
-            if under_way is not None and under_way.future is future:  # not that of who asked again after its end
-                under_way.by -= 1
+    def meet(self, endpoints: Iterable[str]) -> None:
+        self.peers.meet(endpoints)
 
-    def close(self) -> None:
-        """What still waits is not encoded."""
-        self._closed = True
-        self._queue.put(None)
-        self._thread.join()
+    def counted(self, load: Load) -> Load:
+        return replace(
+            self.encoder.counted(self._region.counted(load)),
+            running=len(self._of_leg),
+            transfer_dropped=load.transfer_dropped + self.sender.dropped().total(),
+            pairs=self.peers.states(),
+        )
 
-    # ---- the thread
+    async def close(self) -> None:
+        await self.peers.close()
+        await self.legs.loop.run_in_executor(None, self.encoder.close)
+        self._region.close()
 
-    def _run(self) -> None:
-        left: list[tuple[_Wanted, Patches]] = []  # the next batch begins with it
-        while (batch := self._batch(left)) is not None:
-            try:
-                found = self._encode([patches for _, patches in batch])
-                found = [one.clone() for one in found]  # each in memory of its own, not its batch's
-                assert len(found) == len(batch), "as many embeddings as images"
-            except Exception as error:  # noqa: BLE001  # whatever the model raises, it costs these requests alone
-                for wanted, _ in batch:
-                    self._end(wanted).set_exception(error)
-                continue
-            self.patches += sum(len(patches.values) for _, patches in batch)
-            for (wanted, _), embeddings in zip(batch, found, strict=True):
-                self._end(wanted, embeddings).set_result(embeddings)
+    # ---- legs
 
-    def _batch(self, left: list[tuple[_Wanted, Patches]]) -> list[tuple[_Wanted, Patches]] | None:
-        """As many images as are waiting and fit into one pass, at least one; None: it is over."""
-        batch, patches = [*left], sum(len(p.values) for _, p in left)
-        left.clear()
-        while patches < MOST_PATCHES:
-            try:
-                wanted = self._queue.get(block=not batch)
-            except queue.Empty:
-                break
-            if wanted is None or self._closed:
-                return None
-            cut = self._cut(wanted)
-            if cut is None:
-                continue
-            if batch and patches + len(cut.values) > MOST_PATCHES:
-                left.append((wanted, cut))
-                break
-            batch.append((wanted, cut))
-            patches += len(cut.values)
-        return batch
+    def begin(self, active: ActiveLeg) -> None:
+        leg = active.leg
+        if len(self._of_leg) >= self._max_legs:
+            raise Overloaded(f"the images of {len(self._of_leg)} requests are waiting or being encoded already")
+        each = self._of_leg[active.ticket] = self._asked(active)
+        deadline = time.monotonic() + leg.timeout_s
+        for outgoing in each:
+            self._outgoing[outgoing.ticket] = outgoing
+            wanted = partial(_is_wanted, outgoing)
+            opened = partial(self._opened, outgoing)
+            self.peers.open(outgoing.ticket, leg.peer, outgoing.image.tokens, deadline, wanted, opened)
+            outgoing.future.add_done_callback(partial(self._encoded_soon, outgoing))
 
-    def _cut(self, wanted: _Wanted) -> Patches | None:
-        """None: nobody waits for it, or its future has the reason."""
-        with self._lock:
-            if wanted.by <= 0:
-                del self._under_way[_key(wanted.image)]
-                wanted.future.cancel()
-                return None
+    def give_up(self, active: ActiveLeg, error: TercetError) -> None:
+        for outgoing in self._of_leg.get(active.ticket, ()):
+            if outgoing.given_up is None:
+                outgoing.given_up = error
+                self.encoder.leave(outgoing.image, outgoing.future)
+                self.sender.cancel(outgoing.ticket, error)
+
+    def settling(self, ticket: Ticket) -> bool:
+        return ticket in self._of_leg
+
+    def on_step(self, report: StepReport) -> None:
+        raise AssertionError("no engine computes images")
+
+    def _asked(self, active: ActiveLeg) -> list[_Outgoing]:
+        """Raises ImageForgotten."""
+        each: list[_Outgoing] = []
         try:
-            cut = self._patches_of(decoded(wanted.image.content))
-            tiles, rows, columns = cut.grid
-            if (tiles, rows // self._merge, columns // self._merge) != wanted.image.grid:
-                told = f"an image takes {cut.grid} patches, and the prompt has {wanted.image.grid} tokens for it"
-                raise ProtocolViolation(told)
-        except Exception as error:  # noqa: BLE001  # processors fail in many ways, and none may end the thread
-            self._end(wanted).set_exception(error)
-            return None
-        return cut
+            for image in active.leg.images:
+                ticket = image_ticket(active.ticket, image, active.ticket.epoch)
+                each.append(_Outgoing(active, image, ticket, self.encoder.encode(image)))
+        except ImageForgotten:
+            for outgoing in each:
+                self.encoder.leave(outgoing.image, outgoing.future)
+            raise
+        return each
 
-    def _end(self, wanted: _Wanted, embeddings: Tensor | None = None) -> Future[Tensor]:
-        with self._lock:
-            if embeddings is not None:
-                self._cache.put(_key(wanted.image), embeddings)
-            del self._under_way[_key(wanted.image)]
-        return wanted.future
+    def _fail(self, outgoing: _Outgoing, error: TercetError) -> None:
+        self.legs.fail(outgoing.active, error)
+        self.give_up(outgoing.active, error)
 
+    def _opened(self, outgoing: _Outgoing, told: str | TercetError) -> None:
+        if isinstance(told, TercetError):
+            self._fail(outgoing, told)
+            self._forget(outgoing)
+        elif outgoing.given_up is not None:
+            self.sender.cancel(outgoing.ticket, outgoing.given_up)
 
-def _key(image: PromptImage) -> Key:
-    return image.digest, image.grid
+    def _encoded_soon(self, outgoing: _Outgoing, future: Future[Tensor]) -> None:
+        self.legs.loop.call_soon_threadsafe(self._encoded, outgoing, future)
 
-
-def encoder_of(spec: ModelSpec, kernels: Kernels) -> Encoder:
-    """Raises ModelError."""
-    from tercet.models.vision.processor import ImageProcessor  # it imports transformers' image processors
-
-    tower = load_vision(spec, kernels)
-    return Encoder(ImageProcessor(locate(spec), tower.config).patches, tower.encode, tower.config.merge)
-
-
-class _Cache:
-    """The least recently used go first. Not thread-safe."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most, self._bytes = most_bytes, 0
-        self._kept: OrderedDict[Key, Tensor] = OrderedDict()
-
-    def get(self, key: Key) -> Tensor | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def put(self, key: Key, embeddings: Tensor) -> None:
-        size = embeddings.nbytes
-        if size > self._most or key in self._kept:
+    def _encoded(self, outgoing: _Outgoing, future: Future[Tensor]) -> None:
+        if outgoing.given_up is not None or future.cancelled():
             return
-        self._kept[key] = embeddings
-        self._bytes += size
-        while self._bytes > self._most:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        error = future.exception()
+        if error is None:
+            outgoing.embeddings = future.result()
+            self._write_if_ready(outgoing)
+        elif isinstance(error, TercetError):
+            self._fail(outgoing, error)
+        else:
+            log.error("an image of %s could not be encoded", outgoing.active.ticket, exc_info=error)
+            where = f"an image of {outgoing.active.ticket}"
+            self._fail(outgoing, EngineFault(f"{where}: unexpected {type(error).__name__}: {error}"))
+
+    # ---- their way out
+
+    def _write_if_ready(self, outgoing: _Outgoing) -> None:
+        if outgoing.granted and outgoing.embeddings is not None and outgoing.given_up is None:
+            self._ready.append(outgoing)
+            self._write()
+
+    def _write(self) -> None:
+        while self._ready:
+            outgoing = self._ready[0]
+            if outgoing.given_up is None:
+                try:
+                    outgoing.blocks = self._region.allocate(outgoing.image.tokens, Hold.IN_FLIGHT)
+                except Overloaded:
+                    return
+            self._ready.popleft()
+            if outgoing.given_up is None:
+                self._push(outgoing)
+
+    def _push(self, outgoing: _Outgoing) -> None:
+        assert outgoing.embeddings is not None
+        self._region.write(outgoing.blocks, outgoing.embeddings)
+        for level in range(len(outgoing.embeddings)):
+            self.sender.push(outgoing.ticket, level, 0, outgoing.blocks)
+        outgoing.embeddings = None
+        self.sender.finish(outgoing.ticket, b"")
+
+    def on_event(self, event: SendEvent) -> None:
+        """Called on a mover thread."""
+        self.legs.loop.call_soon_threadsafe(self._on_event, event)
+
+    def _on_event(self, event: SendEvent) -> None:
+        outgoing = self._outgoing.get(event.ticket)
+        if outgoing is None:
+            return
+        match event:
+            case Granted():
+                outgoing.granted = True
+                self._write_if_ready(outgoing)
+            case SendFailed(_, error):
+                self._fail(outgoing, error)
+            case Released():
+                pass
+            case OpDone():
+                self._forget(outgoing)
+
+    def _forget(self, outgoing: _Outgoing) -> None:
+        """Nothing of it is under way any more; with the last image of a leg, the leg has ended."""
+        del self._outgoing[outgoing.ticket]
+        if outgoing.blocks:
+            self._region.pool.release(outgoing.blocks, Hold.IN_FLIGHT)
+        active = outgoing.active
+        left = self._of_leg[active.ticket]
+        left.remove(outgoing)
+        if not left:
+            del self._of_leg[active.ticket]
+            if self.legs.forget(active):
+                active.stream.finished(active.leg, Done(FinishReason.LENGTH))
+        self._write()
+
+
+def _is_wanted(outgoing: _Outgoing) -> bool:
+    return outgoing.given_up is None

@@ -12,12 +12,9 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from tercet.core import Leg, Load, Role, Ticket
 from tercet.engine.loop import Engine
@@ -33,10 +30,11 @@ from tercet.errors import (
     TercetError,
     WorkerDrained,
 )
+from tercet.roles.stages import LastImage
 from tercet.wire.worker_server import ReportStream
 
 if TYPE_CHECKING:
-    from tercet.roles.encode import Encoder
+    from tercet.roles.embeddings import Embedded, EmbeddingSource, Leave
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,8 @@ class ActiveLeg:
     stream: ReportStream
     sequence: Sequence
     timer: asyncio.TimerHandle
-    unseen: dict[int, Future[Tensor]] = field(default_factory=dict)  # images that are being encoded
+    unseen: dict[int, Leave] = field(default_factory=dict)  # images whose embeddings are on their way
+    last_image: LastImage | None = None  # of those that came
 
     @property
     def ticket(self) -> Ticket:
@@ -55,13 +54,12 @@ class ActiveLeg:
 
 
 class Legs:
-    engine: Engine
-
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.handlers: dict[Role, Handler] = {}  # kind of leg -> who serves it
         self._active: dict[Ticket, ActiveLeg] = {}
-        self.encoder: Encoder | None = None  # of a model that sees
+        self.engine: Engine | None = None  # of a worker that computes prompts or decodes
+        self.images: EmbeddingSource | None = None  # where prompts are computed, of a model that sees
         self._draining = False
         self._dead: TercetError | None = None  # why no leg can be served here any more
 
@@ -85,10 +83,11 @@ class Legs:
         timer = self.loop.call_later(leg.timeout_s, self._expire, ticket)
         active = self._active[ticket] = ActiveLeg(leg, stream, sequence, timer)
         try:
-            self.engine.check_ids(leg.token_ids)
+            if self.engine is not None:
+                self.engine.check_ids(leg.token_ids)
             self._check_images(leg)
             handler.begin(active)
-            self._encode(active)
+            self._want_images(active)
         except Overloaded as error:
             self.forget(active)
             stream.rejected(leg, str(error))
@@ -131,11 +130,10 @@ class Legs:
     def forget(self, active: ActiveLeg) -> bool:
         """Remove a leg from the table. False: it was removed before."""
         active.timer.cancel()
-        if active.leg.images:
+        if active.leg.images and self.engine is not None:
             self.engine.abort(active.sequence)  # one that was never queued may have been given embeddings
-            while active.unseen and self.encoder is not None:
-                number, embeddings = active.unseen.popitem()
-                self.encoder.leave(active.leg.images[number], embeddings)
+        while active.unseen:
+            active.unseen.popitem()[1]()
         return self._active.pop(active.ticket, None) is not None
 
     def take_each(self, report: StepReport, take: Callable[[StepItem, float], None]) -> None:
@@ -171,61 +169,56 @@ class Legs:
 
     def load(self) -> Load:
         """The engine's load, with the handlers' counters."""
-        load = self.engine.load()
+        load = Load() if self.engine is None else self.engine.load()
         for handler in self.handlers.values():
             load = handler.counted(load)
-        if (encoder := self.encoder) is None:
-            return load
-        return replace(
-            load,
-            encoder_cache_queries=encoder.queries,
-            encoder_cache_hits=encoder.hits,
-            encoder_patches=encoder.patches,
-        )
+        return load if self.images is None else self.images.counted(load)
 
     async def close(self) -> None:
         for handler in self.handlers.values():
             await handler.close()
-        if self.encoder is not None:
-            await self.loop.run_in_executor(None, self.encoder.close)
+        if self.images is not None:
+            await self.images.close()
 
     # ---- inside
 
     def _check_images(self, leg: Leg) -> None:
         """Raises InvalidRequest, ProtocolViolation."""
-        encodes, end = leg.kind is not Role.DECODE, 0
-        if leg.images and encodes and self.encoder is None:
+        end, computes = 0, leg.kind in (Role.PREFILL, Role.AGGREGATED)
+        if leg.images and computes and self.images is None:
             raise InvalidRequest("this model takes no images")
+        takes_files = computes and self.images is not None and self.images.takes_files
         for image in leg.images:
             tiles, rows, columns = image.grid
             for first, count in image.spans:
                 if not end <= first < first + count <= leg.num_prompt:
                     raise ProtocolViolation(f"an image at {image.spans} of a prompt of {leg.num_prompt} tokens")
                 end = first + count
-            if image.tokens != tiles * rows * columns or not image.tokens or bool(image.content) != encodes:
+            if image.tokens != tiles * rows * columns or not image.tokens:
                 raise ProtocolViolation(f"an image of {image.grid} tokens, {image.tokens} in the prompt")
+            if bool(image.content) != takes_files and leg.kind is not Role.ENCODE:
+                raise ProtocolViolation(f"an image came {'with' if image.content else 'without'} its file")
 
-    def _encode(self, active: ActiveLeg) -> None:
-        """Have the images' embeddings made, and give each to the engine as it comes."""
-        if self.encoder is None or active.leg.kind is Role.DECODE:
+    def _want_images(self, active: ActiveLeg) -> None:
+        """Give the images' embeddings to the engine, each as it comes."""
+        if self.images is None or active.leg.kind not in (Role.PREFILL, Role.AGGREGATED):
             return
         for number, image in enumerate(active.leg.images):
-            embeddings = active.unseen[number] = self.encoder.encode(image)
-            take = partial(self._encoded, active, number)
-            embeddings.add_done_callback(partial(self.loop.call_soon_threadsafe, take))
+            take = partial(self._embedded, active, number)
+            active.unseen[number] = self.images.want(active.ticket, image, take)
 
-    def _encoded(self, active: ActiveLeg, number: int, embeddings: Future[Tensor]) -> None:
+    def _embedded(self, active: ActiveLeg, number: int, what: Embedded | BaseException) -> None:
         active.unseen.pop(number, None)
-        if self._active.get(active.ticket) is not active or embeddings.cancelled():
+        if self._active.get(active.ticket) is not active or self.engine is None:
             return
-        error = embeddings.exception()
-        if error is None:
-            self.engine.see(active.sequence, number, embeddings.result())
-        elif isinstance(error, TercetError):
-            self._end(active, error)
+        if isinstance(what, TercetError):
+            self._end(active, what)
+        elif isinstance(what, BaseException):
+            log.error("an image of %s could not be encoded", active.ticket, exc_info=what)
+            self._end(active, EngineFault(f"an image of {active.ticket}: unexpected {type(what).__name__}: {what}"))
         else:
-            log.error("an image of %s could not be encoded", active.ticket, exc_info=error)
-            self._end(active, EngineFault(f"an image of {active.ticket}: unexpected {type(error).__name__}: {error}"))
+            active.last_image = LastImage(time.monotonic(), what.transfer_s)
+            self.engine.see(active.sequence, number, what.values)
 
     def _settling(self, ticket: Ticket) -> bool:
         return any(handler.settling(ticket) for handler in self.handlers.values())
@@ -248,13 +241,14 @@ class Handler(ABC):
     """Serves the legs of one kind."""
 
     push: PushBlocks | None = None  # called with the blocks that the engine completes
-    endpoint: str = ""  # where prefill workers send the KV of this handler's legs
+    endpoint: str = ""  # where workers of the stage before send what this handler's legs need
 
     def __init__(self, legs: Legs) -> None:
         self.legs = legs
 
     @property
     def engine(self) -> Engine:
+        assert self.legs.engine is not None, "only an encode worker has none"
         return self.legs.engine
 
     @abstractmethod
@@ -273,8 +267,8 @@ class Handler(ABC):
         """Whether blocks of an earlier leg of this ticket are not settled yet."""
         return False
 
-    def meet(self, endpoints: Iterable[str]) -> None:  # noqa: B027  # only prefill connects
-        """Connect to these decode workers, before the first request needs them."""
+    def meet(self, endpoints: Iterable[str]) -> None:  # noqa: B027  # the last stage connects to none
+        """Connect to these workers of the next stage, before the first request needs them."""
 
     def counted(self, load: Load) -> Load:
         """`load` plus this handler's counters."""

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
-from tercet.core import Done, FinishReason, Load, PairState, Ticket, TokenEvent
+from tercet.core import Done, FinishReason, Load, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
-from tercet.errors import Overloaded, PeerUnreachable, TercetError, TransferError
+from tercet.errors import Overloaded, TercetError
 from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import ActiveLeg, Handler, Legs
+from tercet.roles.peers import Peers
+from tercet.roles.stages import until_first_token
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol.facts import Granted, OpDone, Released, SendEvent, SendFailed
-from tercet.transfer.transports.contract import Endpoint
-
-MEET_AGAIN_S = 1.0
-DIALERS = 16  # a first contact may block for some seconds
 
 
 @dataclass(eq=False)
@@ -36,84 +34,48 @@ class _Outgoing:
 
 class Prefill(Handler):
     sender: KvSender
+    peers: Peers
 
     def __init__(self, legs: Legs, max_legs: int) -> None:
         super().__init__(legs)
         self._max_legs = max_legs
         self._outgoing: dict[Ticket, _Outgoing] = {}  # until OpDone
-        self._wanted: set[str] = set()  # endpoints of the live decode workers
-        self._faults: dict[str, PairState] = {}  # endpoint -> why it is not connected
-        self._met: set[str] = set()  # endpoints that `_look_after` keeps connected
-        self._dialers = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-dial")
-        self._meeters = ThreadPoolExecutor(DIALERS, thread_name_prefix="kv-meet")  # separate: no request waits for it
+
+    def send_by(self, sender: KvSender) -> None:
+        self.sender, self.peers, self.push = sender, Peers(self.legs.loop, sender), sender.push
 
     def meet(self, endpoints: Iterable[str]) -> None:
-        self._wanted = set(endpoints)
-        for endpoint in self._wanted - self._met:
-            self._met.add(endpoint)
-            self._look_after(endpoint)
-
-    def _look_after(self, endpoint: str) -> None:
-        """Keep a wanted worker connected: check every MEET_AGAIN_S, dial if need be."""
-        if endpoint not in self._wanted:
-            self._met.discard(endpoint)
-            self._faults.pop(endpoint, None)
-        elif self.sender.connected(endpoint):
-            self.legs.loop.call_later(MEET_AGAIN_S, self._look_after, endpoint)
-        else:
-            self.legs.loop.run_in_executor(self._meeters, self._meet, endpoint)
-
-    def _meet(self, endpoint: str) -> None:
-        """On a pool thread."""
-        try:
-            self.sender.connect(endpoint)
-            self._faults.pop(endpoint, None)
-        except (TransferError, OSError) as error:
-            self._faults[endpoint] = PairState(Endpoint.decode(endpoint).worker_id, fault=str(error))
-        self.legs.loop.call_soon_threadsafe(self.legs.loop.call_later, MEET_AGAIN_S, self._look_after, endpoint)
+        self.peers.meet(endpoints)
 
     def counted(self, load: Load) -> Load:
-        pairs = (*load.pairs, *self.sender.attested(), *list(self._faults.values()))
-        return replace(load, transfer_dropped=load.transfer_dropped + self.sender.dropped().total(), pairs=pairs)
+        dropped = load.transfer_dropped + self.sender.dropped().total()
+        return replace(load, transfer_dropped=dropped, pairs=(*load.pairs, *self.peers.states()))
 
     async def close(self) -> None:
-        self.meet(())  # or it would connect again
-        await self.legs.loop.run_in_executor(None, self.sender.stop)
-        for pool in (self._dialers, self._meeters):
-            pool.shutdown(wait=False, cancel_futures=True)
+        await self.peers.close()
 
     def begin(self, active: ActiveLeg) -> None:
         if len(self._outgoing) >= self._max_legs:
             raise Overloaded(f"{len(self._outgoing)} prompts are waiting or being computed already")
+        leg = active.leg
         outgoing = self._outgoing[active.ticket] = _Outgoing(active, time.monotonic())
-        if self.sender.connected(active.leg.peer):
-            self._open(outgoing, dial=False)
-        else:
-            self.legs.loop.run_in_executor(self._dialers, self._open, outgoing, True)
+        self.peers.open(
+            active.ticket,
+            leg.peer,
+            len(leg.token_ids),
+            outgoing.arrived + leg.timeout_s,
+            lambda: outgoing.given_up is None,
+            partial(self._opened, outgoing),
+        )
 
-    def _open(self, outgoing: _Outgoing, dial: bool) -> None:
-        """On a pool thread if it may dial, which blocks."""
-        if outgoing.given_up is not None:
-            self.legs.loop.call_soon_threadsafe(self._not_opened, outgoing, outgoing.given_up)
+    def _opened(self, outgoing: _Outgoing, told: str | TercetError) -> None:
+        if isinstance(told, TercetError):
+            del self._outgoing[outgoing.active.ticket]
+            self.legs.fail(outgoing.active, told)
             return
-        active, leg = outgoing.active, outgoing.active.leg
-        deadline = outgoing.arrived + leg.timeout_s
-        try:
-            outgoing.transport = self.sender.open(active.ticket, leg.peer, len(leg.token_ids), deadline, dial)
-        except (TransferError, OSError) as error:
-            self.legs.loop.call_soon_threadsafe(self._not_opened, outgoing, error)
-        else:
-            self.legs.loop.call_soon_threadsafe(self._opened, outgoing)
-
-    def _opened(self, outgoing: _Outgoing) -> None:
+        outgoing.transport = told
         if outgoing.given_up is not None:
             self.sender.cancel(outgoing.active.ticket, outgoing.given_up)
-
-    def _not_opened(self, outgoing: _Outgoing, error: TercetError | OSError) -> None:
-        del self._outgoing[outgoing.active.ticket]
-        if isinstance(error, TransferError | OSError):
-            error = PeerUnreachable(f"the decode worker was not reached: {error}")
-        self.legs.fail(outgoing.active, error)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         outgoing = self._outgoing.get(active.ticket)
@@ -178,15 +140,18 @@ class Prefill(Handler):
 
     def _note_of(self, sequence: Sequence, token: TokenEvent) -> bytes:
         outgoing = self._outgoing.get(sequence.ticket)
-        scheduled = sequence.first_scheduled or 0.0
+        now = time.monotonic()
+        scheduled = sequence.first_scheduled or now
         first = FirstToken(
             token_id=token.token_id,
             logprob=token.logprob,
             top_logprobs=token.top_logprobs,
             cached_tokens=sequence.cached_tokens,
-            stages=(
-                ("queue", scheduled - (outgoing.arrived if outgoing else scheduled)),
-                ("prefill", time.monotonic() - scheduled),
+            stages=until_first_token(
+                outgoing.arrived if outgoing else scheduled,
+                scheduled,
+                outgoing.active.last_image if outgoing else None,
+                now,
             ),
             transport=outgoing.transport if outgoing else "",
         )

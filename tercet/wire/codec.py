@@ -28,7 +28,12 @@ from tercet.wire.gen import worker_pb2 as pb
 NONCE_METADATA = "tercet-nonce"  # gRPC metadata key; its value is in hexadecimal
 GATEWAY, WORKER = b"gateway", b"worker"  # whose proof it is
 
-LEG_KINDS = {pb.LEG_AGGREGATED: Role.AGGREGATED, pb.LEG_PREFILL: Role.PREFILL, pb.LEG_DECODE: Role.DECODE}
+LEG_KINDS = {
+    pb.LEG_AGGREGATED: Role.AGGREGATED,
+    pb.LEG_PREFILL: Role.PREFILL,
+    pb.LEG_DECODE: Role.DECODE,
+    pb.LEG_ENCODE: Role.ENCODE,
+}
 LEG_NUMBERS = {kind: number for number, kind in LEG_KINDS.items()}
 _FIELDS = inf.Sampling.DESCRIPTOR.fields_by_name
 # Sampling parameter -> whether it may be absent; all but `prompt_logprobs`, which is a leg's, and no stop strings.

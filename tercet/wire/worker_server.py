@@ -102,7 +102,7 @@ class LegHandler(Protocol):
         """Give a leg up; unknown ones are ignored."""
 
     def meet(self, endpoints: Sequence[str]) -> None:
-        """Connect to these decode workers, before the first request needs them."""
+        """Connect to these workers of the next stage, before the first request needs them."""
 
     def disconnected(self, stream: ReportStream) -> None:
         """Give up every leg that came with this stream."""

@@ -12,6 +12,8 @@ import pytest
 
 from tercet.core import Role, TokenEvent
 from tercet.errors import EngineFault, InvalidRequest, WorkerLost
+from tercet.roles.router import decisions as decisions_module
+from tercet.roles.router.planning import plan_for
 from tercet.spec import ClusterSpec, SchedulerSpec
 from tercet.transfer.transports.contract import Endpoint
 from tests.helpers import LocalCluster, cluster, request_of, spec_of
@@ -125,7 +127,7 @@ async def test_a_request_that_ends_in_line_leaves_its_place():
         await first.aclose()
         async with asyncio.timeout(10):
             assert all(len(tokens) == 2 for tokens in await asyncio.gather(*waiting[3:]))
-        assert made.router._decisions._line.head() is None
+        assert not any(line.head() for line in made.router._decisions._waiting._lines)
 
 
 @pytest.mark.parametrize("topology", ["pd", "aggregated"])
@@ -230,7 +232,7 @@ async def test_workers_that_are_set_at_once_end_as_the_last_word_says(monkeypatc
 async def test_a_client_pays_once_for_each_token_however_often_it_is_begun(monkeypatch):
     async with cluster(tiny("aggregated", decoders=2)) as made:
         router, charged = made.router, []
-        monkeypatch.setattr(router._decisions._line, "charge", lambda client, tokens: charged.append(tokens))
+        monkeypatch.setattr(router._decisions._waiting, "charge", lambda ongoing, tokens: charged.append(tokens))
         stream = router.generate(request_of(prompt(20), max_tokens=60, ignore_eos=True))
         told = 0
         async for event in stream:
@@ -248,12 +250,11 @@ async def test_a_cancelled_request_is_not_planned_as_room_comes(monkeypatch, tur
     async with cluster(tiny("aggregated", decoders=1, scheduler__max_running=1)) as made:
         router, planned = made.router, []
         decisions = router._decisions
-        choose = decisions._choose
-        monkeypatch.setattr(decisions, "_choose", lambda history: None)
+        monkeypatch.setattr(decisions_module, "plan_for", lambda *_: None)
         waiting = asyncio.create_task(anext(router.generate(request_of(prompt(5), max_tokens=2))))
         await asyncio.sleep(0.05)
-        monkeypatch.setattr(decisions, "_choose", lambda history: planned.append(1) or choose(history))
-        decisions._refused = None
+        monkeypatch.setattr(decisions_module, "plan_for", lambda *told: planned.append(1) or plan_for(*told))
+        decisions._waiting.reconsider()
         router._carry_out(decisions._plan(time.monotonic()))
         for _ in range(turns):
             await asyncio.sleep(0)

@@ -39,12 +39,20 @@ def asked(model, chosen, seed=0, lead=5):
     return dataclasses.replace(request, images=shown), answer
 
 
+def embeddings_of(worker):
+    """That its engine holds."""
+    return [] if worker.legs.engine is None else worker.engine._executor._runner._embeddings
+
+
 async def answered(made, request):
     events = [event async for event in made.router.generate(request)]
     return [event.token_id for event in events if hasattr(event, "token_id")], events[-1]
 
 
-@pytest.mark.parametrize("topology", ["pd", "aggregated"])
+TOPOLOGIES = ["aggregated", "pd", "ep-d", "epd", "e-pd"]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 async def test_tokens_are_transformers(topology, model):
     """Several at once, several pictures in a prompt, and again from the caches."""
     async with cluster(spec_of(topology, decoders=1, source=str(model.directory), kv__block_size=8)) as made:
@@ -55,14 +63,14 @@ async def test_tokens_are_transformers(topology, model):
         tokens, done = await answered(made, dataclasses.replace(request, request_id="again"))
         assert tokens == answer
         assert done.cached_tokens > 0
-        computing = "prefill-0" if topology == "pd" else "aggregated-0"
-        load = made.workers[computing].legs.load()
+        encoding = {"aggregated": "aggregated-0", "epd": "encode-0", "e-pd": "encode-0"}.get(topology, "prefill-0")
+        load = made.workers[encoding].legs.load()
         assert (load.encoder_cache_queries, load.encoder_cache_hits) == (11, 7)
         assert load.encoder_patches == sum(len(patches.values) for patches in model.patches)
-        assert not any(worker.engine._executor._runner._embeddings for worker in made.workers.values())
+        assert not any(map(embeddings_of, made.workers.values()))
 
 
-@pytest.mark.parametrize("topology", ["pd", "aggregated"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 async def test_a_picture_that_cannot_be_read_ends_its_request_alone(topology, model):
     async with cluster(spec_of(topology, decoders=1, source=str(model.directory))) as made:
         (good, answer), (bad, _) = asked(model, [0]), asked(model, [1, 2], 1)
@@ -90,7 +98,7 @@ async def test_who_goes_while_pictures_are_encoded_leaves_nothing(model):
         request, answer = asked(model, [3], 9)
         assert (await answered(made, request))[0] == answer
         await made.settled()
-        assert not any(worker.engine._executor._runner._embeddings for worker in made.workers.values())
+        assert not any(map(embeddings_of, made.workers.values()))
 
 
 async def test_a_model_that_takes_none_says_so(model):

@@ -18,7 +18,7 @@ import pytest
 from tercet.core import Load
 from tercet.engine.sequence import Sequence
 from tercet.errors import PeerDown, ProtocolViolation, TercetError, TransferError
-from tercet.roles import prefill as roles
+from tercet.roles import peers as roles
 from tercet.roles.legs import Legs
 from tercet.roles.prefill import Prefill
 from tercet.transfer.links.channel import Channel
@@ -217,7 +217,7 @@ async def test_a_silent_decode_worker_holds_nobody_else_up(monkeypatch):
     monkeypatch.setattr(dialer, "HANDSHAKE_S", 4.0)
     made, granted = Pair("tcp"), asyncio.Event()
     prefill = Prefill(Legs(asyncio.get_running_loop()), 1000)
-    prefill.sender = made.sender
+    prefill.send_by(made.sender)
     prefill.sender._on_event = prefill.on_event
     prefill.legs.engine = SimpleNamespace(abort=id, op_done=id, add=lambda _: granted.set())
     await asyncio.to_thread(made.sender.connect, made.endpoint)
@@ -247,7 +247,9 @@ async def test_however_often_it_is_introduced_a_dead_worker_is_dialled_once_at_a
         raise PeerDown("nobody there")
 
     prefill = Prefill(Legs(asyncio.get_running_loop()), 10)
-    prefill.sender = SimpleNamespace(connect=connect, connected=lambda _: False, attested=list, dropped=Counter)
+    prefill.send_by(
+        SimpleNamespace(connect=connect, connected=lambda _: False, attested=list, dropped=Counter, push=None)
+    )
     nobody = Endpoint("decode-9", 1, "elsewhere", "", ["127.0.0.1:1"], ["tcp"]).encode()
     for _ in range(10):
         prefill.meet([nobody])

@@ -21,6 +21,7 @@ from tercet.core import (
     GenerateRequest,
     Leg,
     Outcome,
+    PromptImage,
     PromptLogprobs,
     Rejection,
     Role,
@@ -33,6 +34,7 @@ from tercet.errors import (
     DeadlineExceeded,
     DigestMismatch,
     EngineFault,
+    ImageForgotten,
     NoWorkers,
     Overloaded,
     PeerDown,
@@ -43,11 +45,13 @@ from tercet.errors import (
 )
 from tercet.roles.router import decisions as module
 from tercet.roles.router.attempt import Attempt, Told
-from tercet.roles.router.decisions import ROOM_S, Decisions
+from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
 from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, StartLeg, Tell
-from tercet.roles.router.line import Line
+from tercet.roles.router.encoders import Holders
+from tercet.roles.router.line import Line, Place
 from tercet.roles.router.policy import History
+from tercet.roles.router.waiting import ROOM_S, Waiting
 from tercet.spec import LimitsSpec
 
 RETRIES = 2
@@ -79,7 +83,12 @@ class Asked:
 class Simulation:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
-        self.roles = rng.choice([(Role.PREFILL, Role.DECODE)] * 3 + [(Role.AGGREGATED,)])
+        self.roles = rng.choice(
+            [(Role.PREFILL, Role.DECODE)] * 3
+            + [(Role.AGGREGATED,)]
+            + [(Role.ENCODE, Role.PREFILL, Role.DECODE)] * 2
+            + [(Role.ENCODE, Role.AGGREGATED)]
+        )
         self.capacity = {role: rng.choice([1, 2, 3]) for role in self.roles}
         limits = LimitsSpec(retries=RETRIES, worker_wait_s=2.0)
         self.router = Decisions(self.roles, self.capacity, limits)
@@ -92,6 +101,8 @@ class Simulation:
         self.sick: set[WorkerView] = set()  # their engines are dead, their streams stand
         self.finishing = False
         kinds = ("retried", "rejected", "out of time", "nobody", "done", "died", "failed", "sick", "drained", "left")
+        kinds += ("encoded", "forgotten", "shown again")
+        self.cached: dict[WorkerView, set[bytes]] = {}  # what encode workers have
         self.seen = dict.fromkeys(kinds, 0)
         for role in self.roles:
             for number in range(self.count[role]):
@@ -119,7 +130,7 @@ class Simulation:
                 case AbortLeg(view, leg):
                     assert self.asked[leg.ticket.request_id].legs.pop(view) is leg, "a leg is aborted that does not run"
                 case Introduce(view, _):
-                    assert view.info.role is Role.PREFILL
+                    assert view.info.role in self.roles[:-1]
                 case Part(view):
                     assert view in self.known, "parted twice"
                     assert view not in self.live(), "parted from one that lives"
@@ -133,9 +144,9 @@ class Simulation:
 
     def start(self, view: WorkerView, leg: Leg) -> None:
         assert view.up, "a leg for a worker that is down"
-        assert view in self.live(), "a leg for a worker that leaves"
         assert leg.ticket.request_id in self.asked, "begun before it was submitted"
         asked = self.asked[leg.ticket.request_id]
+        assert view in self.live() or view in asked.legs, "a leg for a worker that leaves"
         assert leg.ticket.attempt not in asked.begun[:-1], "an old attempt"
         if asked.begun[-1:] != [leg.ticket.attempt]:
             assert not asked.legs, "two attempts at once"
@@ -146,13 +157,36 @@ class Simulation:
             asked.said = len(asked.tokens)
             assert len(asked.begun) - 1 - asked.refusals - asked.moves <= RETRIES, "more attempts than retries"
         assert view not in asked.lost, "a worker that it died on"
-        assert list(leg.token_ids) == [*asked.ongoing.request.token_ids, *asked.tokens], "tokens lost or repeated"
+        if leg.kind is Role.ENCODE:
+            self.encodes(view, leg, asked)
+        else:
+            assert list(leg.token_ids) == [*asked.ongoing.request.token_ids, *asked.tokens], "tokens lost or repeated"
+            apart = Role.ENCODE in self.roles or leg.kind is Role.DECODE
+            assert all(bool(image.content) != apart for image in leg.images), "files for who encodes none"
+            assert len(leg.images) == len(asked.ongoing.request.images)
+        again = asked.legs.get(view)
         asked.legs[view] = leg
-        if set(asked.legs) == asked.unreachable and not asked.refusals:
+        if again is not None:
+            assert leg.kind is Role.ENCODE, "a leg is begun twice"
+            return
+        pair = {each for each in asked.legs if each.info.role is not Role.ENCODE}
+        if pair == asked.unreachable and not asked.refusals:
             others = set(self.others_than(asked.unreachable)) - asked.blamed
             assert not others, "two that cannot reach each other are asked again"
         running = sum(view in other.legs for other in self.asked.values())
         assert running <= self.capacity[view.info.role], "more legs than the worker takes"
+
+    def encodes(self, view: WorkerView, leg: Leg, asked: Asked) -> None:
+        """Each image at one worker; without its file only at one that was sent it before."""
+        plan, shown = asked.ongoing.attempt.plan, [i.digest for _, images in plan_of(asked) for i in images]
+        assert sorted(shown) == sorted(i.digest for i in asked.ongoing.request.images), "images lost or shown twice"
+        assert leg.peer == plan.prefill.info.transfer_endpoint
+        assert leg.ticket.epoch == plan.prefill.info.epoch
+        assert not leg.token_ids
+        cached = self.cached.setdefault(view, set())
+        assert all(image.content or image.digest in cached for image in leg.images), "it never had this file"
+        self.seen["shown again"] += any(not image.content for image in leg.images)
+        cached |= {image.digest for image in leg.images}
 
     def live(self) -> list[WorkerView]:
         return list(self.router.directory.views.values())
@@ -165,7 +199,7 @@ class Simulation:
         return [
             view
             for view in self.router.directory.views.values()
-            if view.up and view not in pair
+            if view.up and view not in pair and view.info.role is not Role.ENCODE
             if sum(view in other.legs for other in self.asked.values()) < self.capacity[view.info.role]
         ]
 
@@ -174,9 +208,14 @@ class Simulation:
         mine = asked.ongoing.place
         for other in self.asked.values():
             place = other.ongoing.place
+            if self.apart(asked) != self.apart(other):
+                continue  # another line
             if place.client == mine.client and place.number < mine.number and not other.ongoing.over:
                 assert other.begun or other.cancelled, "a later request of a client was begun first"
                 assert not other.turned_away, "begun before one that was turned away"
+
+    def apart(self, asked: Asked) -> bool:
+        return Role.ENCODE in self.roles and bool(asked.ongoing.request.images)
 
     def tell(self, asked: Asked, event) -> None:
         assert not asked.ends, "told behind its end"
@@ -204,7 +243,11 @@ class Simulation:
         ids = tuple(range(500, 500 + self.rng.choice([1, 3, 60])))
         params = SamplingParams(max_tokens=self.rng.choice([1, 2, 5]), prompt_logprobs=self.rng.choice([None, None, 0]))
         deadline = self.now + self.rng.choice([-1.0, 0.5, 3.0, 30.0, 30.0])
-        request = GenerateRequest(name, ids, params, deadline, client)
+        numbers = self.rng.choices(range(6), k=self.rng.choice([0, 0, 1, 2, 3]))
+        images = tuple(
+            PromptImage(bytes([n]) * 32, (1, 1, 1), ((at, 1),), b"file") for at, n in enumerate(numbers[: len(ids)])
+        )
+        request = GenerateRequest(name, ids, params, deadline, client, images)
         held: list[Ongoing] = []
         real = module.Ongoing
 
@@ -241,19 +284,30 @@ class Simulation:
         outcome = self.next_word(view, leg, asked)
         if outcome is None:
             return
+        if isinstance(outcome, ImageForgotten):
+            self.do(self.router.on_report(view, leg.ticket, outcome, self.now))
+            return
         if isinstance(outcome, Admitted):
             asked.admitted, asked.turned_away = True, False
+        elif leg.kind == "encode" and asked.ongoing.attempt.committed:
+            pass  # of no matter any more
         elif isinstance(outcome, (Rejection, Overloaded)):
             asked.refusals += 1
             asked.turned_away = True
-        elif isinstance(outcome, TercetError) and not (leg.kind == "prefill" and asked.ongoing.attempt.committed):
+        elif isinstance(outcome, TercetError) and not self.is_ignored(leg, asked.ongoing.attempt):
             pair = asked.ongoing.attempt.plan.workers
-            asked.blamed |= set(pair)
-            asked.unreachable = set(pair) if isinstance(outcome, PeerUnreachable) else set()
+            asked.blamed |= {view} if leg.kind == "encode" else set(pair)
+            cut_off = isinstance(outcome, PeerUnreachable) and leg.kind != "encode"
+            asked.unreachable = set(pair) if cut_off else set()
         asked.said += isinstance(outcome, TokenEvent)
         if not isinstance(outcome, (Admitted, TokenEvent, PromptLogprobs)):
             del asked.legs[view]
         self.do(self.router.on_report(view, leg.ticket, outcome, self.now))
+
+    def is_ignored(self, leg: Leg, attempt: Attempt) -> bool:
+        """Whether its failure is of no matter any more."""
+        done = leg.kind == "encode" or (leg.kind == "prefill" and not attempt.awaits_scores)
+        return done and attempt.committed
 
     def next_word(self, view: WorkerView, leg: Leg, asked: Asked) -> Outcome | None:
         chance = 1.0 if self.finishing else self.rng.random()
@@ -261,6 +315,8 @@ class Simulation:
         assert attempt is not None, "legs without an attempt"
         if leg.kind == "prefill":
             return self.word_of_prefill(attempt, chance)
+        if leg.kind == "encode":
+            return self.word_of_encode(leg, chance)
         if not asked.admitted:
             if chance < 0.15:
                 self.seen["rejected"] += 1
@@ -285,6 +341,17 @@ class Simulation:
         if attempt.awaits_scores:
             return PromptLogprobs(()) if chance > 0.6 else None
         return Done(FinishReason.LENGTH) if attempt.committed else None
+
+    def word_of_encode(self, leg: Leg, chance: float) -> Outcome | None:
+        if chance < 0.3 and not all(image.content for image in leg.images):
+            self.seen["forgotten"] += 1
+            return ImageForgotten("not here")
+        if chance < 0.05:
+            return Rejection("no room")
+        if chance < 0.12:
+            return self.rng.choice([*FAULTS, EngineFault])("said by the encode worker")
+        self.seen["encoded"] += 1
+        return Done(FinishReason.LENGTH)
 
     def late(self) -> None:
         """A word of an attempt that is over."""
@@ -360,8 +427,7 @@ class Simulation:
             for asked in [asked for asked in self.asked.values() if view in asked.legs and view.up]:
                 leg = asked.legs.pop(view)
                 asked.unreachable = set()
-                if leg.kind != "prefill" or not asked.ongoing.attempt.committed or asked.ongoing.attempt.awaits_scores:
-                    asked.moves += 1
+                asked.moves += not self.is_ignored(leg, asked.ongoing.attempt)
                 self.seen["drained"] += 1
                 self.do(self.router.on_report(view, leg.ticket, WorkerDrained("taken away"), self.now))
 
@@ -404,19 +470,22 @@ class Simulation:
         for view in views:
             legs = [asked.legs[view] for asked in self.asked.values() if view in asked.legs]
             assert view.legs == len(legs), f"{view.legs} legs are booked, {len(legs)} run"
-            assert view.tokens == sum(len(leg.token_ids) for leg in legs), "tokens are booked that nobody computes"
+            assert view.tokens == sum(leg.size for leg in legs), "tokens are booked that nobody computes"
         waiting = [a for a in self.asked.values() if not a.ongoing.over and a.ongoing.attempt is None]
         due = self.router.wake_at()
         if waiting:
             assert due is not None, "somebody waits, and nothing will wake it"
-        head = self.router._line.head()
-        if head is not None and self.router._places[head.number].attempt is None:
-            assert due <= self.now + ROOM_S + 1e-9, "the first in line is not looked at again"
+        for head in self.heads():
+            if self.router._places[head.number].attempt is None:
+                assert due <= self.now + ROOM_S + 1e-9, "the first in line is not looked at again"
         for asked in self.asked.values():
             assert len(asked.ends) <= 1, "a request ended twice"
             assert asked.ongoing.over == bool(asked.ends or asked.cancelled)
             if not asked.ongoing.over:
                 assert self.now <= asked.ongoing.request.deadline + 1.0, "out of time, and goes on"
+
+    def heads(self) -> list[Place]:
+        return [head for line in self.router._waiting._lines if (head := line.head()) is not None]
 
     def run(self) -> None:
         verbs = [self.submit] * 4 + [self.say] * 12 + [self.wait] * 2
@@ -455,10 +524,14 @@ class Simulation:
         assert self.router.wake_at() is None
         assert not self.router._places
         assert not self.router._running
-        assert self.router._line.head() is None
+        assert not self.heads()
 
 
-SEEDS = 2000
+def plan_of(asked: Asked):
+    return asked.ongoing.attempt.plan.encode.items()
+
+
+SEEDS = 2500
 
 
 def failing_seed(seeds: int = SEEDS) -> int | None:
@@ -505,8 +578,8 @@ def forgets_to_take_a_leg_off(_: Callable) -> Callable:
 
 def sends_the_rejected_to_the_back(real: Callable) -> Callable:
     def again(self, ongoing, now):
-        old, ongoing.place = ongoing.place, self._line.place(ongoing.place.client, ongoing.place.tokens)
-        self._leave(old, planned=False)
+        self._waiting.leave(ongoing, planned=False)
+        old, ongoing.place = ongoing.place, self._waiting.place(ongoing.request)
         self._places[ongoing.place.number] = self._places.pop(old.number)
         return real(self, ongoing, now)
 
@@ -522,7 +595,7 @@ def plans_others_before_the_rejected_is_admitted(real: Callable) -> Callable:
 
 
 def asks_the_worker_at_fault_again(_: Callable) -> Callable:
-    def failed(self, plan, reporter, error):
+    def failed(self, plan, reporter, error, encoders):
         self.last = None
 
     return failed
@@ -580,8 +653,8 @@ def forgets_deadlines(_: Callable) -> Callable:
 
 
 def repeats_what_was_told(real: Callable) -> Callable:
-    def of(name, request, told, plan, now):
-        return real(name, request, Told(), plan, now)
+    def of(name, request, told, plan, holders, now):
+        return real(name, request, Told(), plan, holders, now)
 
     return staticmethod(of)
 
@@ -591,9 +664,9 @@ def wakes_nobody_who_waits_for_room(_: Callable) -> Callable:
 
 
 def keeps_the_place_of_who_has_gone(real: Callable) -> Callable:
-    def leave(self, place, *, planned):
+    def leave(self, ongoing, *, planned):
         if planned:
-            real(self, place, planned=planned)
+            real(self, ongoing, planned=planned)
 
     return leave
 
@@ -614,6 +687,22 @@ def serves_the_last_first(_: Callable) -> Callable:
     return head
 
 
+def believes_a_dead_worker_still_has_its_images(_: Callable) -> Callable:
+    return lambda self, worker: None
+
+
+def sends_no_files_when_they_are_asked_for(_: Callable) -> Callable:
+    return lambda self, view: ()
+
+
+def hears_no_encode_worker(_: Callable) -> Callable:
+    return property(lambda self: {self.ticket})
+
+
+def blames_no_encode_worker(_: Callable) -> Callable:
+    return lambda self, reporter, error: []
+
+
 MUTANTS = [
     (Decisions, "_begin", books_a_leg_twice),
     (Decisions, "_leg_ended", forgets_to_take_a_leg_off),
@@ -628,7 +717,11 @@ MUTANTS = [
     (Decisions, "tick", forgets_deadlines),
     (Attempt, "of", repeats_what_was_told),
     (Decisions, "wake_at", wakes_nobody_who_waits_for_room),
-    (Decisions, "_leave", keeps_the_place_of_who_has_gone),
+    (Waiting, "leave", keeps_the_place_of_who_has_gone),
+    (Holders, "lost", believes_a_dead_worker_still_has_its_images),
+    (Attempt, "with_files", sends_no_files_when_they_are_asked_for),
+    (Attempt, "tickets", hears_no_encode_worker),
+    (Attempt, "suspects", blames_no_encode_worker),
     (Decisions, "_failed", tries_for_ever),
     (Line, "head", serves_the_last_first),
 ]

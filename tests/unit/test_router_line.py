@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -22,14 +23,14 @@ def planned(line: Line) -> Place:
 
 
 def test_one_client_is_first_come_first_planned():
-    line = Line()
+    line = Line(itertools.count(1))
     places = [joined(line, "a", tokens) for tokens in (5000, 1, 300, 1, 7)]
     assert [planned(line) for _ in places] == places
     assert line.head() is None
 
 
 def test_who_sends_little_comes_next_whoever_waits():
-    line = Line()
+    line = Line(itertools.count(1))
     heavy = [joined(line, "heavy", QUANTUM) for _ in range(200)]
     assert line.head() is heavy[0]
     light = joined(line, "light")
@@ -39,7 +40,7 @@ def test_who_sends_little_comes_next_whoever_waits():
 
 def test_waiting_clients_share_by_tokens():
     """Over any stretch nobody gets more than a turn and a request ahead of another who waits too."""
-    line, rng = Line(), random.Random(5)
+    line, rng = Line(itertools.count(1)), random.Random(5)
     sizes = {"short": 8, "long": 2000, "mixed": 0}
     got: Counter[str] = Counter()
     for client, size in sizes.items():
@@ -53,7 +54,7 @@ def test_waiting_clients_share_by_tokens():
 
 
 def test_output_is_paid_for_as_well():
-    line = Line()
+    line = Line(itertools.count(1))
     for _ in range(50):
         joined(line, "talker", 1)
         joined(line, "listener", 1)
@@ -67,7 +68,7 @@ def test_output_is_paid_for_as_well():
 
 def test_a_client_that_comes_again_and_again_is_not_always_new():
     """Else one that sends its requests one by one would be planned before everybody else for ever."""
-    line = Line()
+    line = Line(itertools.count(1))
     for _ in range(200):
         joined(line, "patient", QUANTUM)
     joined(line, "eager", QUANTUM)
@@ -81,7 +82,7 @@ def test_a_client_that_comes_again_and_again_is_not_always_new():
 
 
 def test_a_place_that_comes_back_is_before_those_that_came_later():
-    line = Line()
+    line = Line(itertools.count(1))
     first, second = joined(line, "a"), joined(line, "a")
     assert planned(line) is first
     assert line.head() is second
@@ -92,7 +93,7 @@ def test_a_place_that_comes_back_is_before_those_that_came_later():
 
 
 def test_coming_back_is_not_paid_for_twice():
-    line = Line()
+    line = Line(itertools.count(1))
     first = joined(line, "a", 100)
     joined(line, "b", 100)
     for _ in range(5):
@@ -102,7 +103,7 @@ def test_coming_back_is_not_paid_for_twice():
 
 
 def test_the_head_stays_until_it_leaves():
-    line = Line()
+    line = Line(itertools.count(1))
     head = joined(line, "a", 9000)
     for client in "bcd":
         joined(line, client, 1)
@@ -119,7 +120,7 @@ def test_any_order_of_joining_leaving_and_coming_back():
 
 
 def run_of_moves(seed: int) -> None:
-    rng, line = random.Random(seed), Line()
+    rng, line = random.Random(seed), Line(itertools.count(1))
     standing: list[Place] = []
     away: list[Place] = []
     for _ in range(rng.randrange(10, 120)):

@@ -161,8 +161,10 @@ def test_what_is_not_built_is_refused_by_name(tmp_path, setting, want):
 
 
 def test_encode_and_accelerators_are_refused_with_their_line(tmp_path):
-    with_encode = SPEC + "  encode:\n    pool: cpu\ntopology: epd\n"
-    assert ":12: topology: epd needs the encode role" in fault(write(tmp_path, with_encode))
+    with_encode = SPEC + "  encode:\n    pool: cpu\n    kv: {blocks: 256}\ntopology: epd\n"
+    assert "roles.encode.kv: has no effect" in fault(write(tmp_path, with_encode))
+    with_encode = SPEC + "  encode:\n    pool: cpu\n    images: {blocks: 8}\ntopology: epd\n"
+    assert "roles.encode.images.blocks: 8 blocks of 16 tokens cannot hold" in fault(write(tmp_path, with_encode))
     with_gpus = SPEC.replace("cpus: 4", "gpus: 2").replace("replicas: 2", "gpus: 2")
     assert ":9: roles.decode.gpus: has no effect in a pool whose accel" in fault(write(tmp_path, with_gpus))
     for_npus = SPEC.replace("accelerator: cpu, cpus: 4", "accelerator: npu, npus: 2")

@@ -76,6 +76,7 @@ class VisionTower:
         """dtype: of activations."""
         self.config = config
         self._weights, self._dtype, self._device = weights, dtype, device
+        self.layers_done = 0  # so far, over all passes: it grows as long as one gets on
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Patches]) -> list[Tensor]:
@@ -91,6 +92,7 @@ class VisionTower:
             windows = config.window and i not in config.full_layers
             x = x + self._attend(block, x, layout, layout.windows if windows else layout.whole)
             x = x + block.mlp(block.mlp_norm(x))
+            self.layers_done += 1
             deeper += [
                 merger(x, config.merge**2)
                 for at, merger in zip(config.deepstack_layers, weights.deepstack, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 
@@ -21,13 +21,14 @@ from tercet.core import (
     Ticket,
     TokenEvent,
 )
-from tercet.errors import Overloaded, ProtocolViolation, TercetError
+from tercet.errors import Cancelled, Overloaded, PeerUnreachable, ProtocolViolation, TercetError
 from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.encoders import Holders
 from tercet.roles.router.policy import Plan
 
 
-def _unread(images: tuple[PromptImage, ...]) -> tuple[PromptImage, ...]:
-    """For a worker that decodes: its KV is told apart by them."""
+def _without_files(images: Iterable[PromptImage]) -> tuple[PromptImage, ...]:
+    """For a worker that does not encode them: its KV is told apart by them."""
     return tuple(replaced(image, content=b"") for image in images)
 
 
@@ -77,9 +78,17 @@ class Attempt:
     held: list[TokenEvent | Progress | Done] = field(default_factory=list)  # events that came before them
 
     @classmethod
-    def of(cls, name: tuple[str, int], request: GenerateRequest, told: Told, plan: Plan, now: float) -> Attempt:
+    def of(
+        cls,
+        name: tuple[str, int],
+        request: GenerateRequest,
+        told: Told,
+        plan: Plan,
+        holders: Holders,
+        now: float,
+    ) -> Attempt:
         """Tokens emitted by earlier attempts are recomputed as part of the prompt. name: the request's unique name and
-        the attempt's number, for the ticket."""
+        the attempt's number, for the ticket. holders: to which workers' images no files are sent."""
         decoder, params = plan.decode.info, request.params
         if told.scored:
             params = replaced(params, prompt_logprobs=None)
@@ -92,15 +101,42 @@ class Attempt:
             len(request.token_ids),
             params,
             request.deadline - now,
-            images=request.images,
+            images=_without_files(request.images) if plan.encode else request.images,
         )
         legs = {plan.decode: leg}
         if plan.prefill is not plan.decode:
             legs = {
-                plan.decode: replaced(leg, kind=Role.DECODE, images=_unread(request.images)),
+                plan.decode: replaced(leg, kind=Role.DECODE, images=_without_files(request.images)),
                 plan.prefill: replaced(leg, kind=Role.PREFILL, peer=decoder.transfer_endpoint),
             }
+        computing = plan.prefill.info
+        ticket_there, endpoint = Ticket(*name, computing.epoch), computing.transfer_endpoint
+        for worker, images in plan.encode.items():
+            shown = tuple(replaced(i, content=b"") if holders.of(i) is worker else i for i in images)
+            its = replaced(leg, ticket=ticket_there, kind=Role.ENCODE, token_ids=(), peer=endpoint, images=shown)
+            legs[worker] = its
         return cls(ticket, plan, legs, awaits_scores=params.prompt_logprobs is not None)
+
+    @property
+    def tickets(self) -> set[Ticket]:
+        """Of its legs: that of the encode workers' names the worker that they send to."""
+        return {self.ticket, self.ticket._replace(epoch=self.plan.prefill.info.epoch)}
+
+    def with_files(self, view: WorkerView) -> Sequence[Leg]:
+        """The leg of an encode worker once more, if it runs: images that came without their files are not there."""
+        if view not in self.legs:
+            return ()
+        self.legs[view] = replaced(self.legs[view], images=self.plan.encode[view])
+        return (self.legs[view],)
+
+    def suspects(self, reporter: WorkerView | None, error: TercetError) -> list[WorkerView]:
+        """Encode workers that are to blame for what failed between two workers: the one that says so, or those that had
+        not done their part yet if it is the one that computes the prompt, unless that could not reach the next."""
+        if reporter is not None and reporter in self.plan.encode:
+            return [reporter]
+        if reporter is not self.plan.prefill or isinstance(error, PeerUnreachable):
+            return []
+        return [view for view in self.plan.encode if view in self.legs]
 
     def next(self, view: WorkerView | None, outcome: Outcome) -> Sequence[RequestEvent]:
         """The events that a report brings the request. Raises WorkerBusy or AttemptFailed if it ends the attempt."""
@@ -125,7 +161,10 @@ class Attempt:
             return outcome
         if view is self.plan.decode or view is None:
             return self._decode_ended(view, outcome)
-        self._prefill_ended(view, outcome)
+        if view in self.plan.encode:
+            self._encode_ended(view, outcome)
+        else:
+            self._prefill_ended(view, outcome)
         return None
 
     def _decode_ended(self, view: WorkerView | None, outcome: Outcome) -> Done:
@@ -135,6 +174,16 @@ class Attempt:
             raise WorkerBusy(self.plan.decode)
         if isinstance(outcome, Overloaded):  # the prefill worker had no room after all
             raise WorkerBusy(self.plan.prefill)
+        assert isinstance(outcome, TercetError)
+        raise AttemptFailed(view, outcome)
+
+    def _encode_ended(self, view: WorkerView, outcome: Outcome) -> None:
+        """Once the first token is here, the embeddings have done their part. Cancelled: whom they were for wants them
+        no longer, and says itself why, if that is a failure."""
+        if self.committed or isinstance(outcome, Done | Cancelled):
+            return
+        if isinstance(outcome, Rejection):
+            raise WorkerBusy(view)
         assert isinstance(outcome, TercetError)
         raise AttemptFailed(view, outcome)
 

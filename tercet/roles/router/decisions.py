@@ -6,7 +6,7 @@
                │        │  to its place in the line, and nobody behind it is planned before it has been admitted
                └────────┴─ failed or lost: likewise, and the new attempt goes on behind the last token that came
 
-Requests wait in one line (line.py) while no worker has room. The legs on each worker are counted here, so a worker
+Requests wait in line (waiting.py) while no worker has room. The legs on each worker are counted here, so a worker
 rejects one only if it runs out of blocks. Which workers a request gets: policy.py.
 
 A new attempt sends prompt + emitted tokens as its prompt; the sampler depends only on seed and position
@@ -35,15 +35,24 @@ from tercet.core import (
     TokenEvent,
     WorkerInfo,
 )
-from tercet.errors import DeadlineExceeded, NoWorkers, TercetError, TransferError, WorkerDrained, WorkerLost
+from tercet.errors import (
+    DeadlineExceeded,
+    ImageForgotten,
+    NoWorkers,
+    TercetError,
+    TransferError,
+    WorkerDrained,
+    WorkerLost,
+)
 from tercet.roles.router.attempt import Attempt, AttemptFailed, WorkerBusy
 from tercet.roles.router.directory import Directory, Incarnation, WorkerView
 from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, RouterEffect, StartLeg, Tell
-from tercet.roles.router.line import Line, Place
-from tercet.roles.router.policy import History, Plan, choose
+from tercet.roles.router.encoders import Holders
+from tercet.roles.router.planning import is_encoded_apart, missing_for, plan_for
+from tercet.roles.router.policy import Plan
+from tercet.roles.router.waiting import Waiting
 from tercet.spec import LimitsSpec
 
-ROOM_S = 0.2  # the first in line, for whom nobody had room, is tried again after so long at the latest
 MAX_DEATHS = 2  # a request that was on this many workers when they died is not tried on another
 
 log = logging.getLogger(__name__)
@@ -57,24 +66,23 @@ class Decisions:
         self._limits = limits
         self.directory = Directory(roles, capacity)
         self.proven: set[tuple[Incarnation, Incarnation]] = set()  # pairs through which a request has passed
-        self._line = Line()
+        self._holders = Holders()  # of images
+        self._waiting = Waiting(lambda request: is_encoded_apart(request, self.directory))
         self._places: dict[int, Ongoing] = {}  # number of a place -> who has it; until the request's end
         self._running: dict[Ticket, Ongoing] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, number of a place)
-        self._refused: Place | None = None  # the first in line, for whom nobody had room
-        self._look_at = 0.0  # it is tried again then, or once there is more room
 
     # ---- requests
 
     def submit(self, request: GenerateRequest, name: str, now: float) -> tuple[Ongoing, list[RouterEffect]]:
         """name: unique among all tickets."""
-        place = self._line.place(request.client, len(request.token_ids))
+        place = self._waiting.place(request)
         ongoing = Ongoing(request, name, place, self._patience(request, now), now)
         self._places[place.number] = ongoing
         if request.deadline <= now:
             return ongoing, self._end(ongoing, DeadlineExceeded("the request's deadline has passed already"))
         heapq.heappush(self._deadlines, (request.deadline, place.number))
-        self._line.join(place)
+        self._waiting.join(ongoing)
         return ongoing, self._plan(now)
 
     def cancel(self, ongoing: Ongoing, now: float) -> list[RouterEffect]:
@@ -88,7 +96,8 @@ class Decisions:
         while self._deadlines and self._deadlines[0][1] not in self._places:
             heapq.heappop(self._deadlines)
         due = [self._deadlines[0][0]] if self._deadlines else []
-        return min([*due, self._look_at] if self._refused is not None else due, default=None)
+        look_at = self._waiting.look_at
+        return min(due if look_at is None else [*due, look_at], default=None)
 
     def tick(self, now: float) -> list[RouterEffect]:
         effects: list[RouterEffect] = []
@@ -113,15 +122,17 @@ class Decisions:
 
     def on_up(self, worker: WorkerView, now: float) -> list[RouterEffect]:
         worker.up = True
-        self._refused = None
+        self._waiting.reconsider()
         return [*self._introduce(), *self._plan(now)]
 
     def on_down(self, worker: WorkerView, fault: str, now: float) -> list[RouterEffect]:
         """Its stream has ended, and with it what was under way there."""
         worker.up = False
+        self._holders.lost(worker)
         lost = WorkerLost(f"{worker.info.worker_id} (epoch {worker.info.epoch}) was lost: {fault or 'stream closed'}")
         effects: list[RouterEffect] = []
-        for ongoing in [o for o in self._running.values() if o.attempt is not None and worker in o.attempt.legs]:
+        on_board = [o for o in self._running.values() if o.attempt is not None and worker in o.attempt.legs]
+        for ongoing in dict.fromkeys(on_board):  # an attempt may have two tickets
             self._leg_ended(ongoing, worker)
             effects += self._take(ongoing, worker, lost, now)
         return effects + self._plan(now)
@@ -136,10 +147,12 @@ class Decisions:
             return []
         if isinstance(outcome, Admitted):
             ongoing.place.holds = False  # those behind it may be planned now
-            self._leave(ongoing.place, planned=True)
+            self._waiting.leave(ongoing, planned=True)
             return self._plan(now)
         if isinstance(outcome, TokenEvent | Progress):  # most reports are tokens; they free no room
             return self._take(ongoing, worker, outcome, now)
+        if isinstance(outcome, ImageForgotten) and ongoing.attempt is not None:
+            return [StartLeg(worker, leg) for leg in ongoing.attempt.with_files(worker)]
         if isinstance(outcome, WorkerLost):  # its engine has died; the process answers until it is replaced
             worker.up = False
         if not isinstance(outcome, PromptLogprobs):
@@ -151,34 +164,15 @@ class Decisions:
     def _plan(self, now: float) -> list[RouterEffect]:
         """Start attempts from the front of the line while there is room; part from workers that have left."""
         effects: list[RouterEffect] = []
-        while (place := self._line.head()) is not None:
-            ongoing = self._places[place.number]
-            if place is self._refused and now < self._look_at:
-                break  # nothing has changed
-            self._refused = None
-            if ongoing.attempt is not None:
-                break  # it holds its place until it has been admitted
-            plan = self._choose(ongoing.history)
+        while (ongoing := self._waiting.next(self._places, now)) is not None:
+            plan = plan_for(ongoing.request, ongoing.history, self.directory, self._holders)
             if plan is not None:
                 effects += self._begin(ongoing, plan, now)
-            elif (missing := self.directory.missing_roles()) and now > ongoing.give_up:
+            elif (missing := missing_for(ongoing.request, self.directory)) and now > ongoing.give_up:
                 effects += self._end(ongoing, NoWorkers(f"no live worker of role {', '.join(missing)}"))
             else:
-                self._refused, self._look_at = place, now + ROOM_S
-                break
+                self._waiting.refuse(ongoing, now)
         return effects + self._part()
-
-    def _choose(self, history: History) -> Plan | None:
-        directory = self.directory
-        firsts = directory.with_room(directory.first)
-        lasts = firsts if directory.first is directory.last else directory.with_room(directory.last)
-        return choose(firsts, lasts, history)
-
-    def _leave(self, place: Place, *, planned: bool) -> None:
-        if place.stands:
-            self._line.leave(place, planned=planned)
-        if place is self._refused:
-            self._refused = None
 
     def _patience(self, request: GenerateRequest, now: float) -> float:
         return min(request.deadline, now + self._limits.worker_wait_s)
@@ -187,13 +181,15 @@ class Decisions:
 
     def _begin(self, ongoing: Ongoing, plan: Plan, now: float) -> list[RouterEffect]:
         """Start every leg of the plan."""
-        attempt = Attempt.of((ongoing.name, ongoing.attempts), ongoing.request, ongoing.told, plan, now)
+        name = ongoing.name, ongoing.attempts
+        attempt = Attempt.of(name, ongoing.request, ongoing.told, plan, self._holders, now)
+        self._holders.sent(plan.encode)
         ongoing.begin(attempt, now)
-        self._running[attempt.ticket] = ongoing
+        self._running |= {leg.ticket: ongoing for leg in attempt.legs.values()}
         if not ongoing.place.holds:
-            self._leave(ongoing.place, planned=True)
+            self._waiting.leave(ongoing, planned=True)
         for worker, leg in attempt.legs.items():
-            worker.tokens += len(leg.token_ids)
+            worker.tokens += leg.size
             worker.legs += 1
         return [StartLeg(worker, leg) for worker, leg in attempt.legs.items()]
 
@@ -229,7 +225,8 @@ class Decisions:
             ongoing.moves += 1
             return self._again(ongoing, now)
         ongoing.failures += 1
-        history.failed(ongoing.attempt.plan, failed.reporter, error)
+        suspects = ongoing.attempt.suspects(failed.reporter, error)
+        history.failed(ongoing.attempt.plan, failed.reporter, error, suspects)
         if not isinstance(error, WorkerLost | TransferError):
             return self._end(ongoing, error)
         if len(history.deaths) >= MAX_DEATHS:
@@ -245,7 +242,7 @@ class Decisions:
         """Back to its place in the line."""
         ongoing.give_up = self._patience(ongoing.request, now)
         if not ongoing.place.stands:
-            self._line.join(ongoing.place)
+            self._waiting.join(ongoing)
         return self._stop(ongoing)
 
     def _done(self, ongoing: Ongoing, done: Done) -> list[RouterEffect]:
@@ -259,7 +256,7 @@ class Decisions:
         """The request is over: remove it from the tables and from the line."""
         effects = self._stop(ongoing)
         ongoing.over = True
-        self._leave(ongoing.place, planned=False)
+        self._waiting.leave(ongoing, planned=False)
         del self._places[ongoing.place.number]
         return effects
 
@@ -268,12 +265,13 @@ class Decisions:
         attempt, ongoing.attempt = ongoing.attempt, None
         if attempt is None:
             return []
-        del self._running[attempt.ticket]
+        for ticket in attempt.tickets:
+            self._running.pop(ticket, None)
         legs = list(attempt.legs.items())
         for worker, leg in legs:
             self._free(worker, leg)
         attempt.legs.clear()
-        self._line.charge(ongoing.place.client, len(ongoing.told.tokens) - ongoing.before)
+        self._waiting.charge(ongoing, len(ongoing.told.tokens) - ongoing.before)
         return [AbortLeg(worker, leg) for worker, leg in legs if worker.up]
 
     def _leg_ended(self, ongoing: Ongoing, worker: WorkerView) -> None:
@@ -284,16 +282,12 @@ class Decisions:
             self._free(worker, leg)
 
     def _free(self, worker: WorkerView, leg: Leg) -> None:
-        worker.tokens -= len(leg.token_ids)
+        worker.tokens -= leg.size
         worker.legs -= 1
-        self._refused = None  # there is more room
+        self._waiting.reconsider()  # there is more room
 
     def _part(self) -> list[RouterEffect]:
         return [Part(view) for view in self.directory.take_parted()]
 
     def _introduce(self) -> list[RouterEffect]:
-        directory = self.directory
-        if directory.first is directory.last:
-            return []
-        endpoints = [view.info.transfer_endpoint for view in directory.up(directory.last)]
-        return [Introduce(view, endpoints) for view in directory.up(directory.first)]
+        return [Introduce(*each) for each in self.directory.introductions()]

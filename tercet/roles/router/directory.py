@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tercet.core import Load, PairState, Role, WorkerInfo
@@ -19,7 +19,7 @@ class WorkerView:
     load: Load = field(default_factory=Load)  # as last reported
     up: bool = False  # its stream is open, and its engine has not died
     legs: int = 0  # that the router has put on it and that have not ended
-    tokens: int = 0  # of their prompts
+    tokens: int = 0  # of their prompts, or of the images that they encode
 
     @property
     def incarnation(self) -> Incarnation:
@@ -33,7 +33,9 @@ class WorkerView:
 class Directory:
     def __init__(self, roles: Sequence[Role], capacity: Mapping[Role, int]) -> None:
         """roles: of a request's workers, in order; one if a worker does all. capacity: legs that a worker takes."""
-        self.first, self.last = roles[0], roles[-1]
+        self.encodes = Role.ENCODE in roles
+        computing = [role for role in roles if role is not Role.ENCODE]
+        self.first, self.last = computing[0], computing[-1]
         self._roles = tuple(roles)
         self._capacity = capacity
         self.views: dict[str, WorkerView] = {}  # worker id -> its live incarnation
@@ -62,6 +64,12 @@ class Directory:
     def with_room(self, role: Role) -> list[WorkerView]:
         most = self._capacity[role]
         return [view for view in self.up(role) if view.legs < most]
+
+    def introductions(self) -> Iterator[tuple[WorkerView, list[str]]]:
+        """Workers, each with the endpoints of those of the next stage."""
+        for sends, gets in itertools.pairwise(self._roles):
+            endpoints = [view.info.transfer_endpoint for view in self.up(gets)]
+            yield from ((view, endpoints) for view in self.up(sends))
 
     def missing_roles(self) -> list[str]:
         """Roles without a live worker."""

@@ -63,7 +63,7 @@ class AbortLeg:
 
 @dataclass(frozen=True)
 class Introduce:
-    """Have a prefill worker connect to decode workers, so that no request waits for a handshake."""
+    """Have a worker connect to those of the next stage, so that no request waits for a handshake."""
 
     worker: WorkerView
     endpoints: list[str]

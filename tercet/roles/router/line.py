@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 QUANTUM = 64  # tokens of credit per turn: a short prompt's worth, so that a newcomer waits for few others
@@ -37,17 +38,17 @@ class _Flow:
 
 
 class Line:
-    def __init__(self) -> None:
+    def __init__(self, arrivals: Iterator[int]) -> None:
+        """arrivals: numbers for places; lines that share it know who came first."""
+        self._arrivals = arrivals
         self._clients: dict[str, _Flow] = {}  # those in one of the two lists
         self._new: deque[str] = deque()
         self._old: deque[str] = deque()
         self._head: Place | None = None
-        self._arrived = 0
 
     def place(self, client: str, tokens: int) -> Place:
         """A place at the end of the client's own queue, for a request that will `join`."""
-        self._arrived += 1
-        return Place(self._arrived, client, tokens)
+        return Place(next(self._arrivals), client, tokens)
 
     def join(self, place: Place) -> None:
         place.stands = True

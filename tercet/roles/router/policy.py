@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tercet.core import Role
+from tercet.core import PromptImage, Role
 from tercet.errors import PeerUnreachable, TercetError, TransferError, WorkerLost
 from tercet.roles.router.directory import Incarnation, WorkerView
 from tercet.spec import SchedulerSpec
+
+Spread = Mapping[WorkerView, tuple[PromptImage, ...]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Plan:
     prefill: WorkerView
     decode: WorkerView
     score: Score
+    encode: Spread = field(default_factory=dict)  # which images who encodes; none: where the prompt is computed
 
     @property
     def workers(self) -> tuple[WorkerView, ...]:
@@ -50,8 +53,11 @@ class History:
         """Whether it leaves the score of every pair as it is."""
         return self.keep is None and not self.strikes and not self.failures
 
-    def failed(self, plan: Plan, reporter: WorkerView | None, error: TercetError) -> None:
-        """Give strikes to the worker at fault, which need not be the reporter."""
+    def failed(
+        self, plan: Plan, reporter: WorkerView | None, error: TercetError, encoders: Sequence[WorkerView] = ()
+    ) -> None:
+        """Give strikes to the worker at fault, which need not be the reporter. encoders: encode workers to blame for
+        what failed between two workers."""
         keep, self.keep = self.keep, None
         self.last = plan.prefill, plan.decode
         self.failures[self.last] += 1
@@ -59,6 +65,9 @@ class History:
             self.strikes[reporter] += 2
             self.deaths.add(reporter.incarnation)
             self.keep = plan.decode if reporter is not plan.decode and not self.kept else None
+        elif isinstance(error, TransferError) and encoders:
+            self.strikes.update(encoders)
+            self.last = None  # the pair did nothing wrong
         elif isinstance(error, PeerUnreachable):  # either may be the one that is cut off
             self.strikes.update(plan.workers)
         elif isinstance(error, TransferError):
@@ -141,7 +150,7 @@ def is_faulty(prefill: WorkerView, decode: WorkerView) -> bool:
 
 
 def capacity(role: Role, scheduler: SchedulerSpec) -> int:
-    """Legs that a worker takes at once (engine.reserve, engine.add)."""
+    """Legs that a worker takes at once (engine.reserve, engine.add, Encode.begin)."""
     return scheduler.max_running + (0 if role is Role.DECODE else scheduler.max_waiting)
 
 

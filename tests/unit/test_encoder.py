@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 
 from tercet.core import PromptImage
-from tercet.errors import InvalidRequest, ProtocolViolation
+from tercet.errors import ClusterError, ImageForgotten, InvalidRequest, ProtocolViolation
 from tercet.models.vision.prompt import image_digest
 from tercet.models.vision.tower import Patches
-from tercet.roles.encode import MOST_PATCHES, Encoder
+from tercet.roles.encoder import Encoder
+from tercet.spec import ImagesSpec
+
+MOST_PATCHES = ImagesSpec().patch_budget
 
 
 def png(colour, side=8):
@@ -33,7 +36,7 @@ class Tower:
     def __init__(self, **options):
         self.batches, self.gate, self.error = [], threading.Event(), None
         self.gate.set()
-        self.encoder = Encoder(self.patches, self.encode, 2, **options)
+        self.encoder = Encoder(self.patches, self.encode, 2, ImagesSpec(**options))
 
     def patches(self, opened):
         side = opened.size[0]
@@ -103,7 +106,6 @@ def test_the_cache_keeps_what_was_asked_for_last():
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "is no image"),
         (b"no picture at all", "is no image"),
         (png((1, 1, 1), 64)[:-40], "cannot be read"),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "is no image|cannot be read"),
@@ -146,7 +148,7 @@ def test_no_fault_of_a_processor_ends_the_thread(error, tower):
         tower.encoder.encode(image(png((1, 0, 0)))).result(10)
     tower.encoder._patches_of = tower.patches
     assert tower.encoder.encode(image(png((1, 0, 0)))).result(10).mean() == 1
-    assert tower.encoder.alive
+    tower.encoder.health()
 
 
 def test_one_that_nobody_waits_for_is_not_encoded(tower):
@@ -187,7 +189,8 @@ def test_it_closes_without_what_still_waits():
     made.gate.set()
     made.encoder.close()
     assert not futures[-1].done()
-    assert not made.encoder.alive
+    with pytest.raises(ClusterError, match="died"):
+        made.encoder.health()
 
 
 def test_embeddings_have_memory_of_their_own(tower):
@@ -202,3 +205,16 @@ def test_equal_files_with_other_tokens_are_not_taken_for_each_other(tower):
     tower.encoder.encode(whole).result(10)
     with pytest.raises(ProtocolViolation, match="has \\(1, 2, 8\\) tokens"):
         tower.encoder.encode(dataclasses.replace(whole, grid=(1, 2, 8))).result(10)
+
+
+def test_one_that_comes_without_its_file_is_answered_from_what_is_here_or_asked_for_again(tower):
+    whole = image(png((9, 0, 0)))
+    bare = dataclasses.replace(whole, content=b"")
+    with pytest.raises(ImageForgotten):
+        tower.encoder.encode(bare)
+    tower.gate.clear()
+    first, second = tower.encoder.encode(whole), tower.encoder.encode(bare)  # which is on its way
+    tower.gate.set()
+    assert torch.equal(first.result(10), second.result(10))
+    assert tower.encoder.encode(bare).done()
+    assert (tower.encoder.queries, tower.encoder.hits) == (3, 2)

@@ -1,0 +1,127 @@
+"""What a worker of text is made of: the model, its KV's memory, the engine on its thread, the handlers of its legs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+
+from tercet.core import Role
+from tercet.devices import device_of
+from tercet.engine.executor import LocalExecutor
+from tercet.engine.graphs import CudaRecorder, default_sizes
+from tercet.engine.loop import Engine
+from tercet.engine.runner import Runner
+from tercet.errors import ClusterError, UnsupportedSpec, WorkerLost
+from tercet.kernels.kinds import Kernels
+from tercet.models.loader import LoadedModel
+from tercet.roles.aggregated import Aggregated
+from tercet.roles.decode import Decode
+from tercet.roles.legs import Handler, Legs
+from tercet.roles.memory import region_of
+from tercet.roles.part import Identity, Part
+from tercet.roles.prefill import Prefill
+from tercet.transfer.memory.device import DeviceRegion, KvRegion
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.transports.contract import MoverConfig, Transport
+from tercet.transfer.transports.table import usable
+
+STUCK_S = 60.0  # a step that runs longer than any step should: the worker is unhealthy
+
+
+class _Mover(NamedTuple):
+    """The arguments that both sides of the mover share."""
+
+    config: MoverConfig
+    region: KvRegion
+    transports: Sequence[Transport]
+
+
+class Computing(Part):
+    def __init__(self, who: Identity, legs: Legs, loaded: LoadedModel, kernels: Kernels) -> None:
+        self._who, self._legs, self._loaded, self._kernels = who, legs, loaded, kernels
+        self.fingerprint = loaded.fingerprint
+
+    async def start(self) -> None:
+        """Raises SpecError, UnsupportedSpec."""
+        loop, who, loaded = asyncio.get_running_loop(), self._who, self._loaded
+        spec, transport = who.role_spec, who.spec.transfer.transport
+        layout = loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size)
+        self._region = await loop.run_in_executor(None, region_of, layout, transport, self._kernels, who.cores)
+        mover = _Mover(who.mover_config(loaded.fingerprint), self._region, usable(transport))
+        handlers = [self._handler(kind, mover) for kind in who.serves]
+        self._legs.handlers.update(zip(who.serves, handlers, strict=True))
+        push = next((handler.push for handler in handlers if handler.push is not None), None)
+        max_context = min(who.spec.model.max_context, loaded.config.max_context)
+        runner = Runner(loaded.model, self._region, push)
+        await loop.run_in_executor(None, self._capture, runner, max_context)
+        self.engine = Engine(
+            LocalExecutor(runner),
+            spec,
+            max_context,
+            loaded.config.eos_token_ids,
+            who.spec.transfer.quarantine_blocks,
+            self._legs.on_step,
+            mrope=bool(loaded.config.rope.sections),
+        )
+        self._legs.engine = self.engine
+        self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
+        self._thread.start()
+
+    def health(self) -> None:
+        if self.engine.failure is not None or not self._thread.is_alive():
+            raise ClusterError(f"the engine of {self._who.worker_id} died: {self.engine.failure!r}")
+        if isinstance(self._region, DeviceRegion) and self._region.broken:
+            raise ClusterError(f"{self._who.worker_id}: {self._region.broken}")
+        started = self.engine.step_started
+        if started is not None and time.monotonic() - started > STUCK_S:
+            raise ClusterError(f"the engine of {self._who.worker_id} is stuck in one step for over {STUCK_S:g} s")
+
+    def begin_stop(self) -> None:
+        self.engine.stop()
+
+    async def stop(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join, 5.0)
+        self._region.close()
+
+    def _handler(self, kind: Role, mover: _Mover) -> Handler:
+        match kind:
+            case Role.PREFILL:
+                scheduler = self._who.role_spec.scheduler
+                prefill = Prefill(self._legs, scheduler.max_running + scheduler.max_waiting)
+                prefill.send_by(KvSender(*mover, prefill.on_event, lambda: self.engine.computed))
+                return prefill
+            case Role.DECODE:
+                decode, epoch = Decode(self._legs), self._who.epoch
+                decode.receiver = KvReceiver(mover.config, epoch, mover.region, mover.transports, decode.on_event)
+                decode.endpoint = decode.receiver.start(self._who.host).encode()
+                return decode
+        return Aggregated(self._legs)
+
+    def _capture(self, runner: Runner, max_context: int) -> None:
+        """Capture the decode steps that the spec asks for. Raises UnsupportedSpec if none can be, and it names some."""
+        who, device = self._who, self._kernels.device
+        wanted, can = who.role_spec.cuda_graphs, device_of(device).captures and self._kernels.kind == "triton"
+        if not isinstance(wanted, str) and not can:
+            asked = f"roles.{who.role}.cuda_graphs"
+            raise UnsupportedSpec(f"{asked}: no step can be captured with kernels {self._kernels}; use auto")
+        if wanted == "off" or not can or {*who.serves} == {Role.PREFILL}:  # which decodes none
+            return
+        sizes = default_sizes(who.role_spec.scheduler.max_running) if isinstance(wanted, str) else {*wanted}
+        title, console = f"{who.worker_id} captures decode steps", Console(stderr=True)
+        runner.capture(track(sorted(sizes, reverse=True), title, console=console), max_context, CudaRecorder(device))
+
+    def _run_engine(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._who.prepare_thread(self._kernels)
+        try:
+            self.engine.run()
+        finally:
+            if self.engine.failure is not None:
+                error = WorkerLost(f"the engine of {self._who.worker_id} died: {self.engine.failure!r}")
+                loop.call_soon_threadsafe(self._legs.die, error)

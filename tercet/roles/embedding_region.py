@@ -1,0 +1,66 @@
+"""Memory by which embeddings of images cross from encode workers to those that compute prompts, laid out as KV is
+(`transfer/memory/layout.py`), so that the mover carries them as it does KV: a level of an embedding is a layer, and a
+token has one head, of the text model's hidden size. Its blocks are held under a ledger as those of KV are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tercet.core import Load, PromptImage, Ticket
+from tercet.engine.blocks import BlockPool, Hold
+from tercet.engine.prefix import PrefixIndex
+from tercet.models.vision.config import VisionConfig
+from tercet.spec import EMBEDDING_BLOCK, ModelSpec
+from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.memory.region import Region
+
+
+def image_ticket(ticket: Ticket, image: PromptImage, epoch: int) -> Ticket:
+    """Names the handover of an image's embeddings for an attempt at a request. epoch: of the worker that gets them."""
+    return Ticket(f"{ticket.request_id}@{image.start}", ticket.attempt, epoch)
+
+
+class EmbeddingRegion:
+    """Not thread-safe."""
+
+    def __init__(
+        self, config: VisionConfig, model: ModelSpec, blocks: int, on_free: Callable[[], None] = lambda: None
+    ) -> None:
+        """on_free: called whenever blocks have become free."""
+        dtype = "bfloat16" if model.dtype == "gguf" else model.dtype
+        layout = KvLayout(config.levels, blocks, EMBEDDING_BLOCK, 1, config.out_size, dtype, parts=1)
+        self.memory = Region(layout)
+        self.pool = BlockPool(blocks, PrefixIndex(enabled=False), on_free)
+        flat = torch.frombuffer(self.memory.view, dtype=getattr(torch, dtype))
+        self._values = flat.view(config.levels, blocks, EMBEDDING_BLOCK, config.out_size)
+
+    def allocate(self, tokens: int, hold: Hold) -> list[int]:
+        """Raises Overloaded."""
+        return self.pool.allocate(-(-tokens // EMBEDDING_BLOCK), hold)
+
+    def write(self, blocks: Sequence[int], embeddings: Tensor) -> None:
+        """embeddings: [levels, tokens, hidden size]."""
+        levels, tokens, hidden = embeddings.shape
+        whole = functional.pad(embeddings, (0, 0, 0, -tokens % EMBEDDING_BLOCK))
+        self._values[:, blocks] = whole.view(levels, len(blocks), EMBEDDING_BLOCK, hidden).cpu()
+
+    def read(self, blocks: Sequence[int], tokens: int) -> Tensor:
+        """-> a copy of what has landed, [levels, tokens, hidden size]."""
+        return self._values[:, blocks].flatten(1, 2)[:, :tokens]
+
+    def counted(self, load: Load) -> Load:
+        counts = self.pool.counts()
+        return replace(
+            load,
+            embedding_blocks_total=self.pool.total,
+            embedding_blocks_free=counts[None],
+            embedding_blocks_quarantined=counts[Hold.QUARANTINED],
+        )
+
+    def close(self) -> None:
+        self.memory.close()
