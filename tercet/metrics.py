@@ -31,6 +31,7 @@ _WORKER_COUNTERS = {  # field of Load -> help
     "encoder_cache_queries": "Images that embeddings were wanted of",
     "encoder_cache_hits": "Images whose embeddings were there, or on their way",
     "encoder_patches": "Patches of images that went through the vision tower",
+    "embedding_bytes": "Bytes of embeddings that came from encode workers",
 }
 
 
@@ -50,13 +51,23 @@ class WorkerGauges(Collector):
         waiting = GaugeMetricFamily("tercet_num_requests_waiting", "Requests admitted, not running", labels=["worker"])
         usage = GaugeMetricFamily("tercet_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", labels=["worker"])
         blocks = GaugeMetricFamily("tercet_kv_blocks", "KV blocks by owner", labels=["worker", "state"])
+        images = GaugeMetricFamily("tercet_encoder_waiting", "Images that are or wait to be encoded", labels=["worker"])
+        embeddings = GaugeMetricFamily(
+            "tercet_embedding_blocks", "Blocks that embeddings cross by, by owner", labels=["worker", "state"]
+        )
         for worker, load in self._loads().items():
+            images.add_metric([worker], load.encoder_waiting)
+            if load.embedding_blocks_total:
+                free, quarantined = load.embedding_blocks_free, load.embedding_blocks_quarantined
+                used = load.embedding_blocks_total - free - quarantined
+                for state, count in (("free", free), ("used", used), ("quarantined", quarantined)):
+                    embeddings.add_metric([worker, state], count)
             running.add_metric([worker], load.running)
             waiting.add_metric([worker], load.waiting)
             usage.add_metric([worker], 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0)
             for state in ("free", "owned", "leased", "in_flight", "quarantined"):
                 blocks.add_metric([worker, state], getattr(load, f"blocks_{state}"))
-        yield from (info, running, waiting, usage, blocks, self._pairs(), *self._counters())
+        yield from (info, running, waiting, usage, blocks, images, embeddings, self._pairs(), *self._counters())
 
     def _pairs(self) -> GaugeMetricFamily:
         labels = ["worker", "peer", "transport"]
@@ -137,8 +148,8 @@ class Metrics:
 
     def stages(self, done: Progress | Done) -> None:
         """Book what the workers measured of one finished generation."""
-        for stage, histogram in self._stages.items():
-            histogram.observe(done.times.of(stage))
+        for stage, seconds in done.times.seconds:
+            self._stages[stage].observe(seconds)
         self.cached_tokens.inc(done.cached_tokens)
         self.attempts.inc(done.attempts - 1)
         if done.times.kv_bytes:

@@ -9,7 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
-from tercet.errors import UnsupportedSpec
+from tercet.core import Role
+from tercet.errors import UnsupportedModel, UnsupportedSpec
 from tercet.models.sources import load_config, locate, refuse_blocks
 from tercet.placement.cores import refuse_missing_cores
 from tercet.spec import ClusterSpec, ListenSpec
@@ -34,7 +35,12 @@ def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
 def check_model(spec: ClusterSpec, report: Callable[[str], None]) -> None:
     """Raises ModelError, UnsupportedSpec."""
     refuse_blocks(spec.model, locate(spec.model))
-    wanted, held = spec.model.max_context, load_config(spec.model).max_context
+    config = load_config(spec.model)
+    wanted, held = spec.model.max_context, config.max_context
+    if config.vision is None and (spec.topology == "ep-d" or Role.ENCODE in spec.roles):
+        raise UnsupportedModel(
+            f"topology: {spec.topology} is for models that take images; {spec.model.source} takes none"
+        )
     if held < wanted:
         report(f"model.max_context is {wanted}, but the model has {held} positions: {held} are served")
 

@@ -53,7 +53,7 @@ def doctor_table(findings: Sequence[Finding]) -> Table:
 def pairs_table(status: Mapping[str, Any]) -> Table:
     """The pairs of workers, as measured when each connected."""
     table = Table(title="pairs")
-    for column in ("prefill", "decode", "transport", "MB/s", "round trip, µs"):
+    for column in ("from", "to", "transport", "MB/s", "round trip, µs"):
         table.add_column(column, overflow="fold")
     for worker_id, worker in sorted(status["workers"].items()):
         for pair in (worker["load"] or {}).get("pairs", ()):
@@ -77,6 +77,8 @@ def status_table(status: Mapping[str, Any]) -> Table:
         worker |= status["members"].get(worker_id, {})
         load = worker["load"] or {}
         blocks = f"{load['blocks_free']}/{load['blocks_total']}" if load else "unknown"
+        if load and not load["blocks_total"]:  # an encode worker has none
+            blocks = ""
         requests = f"{load['running']}+{load['waiting']}" if load else ""
         row = [worker[key] for key in ("role", "state", "epoch", "pid", "node")]
         table.add_row(worker_id, *map(str, row), requests, blocks)

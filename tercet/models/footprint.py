@@ -9,7 +9,7 @@ from tercet.devices import Device
 from tercet.errors import UnsupportedSpec
 from tercet.models.config import ModelConfig
 from tercet.models.sources import load_config, locate
-from tercet.spec import ClusterSpec, KvSpec, ModelSpec
+from tercet.spec import EMBEDDING_BLOCK, ClusterSpec, KvSpec, ModelSpec
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GIB = 1 << 30
@@ -26,12 +26,23 @@ def weight_count(config: ModelConfig) -> int:
     return embeddings + config.num_layers * (attention + mlp + 2 * hidden) + hidden
 
 
-def weight_bytes(config: ModelConfig, spec: ModelSpec, role: Role = Role.DECODE) -> int:
-    """Of a worker; one that only decodes has no vision tower."""
+def weight_bytes(config: ModelConfig, spec: ModelSpec, role: Role = Role.DECODE, *, apart: bool = False) -> int:
+    """Of a worker. apart: images are encoded by workers of their own, which alone have the vision tower, and no text
+    model; else those that compute prompts have it."""
+    sees = role is Role.ENCODE if apart else role is not Role.DECODE
+    vision = config.vision.weights if config.vision is not None and sees else 0
     if spec.dtype == "gguf":
         return locate(spec).stat().st_size
-    vision = 0 if config.vision is None or role is Role.DECODE else config.vision.weights
-    return (weight_count(config) + vision) * ITEM_BYTES[spec.dtype]
+    text = 0 if role is Role.ENCODE else weight_count(config)
+    return (text + vision) * ITEM_BYTES[spec.dtype]
+
+
+def embedding_bytes(config: ModelConfig, blocks: int, dtype: str) -> int:
+    """Of a worker's region by which embeddings cross."""
+    if config.vision is None:
+        return 0
+    item = ITEM_BYTES["bfloat16" if dtype == "gguf" else dtype]
+    return blocks * EMBEDDING_BLOCK * config.vision.levels * config.vision.out_size * item
 
 
 def kv_bytes(config: ModelConfig, kv: KvSpec, dtype: str) -> int:
@@ -48,12 +59,18 @@ def refuse_too_large(spec: ClusterSpec, replicas: Mapping[Role, int], device: De
     config = load_config(spec.model)
     needs: dict[str, int] = {}
     weights = 0  # the most that one has
+    apart = Role.ENCODE in spec.roles
     for role, count in replicas.items():
-        kv, its = spec.roles[role].kv, weight_bytes(config, spec.model, role)
+        wanted, its = spec.roles[role], weight_bytes(config, spec.model, role, apart=apart)
         weights = max(weights, its)
-        cache = kv_bytes(config, kv, spec.model.dtype)
+        cache = 0 if role is Role.ENCODE else kv_bytes(config, wanted.kv, spec.model.dtype)
+        crossing = apart and role is not Role.DECODE
+        region = embedding_bytes(config, wanted.images.blocks, spec.model.dtype) if crossing else 0
         workers = count if device.kind == "cpu" else 1
-        needs[f"{workers} {role} with {_gib(cache)} of KV cache (kv.blocks {kv.blocks})"] = workers * (its + cache)
+        told = f"{workers} {role} with {_gib(cache)} of KV cache (kv.blocks {wanted.kv.blocks})"
+        if role is Role.ENCODE:
+            told = f"{workers} {role} with {_gib(region)} for embeddings (images.blocks {wanted.images.blocks})"
+        needs[told] = workers * (its + cache + region)
     needed = sum(needs.values()) if device.kind == "cpu" else max(needs.values(), default=0)
     if needed > held:
         whose = "this machine has" if device.kind == "cpu" else f"a {device.kind.upper()} here has"

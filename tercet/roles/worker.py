@@ -103,7 +103,7 @@ class Worker:
         if kinds != {Role.ENCODE}:
             parts.append(Computing(who, self.legs, load_model(model, kernels), kernels))
         if vision is None and Role.ENCODE in who.spec.roles:
-            raise UnsupportedModel(f"topology {who.spec.topology} encodes images, and {model.source} takes none")
+            raise UnsupportedModel(f"{model.source} takes no images, which topology {who.spec.topology} is for")
         if vision is None or kinds == {Role.DECODE}:
             return parts
         from tercet.roles.seeing import Encoding, Landing, Seeing  # they import Pillow, which others do without

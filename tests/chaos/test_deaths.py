@@ -75,7 +75,10 @@ class Processes(LocalCluster):
         async with asyncio.timeout(timeout_s):
             while True:
                 loads = self.router.loads()
-                if loads and all(load.blocks_free == load.blocks_total for load in loads.values()):
+                if loads and all(
+                    load.blocks_free == load.blocks_total and load.embedding_blocks_free == load.embedding_blocks_total
+                    for load in loads.values()
+                ):
                     return
                 await asyncio.sleep(0.1)
 

@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
 from tests.unit.test_engine_images import NEW, Model
 
 
-@pytest.fixture(scope="module", params=["qwen2.5-vl", "idefics3"])
+@pytest.fixture(scope="module", params=["qwen2.5-vl", "qwen3-vl", "idefics3"])
 def model(request, tmp_path_factory):
     return Model(request.param, tmp_path_factory.mktemp("model"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from tercet.core import Done, GenerateRequest, Leg, Progress
+from tercet.core import Done, GenerateRequest, Leg, Progress, Role
 from tercet.errors import TercetError
 from tercet.roles.router.attempt import Attempt, RequestEvent, Told
 from tercet.roles.router.directory import WorkerView
@@ -44,9 +44,12 @@ class Ongoing:
     def accounted(self, event: Account) -> Account:
         """With what only the router knows of it."""
         assert self.attempt is not None
-        workers = tuple((w.info.role.value, w.info.worker_id) for w in reversed(self.attempt.plan.workers))
+        plan = self.attempt.plan
+        workers = [(w.info.role.value, w.info.worker_id) for w in reversed(plan.workers)]
+        if plan.encode:
+            workers.insert(0, (Role.ENCODE.value, ", ".join(sorted(w.info.worker_id for w in plan.encode))))
         times = event.times.longer("queue", self.waited_s)
-        return replace(event, times=times, workers=workers, attempts=self.failures + self.moves + 1)
+        return replace(event, times=times, workers=tuple(workers), attempts=self.failures + self.moves + 1)
 
 
 @dataclass(frozen=True)
