@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from tercet.roles.gateway.fetch_rules import URL_CHARS, AllowedDomains, NotAllowed, is_public
+from tercet.roles.gateway.fetch_rules import URL_CHARS, AllowedDomains, NotAllowed, is_public, parsed
 from tercet.spec import GatewayImagesSpec
+
+
+def checked(url, domains):
+    domains.check(made := parsed(url))
+    return made
+
 
 DOMAINS = AllowedDomains(["img.example.com", "*.cdn.example", "10.1.2.3", "files.example:8080", "*.lab.example:8443"])
 
@@ -53,7 +59,7 @@ def test_not_public(address):
     ],
 )
 def test_allowed(url):
-    assert str(DOMAINS.checked(url)).lower().startswith(url[:20].lower())
+    assert str(checked(url, DOMAINS)).lower().startswith(url[:20].lower())
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,10 @@ def test_allowed(url):
         (f"https://{'a.' * 130}cdn.example/", "is not among"),
         ("https://a\r\nHost: b.cdn.example/", "is no URL"),
         ("https://a b.cdn.example/", "is not among"),
+        ("https://img.example.com/a\r\nX: y", "is no URL"),
+        ("https:/\t/img.example.com/", "is no URL"),
+        (f"https://{'ä' * 4000}.cdn.example/", "is no URL"),  # 18 ms to read
+        ("https://\ud800.cdn.example/", "is no URL"),
         ("ftp://img.example.com/a", "not 'ftp'"),
         ("file:///etc/passwd", "not 'file'"),
         ("gopher://img.example.com/", "not 'gopher'"),
@@ -91,14 +101,14 @@ def test_allowed(url):
 )
 def test_not_allowed(url, told):
     with pytest.raises(NotAllowed, match=told) as raised:
-        DOMAINS.checked(url)
+        checked(url, DOMAINS)
     assert "secret" not in str(raised.value)
 
 
 def test_a_name_of_other_letters_is_known_by_its_ascii_form():
-    assert AllowedDomains(["xn--exmple-cua.com"]).checked("https://exämple.com/").raw_host == "xn--exmple-cua.com"
+    assert checked("https://exämple.com/", AllowedDomains(["xn--exmple-cua.com"])).raw_host == "xn--exmple-cua.com"
     with pytest.raises(NotAllowed):
-        AllowedDomains(["example.com"]).checked("https://\u0435xample.com/")  # a Cyrillic letter
+        checked("https://\u0435xample.com/", AllowedDomains(["example.com"]))  # a Cyrillic letter
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,10 @@ def test_messages_keep_the_order_of_their_parts():
     [
         ({"type": "image_url"}, r"content\[0\].image_url must have a url"),
         ({"type": "image_url", "image_url": {"url": 3}}, "must have a url, got int"),
-        ({"type": "image_url", "image_url": None}, "must have a url, got NoneType"),
-        ({"type": "image_url", "image_url": {"url": None}, "uuid": None}, "must have a url, got NoneType"),
+        ({"type": "image_url", "image_url": ""}, "must have a url, got none"),
+        ({"type": "image_url", "image_url": [3], "uuid": "a"}, "must have a url, got list"),
+        ({"type": "image_url", "image_url": None}, "must have a url, got none"),
+        ({"type": "image_url", "image_url": {"url": None}, "uuid": None}, "must have a url, got none"),
         *(({"type": "image_url", "image_url": "data:", "uuid": uuid}, NO_UUID) for uuid in ("", "a b", "é", "x" * 257)),
         *(({"type": "input_image", "uuid": uuid}, NO_UUID) for uuid in (3, ["x"], {}, "a\n")),
         ({"type": "input_audio"}, "must be a text or an image part, got 'input_audio'"),

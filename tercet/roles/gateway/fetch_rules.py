@@ -8,8 +8,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from yarl import URL
 
-URL_CHARS = 8192
+URL_CHARS, AUTHORITY_CHARS = 8192, 512  # a name of other letters takes time by the square of its length
 WEB_PORTS = (80, 443)
+AUTHORITY = re.compile(r"[^/?#]*//([^/?#]*)")
 ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?")  # as yarl writes it
 
@@ -42,6 +43,19 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+def parsed(address: str) -> URL:
+    """By the parser of what connects to it. Raises NotAllowed."""
+    if len(address) > URL_CHARS:
+        raise NotAllowed(f"the address has more than {URL_CHARS} characters")
+    authority = AUTHORITY.match(address)
+    if any(blank in address for blank in "\t\r\n") or (authority and len(authority[1]) > AUTHORITY_CHARS):
+        raise NotAllowed("the address is no URL")
+    try:
+        return URL(address)
+    except ValueError as error:
+        raise NotAllowed("the address is no URL") from error
+
+
 class AllowedDomains:
     """Entries as in the spec: NAME, NAME:PORT, *.NAME, *.NAME:PORT; without a port both of the web's."""
 
@@ -51,14 +65,8 @@ class AllowedDomains:
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def checked(self, address: str | URL) -> URL:
-        """Raises NotAllowed. Read by the same parser as when it is fetched."""
-        if isinstance(address, str) and len(address) > URL_CHARS:
-            raise NotAllowed(f"the address has more than {URL_CHARS} characters")
-        try:
-            url = URL(address)
-        except ValueError as error:
-            raise NotAllowed("the address is no URL") from error
+    def check(self, url: URL) -> None:
+        """Raises NotAllowed."""
         if url.scheme not in ("http", "https"):
             raise NotAllowed(f"only http and https addresses are fetched, not {url.scheme[:20]!r}")
         if url.user is not None or url.password is not None:
@@ -67,7 +75,6 @@ class AllowedDomains:
         if not HOST.fullmatch(host) or not any(self._fits(entry, host, url.port) for entry in self._entries):
             named = f"{host[:253]!r}" if url.port in WEB_PORTS else f"{host[:253]!r} with port {url.port}"
             raise NotAllowed(f"{named} is not among gateway.images.allowed_media_domains")
-        return url
 
     @staticmethod
     def _fits(entry: tuple[str, str], host: str, port: int | None) -> bool:

@@ -22,7 +22,7 @@ from tercet.errors import ImageNotFetched
 from tercet.metrics import Metrics
 from tercet.models.vision.files import KINDS
 from tercet.roles.gateway.admission import Admission
-from tercet.roles.gateway.fetch_rules import AllowedDomains, NotAllowed, is_public
+from tercet.roles.gateway.fetch_rules import AllowedDomains, NotAllowed, is_public, parsed
 from tercet.spec import GatewayImagesSpec
 
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -100,8 +100,9 @@ class Fetcher:
 
     async def _read(self, address: str, count: Count) -> bytes:
         """Follows redirects itself, since each has to be checked."""
-        url = self._domains.checked(address)
+        url = parsed(address)
         for _ in range(self._spec.max_redirects + 1):
+            self._domains.check(url)
             try:
                 async with self._open().get(url, allow_redirects=False) as response:
                     if response.status not in REDIRECTS:
@@ -109,7 +110,7 @@ class Fetcher:
                     to = response.headers.get(hdrs.LOCATION, "")
             except (aiohttp.ClientError, OSError) as error:
                 raise _told(url, error) from error
-            url = self._domains.checked(_joined(url, to))
+            url = url.join(parsed(to))
         raise _Failed("failed", f"more than {self._spec.max_redirects} redirects (gateway.images.max_redirects)")
 
     async def _body(self, response: aiohttp.ClientResponse, count: Count) -> bytes:
@@ -153,14 +154,6 @@ class Fetcher:
         if not self._public(host):
             raise _NotPublic
         return socket.socket(family, kind, protocol)
-
-
-def _joined(url: URL, location: str) -> URL:
-    """Raises NotAllowed."""
-    try:
-        return url.join(URL(location))
-    except ValueError as error:
-        raise NotAllowed(f"{url.host} redirects to what is no URL") from error
 
 
 def _told(url: URL, error: Exception) -> _Failed:

@@ -70,10 +70,10 @@ def image_part(part: dict[str, Any], where: str) -> ImagePart:
     if isinstance(given, bytes):
         return ImagePart(where, uuid=uuid or "", content=given)
     url = given.get("url") if isinstance(given, dict) else given
-    if uuid and not url:
+    if uuid and url in (None, ""):
         return ImagePart(where, uuid=uuid)
-    if not isinstance(url, str):
-        raise InvalidRequest(f"{where}.image_url must have a url, got {type(url).__name__}")
+    if not isinstance(url, str) or not url:
+        raise InvalidRequest(f"{where}.image_url must have a url, got {type(url).__name__ if url else 'none'}")
     return ImagePart(where, url, uuid or "")
 
 
