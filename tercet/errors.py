@@ -11,7 +11,9 @@
     │   ├── UnsupportedMedia        415   UNIMPLEMENTED        a content type or compression that is not read
     │   ├── UnknownUrl              404   UNIMPLEMENTED
     │   ├── MethodNotAllowed        405   UNIMPLEMENTED
-    │   └── ModelNotFound           404   NOT_FOUND
+    │   ├── ModelNotFound           404   NOT_FOUND
+    │   ├── ImageNotCached          404   NOT_FOUND            an image was named by its uuid alone; send it
+    │   └── ImageNotFetched         400   INVALID_ARGUMENT     its address is refused, or gave no image in time
     ├── SpecError                   400   INVALID_ARGUMENT     the cluster spec is wrong: file, line, path
     │   └── UnsupportedSpec         400   UNIMPLEMENTED        sayable, but not built or not here
     ├── ModelError                  500   FAILED_PRECONDITION
@@ -111,6 +113,15 @@ class MethodNotAllowed(UserError):
 class ModelNotFound(UserError):
     http_status = 404
     grpc_status = "NOT_FOUND"
+
+
+class ImageNotCached(UserError):
+    http_status = 404
+    grpc_status = "NOT_FOUND"
+
+
+class ImageNotFetched(UserError):
+    pass
 
 
 class SpecError(TercetError):

@@ -130,6 +130,12 @@ class Metrics:
             buckets=_GATEWAY_S,
             registry=r,
         )
+        self.image_fetches = Counter("tercet_image_fetches", "Images fetched, by result", ["result"], registry=r)
+        self.image_fetches_running = Gauge("tercet_image_fetches_running", "Images being fetched", registry=r)
+        self.image_uuids = Counter(
+            "tercet_image_uuids", "Images named by a uuid alone: hit, miss", ["result"], registry=r
+        )
+        self.image_cache_bytes = Gauge("tercet_image_cache_bytes", "Images kept for their uuids", registry=r)
         self._success = Counter("tercet_request_success", "Finished requests", ["finished_reason"], registry=r)
         self._failure = Counter("tercet_request_failure", "Failed requests, by error code", ["code"], registry=r)
         self._stages = {

@@ -140,10 +140,25 @@ def _port(default: int) -> BeforeValidator:
     return BeforeValidator(lambda given: {"port": default, **given} if isinstance(given, dict) else given)
 
 
+# A name, or *. and a name for all below it; a port, if it is neither 80 nor 443
+Domain = Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*(:[0-9]{1,5})?$")]
+
+
+class GatewayImagesSpec(Frozen):
+    # Hosts that images may be fetched from (img.example.com, *.example.com, img.example.com:8080). Empty: none
+    allowed_media_domains: list[Domain] = Field(default_factory=list)
+    fetch_timeout_s: Seconds = 10.0  # of one image, redirects included
+    max_fetch_bytes: Positive = 8 * 1024 * 1024  # of one image
+    max_fetches: Positive = 16  # at once; clients take turns
+    max_redirects: Annotated[int, Field(ge=0, le=10)] = 3  # of one image; each is checked as the first address is
+    cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024  # of images that clients have named by a uuid
+
+
 class GatewaySpec(Frozen):
     http: Annotated[ListenSpec, _port(8000)] = ListenSpec(port=8000)
     grpc: Annotated[ListenSpec, _port(50051)] = ListenSpec(port=50051)
     cors_origins: list[Text] = Field(default_factory=list)  # whose pages may call; "*": any. Empty: none
+    images: GatewayImagesSpec = GatewayImagesSpec()
 
 
 class LimitsSpec(Frozen):

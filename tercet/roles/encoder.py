@@ -10,7 +10,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from tercet.core import Load, PromptImage
 from tercet.errors import ClusterError, ImageForgotten, ProtocolViolation
 from tercet.models.vision.files import decoded
 from tercet.models.vision.tower import Patches
+from tercet.roles.lru import Lru
 from tercet.spec import ImagesSpec
 
 STUCK_S = 60.0  # a pass without progress for so long: the worker is unhealthy
@@ -54,7 +54,7 @@ class Encoder:
         self._patches_of, self._encode, self._merge = patches_of, encode, merge
         self._layers, self._prepare = layers, prepare
         self._budget = spec.patch_budget
-        self._cache = _Cache(spec.cache_bytes)
+        self._cache: Lru[Key, Tensor] = Lru(spec.cache_bytes, lambda _, embeddings: embeddings.nbytes)
         self._lock = threading.Lock()
         self._under_way: dict[Key, _Wanted] = {}
         self._queue: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
@@ -197,25 +197,3 @@ class Encoder:
 
 def _key(image: PromptImage) -> Key:
     return image.digest, image.grid
-
-
-class _Cache:
-    """The least recently used go first. Not thread-safe."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most, self._bytes = most_bytes, 0
-        self._kept: OrderedDict[Key, Tensor] = OrderedDict()
-
-    def get(self, key: Key) -> Tensor | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def put(self, key: Key, embeddings: Tensor) -> None:
-        size = embeddings.nbytes
-        if size > self._most or key in self._kept:
-            return
-        self._kept[key] = embeddings
-        self._bytes += size
-        while self._bytes > self._most:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 from tercet.core import Role
+from tercet.metrics import Metrics
+from tercet.roles.gateway.ask import ServedModel
+from tercet.roles.gateway.fetching import Fetcher
 from tercet.roles.gateway.gateway import Gateway, GatewayInfo
-from tercet.spec import ClusterSpec
+from tercet.spec import ClusterSpec, GatewayImagesSpec
 from tests.fakes.router import FakeRouter
 from tests.fakes.tokenizer import MODEL
 
@@ -25,8 +29,20 @@ def spec(**limits: Any) -> ClusterSpec:
 
 
 @asynccontextmanager
-async def running(router: FakeRouter, **limits: Any) -> AsyncIterator[tuple[Gateway, GatewayInfo]]:
-    gateway = Gateway(spec(**limits), "token", router, MODEL)
+async def running(
+    router: FakeRouter,
+    *,
+    model: ServedModel = MODEL,
+    images: Mapping[str, Any] = MappingProxyType({}),
+    fetcher: Callable[[Metrics], Fetcher] | None = None,
+    **limits: Any,
+) -> AsyncIterator[tuple[Gateway, GatewayInfo]]:
+    """images: of the spec's gateway."""
+    asked = spec(**limits)
+    asked = asked.model_copy(
+        update={"gateway": asked.gateway.model_copy(update={"images": GatewayImagesSpec(**images)})}
+    )
+    gateway = Gateway(asked, "token", router, model, fetcher)
     info = await gateway.start()
     try:
         yield gateway, info

@@ -20,10 +20,13 @@ from transformers import PreTrainedTokenizerFast
 
 from tercet.client import Client, chat_loop, image_part
 from tercet.errors import InvalidRequest
+from tercet.roles.gateway.fetching import Fetcher
 from tercet.roles.gateway.gateway import Gateway
-from tercet.spec import GatewaySpec, ListenSpec
+from tercet.spec import GatewayImagesSpec, GatewaySpec, ListenSpec
 from tercet.wire.gen import inference_pb2 as pb
 from tercet.wire.gen import inference_pb2_grpc
+from tests.fakes.images import Names
+from tests.fakes.images import pictures as serving
 from tests.helpers import TOKEN, cluster, spec_of
 from tests.tiny import tiny_model
 from tests.unit.test_models_vision import QWEN25, SIGLIP, TEXT, mrope, pictures
@@ -138,7 +141,8 @@ async def asked(client, messages, **options):
 
 
 class Running:
-    def __init__(self, topology, source):
+    def __init__(self, topology, source, fetcher=None):
+        self._fetcher = fetcher
         self._spec, self._source = spec_of(topology, decoders=1, source=str(source)), source
 
     async def __aenter__(self):
@@ -147,7 +151,7 @@ class Running:
         anywhere = GatewaySpec(http=ListenSpec(port=0), grpc=ListenSpec(port=0))
         model = made.spec.model.model_copy(update={"served_name": "seeing"})
         spec = made.spec.model_copy(update={"gateway": anywhere, "model": model})
-        self._gateway = Gateway(spec, TOKEN, made.router)
+        self._gateway = Gateway(spec, TOKEN, made.router, fetcher=self._fetcher)
         info = await self._gateway.start()
         self.grpc_address = info.grpc_address
         self._client = openai.AsyncOpenAI(base_url=f"{info.http_url}/v1", api_key="none", max_retries=0)
@@ -212,6 +216,25 @@ async def test_grpc_takes_files(served):
         assert "messages[0].content[0]: " in raised.value.details()
 
 
+async def test_by_address_and_by_uuid(served):
+    """The same tokens, however an image comes."""
+    one, two = pictures(2)
+    shown = SHOWN[served.kind]
+    _, tokens = served.answer(f"[user]{shown}{shown}What?[assistant]", [one, two])
+    names = Names(pictures_test=[["127.0.0.1"]])
+    async with serving() as server:
+        server.pages["/a.png"] = base64.b64decode(part_of(one)["image_url"]["url"].partition(",")[2])
+        allowed = GatewayImagesSpec(allowed_media_domains=[f"pictures.test:{server.port}"])
+        fetcher = partial(Fetcher, allowed, resolver=names, public=lambda address: address == "127.0.0.1")
+        first = {"type": "image_url", "image_url": {"url": server.url("/a.png")}, "uuid": "one"}
+        repeat = {"type": "image_url", "image_url": None, "uuid": "one"}
+        async with Running("aggregated", served.directory, fetcher) as client:
+            for part in (first, repeat):
+                content = [part, part_of(two), text("What?")]
+                whole = await asked(client, [{"role": "user", "content": content}])
+                assert whole.choices[0].model_extra["token_ids"] == tokens
+
+
 async def test_what_is_wrong_is_told_by_its_place(served):
     [one] = pictures(1)
     broken = part_of(one)
@@ -220,8 +243,9 @@ async def test_what_is_wrong_is_told_by_its_place(served):
         for parts, told in (
             (
                 [text("a"), {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}],
-                "are not fetched here",
+                "messages[0].content[1]: images are not fetched here",
             ),
+            ([text("a"), {"type": "image_url", "image_url": {"url": "file:///a.png"}}], "must be a data URI"),
             ([part_of(one), broken], "messages[0].content[1]: "),
             ([part_of(one)] * 65, "at most 64 images"),
             ([part_of(Image.new("RGB", (400, 1)))] if served.kind == "qwen" else [broken], ""),

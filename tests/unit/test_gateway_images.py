@@ -30,6 +30,9 @@ def uri(content, kind="image/png"):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+NO_UUID = r"content\[0\].uuid must be 1 to 256 printable ASCII characters"
+
+
 def user(*parts):
     return [{"role": "user", "content": [*parts]}]
 
@@ -50,11 +53,10 @@ def test_modes_that_are_taken(mode):
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("https://example.com/a.png", "'https' addresses are not fetched"),
-        ("http://127.0.0.1/a.png", "'http' addresses are not fetched"),
-        ("file:///etc/passwd", "'file' addresses"),
-        ("data:image/png,abc", "'data' addresses"),
-        ("", "must be a data URI"),
+        ("file:///etc/passwd", "address, not 'file'"),
+        ("data:image/png,abc", "must be a data URI .*, not 'data'"),
+        ("http:example.com", "address, not 'http'"),
+        ("//example.com/a.png", "must be a data URI"),
         ("data:image/png;base64,ab$c", "no base64"),
         ("data:image/png;base64,abc", "no base64"),
         ("data:image/png;base64,é", "no base64"),
@@ -124,7 +126,12 @@ def test_messages_keep_the_order_of_their_parts():
     [
         ({"type": "image_url"}, r"content\[0\].image_url must have a url"),
         ({"type": "image_url", "image_url": {"url": 3}}, "must have a url, got int"),
-        ({"type": "image_url", "image_url": "data:", "uuid": "x"}, "uuid is not built"),
+        ({"type": "image_url", "image_url": ""}, "must have a url, got none"),
+        ({"type": "image_url", "image_url": [3], "uuid": "a"}, "must have a url, got list"),
+        ({"type": "image_url", "image_url": None}, "must have a url, got none"),
+        ({"type": "image_url", "image_url": {"url": None}, "uuid": None}, "must have a url, got none"),
+        *(({"type": "image_url", "image_url": "data:", "uuid": uuid}, NO_UUID) for uuid in ("", "a b", "é", "x" * 257)),
+        *(({"type": "input_image", "uuid": uuid}, NO_UUID) for uuid in (3, ["x"], {}, "a\n")),
         ({"type": "input_audio"}, "must be a text or an image part, got 'input_audio'"),
     ],
 )
@@ -135,8 +142,16 @@ def test_parts_that_are_refused(part, told):
 
 def test_a_thousand_images_are_too_many():
     part = {"type": "image_url", "image_url": {"url": uri(file_of())}}
-    with pytest.raises(InvalidRequest, match=f"at most {module.MOST_IMAGES} images in all, got 1000"):
+    with pytest.raises(InvalidRequest, match=f"at most {module.MOST_IMAGES} images in all, got 1000") as raised:
         messages_of(user(*[part] * 1000))
+    assert str(raised.value).startswith(f"messages[0].content[{module.MOST_IMAGES}]: ")
+
+
+@pytest.mark.parametrize("nothing", [{}, {"image_url": None}, {"image_url": {"url": None}}, {"image_url": ""}])
+def test_a_uuid_may_come_alone(nothing):
+    part = image_part({"type": "image_url", "uuid": "https://example.com/a.png"} | nothing, "m")
+    assert part == ImagePart("m", uuid="https://example.com/a.png")
+    assert part.is_named_only
 
 
 def test_a_jpeg_of_thousands_of_scans_is_never_decoded(monkeypatch):

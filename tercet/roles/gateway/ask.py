@@ -71,6 +71,10 @@ class Ask:
         return tuple(filter(None, self.stop))
 
     @property
+    def images(self) -> list[ImagePart]:
+        return [part for prompt in self.prompts if isinstance(prompt, Chat) for part in prompt.images]
+
+    @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.n
 

@@ -20,6 +20,7 @@ from tercet.roles.gateway.admission import Admission, Places
 from tercet.roles.gateway.ask import Ask, Backend, Chat, Prompt, ServedModel
 from tercet.roles.gateway.bounds import MOST_CHOICES, STOP_CHARS, STOPS_CHARS, bound
 from tercet.roles.gateway.choice import Choice
+from tercet.roles.gateway.image_files import Held, ImageFiles
 from tercet.roles.gateway.offloop import OffLoop
 from tercet.roles.gateway.session import Session
 from tercet.roles.gateway.tokenising import Encoded, Tokenising
@@ -29,16 +30,18 @@ from tercet.spec import LimitsSpec
 class Frontend:
     """Admission and translation. One per gateway, used from one event loop."""
 
-    def __init__(self, limits: LimitsSpec, backend: Backend, model: ServedModel, metrics: Metrics) -> None:
+    def __init__(
+        self, limits: LimitsSpec, backend: Backend, model: ServedModel, metrics: Metrics, images: ImageFiles
+    ) -> None:
         self.limits = limits
         self.model = model
         self.metrics = metrics
         self.offloop = OffLoop()
         self._backend = backend
+        self._images = images
         self._tokenising = Tokenising(model, limits.max_chars_per_token, self.offloop)
         self._admission = Admission(limits.max_inflight_requests, metrics.inflight.set)
         self._live: dict[str, asyncio.Timeout] = {}  # request id -> its deadline
-        self._image_bytes = 0  # of the files that requests hold until their end
         self._draining = False
         self._stopping = False
 
@@ -51,16 +54,13 @@ class Frontend:
     async def session(self, ask: Ask) -> AsyncGenerator[Session, None]:
         """Run the body under the request's deadline, counted against limits.max_inflight_requests."""
         self._check(ask)
-        places, held = self._admit(ask), 0
+        places = self._admit(ask)
         try:
             async with asyncio.timeout(ask.arrived + ask.timeout_s - time.monotonic()) as deadline:
                 self._live[ask.request_id] = deadline
-                choices = await self._choices(ask)
-                held = sum(len(image.content) for choice in choices[:: ask.n] for image in choice.request.images)
-                self._image_bytes += held
-                if self._image_bytes > self.limits.max_held_bytes:
-                    raise Overloaded(f"images of {self._image_bytes:,} bytes are held already (limits.max_held_bytes)")
-                yield Session(ask, choices, self._backend, self.metrics, places)
+                with self._images.held() as held:
+                    choices = await self._choices(ask, held)
+                    yield Session(ask, choices, self._backend, self.metrics, places)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -69,7 +69,6 @@ class Frontend:
             raise DeadlineExceeded(f"no full answer within {ask.timeout_s:g} s") from error
         finally:
             self._live.pop(ask.request_id, None)
-            self._image_bytes -= held
             places.close()
 
     async def drain(self, timeout_s: float) -> None:
@@ -108,6 +107,8 @@ class Frontend:
                 f"stop strings may have {STOP_CHARS} characters each and {STOPS_CHARS} in all, got {max(lengths)} "
                 f"and {sum(lengths)}"
             )
+        if ask.images and self.model.images is None:
+            raise InvalidRequest(f"{ask.images[0].where}: the model {self.model.name} takes no images")
         self._tokenising.check_ids("stop_token_ids", ask.params.stop_token_ids)
         if ask.params.seed is not None and not -(2**63) <= ask.params.seed < 2**63:
             raise InvalidRequest(f"seed must be from {-(2**63)} to {2**63 - 1}, got {ask.params.seed}")
@@ -119,11 +120,14 @@ class Frontend:
             raise InvalidRequest(f"request_id {ask.request_id!r} is in flight already")
         return self._admission.enter(ask.client)
 
-    async def _choices(self, ask: Ask) -> list[Choice]:
+    async def _choices(self, ask: Ask, held: Held) -> list[Choice]:
         """One per prompt and sample, in that order."""
+        named = await self._images.gather(ask.images, ask.client, held)
         seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed
         choices: list[Choice] = []
         tokenised = await self._tokenising.encoded(ask.prompts, ask.client, ask.add_special)
+        self._images.keep(named, ask.client)
+        held.settle(sum(len(image.content) for encoded in tokenised for image in encoded.images))
         for prompt, encoded in zip(ask.prompts, tokenised, strict=True):
             ids = encoded.ids
             params = dataclasses.replace(

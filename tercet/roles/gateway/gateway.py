@@ -29,12 +29,14 @@ from tercet.models.vision.prompt import ImagePrompts
 from tercet.models.vision.sizes import ImageSizes, processor_settings
 from tercet.roles.gateway.ask import Backend, ServedModel
 from tercet.roles.gateway.cors import Cors
+from tercet.roles.gateway.fetching import Fetcher
 from tercet.roles.gateway.frontend import Frontend
 from tercet.roles.gateway.grpc_api import SERVICE, InferenceService, client_of_call
 from tercet.roles.gateway.grpc_health import HealthService
 from tercet.roles.gateway.http_api import HttpApi
 from tercet.roles.gateway.http_generation import Generation
 from tercet.roles.gateway.http_server import protocols_of
+from tercet.roles.gateway.image_files import ImageFiles
 from tercet.roles.gateway.readiness import POLL_S, Readiness
 from tercet.roles.router.router import Router
 from tercet.spec import ClusterSpec, LimitsSpec, ModelSpec
@@ -83,17 +85,24 @@ def _images(config: VisionConfig, directory: Path, tokenizer: Tokenizer) -> Imag
 
 
 class Gateway:
-    """One HTTP and one gRPC server over one router. `router` and `model` are for tests."""
+    """One HTTP and one gRPC server over one router. `router`, `model` and `fetcher` are for tests."""
 
     def __init__(
-        self, spec: ClusterSpec, cluster_token: str, router: Backend | None = None, model: ServedModel | None = None
+        self,
+        spec: ClusterSpec,
+        cluster_token: str,
+        router: Backend | None = None,
+        model: ServedModel | None = None,
+        fetcher: Callable[[Metrics], Fetcher] | None = None,
     ) -> None:
         self._spec = spec
         self._router: Backend = router or Router(spec, cluster_token)
         self._model = model or load_served_model(spec.model)
         self._workers: tuple[WorkerInfo, ...] = ()
         self._metrics = Metrics(self._router.loads, lambda: {w.worker_id: w.role.value for w in self._workers})
-        self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics)
+        images, fetcher = spec.gateway.images, fetcher or partial(Fetcher, spec.gateway.images)
+        self._images = ImageFiles(images.cache_bytes, spec.limits.max_held_bytes, self._metrics, fetcher(self._metrics))
+        self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics, self._images)
         timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
         self._readiness = Readiness(self._router, self._model.tokenizer, timeout_s)
         connections = _connection_limits(spec.limits)
@@ -106,6 +115,7 @@ class Gateway:
         """Bind both ports. Raises ClusterError naming the port if one is in use."""
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._router.close)
+            stack.push_async_callback(self._images.close)
             stack.callback(self._frontend.offloop.close)
             stack.callback(self._connections.close)
             http_url = await self._start_http(stack)

@@ -18,7 +18,6 @@ from tercet.roles.gateway.ask import Ask, Chat, Delta, Prompt
 from tercet.roles.gateway.bounds import bound
 from tercet.roles.gateway.clients import client_of
 from tercet.roles.gateway.frontend import Frontend
-from tercet.roles.gateway.images import data_uri
 from tercet.roles.gateway.openai_messages import messages_of
 from tercet.roles.gateway.openai_reply import LOWEST_LOGPROB
 from tercet.roles.gateway.session import Session
@@ -100,11 +99,17 @@ def _delta(request_id: str, delta: Delta) -> pb.GenerateResponse:
 
 def _message(message: pb.Message) -> dict[str, Any]:
     """As HTTP has it."""
-    if not message.images:
+    if not message.images and not message.image_parts:
         return {"role": message.role, "content": message.content}
-    bound("messages[].content", message.images, "images")
-    parts: list[Any] = [{"type": "image_url", "image_url": data_uri(file)} for file in message.images]
+    bound("messages[].content", [*message.images, *message.image_parts], "images")
+    parts: list[Any] = [{"type": "image_url", "image_url": file} for file in message.images]
+    parts += map(_image, message.image_parts)
     return {"role": message.role, "content": [*parts, *([message.content] if message.content else [])]}
+
+
+def _image(image: pb.ImagePart) -> dict[str, Any]:
+    source = image.WhichOneof("source")
+    return {"type": "image_url", "image_url": getattr(image, source) if source else None, "uuid": image.uuid or None}
 
 
 def _logprobs(delta: Delta) -> Sequence[pb.TokenLogprob]:

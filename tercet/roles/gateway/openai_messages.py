@@ -39,7 +39,8 @@ def messages_of(messages: Sequence[Any]) -> tuple[tuple[dict[str, Any], ...], tu
     images: list[ImagePart] = []
     kept = tuple(_message(f"messages[{i}]", message, images) for i, message in enumerate(messages))
     if len(images) > MOST_IMAGES:
-        raise InvalidRequest(f"messages take at most {MOST_IMAGES} images in all, got {len(images)}")
+        where = images[MOST_IMAGES].where
+        raise InvalidRequest(f"{where}: messages take at most {MOST_IMAGES} images in all, got {len(images)}")
     _read_arguments([call["function"] for message in kept for call in message.get("tool_calls", ())])
     return kept, tuple(images)
 

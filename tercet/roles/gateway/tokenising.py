@@ -75,8 +75,6 @@ class Tokenising:
     def _encode(self, prompt: Prompt, size: int, add_special: bool) -> Encoded:
         images: tuple[PromptImage, ...] = ()
         if isinstance(prompt, Chat) and prompt.images:
-            if self._model.images is None:
-                raise InvalidRequest(f"{prompt.images[0].where}: the model {self._model.name} takes no images")
             ids, images = self._seen(prompt.images, self._encode_text(prompt, size, add_special))
         else:
             ids = prompt if isinstance(prompt, tuple) else tuple(self._encode_text(prompt, size, add_special))

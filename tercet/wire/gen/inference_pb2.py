@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tercet/v1/inference.proto\x12\ttercet.v1\"\xd2\x03\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\x08logprobs\x18\r \x01(\rH\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"8\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0e\n\x06images\x18\x03 \x03(\x0c\",\n\x04\x43hat\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.tercet.v1.Message\"\xbd\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.tercet.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.tercet.v1.ChatH\x00\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.tercet.v1.Sampling\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x08\n\x06prompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xca\x01\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x66irst_decode_s\x18\x04 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x0e\n\x06ttft_s\x18\x07 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x08 \x01(\x01\x12\x10\n\x08\x65ncode_s\x18\t \x01(\x01\x12\x18\n\x10\x65mbed_transfer_s\x18\n \x01(\x01\"\xe8\x03\n\x10GenerateResponse\x12\x32\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32!.tercet.v1.GenerateResponse.DeltaH\x00\x12\x30\n\x04\x64one\x18\x02 \x01(\x0b\x32 .tercet.v1.GenerateResponse.DoneH\x00\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x1aS\n\x05\x44\x65lta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\x1a\xfb\x01\n\x04\x44one\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.tercet.v1.Timings\x12>\n\x07workers\x18\x06 \x03(\x0b\x32-.tercet.v1.GenerateResponse.Done.WorkersEntry\x1a.\n\x0cWorkersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05\x65vent2R\n\tInference\x12\x45\n\x08Generate\x12\x1a.tercet.v1.GenerateRequest\x1a\x1b.tercet.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tercet/v1/inference.proto\x12\ttercet.v1\"\xd2\x03\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\x08logprobs\x18\r \x01(\rH\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"B\n\tImagePart\x12\x0e\n\x04\x66ile\x18\x01 \x01(\x0cH\x00\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x12\x0c\n\x04uuid\x18\x03 \x01(\tB\x08\n\x06source\"c\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0e\n\x06images\x18\x03 \x03(\x0c\x12)\n\x0bimage_parts\x18\x04 \x03(\x0b\x32\x14.tercet.v1.ImagePart\",\n\x04\x43hat\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.tercet.v1.Message\"\xbd\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.tercet.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.tercet.v1.ChatH\x00\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.tercet.v1.Sampling\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x08\n\x06prompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xca\x01\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x66irst_decode_s\x18\x04 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x0e\n\x06ttft_s\x18\x07 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x08 \x01(\x01\x12\x10\n\x08\x65ncode_s\x18\t \x01(\x01\x12\x18\n\x10\x65mbed_transfer_s\x18\n \x01(\x01\"\xe8\x03\n\x10GenerateResponse\x12\x32\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32!.tercet.v1.GenerateResponse.DeltaH\x00\x12\x30\n\x04\x64one\x18\x02 \x01(\x0b\x32 .tercet.v1.GenerateResponse.DoneH\x00\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x1aS\n\x05\x44\x65lta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.tercet.v1.TokenLogprob\x1a\xfb\x01\n\x04\x44one\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.tercet.v1.Timings\x12>\n\x07workers\x18\x06 \x03(\x0b\x32-.tercet.v1.GenerateResponse.Done.WorkersEntry\x1a.\n\x0cWorkersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05\x65vent2R\n\tInference\x12\x45\n\x08Generate\x12\x1a.tercet.v1.GenerateRequest\x1a\x1b.tercet.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,24 +37,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING']._serialized_end=507
   _globals['_TOKENIDS']._serialized_start=509
   _globals['_TOKENIDS']._serialized_end=532
-  _globals['_MESSAGE']._serialized_start=534
-  _globals['_MESSAGE']._serialized_end=590
-  _globals['_CHAT']._serialized_start=592
-  _globals['_CHAT']._serialized_end=636
-  _globals['_GENERATEREQUEST']._serialized_start=639
-  _globals['_GENERATEREQUEST']._serialized_end=828
-  _globals['_TOKENLOGPROB']._serialized_start=830
-  _globals['_TOKENLOGPROB']._serialized_end=879
-  _globals['_TIMINGS']._serialized_start=882
-  _globals['_TIMINGS']._serialized_end=1084
-  _globals['_GENERATERESPONSE']._serialized_start=1087
-  _globals['_GENERATERESPONSE']._serialized_end=1575
-  _globals['_GENERATERESPONSE_DELTA']._serialized_start=1229
-  _globals['_GENERATERESPONSE_DELTA']._serialized_end=1312
-  _globals['_GENERATERESPONSE_DONE']._serialized_start=1315
-  _globals['_GENERATERESPONSE_DONE']._serialized_end=1566
-  _globals['_GENERATERESPONSE_DONE_WORKERSENTRY']._serialized_start=1520
-  _globals['_GENERATERESPONSE_DONE_WORKERSENTRY']._serialized_end=1566
-  _globals['_INFERENCE']._serialized_start=1577
-  _globals['_INFERENCE']._serialized_end=1659
+  _globals['_IMAGEPART']._serialized_start=534
+  _globals['_IMAGEPART']._serialized_end=600
+  _globals['_MESSAGE']._serialized_start=602
+  _globals['_MESSAGE']._serialized_end=701
+  _globals['_CHAT']._serialized_start=703
+  _globals['_CHAT']._serialized_end=747
+  _globals['_GENERATEREQUEST']._serialized_start=750
+  _globals['_GENERATEREQUEST']._serialized_end=939
+  _globals['_TOKENLOGPROB']._serialized_start=941
+  _globals['_TOKENLOGPROB']._serialized_end=990
+  _globals['_TIMINGS']._serialized_start=993
+  _globals['_TIMINGS']._serialized_end=1195
+  _globals['_GENERATERESPONSE']._serialized_start=1198
+  _globals['_GENERATERESPONSE']._serialized_end=1686
+  _globals['_GENERATERESPONSE_DELTA']._serialized_start=1340
+  _globals['_GENERATERESPONSE_DELTA']._serialized_end=1423
+  _globals['_GENERATERESPONSE_DONE']._serialized_start=1426
+  _globals['_GENERATERESPONSE_DONE']._serialized_end=1677
+  _globals['_GENERATERESPONSE_DONE_WORKERSENTRY']._serialized_start=1631
+  _globals['_GENERATERESPONSE_DONE_WORKERSENTRY']._serialized_end=1677
+  _globals['_INFERENCE']._serialized_start=1688
+  _globals['_INFERENCE']._serialized_end=1770
 # @@protoc_insertion_point(module_scope)
