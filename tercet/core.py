@@ -129,6 +129,7 @@ STAGES = {  # in the order in which a request passes them; a stage's seconds are
     "transfer": "first token sampled until every KV byte has landed and its digest holds",
     "first_decode": "landed until the second token",
 }
+UNTIL_FIRST_TOKEN = ("queue", "encode", "embed_transfer", "prefill")  # stages that are over when it is sampled
 StageSeconds = tuple[tuple[str, float], ...]  # (stage, seconds)
 
 

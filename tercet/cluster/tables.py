@@ -102,6 +102,7 @@ def timings_table(timings: Mapping[str, Any]) -> Table:
 
 
 _STAGES = (
+    ("gateway", "gateway_s"),
     *((stage.replace("_", " "), f"{stage}_s") for stage in STAGES),
     ("TTFT (time to first token)", "ttft_s"),
     ("TPOT (time per output token)", "tpot_s"),

@@ -255,7 +255,7 @@ async def test_metrics(http):
         "tercet_time_per_output_token_seconds_count 1.0",
         "tercet_prompt_tokens_total 11.0",
         "tercet_generation_tokens_total 32.0",
-        "tercet_request_prefill_time_seconds_sum 0.002",
+        "tercet_request_prefill_time_seconds_sum 0.004",
         'tercet_kv_transfer_bytes_total{transport="shm"} 4096.0',
         'tercet_kv_cache_usage_perc{worker="decode-1"} 0.6',
         'tercet_num_requests_running{worker="decode-1"} 0.0',

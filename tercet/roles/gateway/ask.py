@@ -104,6 +104,7 @@ class Timings:
 
     ttft_s: float
     tpot_s: float  # 0 for a single token
+    gateway_s: float | None = None  # of the time to the first token, what no stage at a worker accounts for
     stages: Mapping[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))  # name -> seconds
     kv_bytes: int | None = None
     transport: str | None = None

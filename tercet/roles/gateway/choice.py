@@ -10,7 +10,16 @@ from __future__ import annotations
 
 import time
 
-from tercet.core import STAGES, Done, FinishReason, GenerateRequest, Progress, PromptLogprobs, TokenEvent
+from tercet.core import (
+    STAGES,
+    UNTIL_FIRST_TOKEN,
+    Done,
+    FinishReason,
+    GenerateRequest,
+    Progress,
+    PromptLogprobs,
+    TokenEvent,
+)
 from tercet.metrics import Metrics
 from tercet.roles.gateway.ask import Delta, GatewayTokenizer, Timings
 from tercet.roles.gateway.stop import StopMatcher
@@ -113,6 +122,7 @@ class Choice:
         return Timings(
             ttft_s,
             self._tpot_s,
+            gateway_s=max(0.0, ttft_s - sum(t.of(stage) for stage in UNTIL_FIRST_TOKEN)),
             stages={stage: t.of(stage) for stage in STAGES},
             kv_bytes=t.kv_bytes,
             transport=t.transport,

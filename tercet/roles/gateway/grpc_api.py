@@ -127,6 +127,7 @@ def _done(session: Session, last: Delta) -> pb.GenerateResponse:
         kv_bytes=t.kv_bytes,
         transport=t.transport,
         ttft_s=t.ttft_s,
+        gateway_s=t.gateway_s,
         tpot_s=t.tpot_s,
     )
     done = pb.GenerateResponse.Done(

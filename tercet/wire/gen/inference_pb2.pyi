@@ -95,7 +95,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "transfer_s", "first_decode_s", "kv_bytes", "transport", "ttft_s", "tpot_s", "encode_s", "embed_transfer_s")
+    __slots__ = ("queue_s", "prefill_s", "transfer_s", "first_decode_s", "kv_bytes", "transport", "ttft_s", "tpot_s", "encode_s", "embed_transfer_s", "gateway_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class Timings(_message.Message):
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
     ENCODE_S_FIELD_NUMBER: _ClassVar[int]
     EMBED_TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     transfer_s: float
@@ -116,7 +117,8 @@ class Timings(_message.Message):
     tpot_s: float
     encode_s: float
     embed_transfer_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., embed_transfer_s: _Optional[float] = ...) -> None: ...
+    gateway_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., embed_transfer_s: _Optional[float] = ..., gateway_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("delta", "done", "request_id")
