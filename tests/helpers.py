@@ -98,6 +98,7 @@ class LocalCluster:
             or load.embedding_blocks_free < load.embedding_blocks_total
             or load.running
             or load.waiting
+            or load.encoder_waiting
             for load in (w.legs.load() for w in self.workers.values())
         ):
             await asyncio.sleep(0.02)

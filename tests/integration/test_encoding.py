@@ -208,3 +208,27 @@ async def test_a_model_that_does_not_see_has_no_encode_workers(role):
     worker = Worker(f"{role}-0", role, 1, spec_of("epd", decoders=1, source=tiny_model(), **BLOCKS), "127.0.0.1", TOKEN)
     with pytest.raises(UnsupportedModel, match="takes no images"):
         await worker.start()
+
+
+async def test_a_cluster_is_ready_once_an_image_has_passed(tmp_path):
+    """Its encode workers have a part in it: a pair that answers text alone is not ready."""
+    served = Served("idefics3", tmp_path)
+    async with cluster(spec_of("epd", decoders=1, source=str(served.directory), **BLOCKS)) as made:
+        encoder = made.workers["encode-0"].legs.handlers[Role.ENCODE].encoder
+        gate, real = threading.Event(), encoder._encode
+        encoder._encode = lambda batch: (gate.wait(20), real(batch))[1]
+        anywhere = GatewaySpec(http=ListenSpec(port=0), grpc=ListenSpec(port=0))
+        gateway = Gateway(made.spec.model_copy(update={"gateway": anywhere}), TOKEN, made.router)
+        await gateway.start()
+        try:
+            await made.generate([5, 6, 7])
+            await asyncio.sleep(0.5)
+            assert not gateway.status()["ready"]
+            gate.set()
+            async with asyncio.timeout(10):
+                while not gateway.status()["ready"]:
+                    await asyncio.sleep(0.02)
+            load = made.workers["encode-0"].legs.load()
+            assert load.encoder_cache_queries - load.encoder_cache_hits == 1
+        finally:
+            await gateway.stop()

@@ -55,6 +55,10 @@ class ImagePrompts:
             shown.append(PromptImage(image_digest(content, self._settings), grid, spans, content))
         return tuple(whole), tuple(shown)
 
+    def lone(self, content: bytes, size: Sized) -> tuple[tuple[int, ...], tuple[PromptImage, ...]]:
+        """A prompt of one image and nothing else."""
+        return self.expanded((self._config.image_token,), [(content, size)])
+
     def _inner(self, width: int, height: int, tokens: int) -> list[int]:
         """What stands in the place of an image's token; tokens: of each tile."""
         if self._config.family != "idefics3":

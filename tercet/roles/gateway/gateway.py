@@ -20,7 +20,7 @@ from aiohttp import web
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from tercet.core import WorkerInfo
+from tercet.core import Role, WorkerInfo
 from tercet.metrics import Metrics
 from tercet.models.sources import load_config, load_tokenizer, locate, served_name
 from tercet.models.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ class Gateway:
         self._images = ImageFiles(images.cache_bytes, spec.limits.max_held_bytes, self._metrics, fetcher(self._metrics))
         self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics, self._images)
         timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
-        self._readiness = Readiness(self._router, self._model.tokenizer, timeout_s)
+        self._readiness = Readiness(self._router, self._model, timeout_s, shows=Role.ENCODE in spec.roles)
         connections = _connection_limits(spec.limits)
         self._connections = Connections(connections)
         self._bodies = Bodies(_body_limits(spec.limits, connections.most))

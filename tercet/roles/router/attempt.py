@@ -22,7 +22,7 @@ from tercet.core import (
     TokenEvent,
 )
 from tercet.errors import Cancelled, Overloaded, PeerUnreachable, ProtocolViolation, TercetError
-from tercet.roles.router.directory import WorkerView
+from tercet.roles.router.directory import Incarnation, WorkerView
 from tercet.roles.router.encoders import Holders
 from tercet.roles.router.policy import Plan
 
@@ -121,6 +121,11 @@ class Attempt:
     def tickets(self) -> set[Ticket]:
         """Of its legs: that of the encode workers' names the worker that they send to."""
         return {self.ticket, self.ticket._replace(epoch=self.plan.prefill.info.epoch)}
+
+    @property
+    def proven(self) -> set[tuple[Incarnation, ...]]:
+        """What has been seen to work when it is done: the pair, and encode workers that have done their part."""
+        return {self.plan.incarnations, *((view.incarnation,) for view in self.plan.encode if view not in self.legs)}
 
     def with_files(self, view: WorkerView) -> Sequence[Leg]:
         """The leg of an encode worker once more, if it runs: images that came without their files are not there."""

@@ -65,7 +65,7 @@ class Decisions:
         """roles: of a request's workers, in order; one if a worker does all. capacity: legs that a worker takes."""
         self._limits = limits
         self.directory = Directory(roles, capacity)
-        self.proven: set[tuple[Incarnation, Incarnation]] = set()  # pairs through which a request has passed
+        self.proven: set[tuple[Incarnation, ...]] = set()  # pairs, and encode workers, that have served a request
         self._holders = Holders()  # of images
         self._waiting = Waiting(lambda request: is_encoded_apart(request, self.directory))
         self._places: dict[int, Ongoing] = {}  # number of a place -> who has it; until the request's end
@@ -200,7 +200,7 @@ class Decisions:
         try:
             for event in ongoing.attempt.next(worker, outcome):
                 if isinstance(event, Done):
-                    self.proven.add(ongoing.attempt.plan.incarnations)
+                    self.proven |= ongoing.attempt.proven
                     return [*effects, *self._done(ongoing, event)]
                 if isinstance(event, Progress):
                     effects.append(Tell(ongoing, ongoing.accounted(event)))

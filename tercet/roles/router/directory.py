@@ -75,7 +75,7 @@ class Directory:
         """Roles without a live worker."""
         return [role.value for role in self._roles if not self.up(role)]
 
-    def live_pairs(self) -> set[tuple[Incarnation, Incarnation]]:
+    def live_pairs(self) -> set[tuple[Incarnation, ...]]:
         firsts, lasts = self.up(self.first), self.up(self.last)
         pairs = itertools.product(firsts, lasts) if self.first is not self.last else zip(firsts, firsts, strict=True)
         return {(one.incarnation, other.incarnation) for one, other in pairs}

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
-from tercet.core import Done, GenerateRequest, Load, Outcome, Ticket, WorkerInfo
+from tercet.core import Done, GenerateRequest, Load, Outcome, Role, Ticket, WorkerInfo
 from tercet.errors import TercetError
 from tercet.roles.router.attempt import RequestEvent
 from tercet.roles.router.decisions import Decisions
@@ -59,7 +59,10 @@ class Router:
         return self._directory.missing_roles()
 
     def is_ready(self) -> bool:
-        return bool(self._directory.live_pairs() & self._decisions.proven) and not self.slow_pair()
+        directory, proven = self._directory, self._decisions.proven
+        if directory.encodes and not {(view.incarnation,) for view in directory.up(Role.ENCODE)} & proven:
+            return False
+        return bool(directory.live_pairs() & proven) and not self.slow_pair()
 
     def slow_pair(self) -> str:
         """Why the first pair that misses transfer.min_bandwidth does; empty if none does."""
