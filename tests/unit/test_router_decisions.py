@@ -48,7 +48,6 @@ from tercet.roles.router.attempt import Attempt, Told
 from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
 from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, StartLeg, Tell
-from tercet.roles.router.encoders import Holders
 from tercet.roles.router.line import Line, Place
 from tercet.roles.router.policy import History
 from tercet.roles.router.waiting import ROOM_S, Waiting
@@ -78,6 +77,7 @@ class Asked:
     scored: bool = False  # the prompt's logprobs were told
     said: int = 0  # tokens that this attempt's worker has said; they may be held
     cancelled: bool = False
+    culprits: set[WorkerView] = field(default_factory=set)  # encode workers that failed it
 
 
 class Simulation:
@@ -183,6 +183,9 @@ class Simulation:
         assert leg.peer == plan.prefill.info.transfer_endpoint
         assert leg.ticket.epoch == plan.prefill.info.epoch
         assert not leg.token_ids
+        others = [each for each in self.live() if each.info.role is Role.ENCODE and each not in asked.culprits]
+        free = [each for each in others if each.up and each.legs < self.capacity[Role.ENCODE]]
+        assert view not in asked.culprits or asked.refusals or not free, "an encode worker that failed is asked again"
         cached = self.cached.setdefault(view, set())
         assert all(image.content or image.digest in cached for image in leg.images), "it never had this file"
         self.seen["shown again"] += any(not image.content for image in leg.images)
@@ -286,7 +289,12 @@ class Simulation:
             return
         if isinstance(outcome, ImageForgotten):
             self.do(self.router.on_report(view, leg.ticket, outcome, self.now))
+            again = asked.legs[view]
+            assert again is not leg, "files are not sent again"
+            assert all(image.content for image in again.images)
             return
+        if leg.kind == "encode" and isinstance(outcome, FAULTS) and not asked.ongoing.attempt.committed:
+            asked.culprits.add(view)
         if isinstance(outcome, Admitted):
             asked.admitted, asked.turned_away = True, False
         elif leg.kind == "encode" and asked.ongoing.attempt.committed:
@@ -687,10 +695,6 @@ def serves_the_last_first(_: Callable) -> Callable:
     return head
 
 
-def believes_a_dead_worker_still_has_its_images(_: Callable) -> Callable:
-    return lambda self, worker: None
-
-
 def sends_no_files_when_they_are_asked_for(_: Callable) -> Callable:
     return lambda self, view: ()
 
@@ -718,7 +722,6 @@ MUTANTS = [
     (Attempt, "of", repeats_what_was_told),
     (Decisions, "wake_at", wakes_nobody_who_waits_for_room),
     (Waiting, "leave", keeps_the_place_of_who_has_gone),
-    (Holders, "lost", believes_a_dead_worker_still_has_its_images),
     (Attempt, "with_files", sends_no_files_when_they_are_asked_for),
     (Attempt, "tickets", hears_no_encode_worker),
     (Attempt, "suspects", blames_no_encode_worker),

@@ -128,7 +128,6 @@ class Decisions:
     def on_down(self, worker: WorkerView, fault: str, now: float) -> list[RouterEffect]:
         """Its stream has ended, and with it what was under way there."""
         worker.up = False
-        self._holders.lost(worker)
         lost = WorkerLost(f"{worker.info.worker_id} (epoch {worker.info.epoch}) was lost: {fault or 'stream closed'}")
         effects: list[RouterEffect] = []
         on_board = [o for o in self._running.values() if o.attempt is not None and worker in o.attempt.legs]

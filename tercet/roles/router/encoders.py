@@ -35,11 +35,6 @@ class Holders:
         while len(self._of) > MOST_KNOWN:
             self._of.popitem(last=False)
 
-    def lost(self, worker: WorkerView) -> None:
-        """It is gone, with what it had."""
-        for digest in [digest for digest, view in self._of.items() if view is worker]:
-            del self._of[digest]
-
 
 def spread(
     images: Sequence[PromptImage], workers: Sequence[WorkerView], holders: Holders, history: History
