@@ -37,12 +37,11 @@ def weight_bytes(config: ModelConfig, spec: ModelSpec, role: Role = Role.DECODE,
     return (text + vision) * ITEM_BYTES[spec.dtype]
 
 
-def embedding_bytes(config: ModelConfig, blocks: int, dtype: str) -> int:
+def embedding_bytes(config: ModelConfig, blocks: int) -> int:
     """Of a worker's region by which embeddings cross."""
     if config.vision is None:
         return 0
-    item = ITEM_BYTES["bfloat16" if dtype == "gguf" else dtype]
-    return blocks * EMBEDDING_BLOCK * config.vision.levels * config.vision.out_size * item
+    return blocks * EMBEDDING_BLOCK * config.vision.levels * config.vision.out_size * ITEM_BYTES["float32"]
 
 
 def kv_bytes(config: ModelConfig, kv: KvSpec, dtype: str) -> int:
@@ -65,7 +64,7 @@ def refuse_too_large(spec: ClusterSpec, replicas: Mapping[Role, int], device: De
         weights = max(weights, its)
         cache = 0 if role is Role.ENCODE else kv_bytes(config, wanted.kv, spec.model.dtype)
         crossing = apart and role is not Role.DECODE
-        region = embedding_bytes(config, wanted.images.blocks, spec.model.dtype) if crossing else 0
+        region = embedding_bytes(config, wanted.images.blocks) if crossing else 0
         workers = count if device.kind == "cpu" else 1
         told = f"{workers} {role} with {_gib(cache)} of KV cache (kv.blocks {wanted.kv.blocks})"
         if role is Role.ENCODE:

@@ -1,10 +1,11 @@
 """Memory by which embeddings of images cross from encode workers to those that compute prompts, laid out as KV is
 (`transfer/memory/layout.py`), so that the mover carries them as it does KV: a level of an embedding is a layer, and a
-token has one head, of the text model's hidden size. Its blocks are held under a ledger as those of KV are."""
+token has one head, of the text model's hidden size. Its blocks are held under a ledger as those of KV are. Values are
+float32, in which nothing is lost, whatever the kernels at either end compute with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from tercet.core import Load, PromptImage, Ticket
 from tercet.engine.blocks import BlockPool, Hold
 from tercet.engine.prefix import PrefixIndex
 from tercet.models.vision.config import VisionConfig
-from tercet.spec import EMBEDDING_BLOCK, ModelSpec
+from tercet.spec import EMBEDDING_BLOCK
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
 
@@ -28,15 +29,11 @@ def image_ticket(ticket: Ticket, image: PromptImage, epoch: int) -> Ticket:
 class EmbeddingRegion:
     """Not thread-safe."""
 
-    def __init__(
-        self, config: VisionConfig, model: ModelSpec, blocks: int, on_free: Callable[[], None] = lambda: None
-    ) -> None:
-        """on_free: called whenever blocks have become free."""
-        dtype = "bfloat16" if model.dtype == "gguf" else model.dtype
-        layout = KvLayout(config.levels, blocks, EMBEDDING_BLOCK, 1, config.out_size, dtype, parts=1)
+    def __init__(self, config: VisionConfig, blocks: int) -> None:
+        layout = KvLayout(config.levels, blocks, EMBEDDING_BLOCK, 1, config.out_size, "float32", parts=1)
         self.memory = Region(layout)
-        self.pool = BlockPool(blocks, PrefixIndex(enabled=False), on_free)
-        flat = torch.frombuffer(self.memory.view, dtype=getattr(torch, dtype))
+        self.pool = BlockPool(blocks, PrefixIndex(enabled=False))
+        flat = torch.frombuffer(self.memory.view, dtype=torch.float32)
         self._values = flat.view(config.levels, blocks, EMBEDDING_BLOCK, config.out_size)
 
     def allocate(self, tokens: int, hold: Hold) -> list[int]:
@@ -44,10 +41,10 @@ class EmbeddingRegion:
         return self.pool.allocate(-(-tokens // EMBEDDING_BLOCK), hold)
 
     def write(self, blocks: Sequence[int], embeddings: Tensor) -> None:
-        """embeddings: [levels, tokens, hidden size]."""
+        """embeddings: [levels, tokens, hidden size], of any dtype."""
         levels, tokens, hidden = embeddings.shape
         whole = functional.pad(embeddings, (0, 0, 0, -tokens % EMBEDDING_BLOCK))
-        self._values[:, blocks] = whole.view(levels, len(blocks), EMBEDDING_BLOCK, hidden).cpu()
+        self._values[:, blocks] = whole.view(levels, len(blocks), EMBEDDING_BLOCK, hidden).float().cpu()
 
     def read(self, blocks: Sequence[int], tokens: int) -> Tensor:
         """-> a copy of what has landed, [levels, tokens, hidden size]."""

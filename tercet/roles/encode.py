@@ -139,9 +139,12 @@ class Encode(Handler):
         elif isinstance(error, TercetError):
             self._fail(outgoing, error)
         else:
-            log.error("an image of %s could not be encoded", outgoing.active.ticket, exc_info=error)
-            where = f"an image of {outgoing.active.ticket}"
-            self._fail(outgoing, EngineFault(f"{where}: unexpected {type(error).__name__}: {error}"))
+            self._unexpected(outgoing, error)
+
+    def _unexpected(self, outgoing: _Outgoing, error: BaseException) -> None:
+        log.error("an image of %s could not be encoded", outgoing.active.ticket, exc_info=error)
+        where = f"an image of {outgoing.active.ticket}"
+        self._fail(outgoing, EngineFault(f"{where}: unexpected {type(error).__name__}: {error}"))
 
     # ---- their way out
 
@@ -159,8 +162,12 @@ class Encode(Handler):
                 except Overloaded:
                     return
             self._ready.popleft()
-            if outgoing.given_up is None:
+            if outgoing.given_up is not None:
+                continue
+            try:
                 self._push(outgoing)
+            except Exception as error:  # a boundary between requests
+                self._unexpected(outgoing, error)
 
     def _push(self, outgoing: _Outgoing) -> None:
         assert outgoing.embeddings is not None

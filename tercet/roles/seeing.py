@@ -64,7 +64,7 @@ class Encoding(Part):
     async def start(self) -> None:
         who, spec = self._who, self._who.role_spec
         self._encoder = encoder_of(who, self._tower, self._kernels)
-        region = EmbeddingRegion(self._tower.config, who.spec.model, spec.images.blocks)
+        region = EmbeddingRegion(self._tower.config, spec.images.blocks)
         handler = Encode(self._legs, self._encoder, region, capacity(Role.ENCODE, spec.scheduler))
         transports = embedding_transports(who.spec.transfer.transport)
         config, on_event = who.mover_config(self.fingerprint), handler.on_event
@@ -83,7 +83,7 @@ class Landing(Part):
 
     async def start(self) -> None:
         who, transfer = self._who, self._who.spec.transfer
-        region = EmbeddingRegion(self._config, who.spec.model, who.role_spec.images.blocks)
+        region = EmbeddingRegion(self._config, who.role_spec.images.blocks)
         source = EncodeWorkers(asyncio.get_running_loop(), region, who.epoch, transfer.quarantine_blocks)
         config = who.mover_config(embedding_fingerprint(self._config, who.spec.model.dtype))
         transports = embedding_transports(transfer.transport)

@@ -232,3 +232,15 @@ async def test_a_cluster_is_ready_once_an_image_has_passed(tmp_path):
             assert load.encoder_cache_queries - load.encoder_cache_hits == 1
         finally:
             await gateway.stop()
+
+
+async def test_bfloat16_gives_the_same_tokens_in_every_topology(model):
+    """Kernels may compute in another dtype than the weights'."""
+    requests = [asked(model, chosen, seed)[0] for seed, chosen in enumerate(([0, 1], [2], [3, 1, 0]))]
+    found = {}
+    for topology in ("aggregated", "pd", "epd", "e-pd"):
+        whole = spec(model, topology)
+        narrow = whole.model_copy(update={"model": whole.model.model_copy(update={"dtype": "bfloat16"})})
+        async with cluster(narrow) as made:
+            found[topology] = [(await answered(made, request))[0] for request in requests]
+    assert all(tokens == found["aggregated"] for tokens in found.values()), found
