@@ -1,5 +1,6 @@
-"""A vision-language model for measuring, with random weights: the text model is of SmolLM2-135M's shape, the tower of
-Qwen2.5-VL's kind, and weighs as much beside the text as Qwen2.5-VL-7B's: the four patches of a token cost 0.4 of what the token costs the text."""
+"""A vision-language model for measuring, with random weights: its text model has SmolLM2-135M's shape; its tower is of
+Qwen2.5-VL's kind and as heavy beside the text as that of Qwen2.5-VL-7B, where the four patches of a token cost 0.4 of
+what the token costs the text."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ class Encode(Handler):
                 continue
             try:
                 self._push(outgoing)
-            except Exception as error:  # a boundary between requests
+            except Exception as error:  # noqa: BLE001  # a boundary between requests; it is logged
                 self._unexpected(outgoing, error)
 
     def _push(self, outgoing: _Outgoing) -> None:
