@@ -46,10 +46,10 @@ SCALE = 8  # tokens of the trace for one here
 PORT = 18400
 START_S = 180.0
 ENCODE, COMPUTE = {"cpu_affinity": [0]}, {"cpu_affinity": [1]}
-TOPOLOGIES: dict[str, dict[str, Any]] = {  # roles on two cores: each thread on the next of its role's cores
+TOPOLOGIES: dict[str, dict[str, Any]] = {  # roles on two cores; a third worker runs on either
     "aggregated": {"aggregated": {"replicas": 2, "cpu_affinity": [0, 1]}},
     "e-pd": {"encode": ENCODE, "aggregated": COMPUTE},
-    "epd": {"encode": ENCODE, "prefill": COMPUTE, "decode": COMPUTE},
+    "epd": {"encode": ENCODE, "prefill": COMPUTE, "decode": {}},
 }
 Figures = dict[str, float]
 
@@ -129,7 +129,7 @@ def workload(count: int, images: int, rate: float, seed: int) -> list[Asked]:
 async def send(session: aiohttp.ClientSession, asked: Asked) -> Figures:
     content = [{"type": "image_url", "image_url": {"url": _uri(image)}} for image in asked.images]
     body = {
-        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": asked.text}]}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": asked.text}, *content]}],
         "max_tokens": asked.output,
         "temperature": 0,
         "ignore_eos": True,
@@ -161,20 +161,17 @@ def median(found: Sequence[Figures], key: str) -> float:
 
 
 def peaks() -> Figures:
-    """MiB that each worker's process has taken at most."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=5) as reply:  # our own
-        assert reply.status == 200
-    status = json.loads(subprocess.run(_tercet("status", "--json"), capture_output=True, check=True).stdout)
+    """MiB that a worker's process of each role has taken at most since the last call, or since it began."""
+    command = [serve_command("encode", PORT, "", ())[0], "status", "--json", "--name", "bench-encode"]
+    status = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     found: Figures = {}
     for worker in status["workers"].values():
-        lines = Path(f"/proc/{worker['pid']}/status").read_text().splitlines()
+        process = Path(f"/proc/{worker['pid']}")
+        lines = (process / "status").read_text().splitlines()
         high = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         found[worker["role"]] = max(found.get(worker["role"], 0.0), high / 1024)
+        (process / "clear_refs").write_text("5")  # forget the highest so far: proc_pid_clear_refs(5)
     return found
-
-
-def _tercet(*arguments: str) -> list[str]:
-    return [*serve_command("encode", PORT, "", ())[:1], *arguments, "--name", "bench-encode"]
 
 
 def loops(url: str, rates: Sequence[float], counts: Sequence[int], rounds: int, requests: int) -> dict[str, Figures]:
@@ -216,13 +213,18 @@ def main(
         save_model(model)
         for topology in TOPOLOGIES:
             with serving(topology, model) as url:
-                told = everything[topology] = {"idle_mib": peaks()}
+                told = everything[topology] = {"start_mib": peaks()}
                 told["loops"] = loops(url, rate, images, rounds, requests)
                 told["alone_8_ms"] = alone(url, 8, rounds, 1)
                 told["seen_4_ms"] = alone(url, 4, rounds, 2, seen=True)
                 told["peak_mib"] = peaks()
-        cores, cold = {"encode": {"replicas": 2, "cpu_affinity": [0, 1]}}, {"encode": {"images": {"cache_bytes": 0}}}
-        for name, changes in (("two encode workers", cores), ("no cache", cold)):
+        free = {"cpu_affinity": None}  # two encode workers and another one have two cores
+        variants = {
+            "one encode worker": {"encode": free, "aggregated": free},
+            "two encode workers": {"encode": free | {"replicas": 2}, "aggregated": free},
+            "no cache": {"encode": {"images": {"cache_bytes": 0}}},
+        }
+        for name, changes in variants.items():
             with serving("e-pd", model, **changes) as url:
                 told = everything[name] = {"alone_8_ms": alone(url, 8, rounds, 1)}
                 told["seen_4_ms"] = alone(url, 4, rounds, 2, seen=True)

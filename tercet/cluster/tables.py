@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tercet.core import STAGES
+from tercet.core import STAGES, Role
 from tercet.placement.roles import Node, Placement, own_labels
-from tercet.spec import ClusterSpec
+from tercet.spec import EMBEDDING_BLOCK, ClusterSpec
 from tercet.wire.listening import address
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
         title=f"cluster {spec.name}: {spec.model.source}, {spec.model.dtype}, topology {spec.topology}",
         caption=f"gateway at {address(http.host, http.port)} (HTTP) and {address(grpc.host, grpc.port)} (gRPC)",
     )
-    for column in ("member", "role", "pool", "node", "takes", "KV cache"):
+    for column in ("member", "role", "pool", "node", "takes", "memory for"):
         table.add_column(column, overflow="fold")
     table.add_row("gateway", "", "", _place(placement.gateway), "", "")
     for worker in placement.workers:
@@ -32,7 +32,9 @@ def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
         threads = f"{role.threads} thread{'s' if role.threads > 1 else ''}"
         if worker.cores:
             threads += f" on core{'s' if len(worker.cores) > 1 else ''} {', '.join(map(str, worker.cores))}"
-        cache = f"{role.kv.blocks * role.kv.block_size:,} tokens"
+        cache = f"{role.kv.blocks * role.kv.block_size:,} tokens of KV"
+        if worker.role is Role.ENCODE:
+            cache = f"{role.images.blocks * EMBEDDING_BLOCK:,} tokens of images"
         table.add_row(worker.worker_id, worker.role, role.pool, _place(worker.node), f"{takes}, {threads}", cache)
     return table
 

@@ -81,6 +81,7 @@ RUN_BY = {
             "python -m tests.soak",
             "python -m benchmarks.gateway",
             "python -m benchmarks.topologies",
+            "python -m benchmarks.encode",
             "python -m benchmarks.transfer_tail",
         ),
         f"{HERE}:test_a_long_command_in_short",
@@ -229,10 +230,11 @@ SHORT = {
     "soak": [*MAKE, "soak", "ARGS=--minutes 0.1 --transports tcp"],
     "gateway": [str(BIN / "python"), "-m", "benchmarks.gateway", "--rounds", "1", "--tokens", "4"],
     "topologies": [str(BIN / "python"), "-m", "benchmarks.topologies", "--rounds", "1", "--prompts", "1"],
+    "encode": [str(BIN / "python"), "-m", "benchmarks.encode", "--rounds", "1", "--requests", "2", "--images", "1"],
     "transfer_tail": [str(BIN / "python"), "-m", "benchmarks.transfer_tail", "--rounds", "1", "--only", "tcp"],
 }
 
-MARKS = {"topologies": pytest.mark.slow}  # two clusters with the real model
+MARKS = dict.fromkeys(("topologies", "encode"), pytest.mark.slow)  # several clusters with large models
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in SHORT])
