@@ -187,6 +187,8 @@ class Legs:
         end, computes = 0, leg.kind in (Role.PREFILL, Role.AGGREGATED)
         if leg.images and computes and self.images is None:
             raise InvalidRequest("this model takes no images")
+        if not leg.images and leg.kind is Role.ENCODE:
+            raise ProtocolViolation("a leg to encode no images")
         takes_files = computes and self.images is not None and self.images.takes_files
         for image in leg.images:
             tiles, rows, columns = image.grid

@@ -38,7 +38,7 @@ def staged(monkeypatch, which: set[Role]) -> None:
 
     def start(self, *args):
         nonlocal roles
-        roles = iter([self._role])
+        roles = iter([self._who.role])
         return real_start(self, *args)
 
     def cache_of(region, dtype, device):
@@ -79,7 +79,7 @@ async def test_handovers_between_caches_give_the_same_tokens(which, transport, m
     spec = spec_of("pd", decoders=1, source=tiny_model(), transfer__transport=transport, scheduler__token_budget=48)
     async with cluster(spec) as made:
         for worker in made.workers.values():
-            assert isinstance(worker.engine._executor._runner._cache, StagedCache) == (worker._role in which)
+            assert isinstance(worker.engine._executor._runner._cache, StagedCache) == (worker._who.role in which)
         assert await tokens_of(made, PROMPTS) == wanted
         assert await tokens_of(made, PROMPTS) == wanted
 

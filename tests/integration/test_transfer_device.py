@@ -22,7 +22,7 @@ from tercet.core import Role
 from tercet.engine.kv_cache import cache_of
 from tercet.errors import ClusterError, PeerDown, PeerMismatch, ProtocolViolation, SpecError, UnsupportedSpec
 from tercet.kernels.kinds import Kernels
-from tercet.roles import worker
+from tercet.roles import computing, memory
 from tercet.spec import ClusterSpec, TransferSpec
 from tercet.transfer.memory.device import DeviceUnits
 from tercet.transfer.memory.layout import KvLayout, Pair, Units, runs_of
@@ -215,15 +215,15 @@ async def test_the_tokens_are_those_of_host_memory(cls, monkeypatch):
         regions[-1].bytes.fill_(0xFF)
         return regions[-1]
 
-    monkeypatch.setattr(worker, "_region_of", region_of)
-    monkeypatch.setattr(worker, "usable", lambda name: [cls()])
+    monkeypatch.setattr(computing, "region_of", region_of)
+    monkeypatch.setattr(computing, "usable", lambda name: [cls()])
     async with cluster(spec_of("pd", source=tiny_model())) as made:
         assert await tokens(made) == expected
         result = (await made.generate(prompts[-1], max_tokens=2))[1]
         assert result.times.transport == cls.name
         broken = next(iter(made.workers.values()))
         await broken.health()
-        broken._region.broken = "the GPU's driver has failed: out of order"
+        broken._parts[0]._region.broken = "the GPU's driver has failed: out of order"
         with pytest.raises(ClusterError, match="driver has failed: out of order"):
             await broken.health()
     assert len(regions) == 3
@@ -387,7 +387,7 @@ def test_without_a_gpu_it_is_refused_before_anything_starts(name):
     with pytest.raises(SpecError, match=rf"transfer\.transport: {name} cannot be used here: "):
         preflight.refuse_missing_transport(spec)
     with pytest.raises(SpecError, match=f"{name} cannot be used here"):
-        worker._region_of(LAYOUT, name, Kernels(), [])
+        memory.region_of(LAYOUT, name, Kernels(), [])
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
@@ -400,10 +400,10 @@ def test_a_pool_of_cpus_is_refused(name):
 
 
 def test_a_full_gpu_is_named(monkeypatch):
-    monkeypatch.setattr(worker, "usable", lambda name: [])
+    monkeypatch.setattr(memory, "usable", lambda name: [])
     monkeypatch.setattr("tercet.transfer.memory.cuda.CudaGpu", lambda device, copy_runs: SharedGpu())
     monkeypatch.setattr(SharedGpu, "allocate", failing("cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY, out of memory"))
     with pytest.raises(
         UnsupportedSpec, match=r"cuda_ipc: no .* GB for 8 blocks of KV in the GPU's memory: .*OUT_OF_MEMORY"
     ):
-        worker._region_of(LAYOUT, "cuda_ipc", Kernels(), [])
+        memory.region_of(LAYOUT, "cuda_ipc", Kernels(), [])

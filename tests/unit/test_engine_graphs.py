@@ -18,7 +18,8 @@ from tercet.engine.inputs import FLOAT32, INT32, INT64, Arrays
 from tercet.engine.plan import StepPlan
 from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_model
-from tercet.roles import worker
+from tercet.roles import computing
+from tercet.roles.part import Identity
 from tercet.spec import ClusterSpec, ModelSpec, RoleSpec, SchedulerSpec
 from tests.engines import Running, load_tiny
 from tests.tiny import CONTEXT, VOCAB, tiny_model
@@ -121,13 +122,13 @@ def test_a_size_above_the_largest_batch_is_refused():
 
 @pytest.mark.parametrize(("role", "sizes"), [(Role.DECODE, [4, 2, 1]), (Role.PREFILL, [])])
 def test_only_who_decodes_captures(role, sizes, monkeypatch):
-    monkeypatch.setattr(worker, "CudaRecorder", lambda device: None)
+    monkeypatch.setattr(computing, "CudaRecorder", lambda device: None)
     captured: list[int] = []
     runner = SimpleNamespace(capture=lambda wanted, max_context, recorder: captured.extend(wanted))
     spec = ClusterSpec(
         roles={each: RoleSpec(scheduler=SchedulerSpec(max_running=4)) for each in (Role.PREFILL, Role.DECODE)}
     )
-    made = worker.Worker("worker-0", role, 1, spec, "127.0.0.1", "secret")
-    made._kernels = Kernels("triton", torch.device("cuda", 0))
+    who = Identity("worker-0", role, 1, spec, "127.0.0.1", "secret", (role,), ())
+    made = computing.Computing(who, None, SimpleNamespace(fingerprint=""), Kernels("triton", torch.device("cuda", 0)))
     made._capture(runner, CONTEXT)
     assert captured == sizes

@@ -95,7 +95,7 @@ async def test_the_engine_runs_on_its_core_alone():
     worker = Worker("w", Role.DECODE, 1, spec_of("pd"), "127.0.0.1", TOKEN, cores=[core])
     await worker.start()
     try:
-        assert os.sched_getaffinity(worker._thread.native_id) == {core}
+        assert os.sched_getaffinity(worker._parts[0]._thread.native_id) == {core}
         assert os.sched_getaffinity(0) >= {core}
     finally:
         await worker.stop()

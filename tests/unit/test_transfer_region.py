@@ -8,7 +8,7 @@ import os
 import pytest
 
 from tercet.errors import UnsupportedSpec
-from tercet.roles.worker import _host_region
+from tercet.roles.memory import _host_region
 from tercet.transfer.memory import region
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import Region
