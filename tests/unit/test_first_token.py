@@ -82,7 +82,7 @@ async def decode():
     stream = SimpleNamespace(failed=lambda _, error: made.failed.append(error), token=None)
     timer = SimpleNamespace(cancel=lambda: None)
     active = SimpleNamespace(
-        leg=leg, ticket=TICKET, stream=stream, timer=timer, sequence=Sequence(TICKET, [1], 1, None)
+        leg=leg, ticket=TICKET, stream=stream, timer=timer, sequence=Sequence(TICKET, [1], 1, None), unseen={}
     )
     made.legs._active[TICKET] = active
     made._incoming[TICKET] = _Incoming(active)
