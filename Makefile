@@ -13,13 +13,17 @@ GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack mu
   hypothesis iniconfig pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench gpu-check gpu-wheels clean setup extras
+.PHONY: help demo demo-vision serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench gpu-check gpu-wheels clean setup extras
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: setup  ## Start a cluster, ask it one question, show what each stage took, stop it
 	$(BIN)/tercet demo $(SPEC) $(ARGS)
+
+demo-vision: setup  ## The same with a model that sees, about two pictures that its training did not see
+	$(BIN)/python -m examples.shapes.pictures build/pictures
+	$(BIN)/tercet demo configs/local-vision.yaml --image build/pictures/1.png --image build/pictures/2.png $(ARGS)
 
 serve: setup  ## Serve until Ctrl-C; ARGS="--set gateway.http.port=18000" for another port, SPEC=... for another spec
 	@exec $(BIN)/tercet serve $(SPEC) $(ARGS)

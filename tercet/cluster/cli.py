@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -145,11 +146,17 @@ def doctor() -> None:
 
 
 @app.command()
-def demo(spec: SpecPath, settings: Settings = None) -> None:
+def demo(
+    spec: SpecPath,
+    settings: Settings = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Ask what is in this picture instead; again for more.")
+    ] = None,
+) -> None:
     """Start a cluster, ask it one question, show the answer and what each stage took, and stop it."""
     from tercet.cluster.demo import ask
 
-    _serve(load_spec(spec, settings or ()), _announce, ask)
+    _serve(load_spec(spec, settings or ()), _announce, partial(ask, images=image or ()))
 
 
 @app.command()

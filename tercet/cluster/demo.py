@@ -1,12 +1,15 @@
-"""What `make demo` does once the cluster is ready: one question over HTTP, its answer as it comes, one table."""
+"""What `make demo` does once the cluster is ready: one question over HTTP, its answer as it comes, one table; and
+`make demo-vision` the same for each of some pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from tercet.client import Client
+from tercet.client import Client, Messages, image_part
 from tercet.cluster.tables import timings_table
 from tercet.errors import WorkerLost
 
@@ -14,14 +17,23 @@ if TYPE_CHECKING:
     from tercet.roles.gateway.gateway import GatewayInfo
 
 QUESTION = "What is the capital of France?"
+ABOUT_IMAGE = "What is in the picture?"
 MAX_TOKENS = 64
 
 
-def ask(info: GatewayInfo) -> None:
-    """Raises TercetError if the answer does not come whole."""
+def ask(info: GatewayInfo, images: Sequence[Path] = ()) -> None:
+    """Without images QUESTION, else of each ABOUT_IMAGE. Raises TercetError if an answer does not come whole."""
+    if not images:
+        _ask(info, QUESTION, QUESTION)
+    for image in images:
+        content = [image_part(image), {"type": "text", "text": ABOUT_IMAGE}]
+        _ask(info, f"{image} {ABOUT_IMAGE}", [{"role": "user", "content": content}])
+
+
+def _ask(info: GatewayInfo, shown: str, messages: Messages) -> None:
     console = Console()
-    console.print(f"\n> {QUESTION}", style="bold", highlight=False)
-    with Client(info.http_url).stream(QUESTION, temperature=0, max_tokens=MAX_TOKENS) as answer:
+    console.print(f"\n> {shown}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    with Client(info.http_url).stream(messages, temperature=0, max_tokens=MAX_TOKENS) as answer:
         for piece in answer:
             console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     console.print("\n")

@@ -10,7 +10,8 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -20,7 +21,7 @@ from pydantic_core import ErrorDetails
 from tercet.cluster.unbuilt import refuse_unbuilt
 from tercet.cluster.yaml_tree import YamlTree, read_yaml
 from tercet.errors import ModelFileMissing, SpecError, UnsupportedSpec
-from tercet.models.source_path import PACKAGE, source_path
+from tercet.models.source_path import PACKAGE, source_path, tower_path
 from tercet.spec import ClusterSpec
 
 
@@ -35,21 +36,31 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> ClusterSpec:
         refuse_unbuilt(spec)
     except UnsupportedSpec as error:
         raise UnsupportedSpec(_located(tree, str(error))) from error
-    return _with_absolute_source(spec, tree)
+    return _with_absolute_paths(spec, tree)
 
 
-def _with_absolute_source(spec: ClusterSpec, tree: YamlTree) -> ClusterSpec:
-    try:
-        path = source_path(spec.model.source)
-        if spec.model.source.startswith(PACKAGE):
+def _with_absolute_paths(spec: ClusterSpec, tree: YamlTree) -> ClusterSpec:
+    model = spec.model
+    with _missing(tree, "model.source"):
+        source = source_path(model.source)
+        if model.source.startswith(PACKAGE):
             from tercet.models.sources import locate  # only now: huggingface_hub, numpy
 
-            locate(spec.model)
+            locate(model)
+    with _missing(tree, "model.vision"):
+        vision = None if model.vision is None else tower_path(model.vision)
+    found = {"source": source, "vision": vision}
+    absolute = {name: str(path) for name, path in found.items() if path is not None}
+    return spec.model_copy(update={"model": model.model_copy(update=absolute)})
+
+
+@contextmanager
+def _missing(tree: YamlTree, key: str) -> Iterator[None]:
+    """Puts the key, with file and line, before what is said of a file that it names."""
+    try:
+        yield
     except ModelFileMissing as error:
-        raise ModelFileMissing(_located(tree, f"model.source: {error}")) from error
-    if path is None:
-        return spec
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"source": str(path)})})
+        raise ModelFileMissing(_located(tree, f"{key}: {error}")) from error
 
 
 def _validate(tree: YamlTree) -> ClusterSpec:

@@ -31,10 +31,9 @@ def weight_bytes(config: ModelConfig, spec: ModelSpec, role: Role = Role.DECODE,
     model; else those that compute prompts have it."""
     sees = role is Role.ENCODE if apart else role is not Role.DECODE
     vision = config.vision.weights if config.vision is not None and sees else 0
-    if spec.dtype == "gguf":
-        return locate(spec).stat().st_size
-    text = 0 if role is Role.ENCODE else weight_count(config)
-    return (text + vision) * ITEM_BYTES[spec.dtype]
+    item = ITEM_BYTES["bfloat16" if spec.dtype == "gguf" else spec.dtype]
+    text = locate(spec).stat().st_size if spec.dtype == "gguf" else weight_count(config) * item
+    return (0 if role is Role.ENCODE else text) + vision * item
 
 
 def embedding_bytes(config: ModelConfig, blocks: int) -> int:

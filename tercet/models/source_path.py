@@ -22,6 +22,15 @@ def as_path(source: str) -> Path | None:
     return Path(path) if looks_so or os.path.exists(path) else None
 
 
+def tower_path(vision: str) -> Path:
+    """The absolute path of the directory that a spec's model.vision names. Raises ModelFileMissing."""
+    path = Path(os.path.abspath(os.path.expanduser(vision)))
+    if not (path / "config.json").is_file():
+        missing = "has no config.json" if path.is_dir() else "there is no such directory"
+        raise ModelFileMissing(f"{path}: {missing}; a vision tower is a directory with config.json")
+    return path
+
+
 def source_path(source: str) -> Path | None:
     """The file or directory that a source names; None for a package or a hub id. Raises ModelFileMissing."""
     path = as_path(source)

@@ -24,7 +24,8 @@ from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import config_from_gguf
 from tercet.models.config_hf import config_from_hf
 from tercet.models.gguf_file import GgufFile
-from tercet.models.source_path import PACKAGE, as_path, source_path
+from tercet.models.source_path import PACKAGE, as_path, source_path, tower_path
+from tercet.models.vision.apart import chat_template, with_tower
 from tercet.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -55,8 +56,17 @@ def load_config(spec: ModelSpec) -> ModelConfig:
     path = locate(spec)
     with _named(path):
         if path.suffix == ".gguf":
-            return config_from_gguf(GgufFile(path), spec.max_context)
-        return config_from_hf(path, spec.max_context)
+            return _seeing(config_from_gguf(GgufFile(path), spec.max_context), spec)
+        return _seeing(config_from_hf(path, spec.max_context), spec)
+
+
+def _seeing(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
+    """With the tower that the spec puts before it."""
+    if spec.vision is None:
+        return config
+    directory = tower_path(spec.vision)
+    with _named(directory):
+        return with_tower(config, directory)
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
@@ -65,10 +75,11 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     from tercet.models.tokenizer_hf import tokenizer_from_hf
 
     path = locate(spec)
+    template = None if spec.vision is None else chat_template(tower_path(spec.vision))
     with _named(path):
         if path.suffix == ".gguf":
-            return tokenizer_from_gguf(GgufFile(path), spec.control_tokens_in_text)
-        return tokenizer_from_hf(path, load_config(spec).eos_token_ids, spec.control_tokens_in_text)
+            return tokenizer_from_gguf(GgufFile(path), spec.control_tokens_in_text, template)
+        return tokenizer_from_hf(path, load_config(spec).eos_token_ids, spec.control_tokens_in_text, template)
 
 
 def load_model(spec: ModelSpec, kernels: Kernels | None = None) -> LoadedModel:
@@ -93,28 +104,28 @@ def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel
         raise UnsupportedSpec(f"model.dtype: gguf takes native kernels, and this worker computes with {kernels}")
     if path.suffix == ".gguf":
         file = GgufFile(path)
-        config = config_from_gguf(file, spec.max_context)
+        config = _seeing(config_from_gguf(file, spec.max_context), spec)
         return build_model(config, GgufWeights(file, config), dtype, kernels)
     from tercet.models.vocabulary_hf import end_token_ids
 
-    config = config_from_hf(path, spec.max_context)
+    config = _seeing(config_from_hf(path, spec.max_context), spec)
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))
     return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels)
 
 
 def load_vision(spec: ModelSpec, kernels: Kernels) -> VisionTower:
-    """What makes embeddings of patches. Raises as `load_model` does."""
+    """What makes embeddings of patches; of a model in GGUF's blocks, in bfloat16. Raises as `load_model` does."""
     import torch
 
     from tercet.models.vision.loader import build_tower
     from tercet.models.weights import SafetensorsWeights
 
-    path = locate(spec, weights=True)
+    path, vision = locate_tower(spec, weights=True), load_config(spec).vision
     with _named(path):
-        vision = load_config(spec).vision
         if vision is None:
             raise UnsupportedModel(f"{path}: this model takes no images")
-        return build_tower(vision, SafetensorsWeights(path), getattr(torch, spec.dtype), kernels)
+        dtype = "bfloat16" if spec.dtype == "gguf" else spec.dtype
+        return build_tower(vision, SafetensorsWeights(path), getattr(torch, dtype), kernels)
 
 
 def refuse_blocks(spec: ModelSpec, path: Path) -> None:
@@ -137,6 +148,11 @@ def locate(spec: ModelSpec, weights: bool = False) -> Path:
     if spec.source.startswith(PACKAGE):
         return _in_package(spec.source.removeprefix(PACKAGE))
     return source_path(spec.source) or _from_hub(spec.source, weights)
+
+
+def locate_tower(spec: ModelSpec, weights: bool = False) -> Path:
+    """-> the directory of what makes embeddings of images: its weights and its settings. As `locate`."""
+    return locate(spec, weights) if spec.vision is None else tower_path(spec.vision)
 
 
 def _in_package(name: str) -> Path:

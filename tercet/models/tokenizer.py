@@ -84,6 +84,10 @@ class Tokenizer:
         stream = (ByteStream if self._texts.are_bytes else WindowStream)(self._texts, prompt_ids)
         return stream if self._clean is None else CleanStream(stream, self._clean)
 
+    def is_control(self, token_id: int) -> bool:
+        """Whether a message's text cannot have it, unless the spec says that control tokens in one are parsed."""
+        return token_id in self._control_ids()
+
     def token_text(self, token_id: int) -> str:
         """One token alone, special or not; U+FFFD where it holds a part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")

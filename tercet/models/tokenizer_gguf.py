@@ -64,8 +64,10 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def tokenizer_from_gguf(file: GgufFile, control_tokens_in_text: bool) -> Tokenizer:
-    """Raises UnsupportedModel naming what is not supported, ModelFileCorrupt for a vocabulary that does not fit."""
+def tokenizer_from_gguf(file: GgufFile, control_tokens_in_text: bool, template: str | None = None) -> Tokenizer:
+    """template: in the place of the file's own.
+
+    Raises UnsupportedModel naming what is not supported, ModelFileCorrupt for a vocabulary that does not fit."""
     kind = str(file.require("tokenizer.ggml.model"))
     if kind not in BUILDERS:
         raise UnsupportedModel(
@@ -75,7 +77,7 @@ def tokenizer_from_gguf(file: GgufFile, control_tokens_in_text: bool) -> Tokeniz
     ends = eos_token_ids(file)
     backend = BUILDERS[kind](file)
     _add_special(backend, file, ends)
-    return Tokenizer(backend, ends, _template(file), control_tokens_in_text=control_tokens_in_text)
+    return Tokenizer(backend, ends, _template(file, template), control_tokens_in_text=control_tokens_in_text)
 
 
 def _byte_level(file: GgufFile) -> tokenizers.Tokenizer:
@@ -155,8 +157,8 @@ def _around(file: GgufFile, name: str) -> list[int]:
     return [token_id] if token_id is not None and file.scalar(f"tokenizer.ggml.add_{name}_token", usual) else []
 
 
-def _template(file: GgufFile) -> ChatTemplate | None:
-    text = file.scalar("tokenizer.chat_template")
+def _template(file: GgufFile, given: str | None) -> ChatTemplate | None:
+    text = file.scalar("tokenizer.chat_template") if given is None else given
     if text is None:
         return None
     if not isinstance(text, str):

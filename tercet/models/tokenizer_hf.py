@@ -14,14 +14,17 @@ from tercet.models.tokenizer import Tokenizer
 from tercet.models.vocabulary_hf import end_of, read_vocabulary
 
 
-def tokenizer_from_hf(directory: Path, eos_token_ids: tuple[int, ...], control_tokens_in_text: bool) -> Tokenizer:
-    """eos_token_ids: those of the model's configs; the tokenizer's own is added. Raises ModelFileMissing,
-    ModelFileCorrupt, UnsupportedModel."""
+def tokenizer_from_hf(
+    directory: Path, eos_token_ids: tuple[int, ...], control_tokens_in_text: bool, template: str | None = None
+) -> Tokenizer:
+    """eos_token_ids: those of the model's configs; the tokenizer's own is added. template: in the place of the
+    directory's own. Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
     found = read_vocabulary(directory)
     ends = tuple(dict.fromkeys((*eos_token_ids, *end_of(found))))
     is_bpe = isinstance(found.backend_tokenizer.model, models.BPE)
     clean = found.clean_up_tokenization if found.clean_up_tokenization_spaces and not is_bpe else None
-    return Tokenizer(found.backend_tokenizer, ends, _template(directory, found), clean, control_tokens_in_text)
+    chat = _template(directory, found) if template is None else ChatTemplate(template, found.special_tokens_map)
+    return Tokenizer(found.backend_tokenizer, ends, chat, clean, control_tokens_in_text)
 
 
 def _template(directory: Path, found: PreTrainedTokenizerFast) -> ChatTemplate | None:

@@ -12,7 +12,7 @@ from functools import partial
 
 from tercet.core import Role
 from tercet.kernels.kinds import Kernels
-from tercet.models.sources import locate
+from tercet.models.sources import locate_tower
 from tercet.models.vision.config import VisionConfig
 from tercet.models.vision.tower import VisionTower
 from tercet.roles.embedding_region import EmbeddingRegion
@@ -97,7 +97,7 @@ def encoder_of(who: Identity, tower: VisionTower, kernels: Kernels) -> Encoder:
     from tercet.models.vision.processor import ImageProcessor  # it imports transformers' image processors
 
     return Encoder(
-        ImageProcessor(locate(who.spec.model), tower.config).patches,
+        ImageProcessor(locate_tower(who.spec.model), tower.config).patches,
         tower.encode,
         tower.config.merge,
         who.role_spec.images,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine import BIN, ROOT, Machine, Served, is_ready, new_machine, until
+from tests.machine import BIN, ROOT, Machine, Served, free_port, is_ready, new_machine, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(170)]
 
@@ -25,9 +25,11 @@ TARGETS = dict(re.findall(r"^([a-z][a-z-]*):([^#=\n]*)", MAKEFILE, re.MULTILINE)
 COMMAND = re.compile(r"^    ((?:make|tercet|curl|ray|python) (?:.*\\\n)*.*)$", re.MULTILINE)
 MEASURED = re.compile(r"`(python -m [^`]*)`")
 PARTS = {"proto-check", "pytest", "pytest-clusters", "pytest-rest"}  # of `test`, which nobody types
+ANYWHERE = "--set gateway.http.port=0 --set gateway.grpc.port=0 --set ray.address=local"
 MAKE = "make", "-o", ".venv/.stamp"  # a Makefile younger than the environment would have it installed anew
 
 HERE, CLI = "tests/field/test_commands.py", "tests/unit/test_cli.py"
+SEEING = f"{HERE}:test_what_the_readme_types_about_pictures"
 CLUSTER = "tests/integration/test_ray_cluster.py"
 GPU = "tests/unit/test_gpu_check.py"
 ON_TINY = f"{HERE}:test_what_the_readme_types_against_a_served_cluster"
@@ -42,6 +44,10 @@ RUN_BY = {
     "make clean": f"{HERE}:test_make_clean_removes_what_was_made_and_nothing_else",
     "make proto": f"{HERE}:test_make_proto_writes_what_is_committed",
     "make demo": f"{HERE}:test_make_demo_answers_and_says_what_each_stage_took",
+    "make demo-vision": f"{HERE}:test_make_demo_vision_says_what_is_in_each_picture",
+    **dict.fromkeys(
+        ("tercet serve configs/local-vision.yaml", 'tercet chat "What is in the picture?" --image a.png'), SEEING
+    ),
     "make serve": ON_TINY,
     "make bench": ON_TINY,
     "make gpu-wheels": f"{GPU}:test_the_wheels_are_few_and_all_that_is_missing",
@@ -216,6 +222,36 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     asked = f"--base-url http://127.0.0.1:{port} {loads}"
     assert "output throughput" in typed(shlex.join([*MAKE, "bench", f"ARGS={asked}"]))
     assert typed("tercet down") == "cluster typed is down\n"
+    assert process.wait(30) == 0, served.log
+    until(lambda: not machine.left(), 20)
+
+
+def test_make_demo_vision_says_what_is_in_each_picture(machine):
+    done = machine.run(*MAKE, "demo-vision", f"ARGS={ANYWHERE}", seconds=150)
+    assert done.returncode == 0, done.stderr
+    for told in ("There is a purple circle in the lower left.", "There is the digit 2 in blue."):
+        assert told in done.stdout
+    assert done.stdout.count("attempts") == 2  # a table for each
+    assert not machine.left()
+
+
+def test_what_the_readme_types_about_pictures(machine):
+    """And what examples/shapes/README.md does."""
+    port = free_port()
+    spec = shlex.split(f"{ANYWHERE} --set gateway.http.port={port}")
+    process = machine.start("tercet", "serve", "configs/local-vision.yaml", *spec)
+    served = Served(machine, process, "local-vision", port)
+    until(lambda: process.poll() is not None or is_ready(served.client()), 90)
+    assert process.poll() is None, served.log
+    drawn = machine.run(sys.executable, "-m", "examples.shapes.pictures", str(machine.folder))
+    assert "1.png: one purple circle, lower left\n" in drawn.stdout
+    asked = machine.run("tercet", "chat", "What is in the picture?", "--image", f"{machine.folder}/1.png")
+    assert asked.stdout == "There is a purple circle in the lower left.\n"
+    counted = machine.run(
+        *(sys.executable, "-m", "examples.ask_shapes", "--pictures", "5", "--url", f"http://127.0.0.1:{port}")
+    )
+    assert len(re.findall(r"[45] of 5", counted.stdout)) == 6, (counted.stdout, counted.stderr)
+    assert machine.run("tercet", "down").returncode == 0
     assert process.wait(30) == 0, served.log
     until(lambda: not machine.left(), 20)
 

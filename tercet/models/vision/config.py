@@ -34,6 +34,7 @@ class VisionConfig:
     image_token: int  # id of the token in whose place an embedding stands
     norm_eps: float = 1e-6
     rope_theta: float | None = None  # of axial RoPE
+    framed: bool = True  # Idefics3: marks of its own stand around the tokens of an image, and of each of its tiles
     positions: int = 0  # side of the square of learned positions; 0: none
     window: int = 0  # pixels of a side; 0: no windows
     full_layers: tuple[int, ...] = ()  # that attend to the whole tile where others attend to a window

@@ -61,7 +61,7 @@ class ImagePrompts:
 
     def _inner(self, width: int, height: int, tokens: int) -> list[int]:
         """What stands in the place of an image's token; tokens: of each tile."""
-        if self._config.family != "idefics3":
+        if self._config.family != "idefics3" or not self._config.framed:
             return [self._config.image_token] * tokens
         down, across = self._sizes.tiles(width, height)
         tile = self._image * tokens

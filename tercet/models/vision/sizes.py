@@ -49,6 +49,10 @@ class ImageSizes:
                 }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelFileCorrupt(f"{path}: the image processor's sizes cannot be read: {error!r}") from error
+        if not config.framed and self._splits:
+            raise UnsupportedModel(
+                f"{path}: do_image_splitting: a tower that stands apart takes images whole; use false"
+            )
         for name, (its, wanted) in ours.items():
             if its != wanted:
                 raise ModelFileCorrupt(f"{path}: {name} of the image processor is {its}, the model's is {wanted}")

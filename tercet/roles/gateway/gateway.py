@@ -21,8 +21,9 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tercet.core import Role, WorkerInfo
+from tercet.errors import UnsupportedModel
 from tercet.metrics import Metrics
-from tercet.models.sources import load_config, load_tokenizer, locate, served_name
+from tercet.models.sources import load_config, load_tokenizer, locate_tower, served_name
 from tercet.models.tokenizer import Tokenizer
 from tercet.models.vision.config import VisionConfig
 from tercet.models.vision.prompt import ImagePrompts
@@ -72,7 +73,7 @@ def load_served_model(spec: ModelSpec) -> ServedModel:
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,
         max_context=min(spec.max_context, config.max_context),
-        images=None if config.vision is None else _images(config.vision, locate(spec), tokenizer),
+        images=None if config.vision is None else _images(config.vision, locate_tower(spec), tokenizer),
     )
 
 
@@ -81,7 +82,14 @@ def _images(config: VisionConfig, directory: Path, tokenizer: Tokenizer) -> Imag
     settings = processor_settings(directory)
     sizes = ImageSizes(config, settings, directory)
     encode, image = partial(tokenizer.encode, add_special=False), tokenizer.token_text(config.image_token)
-    return ImagePrompts(config, sizes, encode, image, json.dumps([asdict(config), settings], sort_keys=True))
+    if not tokenizer.is_control(config.image_token):
+        raise UnsupportedModel(
+            f"{directory / 'config.json'}: image_token_id {config.image_token} is {image!r} in the vocabulary, which "
+            "any text may have; it must be a control token"
+        )
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.glob("*.safetensors")]
+    told = json.dumps([asdict(config), settings, sorted(weights)], sort_keys=True)
+    return ImagePrompts(config, sizes, encode, image, told)
 
 
 class Gateway:

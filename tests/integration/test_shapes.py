@@ -1,0 +1,80 @@
+"""configs/local-vision.yaml through real workers and a gateway: right answers about pictures that the training of its
+tower did not see, with the text model's weights in every form that they may have."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from examples.ask_shapes import is_right, message
+from examples.shapes.pictures import HELD_OUT, seen
+from examples.shapes.questions import QUESTIONS
+from tercet.client import Client
+from tercet.cluster.spec_file import load_spec
+from tercet.roles.gateway.gateway import Gateway
+from tests.helpers import TOKEN, cluster
+from tests.machine import ROOT
+
+PICTURES = range(HELD_OUT + 1000, HELD_OUT + 1010)
+
+
+class Seeing:
+    """A client of a gateway over real workers, in this process."""
+
+    def __init__(self, *settings):
+        anywhere = ("gateway.http.port=0", "gateway.grpc.port=0")
+        self._spec = load_spec(ROOT / "configs/local-vision.yaml", [*anywhere, *settings])
+
+    async def __aenter__(self):
+        self._cluster = cluster(self._spec)
+        made = await self._cluster.__aenter__()
+        self._gateway = Gateway(self._spec, TOKEN, made.router)
+        return Client((await self._gateway.start()).http_url)
+
+    async def __aexit__(self, *raised):
+        await self._gateway.stop()
+        await self._cluster.__aexit__(*raised)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.dtype=bfloat16"],
+        ["model.dtype=float32"],
+        ["model.dtype=gguf"],
+        ["topology=epd", "roles.encode.pool=cpu"],
+    ],
+    ids=" ".join,
+)
+async def test_answers_are_right(settings, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    async with Seeing(*settings) as client:
+        asked = [(kind, seed) for kind in QUESTIONS for seed in PICTURES]
+        right = dict(zip(asked, [await asyncio.to_thread(is_right, client, *each) for each in asked], strict=True))
+    for kind in QUESTIONS:
+        assert sum(right[kind, seed] for seed in PICTURES) >= len(PICTURES) - 1, (kind, right)
+
+
+async def test_a_text_is_answered_as_without_the_tower(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    question, options = "What is the capital of France?", {"temperature": 0, "max_tokens": 8}
+    async with Seeing() as client:
+        seeing = await asyncio.to_thread(client.chat, question, **options)
+    async with Seeing("model.vision=null") as client:
+        bare = await asyncio.to_thread(client.chat, question, **options)
+    assert seeing.token_ids == bare.token_ids
+    assert seeing.text == bare.text
+    assert "Paris" in bare.text
+
+
+async def test_a_later_turn_still_sees(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, image = seen(PICTURES[0])
+    async with Seeing() as client:
+        turns = [message(image, "What is in the picture?")]
+        for question in ("What colour is it?", "What colour is it?"):
+            said = await asyncio.to_thread(client.chat, turns, temperature=0, max_tokens=40)
+            turns += [{"role": "assistant", "content": said.text}, {"role": "user", "content": question}]
+    colour = seen(PICTURES[0])[0].colour
+    assert colour in said.text
