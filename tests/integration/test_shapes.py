@@ -43,7 +43,6 @@ class Seeing:
         ["model.dtype=bfloat16"],
         ["model.dtype=float32"],
         ["model.dtype=gguf"],
-        ["topology=epd", "roles.encode.pool=cpu"],
     ],
     ids=" ".join,
 )
