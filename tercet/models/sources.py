@@ -128,6 +128,16 @@ def load_vision(spec: ModelSpec, kernels: Kernels) -> VisionTower:
         return build_tower(vision, SafetensorsWeights(path), getattr(torch, dtype), kernels)
 
 
+def vision_digest(spec: ModelSpec) -> str:
+    """Of the weights that make embeddings of images, which are read for it. Raises as `load_model` does."""
+    from tercet.models.vision.loader import tower_digest
+    from tercet.models.weights import SafetensorsWeights
+
+    path = locate_tower(spec, weights=True)
+    with _named(path):
+        return tower_digest(SafetensorsWeights(path))
+
+
 def refuse_blocks(spec: ModelSpec, path: Path) -> None:
     """Raises UnsupportedSpec if weights in GGUF's blocks are wanted of something else."""
     if spec.dtype == "gguf" and path.suffix != ".gguf":

@@ -90,12 +90,16 @@ class Computing(Part):
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join, 5.0)
         self._region.close()
 
+    def _progress(self) -> int:
+        """It grows as long as prompts are computed, or images come that they wait for. Any thread."""
+        return self.engine.computed + (0 if self._legs.images is None else self._legs.images.progress)
+
     def _handler(self, kind: Role, mover: _Mover) -> Handler:
         match kind:
             case Role.PREFILL:
                 scheduler = self._who.role_spec.scheduler
                 prefill = Prefill(self._legs, scheduler.max_running + scheduler.max_waiting)
-                prefill.send_by(KvSender(*mover, prefill.on_event, lambda: self.engine.computed))
+                prefill.send_by(KvSender(*mover, prefill.on_event, self._progress))
                 return prefill
             case Role.DECODE:
                 decode, epoch = Decode(self._legs), self._who.epoch

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tercet.core import Load, PromptImage, Ticket
 from tercet.engine.blocks import BlockPool, Hold
@@ -30,6 +29,7 @@ class EmbeddingRegion:
     """Not thread-safe."""
 
     def __init__(self, config: VisionConfig, blocks: int) -> None:
+        self.levels = config.levels
         layout = KvLayout(config.levels, blocks, EMBEDDING_BLOCK, 1, config.out_size, "float32", parts=1)
         self.memory = Region(layout)
         self.pool = BlockPool(blocks, PrefixIndex(enabled=False))
@@ -42,9 +42,8 @@ class EmbeddingRegion:
 
     def write(self, blocks: Sequence[int], embeddings: Tensor) -> None:
         """embeddings: [levels, tokens, hidden size], of any dtype."""
-        levels, tokens, hidden = embeddings.shape
-        whole = functional.pad(embeddings, (0, 0, 0, -tokens % EMBEDDING_BLOCK))
-        self._values[:, blocks] = whole.view(levels, len(blocks), EMBEDDING_BLOCK, hidden).float().cpu()
+        for number, part in enumerate(torch.split(embeddings, EMBEDDING_BLOCK, 1)):
+            self._values[:, blocks[number], : part.shape[1]] = part
 
     def read(self, blocks: Sequence[int], tokens: int) -> Tensor:
         """-> a copy of what has landed, [levels, tokens, hidden size]."""

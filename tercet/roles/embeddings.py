@@ -7,7 +7,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -36,6 +36,11 @@ class EmbeddingSource(ABC):
     takes_files: bool  # whether images come to this worker with their files
     endpoint: str = ""  # where encode workers send embeddings
 
+    @property
+    @abstractmethod
+    def progress(self) -> int:
+        """It grows as long as embeddings get on. Any thread."""
+
     @abstractmethod
     def want(self, ticket: Ticket, image: PromptImage, then: Then) -> Leave:
         """`then` is called, later and once, with the embeddings or with why there are none; not after the call of what
@@ -62,7 +67,7 @@ class OwnEncoder(EmbeddingSource):
         future, wanted = self.encoder.encode(image), [True]
 
         def leave() -> None:
-            wanted.clear()
+            wanted.clear()  # it may have ended already, and be about to be told
             self.encoder.leave(image, future)
 
         def tell() -> None:
@@ -71,6 +76,10 @@ class OwnEncoder(EmbeddingSource):
 
         future.add_done_callback(partial(_soon, self._loop, tell))
         return leave
+
+    @property
+    def progress(self) -> int:
+        return self.encoder.progress
 
     def counted(self, load: Load) -> Load:
         return self.encoder.counted(load)
@@ -111,10 +120,16 @@ class EncodeWorkers(EmbeddingSource):
         self._waiting: deque[_Arriving] = deque()  # for room, in their order
         self._admitted: dict[Ticket, _Arriving] = {}  # until complete or quiet
         self._bytes = 0
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="embeddings")  # large ones take long
+
+    @property
+    def progress(self) -> int:
+        return self.receiver.progress()
 
     def want(self, ticket: Ticket, image: PromptImage, then: Then) -> Leave:
         arriving = _Arriving(image_ticket(ticket, image, self._epoch), image, then)
         self._waiting.append(arriving)
+        self.receiver.expect(arriving.ticket)
         self._admit()
         return partial(self._leave, arriving)
 
@@ -130,6 +145,7 @@ class EncodeWorkers(EmbeddingSource):
 
     async def close(self) -> None:
         await self._loop.run_in_executor(None, self.receiver.stop)
+        await self._loop.run_in_executor(None, self._copies.shutdown)
         self._region.close()
 
     def _admit(self) -> None:
@@ -146,11 +162,13 @@ class EncodeWorkers(EmbeddingSource):
             self.receiver.admit(arriving.ticket, 0, arriving.blocks)
 
     def _leave(self, arriving: _Arriving) -> None:
-        arriving.then = None
+        arriving.then, gone = None, Cancelled("the embeddings are no longer wanted")
         if arriving in self._waiting:
             self._waiting.remove(arriving)
+            self.receiver.dismiss(arriving.ticket, gone)
+            self._admit()  # who stood behind it
         else:
-            self.receiver.cancel(arriving.ticket, Cancelled("the embeddings are no longer wanted"))
+            self.receiver.cancel(arriving.ticket, gone)  # too late is harmless
 
     # ---- events of the mover
 
@@ -164,9 +182,8 @@ class EncodeWorkers(EmbeddingSource):
             case Complete(_, num_bytes, transfer_s):
                 del self._admitted[event.ticket]
                 self._bytes += num_bytes
-                values = self._region.read(arriving.blocks, arriving.image.tokens)
-                pool.release(arriving.blocks, Hold.LEASED)
-                self._tell(arriving, Embedded(values, transfer_s))
+                read = self._copies.submit(self._region.read, arriving.blocks, arriving.image.tokens)
+                read.add_done_callback(partial(self._read_soon, arriving, transfer_s))
             case ReceiveFailed(_, error):
                 pool.move(arriving.blocks, Hold.LEASED, Hold.QUARANTINED)
                 if isinstance(error, TransferError):
@@ -176,6 +193,14 @@ class EncodeWorkers(EmbeddingSource):
             case Quiesced():
                 del self._admitted[event.ticket]
                 pool.release(arriving.blocks, Hold.QUARANTINED)
+        self._admit()
+
+    def _read_soon(self, arriving: _Arriving, transfer_s: float, read: Future[Tensor]) -> None:
+        self._loop.call_soon_threadsafe(self._read, arriving, transfer_s, read)
+
+    def _read(self, arriving: _Arriving, transfer_s: float, read: Future[Tensor]) -> None:
+        self._region.pool.release(arriving.blocks, Hold.LEASED)
+        self._tell(arriving, read.exception() or Embedded(read.result(), transfer_s))
         self._admit()
 
     def _tell(self, arriving: _Arriving, what: Embedded | BaseException) -> None:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -40,7 +40,9 @@ class _Outgoing:
     future: Future[Tensor]
     granted: bool = False
     embeddings: Tensor | None = None
-    blocks: list[int] = field(default_factory=list)  # once written
+    blocks: list[int] = field(default_factory=list)  # of the region, once there was room
+    copying: bool = False  # into them
+    ended: bool = False  # meanwhile: nothing of it is under way
     given_up: TercetError | None = None
 
 
@@ -54,6 +56,7 @@ class Encode(Handler):
         self._outgoing: dict[Ticket, _Outgoing] = {}  # an image's ticket; until OpDone
         self._of_leg: dict[Ticket, list[_Outgoing]] = {}  # a leg's ticket; until the last one's OpDone
         self._ready: deque[_Outgoing] = deque()  # for whose embeddings there is no room yet
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="embeddings")  # large ones take long
 
     def send_by(self, sender: KvSender) -> None:
         self.sender, self.peers = sender, Peers(self.legs.loop, sender)
@@ -72,6 +75,7 @@ class Encode(Handler):
     async def close(self) -> None:
         await self.peers.close()
         await self.legs.loop.run_in_executor(None, self.encoder.close)
+        await self.legs.loop.run_in_executor(None, self._copies.shutdown)
         self._region.close()
 
     # ---- legs
@@ -162,20 +166,24 @@ class Encode(Handler):
                 except Overloaded:
                     return
             self._ready.popleft()
-            if outgoing.given_up is not None:
-                continue
-            try:
-                self._push(outgoing)
-            except Exception as error:  # noqa: BLE001  # a boundary between requests; it is logged
-                self._unexpected(outgoing, error)
+            if outgoing.given_up is None and outgoing.embeddings is not None:
+                outgoing.copying = True
+                copied = self._copies.submit(self._region.write, outgoing.blocks, outgoing.embeddings)
+                copied.add_done_callback(partial(self._copied_soon, outgoing))
 
-    def _push(self, outgoing: _Outgoing) -> None:
-        assert outgoing.embeddings is not None
-        self._region.write(outgoing.blocks, outgoing.embeddings)
-        for level in range(len(outgoing.embeddings)):
-            self.sender.push(outgoing.ticket, level, 0, outgoing.blocks)
-        outgoing.embeddings = None
-        self.sender.finish(outgoing.ticket, b"")
+    def _copied_soon(self, outgoing: _Outgoing, copied: Future[None]) -> None:
+        self.legs.loop.call_soon_threadsafe(self._copied, outgoing, copied)
+
+    def _copied(self, outgoing: _Outgoing, copied: Future[None]) -> None:
+        outgoing.copying, outgoing.embeddings = False, None
+        if outgoing.ended:
+            self._forget(outgoing)
+        elif (error := copied.exception()) is not None:
+            self._unexpected(outgoing, error)
+        elif outgoing.given_up is None:
+            for level in range(self._region.levels):
+                self.sender.push(outgoing.ticket, level, 0, outgoing.blocks)
+            self.sender.finish(outgoing.ticket, b"")
 
     def on_event(self, event: SendEvent) -> None:
         """Called on a mover thread."""
@@ -193,6 +201,8 @@ class Encode(Handler):
                 self._fail(outgoing, error)
             case Released():
                 pass
+            case OpDone() if outgoing.copying:  # its blocks are not free yet
+                outgoing.ended = True
             case OpDone():
                 self._forget(outgoing)
 

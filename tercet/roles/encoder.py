@@ -2,7 +2,7 @@
 image once, however many ask for it; and a cache.
 
     encode(image) ──> Future ──queue──> thread: decode, cut into patches, one pass of the tower for all ──> result
-                        ^ the same for all who ask meanwhile              cache: digest -> embeddings, by bytes
+                        ^ those of all who ask meanwhile                  cache: digest -> embeddings, by bytes
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tercet.models.vision.tower import Patches
 from tercet.roles.lru import Lru
 from tercet.spec import ImagesSpec
 
+STOP_S = 5.0  # how long `close` waits for a pass
 STUCK_S = 60.0  # a pass without progress for so long: the worker is unhealthy
 
 Key = tuple[bytes, tuple[int, int, int]]  # an image's digest, and the tokens that a prompt has for it
@@ -34,8 +35,8 @@ class _Wanted:
     """An image that is being encoded, or waits for it."""
 
     image: PromptImage
-    future: Future[Tensor]
-    by: int = 0  # so many
+    futures: set[Future[Tensor]]  # one for each who waits for it
+    begun: bool = False
 
 
 class Encoder:
@@ -46,13 +47,15 @@ class Encoder:
         merge: int,
         spec: ImagesSpec,
         *,
+        keep: Callable[[Tensor], Tensor] = Tensor.clone,
         layers: Callable[[], int] = lambda: 0,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """patches_of: ImageProcessor.patches; encode: VisionTower.encode; merge: of the tower. layers: how many it has
-        computed so far. prepare: called first on the thread."""
+        """patches_of: ImageProcessor.patches; encode: VisionTower.encode; merge: of the tower. keep: what is kept of an
+        image's embeddings, in memory of its own. layers: how many the tower has computed so far. prepare: called first
+        on the thread."""
         self._patches_of, self._encode, self._merge = patches_of, encode, merge
-        self._layers, self._prepare = layers, prepare
+        self._keep, self._layers, self._prepare = keep, layers, prepare
         self._budget = spec.patch_budget
         self._cache: Lru[Key, Tensor] = Lru(spec.cache_bytes, lambda _, embeddings: embeddings.nbytes)
         self._lock = threading.Lock()
@@ -97,14 +100,14 @@ class Encoder:
 
     def encode(self, image: PromptImage) -> Future[Tensor]:
         """-> its embeddings, [levels, tokens, hidden size]; or InvalidRequest if it can't be read, ProtocolViolation
-        if it takes other tokens than the prompt has for it. Cancelled if nobody waits for it any more. Raises
-        ImageForgotten if it comes without its file, and is not here. Any thread."""
+        if it takes other tokens than the prompt has for it. Raises ImageForgotten if it comes without its file, and is
+        not here. Any thread."""
+        future: Future[Tensor] = Future()
         with self._lock:
             if (under_way := self._under_way.get(_key(image))) is not None:
                 self.queries, self.hits = self.queries + 1, self.hits + 1
-                under_way.by += 1
-                return under_way.future
-            future: Future[Tensor] = Future()
+                under_way.futures.add(future)
+                return future
             if (cached := self._cache.get(_key(image))) is not None:
                 self.queries, self.hits = self.queries + 1, self.hits + 1
                 future.set_result(cached)
@@ -112,22 +115,27 @@ class Encoder:
             if not image.content:
                 raise ImageForgotten("an image's embeddings are not here, and its file was not sent")
             self.queries += 1
-            wanted = self._under_way[_key(image)] = _Wanted(image, future, 1)
+            wanted = self._under_way[_key(image)] = _Wanted(image, {future})
         self._queue.put(wanted)
         return future
 
     def leave(self, image: PromptImage, future: Future[Tensor]) -> None:
-        """One who was given this future waits no longer. Any thread."""
+        """Who was given this future waits no longer: it is cancelled, if it has not ended. Any thread."""
         with self._lock:
-            under_way = self._under_way.get(_key(image))
-            if under_way is not None and under_way.future is future:  # not that of who asked again after its end
-                under_way.by -= 1
+            wanted = self._under_way.get(_key(image))
+            if wanted is None or future not in wanted.futures:  # it has ended
+                return
+            wanted.futures.remove(future)
+            if not wanted.futures and not wanted.begun:  # what stays in the queue holds no file
+                del self._under_way[_key(image)]
+                wanted.image = replace(wanted.image, content=b"")
+        future.cancel()
 
     def close(self) -> None:
         """What still waits is not encoded."""
         self._closed = True
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(STOP_S)
 
     # ---- the thread
 
@@ -135,17 +143,30 @@ class Encoder:
         self._prepare()
         left: list[tuple[_Wanted, Patches]] = []  # the next batch begins with it
         while (batch := self._batch(left)) is not None:
-            try:
-                found = self._encode([patches for _, patches in batch])
-                found = [one.clone() for one in found]  # each in memory of its own, not its batch's
-                assert len(found) == len(batch), "as many embeddings as images"
-            except Exception as error:  # noqa: BLE001  # whatever the model raises, it costs these requests alone
-                for wanted, _ in batch:
-                    self._end(wanted).set_exception(error)
-                continue
-            self.patches += sum(len(patches.values) for _, patches in batch)
-            for (wanted, _), embeddings in zip(batch, found, strict=True):
-                self._end(wanted, embeddings).set_result(embeddings)
+            error = self._encode_all(batch)
+            if error is not None and len(batch) > 1:  # one by one, so that it costs the image at fault alone
+                for each in batch:
+                    self._fail([each], self._encode_all([each]))
+            else:
+                self._fail(batch, error)
+
+    def _encode_all(self, batch: list[tuple[_Wanted, Patches]]) -> Exception | None:
+        """One pass. -> why it failed."""
+        try:
+            found = [self._keep(one) for one in self._encode([patches for _, patches in batch])]
+            assert len(found) == len(batch), "as many embeddings as images"
+        except Exception as error:  # noqa: BLE001  # whatever the model raises, it costs these requests alone
+            return error
+        self.patches += sum(len(patches.values) for _, patches in batch)
+        for (wanted, _), embeddings in zip(batch, found, strict=True):
+            for future in self._end(wanted, embeddings):
+                future.set_result(embeddings)
+        return None
+
+    def _fail(self, batch: list[tuple[_Wanted, Patches]], error: Exception | None) -> None:
+        for wanted, _ in batch if error is not None else ():
+            for future in self._end(wanted):
+                future.set_exception(error)
 
     def _batch(self, left: list[tuple[_Wanted, Patches]]) -> list[tuple[_Wanted, Patches]] | None:
         """As many images as are waiting and fit into one pass, at least one; None: it is over."""
@@ -169,12 +190,11 @@ class Encoder:
         return batch
 
     def _cut(self, wanted: _Wanted) -> Patches | None:
-        """None: nobody waits for it, or its future has the reason."""
+        """None: nobody waits for it, or its futures have the reason."""
         with self._lock:
-            if wanted.by <= 0:
-                del self._under_way[_key(wanted.image)]
-                wanted.future.cancel()
+            if not wanted.futures:
                 return None
+            wanted.begun = True
         try:
             cut = self._patches_of(decoded(wanted.image.content))
             tiles, rows, columns = cut.grid
@@ -182,17 +202,20 @@ class Encoder:
                 told = f"an image takes {cut.grid} patches, and the prompt has {wanted.image.grid} tokens for it"
                 raise ProtocolViolation(told)
         except Exception as error:  # noqa: BLE001  # processors fail in many ways, and none may end the thread
-            self._end(wanted).set_exception(error)
+            for future in self._end(wanted):
+                future.set_exception(error)
             return None
         return cut
 
-    def _end(self, wanted: _Wanted, embeddings: Tensor | None = None) -> Future[Tensor]:
+    def _end(self, wanted: _Wanted, embeddings: Tensor | None = None) -> set[Future[Tensor]]:
+        """-> those who still wait for it."""
         with self._lock:
             self._ended += 1
             if embeddings is not None:
                 self._cache.put(_key(wanted.image), embeddings)
             del self._under_way[_key(wanted.image)]
-        return wanted.future
+            futures, wanted.futures = wanted.futures, set()
+        return futures
 
 
 def _key(image: PromptImage) -> Key:

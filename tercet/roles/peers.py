@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from tercet.core import PairState, Ticket
-from tercet.errors import PeerUnreachable, TercetError, TransferError
+from tercet.errors import PeerUnreachable, TercetError, TransferError, as_named
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.transports.contract import Endpoint
 
@@ -74,6 +74,8 @@ class Peers:
             return self._sender.open(ticket, endpoint, num_tokens, deadline, dial=wanted is not None)
         except (TransferError, OSError) as error:
             return PeerUnreachable(f"the worker of the next stage was not reached: {error}")
+        except Exception as error:  # noqa: BLE001  # whatever it is, who asked must hear; it is logged
+            return as_named(error, ticket.request_id)
 
     def _look_after(self, endpoint: str) -> None:
         """Keep a wanted worker connected: check every MEET_AGAIN_S, dial if need be."""

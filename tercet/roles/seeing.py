@@ -6,13 +6,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from tercet.core import Role
 from tercet.kernels.kinds import Kernels
-from tercet.models.sources import locate_tower
+from tercet.models.sources import locate_tower, vision_digest
 from tercet.models.vision.config import VisionConfig
 from tercet.models.vision.tower import VisionTower
 from tercet.roles.embedding_region import EmbeddingRegion
@@ -22,16 +25,17 @@ from tercet.roles.encoder import Encoder
 from tercet.roles.legs import Legs
 from tercet.roles.part import Identity, Part
 from tercet.roles.router.policy import capacity
+from tercet.spec import ModelSpec
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.transports.contract import Transport
 from tercet.transfer.transports.table import AUTO, in_device_memory, usable
 
 
-def embedding_fingerprint(config: VisionConfig, dtype: str) -> str:
-    """Equal in workers between which embeddings may cross."""
-    told = json.dumps([asdict(config), dtype], sort_keys=True).encode()
-    return f"embeddings-{hashlib.sha256(told).hexdigest()[:16]}"
+def embedding_fingerprint(config: VisionConfig, model: ModelSpec) -> str:
+    """Equal in workers between which embeddings may cross. Reads the tower's weights. Raises ModelError."""
+    told = json.dumps([asdict(config), model.dtype, vision_digest(model)], sort_keys=True).encode()
+    return f"embeddings-{hashlib.sha256(told).hexdigest()}"
 
 
 def embedding_transports(transport: str) -> Sequence[Transport]:
@@ -59,11 +63,11 @@ class Encoding(Part):
 
     def __init__(self, who: Identity, legs: Legs, tower: VisionTower, kernels: Kernels) -> None:
         self._who, self._legs, self._tower, self._kernels = who, legs, tower, kernels
-        self.fingerprint = embedding_fingerprint(tower.config, who.spec.model.dtype)
+        self.fingerprint = embedding_fingerprint(tower.config, who.spec.model)
 
     async def start(self) -> None:
         who, spec = self._who, self._who.role_spec
-        self._encoder = encoder_of(who, self._tower, self._kernels)
+        self._encoder = encoder_of(who, self._tower, self._kernels, keep=_on_host)
         region = EmbeddingRegion(self._tower.config, spec.images.blocks)
         handler = Encode(self._legs, self._encoder, region, capacity(Role.ENCODE, spec.scheduler))
         transports = embedding_transports(who.spec.transfer.transport)
@@ -80,19 +84,27 @@ class Landing(Part):
 
     def __init__(self, who: Identity, legs: Legs, config: VisionConfig) -> None:
         self._who, self._legs, self._config = who, legs, config
+        self._embeddings = embedding_fingerprint(config, who.spec.model)
 
     async def start(self) -> None:
         who, transfer = self._who, self._who.spec.transfer
         region = EmbeddingRegion(self._config, who.role_spec.images.blocks)
         source = EncodeWorkers(asyncio.get_running_loop(), region, who.epoch, transfer.quarantine_blocks)
-        config = who.mover_config(embedding_fingerprint(self._config, who.spec.model.dtype))
+        config = who.mover_config(self._embeddings)
         transports = embedding_transports(transfer.transport)
         source.receiver = KvReceiver(config, who.epoch, region.memory, transports, source.on_event)
         source.endpoint = source.receiver.start(who.host).encode()
         self._legs.images = source
 
 
-def encoder_of(who: Identity, tower: VisionTower, kernels: Kernels) -> Encoder:
+def _on_host(embeddings: Tensor) -> Tensor:
+    """A copy for the region that they cross by: on the encoder's thread, which waits for a device."""
+    return embeddings.to("cpu", torch.float32, copy=True)
+
+
+def encoder_of(
+    who: Identity, tower: VisionTower, kernels: Kernels, keep: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Encoder:
     """Its thread runs already. Raises ModelError."""
     from tercet.models.vision.processor import ImageProcessor  # it imports transformers' image processors
 
@@ -101,6 +113,7 @@ def encoder_of(who: Identity, tower: VisionTower, kernels: Kernels) -> Encoder:
         tower.encode,
         tower.config.merge,
         who.role_spec.images,
+        keep=keep,
         layers=lambda: tower.layers_done,
         prepare=partial(who.prepare_thread, kernels),
     )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import random
+import shutil
 import threading
+import time
 
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tercet.core import UNTIL_FIRST_TOKEN, Role
 from tercet.errors import TercetError, UnsupportedModel
 from tercet.roles.gateway.gateway import Gateway
 from tercet.roles.worker import Worker
 from tercet.spec import EMBEDDING_BLOCK, GatewaySpec, ImagesSpec, ListenSpec
-from tests.helpers import TOKEN, cluster, spec_of
+from tests.helpers import TOKEN, LocalCluster, cluster, spec_of
 from tests.integration.test_images import answered, asked
 from tests.integration.test_images_http import Served, part_of
 from tests.tiny import tiny_model
@@ -244,3 +248,70 @@ async def test_bfloat16_gives_the_same_tokens_in_every_topology(model):
         async with cluster(narrow) as made:
             found[topology] = [(await answered(made, request))[0] for request in requests]
     assert all(tokens == found["aggregated"] for tokens in found.values()), found
+
+
+def slowed(worker, seconds):
+    """Let each pass of its tower take so long, and get on meanwhile."""
+    legs = worker.legs
+    encoder = legs.handlers[Role.ENCODE].encoder if Role.ENCODE in legs.handlers else legs.images.encoder
+    real, layers = encoder._encode, itertools.count()
+    done = [0]
+
+    def encode(batch):
+        for _ in range(round(seconds / 0.05)):
+            time.sleep(0.05)
+            done[0] = next(layers)
+        return real(batch)
+
+    encoder._encode, encoder._layers = encode, lambda: done[0]
+
+
+LEASE = {"transfer__lease_s": 0.6, "transfer__heartbeat_s": 0.2}
+
+
+@pytest.mark.parametrize("topology", ["pd", "epd", "e-pd"])
+async def test_an_image_may_take_longer_than_a_lease(model, topology):
+    async with cluster(spec(model, topology, **LEASE)) as made:
+        slowed(made.workers["prefill-0" if topology == "pd" else "encode-0"], 2.0)
+        request, answer = asked(model, [0])
+        tokens, done = await answered(made, request)
+        assert tokens == answer
+        assert done.attempts == 1
+
+
+async def test_images_wait_longer_than_a_lease_for_room(model):
+    whole, small = spec(model, "e-pd", **LEASE), ImagesSpec(blocks=3, cache_bytes=0)
+    roles = {role: its.model_copy(update={"images": small}) for role, its in whole.roles.items()}
+    async with cluster(whole.model_copy(update={"roles": roles})) as made:
+        slowed(made.workers["encode-0"], 0.4)
+        requests = [asked(model, [1], seed, lead=3 + seed) for seed in range(6)]
+        found = await asyncio.gather(*(answered(made, request) for request, _ in requests))
+        assert [tokens for tokens, _ in found] == [answer for _, answer in requests]
+        assert {done.attempts for _, done in found} == {1}
+
+
+async def test_an_encode_worker_with_another_tower_is_refused(model, tmp_path):
+    """Of the same shape: its embeddings would be silently wrong."""
+    shutil.copytree(model.directory, other := tmp_path / "model")
+    file = other / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "visual" in name)
+    weights[name] = weights[name] + 0.125
+    save_file(weights, file, {"format": "pt"})
+    whole = spec(model, limits__retries=0)
+    changed = whole.model_copy(update={"model": whole.model.model_copy(update={"source": str(other)})})
+    made = LocalCluster(whole)
+    workers = {
+        role: Worker(f"{role}-0", role, 1, changed if role is Role.ENCODE else whole, "127.0.0.1", TOKEN)
+        for role in whole.roles
+    }
+    try:
+        await made.router.set_workers([await worker.start() for worker in workers.values()])
+        while made.router.missing_roles():
+            await asyncio.sleep(0.01)
+        with pytest.raises(TercetError, match="serves another model"):
+            await answered(made, asked(model, [0])[0])
+    finally:
+        await made.router.close()
+        for worker in workers.values():
+            await worker.stop()

@@ -483,9 +483,12 @@ class Simulation:
         due = self.router.wake_at()
         if waiting:
             assert due is not None, "somebody waits, and nothing will wake it"
-        for head in self.heads():
-            if self.router._places[head.number].attempt is None:
+        for head in sorted(self.heads()):
+            ongoing = self.router._places[head.number]
+            if ongoing.attempt is None:
                 assert due <= self.now + ROOM_S + 1e-9, "the first in line is not looked at again"
+            if head.holds and not ongoing.awaits_encoder:
+                break  # who is first in the other line waits for it
         for asked in self.asked.values():
             assert len(asked.ends) <= 1, "a request ended twice"
             assert asked.ongoing.over == bool(asked.ends or asked.cancelled)

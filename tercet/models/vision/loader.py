@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
+import xxhash
 from torch.nn import functional
 
 from tercet.kernels.activation import silu_and_mul
@@ -31,6 +34,16 @@ def build_tower(config: VisionConfig, source: WeightSource, dtype: torch.dtype, 
         weights = build.idefics3() if config.family == "idefics3" else build.qwen()
     reader.refuse_unused(config.family)
     return VisionTower(config, weights, reader.activations, kernels.device)
+
+
+def tower_digest(source: WeightSource) -> str:
+    """sha256 of every weight's name and bytes, as they are in the files: of workers that have the tower, and of those
+    that take what it makes."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in source.names() if name.startswith(VISION)):
+        weight = source.read(name).contiguous().view(torch.uint8).numpy()
+        digest.update(f"{name} {weight.size} ".encode() + xxhash.xxh3_128_digest(weight.data))
+    return digest.hexdigest()
 
 
 class _Builder:

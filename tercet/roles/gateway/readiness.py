@@ -58,8 +58,8 @@ class Readiness:
         while True:
             if self._backend.missing_roles() or self._backend.slow_pair() or self._backend.is_ready():
                 await asyncio.sleep(POLL_S)
-            elif not await self._probe():
-                await asyncio.sleep(RETRY_S)
+            else:
+                await asyncio.sleep(POLL_S if await self._probe() else RETRY_S)
 
     async def _probe(self) -> bool:
         params = SamplingParams(max_tokens=PROBE_TOKENS, temperature=0.0, seed=0, ignore_eos=True)
@@ -67,6 +67,9 @@ class Readiness:
         request = GenerateRequest(f"probe-{uuid.uuid4().hex}", self._text(), params, deadline)
         if self._shows and self._model.images is not None:
             ids, images = self._model.images.lone(_picture(), (PROBE_SIDE, PROBE_SIDE))
+            if len(ids) + PROBE_TOKENS > self._model.max_context:
+                self._failure = f"an image takes {len(ids)} tokens, and model.max_context is {self._model.max_context}"
+                return False
             request = replace(request, token_ids=ids, images=images)
         try:
             async with aclosing(self._backend.generate(request)) as events:

@@ -128,8 +128,8 @@ class Attempt:
         return {self.plan.incarnations, *((view.incarnation,) for view in self.plan.encode if view not in self.legs)}
 
     def with_files(self, view: WorkerView) -> Sequence[Leg]:
-        """The leg of an encode worker once more, if it runs: images that came without their files are not there."""
-        if view not in self.legs:
+        """The leg of an encode worker once more, with the files that it was not sent; none if it was sent all."""
+        if view not in self.legs or all(image.content for image in self.legs[view].images):
             return ()
         self.legs[view] = replaced(self.legs[view], images=self.plan.encode[view])
         return (self.legs[view],)
@@ -189,6 +189,8 @@ class Attempt:
             return
         if isinstance(outcome, Rejection):
             raise WorkerBusy(view)
+        if isinstance(outcome, Overloaded):  # whom they are for turned the offer down
+            raise WorkerBusy(self.plan.prefill)
         assert isinstance(outcome, TercetError)
         raise AttemptFailed(view, outcome)
 

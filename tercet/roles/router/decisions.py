@@ -48,7 +48,7 @@ from tercet.roles.router.attempt import Attempt, AttemptFailed, WorkerBusy
 from tercet.roles.router.directory import Directory, Incarnation, WorkerView
 from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, RouterEffect, StartLeg, Tell
 from tercet.roles.router.encoders import Holders
-from tercet.roles.router.planning import is_encoded_apart, missing_for, plan_for
+from tercet.roles.router.planning import can_be_encoded, is_encoded_apart, missing_for, plan_for
 from tercet.roles.router.policy import Plan
 from tercet.roles.router.waiting import Waiting
 from tercet.spec import LimitsSpec
@@ -150,8 +150,8 @@ class Decisions:
             return self._plan(now)
         if isinstance(outcome, TokenEvent | Progress):  # most reports are tokens; they free no room
             return self._take(ongoing, worker, outcome, now)
-        if isinstance(outcome, ImageForgotten) and ongoing.attempt is not None:
-            return [StartLeg(worker, leg) for leg in ongoing.attempt.with_files(worker)]
+        if isinstance(outcome, ImageForgotten) and (again := ongoing.sent_again(worker)):
+            return [StartLeg(worker, leg) for leg in again]
         if isinstance(outcome, WorkerLost):  # its engine has died; the process answers until it is replaced
             worker.up = False
         if not isinstance(outcome, PromptLogprobs):
@@ -170,7 +170,8 @@ class Decisions:
             elif (missing := missing_for(ongoing.request, self.directory)) and now > ongoing.give_up:
                 effects += self._end(ongoing, NoWorkers(f"no live worker of role {', '.join(missing)}"))
             else:
-                self._waiting.refuse(ongoing, now)
+                encoders = can_be_encoded(ongoing.request, self.directory)
+                self._waiting.refuse(ongoing, now, encoders=encoders)
         return effects + self._part()
 
     def _patience(self, request: GenerateRequest, now: float) -> float:
@@ -208,6 +209,7 @@ class Decisions:
                 effects.append(Tell(ongoing, event))
         except WorkerBusy as busy:
             ongoing.history.busy.add(busy.worker)
+            ongoing.awaits_encoder = busy.worker in ongoing.attempt.plan.encode
             ongoing.place.holds = True
             effects += self._again(ongoing, now)
         except AttemptFailed as failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -33,6 +34,7 @@ class Ongoing:
     before: int = 0  # tokens that earlier attempts produced
     waited_s: float = 0.0  # before the attempt that brought the first token
     over: bool = False
+    awaits_encoder: bool = False  # what it lacked last was an encode worker
 
     def begin(self, attempt: Attempt, now: float) -> None:
         self.attempt = attempt
@@ -40,6 +42,10 @@ class Ongoing:
         self.before = len(self.told.tokens)
         if not self.told.tokens:
             self.waited_s = now - self.submitted
+
+    def sent_again(self, worker: WorkerView) -> Sequence[Leg]:
+        """See Attempt.with_files."""
+        return () if self.attempt is None else self.attempt.with_files(worker)
 
     def accounted(self, event: Account) -> Account:
         """With what only the router knows of it."""

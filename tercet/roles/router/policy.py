@@ -144,9 +144,9 @@ def score_of(prefill: WorkerView, decode: WorkerView, history: History) -> Score
     )
 
 
-def is_faulty(prefill: WorkerView, decode: WorkerView) -> bool:
-    """Whether the prefill worker says that it cannot reach the decode worker."""
-    return any(pair.fault and pair.worker_id == decode.info.worker_id for pair in prefill.pairs)
+def is_faulty(sends: WorkerView, gets: WorkerView) -> bool:
+    """Whether a worker says that it cannot reach one of the next stage."""
+    return any(pair.fault and pair.worker_id == gets.info.worker_id for pair in sends.pairs)
 
 
 def capacity(role: Role, scheduler: SchedulerSpec) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import threading
 from dataclasses import dataclass
 
@@ -38,6 +39,24 @@ class PrefillPeer:
         self.links: list[Link] = []
         self.over = False
         self.said_goodbye = False
+
+    @property
+    def _ends(self) -> list[int]:
+        """Readable once nothing more will be written."""
+        return [self.quiet_fd, *(link.inlet.death_fd for link in self.links if link.inlet.death_fd is not None)]
+
+    def await_end(self, stop_fd: int) -> bool:
+        """Block until its process is dead or has said that it writes no more (True), or until `stop_fd` is readable
+        (False)."""
+        poller, ends = select.poll(), self._ends
+        for fd in (*ends, stop_fd):
+            poller.register(fd, select.POLLIN)
+        return any(fd in ends for fd, _ in poller.poll())
+
+    def close(self) -> None:
+        """It has ended."""
+        for fd in self._ends:
+            os.close(fd)
 
     def shutdown(self) -> None:
         self.channel.shutdown()

@@ -7,7 +7,6 @@ is called under that lock, in order, on a mover thread; it must be quick and mus
 from __future__ import annotations
 
 import os
-import select
 import socket
 import threading
 import time
@@ -80,6 +79,20 @@ class KvReceiver:
         """Lease `blocks` to a ticket that so many senders will offer, each a part of the layers and heads held here."""
         with self._lock:
             self._run(self._inbound.admit(ticket, first_block, blocks, time.monotonic(), sources))
+
+    def expect(self, ticket: Ticket) -> None:
+        """It will be admitted once there is room; its senders are told so meanwhile. Ended by `admit` or `dismiss`."""
+        with self._lock:
+            self._inbound.expect(ticket)
+
+    def dismiss(self, ticket: Ticket, error: TercetError) -> None:
+        with self._lock:
+            self._run(self._inbound.dismiss(ticket, error))
+
+    def progress(self) -> int:
+        """Grows as tickets advance, here or at their senders."""
+        with self._lock:
+            return self._inbound.progress
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
         with self._lock:
@@ -187,23 +200,12 @@ class KvReceiver:
         with self._lock:
             self._run(self._inbound.peer_down(peer))
         fenced = [link.inlet.fence() for link in peer.links]
-        if all(fenced) or peer.said_goodbye or self._await_end(peer):
+        if all(fenced) or peer.said_goodbye or peer.await_end(self._stop_read):
             with self._lock:
                 self._run(self._inbound.peer_dead(peer))
         with self._lock:
             del self._peers[peer.id]
-        for fd in [peer.quiet_fd, *(link.inlet.death_fd for link in peer.links)]:
-            if fd is not None:
-                os.close(fd)
-
-    def _await_end(self, peer: PrefillPeer) -> bool:
-        """Block until the process of the peer is dead or has said that it writes no more (True), or until this
-        receiver stops (False)."""
-        poller = select.poll()
-        ends = [peer.quiet_fd, *(link.inlet.death_fd for link in peer.links if link.inlet.death_fd is not None)]
-        for fd in (*ends, self._stop_read):
-            poller.register(fd, select.POLLIN)
-        return any(fd in ends for fd, _ in poller.poll())
+        peer.close()
 
     # ---- data links
 

@@ -37,9 +37,11 @@ class Inbound:
         self.epoch = epoch
         self.dropped: Counter[str] = Counter()  # message name -> how many named no live ticket
         self.corrupt = 0  # units that landed with a wrong digest
+        self.progress = 0  # grows as tickets advance, here or at their writers
         self._lease_s = lease_s
         self._tickets: dict[Ticket, Incoming] = {}
         self._offers: dict[Ticket, dict[PeerKey, Source]] = {}  # that came before admission
+        self._expected: set[Ticket] = set()  # that will be admitted once there is room
 
     # ---- the decode worker's verbs
 
@@ -49,10 +51,22 @@ class Inbound:
         """Open a ticket: `blocks` are leased to it until Complete or Quiesced names it. sources: how many peers will
         offer it, each a part of the layers and heads; if the last offer leaves a hole, the ticket fails at once."""
         assert ticket not in self._tickets, f"{ticket} admitted twice"
-        incoming = Incoming(ticket, first_block, blocks, sources, self._lease_s, now)
+        self.progress += 1
+        self._expected.discard(ticket)
+        incoming = Incoming(ticket, first_block, blocks, sources, self._lease_s, now, self.progress)
         self._tickets[ticket] = incoming
         offers = self._offers.pop(ticket, {}).values()
         return [effect for source in offers for effect in self._after(incoming, incoming.offer(source, now))]
+
+    def expect(self, ticket: Ticket) -> None:
+        """It will be admitted once there is room. Its writers hear that, with the progress of the others."""
+        self._expected.add(ticket)
+
+    def dismiss(self, ticket: Ticket, error: TercetError) -> list[InboundEffect]:
+        """An expected ticket will not be admitted: answer its OFFERs that have come with an ABORT."""
+        self._expected.discard(ticket)
+        aborts = Abort(ticket, error.code(), str(error))
+        return [Send(peer, aborts) for peer in self._offers.pop(ticket, {})]
 
     def refuse(self, ticket: Ticket, reason: str) -> list[InboundEffect]:
         """Answer the OFFERs of this ticket that have come with a REJECT."""
@@ -98,6 +112,7 @@ class Inbound:
 
     def end_landing(self, peer: PeerKey, data: Data, good: NDArray[np.bool_] | None, now: float) -> list[InboundEffect]:
         """The bytes of `data` are placed; good: whether each (layer, unit) matches its digest. None: it was cut off."""
+        self.progress += 1
         incoming = self._tickets[data.ticket]
         if good is not None and not incoming.failed:
             self.corrupt += good.size - int(good.sum())
@@ -122,8 +137,8 @@ class Inbound:
         return [e for incoming in list(self._tickets.values()) for e in self._after(incoming, incoming.tick(now))]
 
     def heartbeats(self) -> list[InboundEffect]:
-        """One HEARTBEAT per peer, naming the live tickets that it serves and their marks; and once more the ABORT of
-        each failed ticket whose writer has not answered."""
+        """One HEARTBEAT per peer, naming the live tickets that it serves, and those expected that it has offered, with
+        their marks; and once more the ABORT of each failed ticket whose writer has not answered."""
         by_peer: dict[PeerKey, Heartbeat] = {}
         effects: list[InboundEffect] = []
         for incoming in self._tickets.values():
@@ -132,6 +147,11 @@ class Inbound:
                 heartbeat = by_peer.setdefault(source.peer, Heartbeat([], []))
                 heartbeat.tickets.append(incoming.ticket)
                 heartbeat.marks.append(incoming.mark_for(source))
+        for ticket in self._expected:
+            for peer in self._offers.get(ticket, {}):
+                heartbeat = by_peer.setdefault(peer, Heartbeat([], []))
+                heartbeat.tickets.append(ticket)
+                heartbeat.marks.append(self.progress)
         return effects + [Send(peer, heartbeat) for peer, heartbeat in by_peer.items()]
 
     # ---- transitions
@@ -172,6 +192,7 @@ class Inbound:
         for ticket, mark in zip(heartbeat.tickets, heartbeat.marks, strict=True):
             incoming, offers = self._tickets.get(ticket), self._offers.get(ticket, {})
             if incoming is not None and peer in incoming.sources and not incoming.failed:
+                self.progress += mark > incoming.sources[peer].peer_mark
                 incoming.heartbeat(incoming.sources[peer], mark, now)
             elif peer in offers:
                 offers[peer].expires = now + self._lease_s

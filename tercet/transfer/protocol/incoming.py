@@ -87,9 +87,16 @@ class Incoming:
     """Its methods return effects for the caller to carry out, in order."""
 
     def __init__(
-        self, ticket: Ticket, first_block: int, blocks: Sequence[int], num_sources: int, lease_s: float, now: float
+        self,
+        ticket: Ticket,
+        first_block: int,
+        blocks: Sequence[int],
+        num_sources: int,
+        lease_s: float,
+        now: float,
+        mark: int = 0,
     ) -> None:
-        """blocks: of the destination, empty on a full prefix hit."""
+        """blocks: of the destination, empty on a full prefix hit. mark: the highest that its writers were told."""
         assert num_sources >= 1
         self.ticket = ticket
         self.sources: dict[PeerKey, Source] = {}  # in the order of their offers
@@ -101,7 +108,7 @@ class Incoming:
         self._lease_s = lease_s
         self._offers_due = now + lease_s
         self._advanced = now  # when it last advanced
-        self._mark = 0  # grows as it advances; sent to the writers
+        self._mark = mark  # grows as it advances; sent to the writers
         self._noted = False
         self._abort: Abort | None = None  # what the writers were told when it failed
 
