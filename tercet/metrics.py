@@ -138,6 +138,10 @@ class Metrics:
         self.image_cache_bytes = Gauge("tercet_image_cache_bytes", "Images kept for their uuids", registry=r)
         self._success = Counter("tercet_request_success", "Finished requests", ["finished_reason"], registry=r)
         self._failure = Counter("tercet_request_failure", "Failed requests, by error code", ["code"], registry=r)
+        self._switches = Counter("tercet_role_switches", "Workers asked for another role, by how", ["how"], registry=r)
+        self._switch_s = Histogram(
+            "tercet_role_switch_seconds", "Asked for until it serves in its new role", buckets=_REQUEST_S, registry=r
+        )
         self._stages = {
             s: Histogram(f"tercet_request_{s}_time_seconds", f"Seconds in {s}", buckets=_REQUEST_S, registry=r)
             for s in STAGES
@@ -151,6 +155,12 @@ class Metrics:
 
     def failed(self, error: type[TercetError]) -> None:
         self._failure.labels(error.code()).inc()
+
+    def role_switched(self, how: str, seconds: float) -> None:
+        """how: in_place, restarted (in another process), failed, or superseded by another request."""
+        self._switches.labels(how).inc()
+        if how in ("in_place", "restarted"):
+            self._switch_s.observe(seconds)
 
     def stages(self, done: Progress | Done) -> None:
         """Book what the workers measured of one finished generation."""

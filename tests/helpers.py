@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 
-from tercet.core import Done, GenerateRequest, Role, SamplingParams, TokenEvent
+from tercet.core import Done, GenerateRequest, Role, SamplingParams, TokenEvent, WorkerInfo
 from tercet.roles.router.attempt import RequestEvent
 from tercet.roles.router.router import Router
 from tercet.roles.worker import Worker
@@ -67,17 +67,29 @@ class LocalCluster:
     def __init__(self, spec: ClusterSpec) -> None:
         self.spec = spec
         self.workers: dict[str, Worker] = {}
+        self.infos: dict[str, WorkerInfo] = {}
         self.router = Router(spec, TOKEN)
 
     async def start(self) -> None:
-        infos = []
         for role, role_spec in self.spec.roles.items():
             for number in range(role_spec.replicas):
                 worker = Worker(f"{role.value}-{number}", role, 1, self.spec, "127.0.0.1", TOKEN)
-                infos.append(await worker.start())
+                self.infos[f"{role.value}-{number}"] = await worker.start()
                 self.workers[f"{role.value}-{number}"] = worker
-        await self.router.set_workers(infos)
-        while self.router.missing_roles() or len(self.router.loads()) < len(infos):
+        await self._publish()
+
+    async def switch(self, name: str, role: Role, drain_s: float = 5.0) -> WorkerInfo:
+        """Give a worker another role, as the controller does."""
+        worker, before = self.workers[name], self.infos.pop(name)
+        await self.router.set_workers(list(self.infos.values()))
+        await worker.drain(drain_s)
+        self.infos[name] = await worker.switch(role, before.epoch + 1)
+        await self._publish()
+        return self.infos[name]
+
+    async def _publish(self) -> None:
+        await self.router.set_workers(list(self.infos.values()))
+        while self.router.missing_roles() or len(self.router.loads()) < len(self.infos):
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:

@@ -1,7 +1,7 @@
 """Thin Ray actors around the roles' objects. Each role is imported inside its actor, so that this imports no torch.
 
-    controller --start/health/drain/stop--> WorkerActor  --> tercet.roles.worker.Worker
-    controller --set_workers/status/...---> GatewayActor --> tercet.roles.gateway.gateway.Gateway
+    controller --start/health/drain/switch/stop--> WorkerActor  --> tercet.roles.worker.Worker
+    controller --set_workers/health/note/...-----> GatewayActor --> tercet.roles.gateway.gateway.Gateway
 
 No token and no KV byte passes through these calls. A TercetError crosses them as itself (see `launcher.Actor.call`).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LOOK_EVERY_S = 0.1  # whether the raylet lives; Ray itself checks every second, and ends the process without a message
 LAST_WORD_S = 2.0
 STOP_TIMEOUT_S = 5.0
-MOST_ASKED = 16  # scale requests that the controller has not answered yet
+MOST_ASKED = 16  # requests for changes that the controller has not answered yet
 LAST_ANSWER_S = 0.5  # between the end of `stop` and the end of the process, to send the reply
 
 
@@ -55,7 +55,7 @@ async def stop_and_end(stop: Coroutine[Any, Any, None]) -> None:
 
 
 class WorkerActor:
-    """One replica of a role. The role's object is made in `start`, whose errors reach the caller as they are."""
+    """One worker. Its object is made in `start`, whose errors reach the caller as they are."""
 
     def __init__(
         self, worker_id: str, role: Role, epoch: int, spec: ClusterSpec, cores: Sequence[int], cluster_token: str
@@ -78,19 +78,24 @@ class WorkerActor:
     async def drain(self, timeout_s: float) -> None:
         await self._worker.drain(timeout_s)
 
+    async def switch(self, role: Role, epoch: int, cores: Sequence[int]) -> WorkerInfo:
+        return await self._worker.switch(role, epoch, cores)
+
     async def stop(self) -> None:
         await stop_and_end(self._worker.stop())
 
 
 class GatewayActor:
-    """The gateway; also answers `tercet scale`, `tercet status` and `tercet down --address`."""
+    """The gateway; also answers `tercet scale`, `role set`, `status` and `down --address`."""
 
     def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
         self._spec = spec
         self._token = cluster_token
         self._stop_requested = False
-        self._overview: dict[str, Any] = {"target": {}, "members": {}, "answers": {}}  # as last told by the controller
-        self._asked: list[dict[str, Any]] = []  # scale requests that the controller has not answered
+        # As last told by the controller.
+        self._overview: dict[str, Any] = {"target": {}, "members": {}, "answers": {}, "switches": {}}
+        self._is_told = False
+        self._asked: list[dict[str, Any]] = []  # requests that the controller has not answered
 
     async def start(self) -> GatewayInfo:
         from tercet.roles.gateway.gateway import Gateway
@@ -110,17 +115,22 @@ class GatewayActor:
         return self._gateway.status() | asdict(self._info) | place | self._overview | asked
 
     async def note(self, overview: dict[str, Any]) -> None:
-        """Keep the controller's overview of its target and members (`members.overview`)."""
-        self._overview = overview
+        """Keep what the controller tells (`members.overview`, `Changes.overview`)."""
+        before = self._overview if self._is_told else overview  # else an earlier gateway has counted what is in it
+        self._overview, self._is_told = overview, True
         self._asked = [asked for asked in self._asked if asked["id"] not in overview["answers"]]
+        for ask_id in overview["switches"].keys() - before["switches"].keys():
+            switch = overview["switches"][ask_id]
+            self._gateway.role_switched(switch["how"], switch["seconds"])
 
-    async def request_scale(self, ask_id: str, role: str, replicas: int) -> None:
-        """Leave a request for the controller, which reads it with the next health. Idempotent. Raises Overloaded."""
+    async def request_change(self, ask_id: str, change: Mapping[str, Any]) -> None:
+        """Leave a request for the controller, which reads it with the next health (`Changes`). Idempotent. Raises
+        Overloaded."""
         if ask_id in self._overview["answers"] or any(asked["id"] == ask_id for asked in self._asked):
             return
         if len(self._asked) >= MOST_ASKED:
             raise Overloaded(f"{MOST_ASKED} questions wait for the controller already")
-        self._asked.append({"id": ask_id, "role": role, "replicas": replicas})
+        self._asked.append({"id": ask_id, **change})
 
     async def request_stop(self) -> None:
         """Leave a request for the controller to drain the cluster, which it reads with the next health."""

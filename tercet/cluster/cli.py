@@ -198,7 +198,7 @@ def status(
 
 @app.command()
 def scale(
-    role: Annotated[str, typer.Argument(metavar="ROLE", help="prefill, decode or aggregated.")],
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="encode, prefill, decode or aggregated.")],
     replicas: Annotated[int, typer.Argument(metavar="N", help="Workers that the role is to have, at least 1.")],
     name: ClusterName = None,
     address: Address = None,
@@ -209,6 +209,25 @@ def scale(
     from tercet.cluster.scale import scale as scale_cluster
 
     output.say(scale_cluster(name, address, role, replicas, timeout))
+
+
+role_app = typer.Typer(help="Roles of single workers.", no_args_is_help=True)
+app.add_typer(role_app, name="role")
+
+
+@role_app.command("set")
+def set_role(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its name, as `tercet status` shows it.")],
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="encode, prefill, decode or aggregated.")],
+    name: ClusterName = None,
+    address: Address = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until it serves in that role.")] = 180.0,
+) -> None:
+    """Give a worker another role, while the cluster serves."""
+    name, address = _where(name, address)
+    from tercet.cluster.set_role import set_role as set_worker_role
+
+    output.say(set_worker_role(name, address, worker, role, timeout))
 
 
 @app.command()

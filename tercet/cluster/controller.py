@@ -1,7 +1,7 @@
 """The reconcile loop: compares the target (which members there should be) with what runs, and mends the difference.
 
 bring_up    start all members at once; the first fault ends it, since a user is waiting
-run         until asked to stop: replace the target if asked to; observe, decide (`reconcile.diff`), act
+run         until asked to stop: replace the target if asked to (changes.py); observe, decide (`reconcile.diff`), act
 shut_down   gateway drains, workers drain, all stop, all are killed
 
 What is known of one incarnation of a member is in its `Slot` alone. An answer is written into the slot that was asked,
@@ -17,17 +17,16 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from tercet.cluster import reconcile
-from tercet.cluster.members import Running, Slot, Starter, Target, overview, watch_ports
+from tercet.cluster.changes import Changes
+from tercet.cluster.members import Running, Slot, Starter, Target, overview, serving, watch_ports
 from tercet.cluster.race import first
-from tercet.cluster.reconcile import GATEWAY, Action, Drain, Drop, Publish, Start, State, Stop
+from tercet.cluster.reconcile import GATEWAY, Action, Drain, Drop, Publish, Start, State, Stop, Switch
 from tercet.errors import ClusterError, TercetError, WorkerLost
-from tercet.placement.roles import scaled
 from tercet.spec import ClusterSpec
 
 LOOK_EVERY_S = 0.3
 STOP_TIMEOUT_S = 5.0
 DEAF_AFTER_S = 3.0  # a member that is silent for so long is stopped or hangs, and will not drain
-MOST_ANSWERS = 32  # kept for repeated requests; more than the requests that a gateway holds (actors.MOST_ASKED)
 LAST_WORD_S = 2.0  # for members to end their streams
 
 
@@ -44,7 +43,7 @@ class Controller:
         """gateway_is_up: called with the info of each gateway, since a new one may have other ports."""
         self._gateway_is_up = gateway_is_up
         self._target = target
-        self._answers: dict[str, dict[str, str]] = {}  # id of a scale request -> error, if there is one
+        self._changes = Changes(starter, report)
         self._starter = starter
         self._report = report
         self._slots: dict[str, Slot] = {}  # member id -> its newest incarnation
@@ -87,26 +86,10 @@ class Controller:
         Raises RayLost.
         """
         while not stop.is_set() and not self.stop_requested:
-            for asked in self._gateway.status.get("asked", ()):
-                if asked["id"] not in self._answers:
-                    self._answers[asked["id"]] = await self._scale(asked["role"], asked["replicas"])
-            for old in list(self._answers)[:-MOST_ANSWERS]:
-                del self._answers[old]
+            asked = self._gateway.status.get("asked", ())
+            taken = [m for m, slot in self._slots.items() if slot.member.state is not State.GONE]
+            self._target = await self._changes.applied(self._target, asked, taken)
             await self._step()
-
-    async def _scale(self, role: str, replicas: int) -> dict[str, str]:
-        """Replace the target by one with another number of workers of a role. -> the error, else empty."""
-        try:
-            spec = scaled(self._spec, role, replicas)
-            if spec != self._spec:
-                taken = [m for m, slot in self._slots.items() if slot.member.state is not State.GONE]
-                placement = await self._starter.place(self._target, spec, taken)
-                self._target = Target(spec, placement)
-                self._report(f"{role} is to have {replicas} worker{'s' if replicas > 1 else ''}")
-        except TercetError as error:
-            has = ", ".join(f"{wanted.replicas} {name}" for name, wanted in self._spec.roles.items())
-            return {"code": error.code(), "message": f"{replicas} {role}: {error}; it stays at {has}"}
-        return {}
 
     async def shut_down(self, reason: str = "") -> None:
         """Drain, then end every member; each step has a deadline. Clients are told the reason."""
@@ -159,6 +142,7 @@ class Controller:
         told = self._gateway.told if GATEWAY in self._slots else None
         for action in reconcile.diff(self._target.members, actual, told, time.monotonic()):
             await self._act(action)
+        self._changes.serving(serving(self._slots))
         await self._tell_overview()
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
@@ -174,9 +158,14 @@ class Controller:
                 before = self._slots.get(member_id)
                 if before is not None and before.task is not None and not before.task.done():
                     return  # it is still being killed
-                member = reconcile.starting(epoch, before.member if before else None, time.monotonic())
-                self._slots[member_id] = slot = Slot(member_id, self._target.members[member_id], member)
-                slot.task = asyncio.create_task(self._live(slot, self._target))
+                role = self._target.members[member_id]
+                member = reconcile.starting(role, epoch, before.member if before else None, time.monotonic())
+                self._changes.restarted(member_id)
+                self._begin(Slot(member_id, member))
+            case Switch(member_id, epoch):
+                member = reconcile.switching(self._target.members[member_id], epoch, time.monotonic())
+                self._changes.drained(member_id)
+                self._begin(Slot(member_id, member, self._slots[member_id].actor))
             case Drain(member_id):
                 self._leaves(member_id, State.DRAINING).leave.set()
             case Stop(member_id):
@@ -190,6 +179,10 @@ class Controller:
                 gateway = self._gateway
                 if await self._tell(gateway, "set_workers", infos):
                     gateway.told = epochs
+
+    def _begin(self, slot: Slot) -> None:
+        self._slots[slot.member_id] = slot
+        slot.task = asyncio.create_task(self._live(slot, self._target))
 
     def _leaves(self, member_id: str, state: State) -> Slot:
         slot = self._slots[member_id]
@@ -207,15 +200,15 @@ class Controller:
                     await slot.actor.call("stop", timeout_s=STOP_TIMEOUT_S)
             await slot.actor.kill()
         self._report(f"{slot.title} (epoch {slot.member.epoch}) is gone")
-        self._slots[slot.member_id] = Slot(slot.member_id, slot.role, slot.member)
+        self._slots[slot.member_id] = Slot(slot.member_id, slot.member)
         self._leaves(slot.member_id, State.GONE)
         self._changed.set()
 
     async def _live(self, slot: Slot, target: Target) -> None:
-        """One incarnation of a member: launch, start, watch until it has drained; if it is lost, kill what is left."""
+        """One incarnation of a member: start, watch until it has drained; if it is lost, kill what is left."""
         try:
-            slot.actor = await self._starter.launch(slot.member_id, slot.member.epoch, target)
-            slot.info = await slot.actor.call("start", timeout_s=self._spec.ray.start_timeout_s)
+            slot.info = await self._started(slot, target)
+            assert slot.actor is not None
             slot.member = reconcile.up(slot.member, time.monotonic())
             kernels = getattr(slot.info, "kernels", "")  # of a worker
             self._report(f"{slot.title} is up (epoch {slot.member.epoch}){kernels and f', kernels {kernels}'}")
@@ -233,6 +226,16 @@ class Controller:
         finally:
             self._changed.set()
 
+    async def _started(self, slot: Slot, target: Target) -> Any:
+        """-> its info. In a process of its own, or in that of the incarnation before. Raises TercetError."""
+        timeout_s, epoch = self._spec.ray.start_timeout_s, slot.member.epoch
+        if slot.actor is None:
+            slot.actor = await self._starter.launch(slot.member_id, epoch, target)
+            return await slot.actor.call("start", timeout_s=timeout_s)
+        wanted = target.worker(slot.member_id)
+        switch = slot.actor.call("switch", wanted.role, epoch, wanted.cores, timeout_s=timeout_s)
+        return await first(switch, self._watch_health(slot, slot.actor, self._spec.ray.health_deadline_s))
+
     async def _drain_when_told(self, slot: Slot, actor: Running) -> None:
         """Raises TercetError."""
         await slot.leave.wait()
@@ -248,6 +251,7 @@ class Controller:
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _lost(self, slot: Slot, error: TercetError) -> None:
+        self._changes.lost(slot.member_id, slot.member.role, error)
         slot.member = reconcile.lost(slot.member, f"{error.code()}: {error}", time.monotonic())
         if self._is_up:
             follows = slot.next_try if slot.member_id in self._target.members else "; it was to go"
@@ -258,7 +262,7 @@ class Controller:
     async def _tell_overview(self) -> None:
         gateway = self._slots.get(GATEWAY)
         if gateway is not None and gateway.member.state is State.LIVE:
-            told = overview(self._target, self._slots, self._answers)
+            told = overview(self._target, self._slots) | self._changes.overview
             if told != gateway.noted and await self._tell(gateway, "note", told):
                 gateway.noted = told
 

@@ -92,8 +92,7 @@ class Launcher:
         """Create the actor; the caller calls its `start`. Raises ClusterError if Ray has no room for it."""
         if member_id == GATEWAY:
             return await self._gateway(target)
-        wanted = next(worker for worker in target.placement.workers if worker.worker_id == member_id)
-        return await self._worker(wanted, epoch, target.spec)
+        return await self._worker(target.worker(member_id), epoch, target.spec)
 
     async def ask_ports(self, info: Any, timeout_s: float) -> None:
         """Raises WorkerLost naming the port."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from tercet.cluster.reconcile import GATEWAY, Member, State
 from tercet.core import Load, WorkerInfo
 from tercet.errors import TercetError
-from tercet.placement.roles import Placement
+from tercet.placement.roles import Assignment, Placement
 from tercet.spec import ClusterSpec
 
 ASK_PORTS_EVERY_S = 2.0
@@ -28,6 +28,9 @@ class Target:
     def members(self) -> dict[str, str]:
         """Member id -> role; the gateway has none."""
         return {GATEWAY: "", **{w.worker_id: w.role.value for w in self.placement.workers}}
+
+    def worker(self, worker_id: str) -> Assignment:
+        return next(worker for worker in self.placement.workers if worker.worker_id == worker_id)
 
 
 class Running(Protocol):
@@ -58,9 +61,8 @@ class Slot:
     """What this controller knows of one incarnation of a member."""
 
     member_id: str
-    role: str
     member: Member
-    actor: Running | None = None
+    actor: Running | None = None  # one that switches has that of the incarnation before
     info: Any = None  # WorkerInfo or GatewayInfo, once LIVE
     task: asyncio.Task[None] | None = None  # its start, then its watch and its drain; then its end
     leave: asyncio.Event = field(default_factory=asyncio.Event)  # set when it is to drain
@@ -70,7 +72,7 @@ class Slot:
 
     @property
     def title(self) -> str:
-        return f"{self.role} {self.member_id}".strip()
+        return f"{self.member.role} {self.member_id}".strip()
 
     @property
     def has_process(self) -> bool:
@@ -98,20 +100,26 @@ async def watch_ports(slot: Slot, starter: Starter, deadline_s: float) -> None:
             answered, misses = time.monotonic(), 0
 
 
-def overview(target: Target, slots: Mapping[str, Slot], answers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What `tercet status` and `tercet scale` are told, as plain data. answers: id of a request -> error, if any."""
+def serving(slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Worker id -> role, of those that the gateway uses."""
+    told = (slots[GATEWAY].told if GATEWAY in slots else None) or {}
+    members = {worker_id: slots[worker_id].member for worker_id in told}
+    return {m: each.role for m, each in members.items() if each.state is State.LIVE and each.epoch == told[m]}
+
+
+def overview(target: Target, slots: Mapping[str, Slot]) -> dict[str, Any]:
+    """What `tercet status` and those who wait for a change are told of the cluster, as plain data."""
     present = {m: s for m, s in sorted(slots.items()) if m != GATEWAY and s.member.state is not State.GONE}
     return {
         "target": {role.value: wanted.replicas for role, wanted in target.spec.roles.items()},
         "members": {member_id: _told_of(slot) for member_id, slot in present.items()},
-        "answers": dict(answers),
     }
 
 
 def _told_of(slot: Slot) -> dict[str, Any]:
     member = slot.member
     told: dict[str, Any] = {
-        "role": slot.role,
+        "role": member.role,
         "state": member.state.value,
         "epoch": member.epoch,
         "reason": member.reason,

@@ -10,19 +10,20 @@ longer:
        │ up                                            ^
        v                                               │ Stop
      LIVE ──Publish without it, then Drain──> DRAINING ──its legs have ended, or their time──> DRAINED
-       │ lost
-       v
-     LOST ──Start(epoch + 1), after a backoff──> STARTING
+       │ lost                                                                                    │ it is wanted
+       v                                                                                         v
+     LOST ──Start(epoch + 1), after a backoff──> STARTING            LIVE <──up── SWITCHING <──Switch(epoch + 1)
 
-A member that is wanted again while it drains still drains to its end, and starts again from GONE: there is no way back.
-GONE keeps the epoch, so that a reused id continues from there.
+A member that lives in another role than it is wanted in drains as one that is not wanted, and switches behind its end,
+in its process. So does one that is wanted again while it drains: there is no shorter way back. Whoever is lost on the
+way is started in the role that is wanted by then. GONE keeps the epoch, so that a reused id continues from there.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 GATEWAY = "gateway"
 
@@ -37,6 +38,7 @@ class State(enum.StrEnum):
     LOST = "lost"
     DRAINING = "draining"
     DRAINED = "drained"
+    SWITCHING = "switching"
     STOPPING = "stopping"
     GONE = "gone"
 
@@ -51,6 +53,7 @@ class Member:
     crashes: int = 0  # consecutive, each before STABLE_S
     retry_at: float = 0.0
     reason: str = ""  # why it was lost
+    role: str = ""  # of a worker
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,14 @@ class Drain:
     """Let a worker's legs end; the gateway sends it no new ones."""
 
     member_id: str
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Have a worker that has drained serve in the role in which it is wanted, in its process."""
+
+    member_id: str
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -87,25 +98,29 @@ class Publish:
     epochs: Mapping[str, int]
 
 
-Action = Start | Drain | Stop | Drop | Publish
+Action = Start | Drain | Switch | Stop | Drop | Publish
 
 
 def diff(
-    target: Collection[str], actual: Mapping[str, Member], told: Mapping[str, int] | None, now: float
+    target: Mapping[str, str], actual: Mapping[str, Member], told: Mapping[str, int] | None, now: float
 ) -> tuple[Action, ...]:
     """What to do so that `actual` becomes `target`; nothing if it already is, or if something must end first.
 
-    told: the workers that the gateway was last told of; None if it was not told yet.
+    target: member id -> role. told: the workers that the gateway was last told of; None if it was not told yet.
     """
     actions: list[Action] = []
     for member_id in sorted({*target, *actual}):
-        member, wanted = actual.get(member_id), member_id in target
-        action = _of_wanted(member_id, member, now) if wanted else _of_unwanted(member_id, member, told)
-        if member is not None and member.state is State.DRAINED:
-            action = Stop(member_id)
+        member, role = actual.get(member_id), target.get(member_id)
+        if member is not None and member.state is State.LIVE and member.role != role:
+            action = _leave(member_id, told)
+        elif role is not None:
+            action = _of_wanted(member_id, member, now)
+        else:
+            action = _of_unwanted(member_id, member)
         if action is not None:
             actions.append(action)
-    epochs = {m: actual[m].epoch for m in sorted(actual) if m != GATEWAY and m in target and _live(actual[m])}
+    serve = [m for m in sorted(actual) if m != GATEWAY and _live(actual[m]) and actual[m].role == target.get(m)]
+    epochs = {m: actual[m].epoch for m in serve}
     if GATEWAY in actual and _live(actual[GATEWAY]) and told != epochs:
         actions.append(Publish(epochs))
     return tuple(actions)
@@ -116,29 +131,36 @@ def _of_wanted(member_id: str, member: Member | None, now: float) -> Action | No
         return Start(member_id, 1)
     if member.state is State.GONE or (member.state is State.LOST and now >= member.retry_at):
         return Start(member_id, member.epoch + 1)
-    return None
+    return Switch(member_id, member.epoch + 1) if member.state is State.DRAINED else None
 
 
-def _of_unwanted(member_id: str, member: Member | None, told: Mapping[str, int] | None) -> Action | None:
+def _of_unwanted(member_id: str, member: Member | None) -> Action | None:
     state = member.state if member is not None else State.GONE
-    if state is State.LIVE and told is not None and member_id not in told:
-        return Drain(member_id)
-    if state is State.STARTING:
+    if state in {State.STARTING, State.SWITCHING, State.DRAINED}:
         return Stop(member_id)
     return Drop(member_id) if state is State.LOST else None
 
 
-def starting(epoch: int, before: Member | None, now: float) -> Member:
-    return Member(epoch, State.STARTING, now, crashes=before.crashes if before else 0)
+def _leave(member_id: str, told: Mapping[str, int] | None) -> Action | None:
+    """None: the gateway must hear of it first."""
+    return Drain(member_id) if told is not None and member_id not in told else None
+
+
+def starting(role: str, epoch: int, before: Member | None, now: float) -> Member:
+    return Member(epoch, State.STARTING, now, crashes=before.crashes if before else 0, role=role)
+
+
+def switching(role: str, epoch: int, now: float) -> Member:
+    return Member(epoch, State.SWITCHING, now, role=role)
 
 
 def up(member: Member, now: float) -> Member:
-    return Member(member.epoch, State.LIVE, now, crashes=member.crashes)
+    return replace(member, state=State.LIVE, since=now)
 
 
 def leaving(member: Member, state: State, now: float) -> Member:
-    """On its way from DRAINING to GONE."""
-    return Member(member.epoch, state, now)
+    """On its way from DRAINING to GONE, or to SWITCHING."""
+    return Member(member.epoch, state, now, role=member.role)
 
 
 def lost(member: Member, reason: str, now: float) -> Member:
@@ -146,7 +168,7 @@ def lost(member: Member, reason: str, now: float) -> Member:
     stable = _live(member) and now - member.since >= STABLE_S
     crashes = 1 if stable else member.crashes + 1
     wait = 0.0 if crashes == 1 else min(FIRST_BACKOFF_S * 2.0 ** (crashes - 2), LAST_BACKOFF_S)
-    return Member(member.epoch, State.LOST, now, crashes, now + wait, reason)
+    return Member(member.epoch, State.LOST, now, crashes, now + wait, reason, member.role)
 
 
 def _live(member: Member) -> bool:

@@ -39,6 +39,9 @@ class HostCache:
     def wait(self, mark: int) -> None:
         """Until that many are published. Raises what one of them has raised."""
 
+    def close(self) -> None:
+        """No step follows. The region may be closed after this."""
+
 
 class StagedCache(HostCache):
     """The model's cache lies elsewhere; block b of the region is the host's copy of block b."""
@@ -68,14 +71,17 @@ class DeviceCache(StagedCache):
 
     def __init__(self, region: Region, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(region, dtype, device)
-        if device_of(device).pins:  # else the driver stages every copy through a small buffer of its own
-            region.pin(_pin)
+        self._pinned = device_of(device).pins  # else the driver stages every copy through a small buffer of its own
+        self._region = region
+        if self._pinned:
+            _cuda("cudaHostRegister", region.address, region.num_bytes, 0)
         self._device, self._copies = device, torch.Stream(device)
         self._marked = self._published = 0
         self._failure: Exception | None = None
-        self._waiting: queue.SimpleQueue[tuple[torch.Event, Published]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[torch.Event, Published] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
-        threading.Thread(target=self._publish_all, name="kv-publish", daemon=True).start()
+        self._publisher = threading.Thread(target=self._publish_all, name="kv-publish", daemon=True)
+        self._publisher.start()
 
     def begin(self, landed: Sequence[int]) -> None:
         # No block is written anew while it is still copied out.
@@ -100,10 +106,16 @@ class DeviceCache(StagedCache):
             if self._failure is not None:
                 raise self._failure
 
+    def close(self) -> None:
+        self._waiting.put(None)
+        self._publisher.join()
+        if self._pinned:
+            _cuda("cudaHostUnregister", self._region.address)
+
     def _publish_all(self) -> None:
         try:
-            while True:
-                copied, published = self._waiting.get()
+            while (waiting := self._waiting.get()) is not None:
+                copied, published = waiting
                 copied.synchronize()
                 published()
                 with self._changed:
@@ -152,5 +164,6 @@ def _runs(blocks: Sequence[int]) -> list[slice]:
     return runs
 
 
-def _pin(address: int, num_bytes: int) -> None:
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))  # type: ignore[no-untyped-call]  # torch's own
+def _cuda(name: str, *arguments: int) -> None:
+    """Call a function of CUDA's runtime."""
+    torch.cuda.check_error(getattr(torch.cuda.cudart(), name)(*arguments))  # type: ignore[no-untyped-call]  # torch's own

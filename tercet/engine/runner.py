@@ -81,6 +81,10 @@ class Runner:
         graphs.capture(sizes, recorder)
         self._graphs = graphs
 
+    def close(self) -> None:
+        """No step follows. The region may be closed after this."""
+        self._cache.close()
+
     def see(self, key: ImageKey, embeddings: Tensor) -> None:
         self._embeddings[key] = embeddings.to(self._model.device)
 

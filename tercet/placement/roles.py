@@ -72,18 +72,24 @@ class _Replica:
         return all(node.labels.get(k) == v for k, v in self.labels.items())
 
 
+def role_of(spec: ClusterSpec, name: str) -> Role:
+    """Raises SpecError if the cluster has no such role."""
+    if name not in spec.roles:
+        known = ", ".join(spec.roles)
+        raise SpecError(f"topology {spec.topology} has no role {name}; the roles of {spec.name} are {known}")
+    return Role(name)
+
+
 def scaled(spec: ClusterSpec, role: str, replicas: int) -> ClusterSpec:
     """The spec with another number of replicas of a role. Raises SpecError naming what is wrong with it."""
-    if role not in spec.roles:
-        known = ", ".join(spec.roles)
-        raise SpecError(f"topology {spec.topology} has no role {role}; the roles of {spec.name} are {known}")
+    wanted_role = role_of(spec, role)
     if replicas < 1:
         raise SpecError(
             f"{role} cannot have {replicas} workers: without one no request can be served; `tercet down` ends all"
         )
     try:
-        wanted = RoleSpec.model_validate({**dict(spec.roles[Role(role)]), "replicas": replicas})
-        return ClusterSpec.model_validate({**dict(spec), "roles": {**spec.roles, Role(role): wanted}})
+        wanted = RoleSpec.model_validate({**dict(spec.roles[wanted_role]), "replicas": replicas})
+        return ClusterSpec.model_validate({**dict(spec), "roles": {**spec.roles, wanted_role: wanted}})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise SpecError(f"{role} cannot have {replicas} workers: {reason}") from error
@@ -111,10 +117,21 @@ def plan(
     # The hardest first: few nodes carry its labels, or it needs much.
     order = sorted(replicas, key=lambda r: (sum(map(r.may_use, nodes)), -sum(r.needs.values())))
     chosen = _Search(order, nodes, stay).run()
-    workers = pinned(spec, [*stay, *(_assign(r, chosen[r.worker_id]) for r in replicas)])
-    placement = Placement(nodes[0], tuple(sorted(workers, key=lambda w: list(spec.roles).index(w.role))))
+    placement = placed(spec, nodes[0], [*stay, *(_assign(r, chosen[r.worker_id]) for r in replicas)])
     _refuse_split_loopback(spec, placement)
     return placement
+
+
+def placed(spec: ClusterSpec, gateway: Node, workers: Sequence[Assignment]) -> Placement:
+    """workers: of each role the oldest first; those without cores get theirs. Raises ClusterError if there are none."""
+    order = list(spec.roles)
+    return Placement(gateway, tuple(sorted(pinned(spec, workers), key=lambda w: order.index(w.role))))
+
+
+def needs_of(wanted: RoleSpec) -> dict[str, float]:
+    """Ray resource -> amount, of a replica."""
+    amounts = {"CPU": wanted.cpus, "GPU": float(wanted.gpus), "NPU": float(wanted.npus)}
+    return {kind: amount for kind, amount in amounts.items() if amount}
 
 
 def local_node(spec: ClusterSpec) -> Node:
@@ -134,9 +151,7 @@ def _replicas(
     names = (name for name in map("worker-{}".format, itertools.count()) if name not in taken)
     found: list[_Replica] = []
     for role, wanted in spec.roles.items():
-        amounts = {"CPU": wanted.cpus, "GPU": float(wanted.gpus), "NPU": float(wanted.npus)}
-        needs = {kind: amount for kind, amount in amounts.items() if amount}
-        labels = spec.pools[wanted.pool].labels
+        needs, labels = needs_of(wanted), spec.pools[wanted.pool].labels
         missing = wanted.replicas - sum(w.role is role for w in stay)
         found += [_Replica(next(names), role, labels, needs) for _ in range(missing)]
     return found

@@ -59,10 +59,10 @@ class Computing(Part):
         self._legs.handlers.update(zip(who.serves, handlers, strict=True))
         push = next((handler.push for handler in handlers if handler.push is not None), None)
         max_context = min(who.spec.model.max_context, loaded.config.max_context)
-        runner = Runner(loaded.model, self._region, push)
-        await loop.run_in_executor(None, self._capture, runner, max_context)
+        self._runner = Runner(loaded.model, self._region, push)
+        await loop.run_in_executor(None, self._capture, self._runner, max_context)
         self.engine = Engine(
-            LocalExecutor(runner),
+            LocalExecutor(self._runner),
             spec,
             max_context,
             loaded.config.eos_token_ids,
@@ -87,8 +87,11 @@ class Computing(Part):
         self.engine.stop()
 
     async def stop(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.join, 5.0)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._thread.join, 5.0)
+        await loop.run_in_executor(None, self._runner.close)
         self._region.close()
+        del self.engine, self._runner, self._region  # a sender that has ended may hold this part a moment longer
 
     def _progress(self) -> int:
         """It grows as long as prompts are computed, or images come that they wait for. Any thread."""

@@ -1,4 +1,9 @@
-"""One worker process: the model, the parts that serve its legs, and the ports. The controller starts and watches it."""
+"""One worker process: the model, the parts that serve its legs, and the ports. The controller starts and watches it.
+
+start ─────────> parts of its role, ports ──drain──> no legs ──stop──> closed
+                             ^                          │
+                             └── parts of another role ─┴─ switch: what it holds of the model is kept
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,17 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
 from tercet.core import Load, Role, WorkerInfo
 from tercet.devices import DEVICES, device_of
 from tercet.engine.loop import Engine
-from tercet.errors import UnsupportedModel
+from tercet.errors import UnsupportedModel, WorkerLost
 from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.models.footprint import refuse_too_large
 from tercet.models.sources import load_config, load_model, load_vision
@@ -22,7 +30,11 @@ from tercet.roles.computing import Computing
 from tercet.roles.legs import Legs
 from tercet.roles.part import Identity, Part
 from tercet.spec import ClusterSpec
+from tercet.transfer.transports.table import in_device_memory
 from tercet.wire.worker_server import WorkerServer
+
+QUIET_S = 15.0  # for peers to prove that they write no more; longer than one that hangs is let live
+LOOK_EVERY_S = 0.01
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +56,27 @@ class Worker:
         kinds = tuple(serves) or (role,)
         self._who = Identity(worker_id, role, epoch, spec, host, cluster_token, kinds, tuple(cores))
         self._parts: list[Part] = []
+        # By kernels, for which weights are packed; the last ones are kept over changes of role.
+        self._text = lru_cache(maxsize=1)(lambda kernels: load_model(spec.model, kernels))
+        self._vision = lru_cache(maxsize=1)(lambda kernels: load_vision(spec.model, kernels))
 
     async def start(self) -> WorkerInfo:
         """Load the model, open the ports (free ones on `host`). Raises ModelError, ClusterError, and
         UnsupportedSpec if the pool's accelerator is not here or too small."""
+        return await self._begin()
+
+    async def switch(self, role: Role, epoch: int, cores: Sequence[int] = ()) -> WorkerInfo:
+        """Serve in another role, as a new incarnation with other ports, once `drain` has returned.
+
+        Raises WorkerLost if the memory of its KV cannot be given up before the process ends, and what `start` does.
+        It then serves nothing, and is to end.
+        """
+        await self._until_quiet()
+        await self._end()
+        self._who = replace(self._who, role=role, epoch=epoch, serves=(role,), cores=tuple(cores))
+        return await self._begin()
+
+    async def _begin(self) -> WorkerInfo:
         who, spec, loop = self._who, self._who.role_spec, asyncio.get_running_loop()
         device = DEVICES[who.spec.pools[spec.pool].accelerator].torch_device()
         refuse_missing_cores(who.role, who.cores)
@@ -58,8 +87,8 @@ class Worker:
         await loop.run_in_executor(None, refuse_too_large, who.spec, alone, row, row.memory_bytes())
         self.legs = Legs(loop)
         for part in await loop.run_in_executor(None, self._loaded, kernels):
-            self._parts.append(part)
             await part.start()
+            self._parts.append(part)
         self._server = WorkerServer(self.legs, self.legs.load, who.token)
         address = await self._server.start(who.host)
         return WorkerInfo(
@@ -89,19 +118,40 @@ class Worker:
         await self.legs.drain(timeout_s)
 
     async def stop(self) -> None:
-        for part in self._parts:
+        await self._end()
+
+    async def _until_quiet(self) -> None:
+        """Return once no peer can write here any more, nor reads, and the gateway has parted. Raises WorkerLost."""
+        worker_id, deadline = self._who.worker_id, time.monotonic() + QUIET_S
+        if self.legs.engine is not None and in_device_memory(self._who.spec.transfer.transport):
+            raise WorkerLost(f"{worker_id}: its KV is in memory of a GPU that ends with the process")
+        while waits_for := self._noise():
+            if time.monotonic() > deadline:
+                raise WorkerLost(f"{worker_id}: {waits_for}, until the process ends")
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _noise(self) -> str:
+        load = self.legs.load()
+        if load.blocks_free < load.blocks_total or load.embedding_blocks_free < load.embedding_blocks_total:
+            return "peers may still write to its memory"
+        return "the gateway may still wait for the ends of legs" if self._server.streams else ""
+
+    async def _end(self) -> None:
+        parts, self._parts = self._parts, []  # their health is of no interest any more
+        for part in parts:
             part.begin_stop()
         await self._server.stop()
         await self.legs.close()
-        for part in self._parts:
+        for part in parts:
             await part.stop()
+        self.legs.engine = None  # what still waits for its time on the loop refers to the legs, but not to its memory
 
     def _loaded(self, kernels: Kernels) -> list[Part]:
         """Reads the weights that its legs need. Raises ModelError, UnsupportedSpec."""
         who, model, parts = self._who, self._who.spec.model, list[Part]()
         kinds, vision = {*who.serves}, load_config(model).vision
         if kinds != {Role.ENCODE}:
-            parts.append(Computing(who, self.legs, load_model(model, kernels), kernels))
+            parts.append(Computing(who, self.legs, self._text(kernels), kernels))
         if vision is None and Role.ENCODE in who.spec.roles:
             raise UnsupportedModel(f"{model.source} takes no images, which topology {who.spec.topology} is for")
         if vision is None or kinds == {Role.DECODE}:
@@ -109,11 +159,11 @@ class Worker:
         from tercet.roles.seeing import Encoding, Landing, Seeing  # they import Pillow, which others do without
 
         if Role.ENCODE in kinds:
-            parts.append(Encoding(who, self.legs, load_vision(model, kernels), kernels))
+            parts.append(Encoding(who, self.legs, self._vision(kernels), kernels))
         elif Role.ENCODE in who.spec.roles:
             parts.append(Landing(who, self.legs, vision))
         else:
-            parts.append(Seeing(who, self.legs, load_vision(model, kernels), kernels))
+            parts.append(Seeing(who, self.legs, self._vision(kernels), kernels))
         return parts
 
     def _endpoint(self) -> str:

@@ -113,6 +113,7 @@ class _Service(worker_pb2_grpc.WorkerServicer):
         self._handler = handler
         self._load = load
         self._token = cluster_token
+        self.streams = 0  # that are open
 
     async def Connect(  # noqa: N802  # the proto's name
         self, request_iterator: AsyncIterator[pb.Command], context: Call
@@ -122,6 +123,7 @@ class _Service(worker_pb2_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the caller does not know this cluster's token")
         with context.served():
             stream = ReportStream()
+            self.streams += 1
             commands = asyncio.create_task(self._take_commands(request_iterator, stream))
             try:
                 yield pb.Reports(load=load_to_proto(self._load()))
@@ -131,6 +133,7 @@ class _Service(worker_pb2_grpc.WorkerServicer):
                 commands.result()  # a fault in a handler ends the stream, and is told
             finally:
                 commands.cancel()
+                self.streams -= 1
                 self._handler.disconnected(stream)
                 await asyncio.wait([commands])  # it still holds the iterator, which is closed next
 
@@ -165,8 +168,13 @@ class WorkerServer:
         # Who has proven nothing yet only watches: it is closed to make room.
         bounds = GrpcLimits(MESSAGE_BYTES, max_streams=16, watching=frozenset([SERVICE]))
         self._server = GrpcServer(self._connections, Bodies(BODIES), bounds)
-        service = _Service(handler, load, cluster_token)
-        worker_pb2_grpc.add_WorkerServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]  # generated code
+        self._service = _Service(handler, load, cluster_token)
+        worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]  # generated code
+
+    @property
+    def streams(self) -> int:
+        """Of gateways; each is ended by its gateway once that has heard the end of all its legs."""
+        return self._service.streams
 
     async def start(self, host: str) -> str:
         """-> host:port. Raises ClusterError when no port can be bound."""

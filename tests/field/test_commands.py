@@ -58,6 +58,7 @@ RUN_BY = {
     "tercet chat": ON_TINY,
     "tercet status": ON_TINY,
     "tercet scale decode 3": ON_TINY,
+    "tercet role set worker-1 prefill": ON_TINY,
     "tercet down": ON_TINY,
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'""": ON_TINY,
@@ -215,6 +216,7 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     assert re.search(r"^ *worker-\d +decode +live", typed("tercet status"), re.MULTILINE)
     assert typed("tercet chat", "Hello\n\n").strip()
     assert typed("tercet scale decode 3") == "cluster typed: decode has 3 workers (worker-2, worker-3 came)\n"
+    assert "worker-1 serves as prefill, in its process" in typed("tercet role set worker-1 prefill")
     loads = "--num-prompts 4 --input-len 20 --output-len 4 --vocab-size 256"
     for line in (c for c in commands_in(module_docstring("benchmarks/serving.py")) if "--trace" not in c):
         own = line if "--base-url" in line else f"{line} --base-url http://127.0.0.1:8000"

@@ -1,5 +1,6 @@
-"""The target changes at any moment, while members die, hang in their start, or drain for longer or shorter; hundreds of
-seeded runs over processes without a clock. Whatever happens, the cluster ends as the last target says."""
+"""The target changes at any moment, by numbers and by roles, while members die, hang in their start or their switch,
+refuse a role, or drain for longer or shorter; hundreds of seeded runs over processes without a clock. Whatever happens,
+the cluster ends as the last target says."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from tercet.cluster.controller import Controller
 from tercet.cluster.members import Target
 from tercet.cluster.reconcile import GATEWAY
 from tercet.core import Role
-from tercet.errors import WorkerLost
+from tercet.errors import UnsupportedSpec, WorkerLost
 from tercet.placement.roles import Node, Placement, plan
 from tercet.spec import ClusterSpec, RoleSpec
 
@@ -25,8 +26,9 @@ TURNS = 4000  # of the event loop, within which all must come to rest
 class Process:
     """A member. It answers after a random number of turns."""
 
-    def __init__(self, world: World, member_id: str, epoch: int) -> None:
+    def __init__(self, world: World, member_id: str, epoch: int, role: str) -> None:
         self._world = world
+        self._member_id, self.role = member_id, role
         self._is_gateway = member_id == GATEWAY
         self.name = f"{member_id}@{epoch}"
         self.told: frozenset[str] = frozenset()
@@ -56,8 +58,19 @@ class Process:
             world.draining.add(self.name)
             await world.some_turns(60)
             self.drain_ended = not self.dead
+        if method == "switch":
+            await self._switch(*args)
         if method == "stop":
             assert self.drain_ended or not world.up, "stopped before its drain ended"
+
+    async def _switch(self, role: Role, epoch: int, cores: Any) -> None:
+        assert self.drain_ended, "it switches before its drain has ended"
+        await self._world.some_turns(60)
+        if self._world.random.random() < 0.2:
+            raise UnsupportedSpec("too large")
+        if self.dead:
+            raise WorkerLost(f"{self.name} died")
+        self.name, self.role, self.drain_ended = f"{self._member_id}@{epoch}", role.value, False
 
     async def kill(self) -> None:
         self._world.killed[self.name] += 1
@@ -88,7 +101,7 @@ class World:
         before = self.members.get(member_id)
         assert before is None or epoch > int(before.name.partition("@")[2]), "an epoch goes back"
         assert before is None or self.killed[before.name], "two incarnations at once"
-        self.members[member_id] = Process(self, member_id, epoch)
+        self.members[member_id] = Process(self, member_id, epoch, target.members[member_id])
         self.all.append(self.members[member_id])
         return self.members[member_id]
 
@@ -101,6 +114,10 @@ class World:
     def scale(self) -> None:
         role, replicas = self.random.choice(["prefill", "decode"]), self.random.randint(1, 4)
         self.asked = [{"id": f"ask-{self.random.random()}", "role": role, "replicas": replicas}]
+
+    def set_role(self) -> None:
+        worker, role = f"worker-{self.random.randrange(4)}", self.random.choice(["prefill", "decode"])
+        self.asked = [{"id": f"ask-{self.random.random()}", "worker": worker, "role": role}]
 
     def kill_one(self) -> None:
         """Each name may die once: then it is replaced at once."""
@@ -115,7 +132,9 @@ class World:
         return (
             not gateway.dead
             and bool(gateway.noted)
+            and not controller._changes._under_way  # or somebody would wait for a role for ever
             and all(not self.members[m].dead for m in wanted if m in self.members)
+            and all(self.members[m].role == role for m, role in wanted.items() if m in self.members)
             and gateway.told == {self.members[m].name for m in wanted if m != GATEWAY and m in self.members}
             and roles == Counter(gateway.noted["target"])
             and all(process.dead for process in self.all if process not in map(self.members.get, wanted))
@@ -136,20 +155,24 @@ async def run(seed: int) -> None:
     world.up = True
     running = asyncio.create_task(controller.run(asyncio.Event()))
     for _ in range(world.random.randint(2, 8)):
-        world.random.choice([world.scale, world.scale, world.kill_one])()
+        world.random.choice([world.scale, world.set_role, world.set_role, world.kill_one])()
         await world.some_turns(150)
     last = world.asked[0] if world.asked else None
     for _ in range(TURNS):
         if running.done():
             running.result()
-        answered = last is None or last["id"] in controller._answers
-        if answered and world.rests(controller):
+        if (last is None or last["id"] in controller._changes.overview["answers"]) and world.rests(controller):
             break
         await asyncio.sleep(0)
     else:
         raise AssertionError(f"it does not come to rest: {controller._slots} {reports}")
-    if last is not None and not controller._answers[last["id"]]:
-        assert controller._spec.roles[Role(last["role"])].replicas == last["replicas"]
+    told = controller._changes.overview
+    refused = any(switch["how"] == "failed" for switch in told["switches"].values())  # then roles went back
+    if last is not None and not told["answers"][last["id"]] and not refused:
+        if "worker" in last:
+            assert world.members[last["worker"]].role == last["role"]
+        else:
+            assert controller._spec.roles[Role(last["role"])].replicas == last["replicas"]
     ended = {process.name for process in world.all if process.dead}
     assert all(world.killed[name] == 1 for name in ended), world.killed
     assert set(world.killed) == ended

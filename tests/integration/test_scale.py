@@ -1,8 +1,12 @@
-"""A served cluster that grows and shrinks under load: no request fails, and every answer is the one from before."""
+"""A served cluster that grows and shrinks, and whose workers change their roles, under load: no request fails, and
+every answer is the one from before."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import threading
 import time
 import urllib.request
@@ -105,3 +109,46 @@ def test_it_grows_and_shrinks_under_load_and_no_request_fails(served):
         "worker-0": "live", "worker-1": "live"
     }  # fmt: skip
     assert "lost" not in served.log
+
+
+def set_role(machine: Machine, worker: str, role: str) -> str:
+    done = machine.run("tercet", "role", "set", worker, role)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done.stdout
+
+
+def members_of(served: Served) -> dict[str, tuple[str, int]]:
+    """Worker -> role, epoch."""
+    return {name: (member["role"], member["epoch"]) for name, member in served.status()["members"].items()}
+
+
+def test_workers_change_their_roles_under_load_and_no_request_fails(served):
+    machine = served.machine
+    refused = machine.run("tercet", "role", "set", "worker-0", "decode")
+    assert refused.returncode == 2
+    assert "prefill cannot have 0 workers" in refused.stderr
+    with Load(served.http, clients=4) as load:
+        scale(machine, "decode", 2)
+        pid = served.status()["members"]["worker-2"]["pid"]
+        said = set_role(machine, "worker-2", "prefill")
+        assert re.search(r"worker-2 serves as prefill, in its process, after [\d.]+ s, [\d.]+ s of them to drain", said)
+        assert "worker-0 serves as decode, in its process" in set_role(machine, "worker-0", "decode")
+        load.used.clear()
+        until(lambda: load.used == {"worker-0", "worker-1", "worker-2"})
+        assert members_of(served) == {"worker-0": ("decode", 2), "worker-1": ("decode", 1), "worker-2": ("prefill", 2)}
+        assert served.status()["members"]["worker-2"]["pid"] == pid
+        pid = served.status()["members"]["worker-0"]["pid"]
+        os.kill(pid, signal.SIGSTOP)  # it will not drain
+        asked = machine.start("tercet", "role", "set", "worker-0", "prefill")
+        until(lambda: "decode worker-0 (epoch 2) drains" in served.log)
+        os.kill(pid, signal.SIGKILL)
+        assert asked.wait(60) == 0
+        assert "worker-0 serves as prefill, in a new process" in asked.log.read_text()
+        load.used.clear()
+        until(lambda: load.used == {"worker-0", "worker-1", "worker-2"})
+    assert load.faults == []
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.http}/metrics", timeout=10) as response:
+        told = response.read().decode()
+    assert 'tercet_role_switches_total{how="in_place"} 2.0' in told
+    assert "tercet_role_switch_seconds_count 3.0" in told
+    assert 'tercet_worker_info{role="prefill",worker="worker-0"} 1.0' in told

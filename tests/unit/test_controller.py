@@ -16,18 +16,23 @@ from tercet.cluster import launcher, reconcile
 from tercet.cluster.controller import Controller
 from tercet.cluster.launcher import Actor
 from tercet.cluster.members import Target
-from tercet.cluster.reconcile import GATEWAY, Drain, Drop, Member, Publish, Start, State, Stop, diff
+from tercet.cluster.reconcile import GATEWAY, Drain, Drop, Member, Publish, Start, State, Stop, Switch, diff
 from tercet.core import Role
 from tercet.errors import ClusterError, ModelFileMissing, RayLost, TercetError, WorkerLost
 from tercet.placement.roles import Node, Placement, plan
 from tercet.spec import ClusterSpec, RaySpec, RoleSpec
 
 NODE = Node("a", "10.0.0.1", {}, {"CPU": 4.0})
-TARGET = (GATEWAY, "worker-0", "worker-1")  # of one role each
+TARGET = {GATEWAY: "", "worker-0": "prefill", "worker-1": "decode"}
+ALONE = {GATEWAY: "", "worker-0": "prefill"}
 
 
-def live(epoch: int = 1) -> Member:
-    return Member(epoch, State.LIVE, 0.0)
+def of(member_id: str, state: State = State.LIVE, epoch: int = 1) -> Member:
+    return Member(epoch, state, 0.0, role=TARGET[member_id])
+
+
+def live() -> dict[str, Member]:
+    return {member_id: of(member_id) for member_id in TARGET}
 
 
 def test_an_empty_cluster_starts_everything():
@@ -35,26 +40,24 @@ def test_an_empty_cluster_starts_everything():
 
 
 def test_a_cluster_as_it_should_be_needs_nothing():
-    actual = {m: live() for m in TARGET}
-    assert diff(TARGET, actual, {"worker-1": 1, "worker-0": 1}, 0.0) == ()
+    assert diff(TARGET, live(), {"worker-1": 1, "worker-0": 1}, 0.0) == ()
 
 
 def test_a_lost_worker_is_unpublished_and_started_with_the_next_epoch():
-    actual = {m: live() for m in TARGET} | {"worker-1": reconcile.lost(live(4), "died", 10.0)}
+    actual = live() | {"worker-1": reconcile.lost(of("worker-1", epoch=4), "died", 10.0)}
     told = {"worker-1": 4, "worker-0": 1}
     assert diff(TARGET, actual, told, 10.0) == (Start("worker-1", 5), Publish({"worker-0": 1}))
 
 
 def test_a_new_gateway_is_told_even_if_nothing_changed():
-    actual = {m: live() for m in TARGET}
-    assert diff(TARGET, actual, None, 0.0) == (Publish({"worker-1": 1, "worker-0": 1}),)
+    assert diff(TARGET, live(), None, 0.0) == (Publish({"worker-1": 1, "worker-0": 1}),)
 
 
 BOTH = {"worker-0": 1, "worker-1": 3}
 
 
-def of(state: State, epoch: int = 3) -> Member:
-    return Member(epoch, state, 0.0)
+def with_worker_1(state: State) -> dict[str, Member]:
+    return live() | {"worker-1": of("worker-1", state, 3)}
 
 
 @pytest.mark.parametrize(
@@ -66,44 +69,63 @@ def of(state: State, epoch: int = 3) -> Member:
         (State.LIVE, {"worker-0": 1}, (Drain("worker-1"),)),
         (State.DRAINING, {"worker-0": 1}, ()),
         (State.DRAINED, {"worker-0": 1}, (Stop("worker-1"),)),
+        (State.SWITCHING, {"worker-0": 1}, (Stop("worker-1"),)),
         (State.STOPPING, {"worker-0": 1}, ()),
         (State.LOST, {"worker-0": 1}, (Drop("worker-1"),)),
         (State.GONE, {"worker-0": 1}, ()),
     ],
 )
 def test_who_is_not_wanted_any_more_goes_step_by_step(state, told, want):
-    actual = {GATEWAY: live(), "worker-0": live(), "worker-1": of(state)}
-    assert diff((GATEWAY, "worker-0"), actual, told, 0.0) == want
+    assert diff(ALONE, with_worker_1(state), told, 0.0) == want
 
 
 @pytest.mark.parametrize(
     ("state", "want"),
     [  # of a worker that is wanted again
         (State.DRAINING, ()),
-        (State.DRAINED, (Stop("worker-1"),)),
+        (State.DRAINED, (Switch("worker-1", 4),)),
         (State.STOPPING, ()),
         (State.GONE, (Start("worker-1", 4),)),
     ],
 )
-def test_who_is_wanted_again_while_it_goes_is_started_anew_behind_its_end(state, want):
-    actual = {GATEWAY: live(), "worker-0": live(), "worker-1": of(state)}
-    assert diff(TARGET, actual, {"worker-0": 1}, 0.0) == want
+def test_who_is_wanted_again_while_it_goes_begins_anew_behind_its_drain_or_its_end(state, want):
+    assert diff(TARGET, with_worker_1(state), {"worker-0": 1}, 0.0) == want
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "want"),
+    [  # of a worker that is wanted in another role than it has
+        (State.STARTING, {"worker-0": 1}, ()),
+        (State.LIVE, BOTH, (Publish({"worker-0": 1}),)),
+        (State.LIVE, None, (Publish({"worker-0": 1}),)),
+        (State.LIVE, {"worker-0": 1}, (Drain("worker-1"),)),
+        (State.DRAINING, {"worker-0": 1}, ()),
+        (State.DRAINED, {"worker-0": 1}, (Switch("worker-1", 4),)),
+        (State.SWITCHING, {"worker-0": 1}, ()),  # to a role that is no longer wanted: it drains behind that
+        (State.STOPPING, {"worker-0": 1}, ()),
+        (State.LOST, {"worker-0": 1}, (Start("worker-1", 4),)),
+        (State.GONE, {"worker-0": 1}, (Start("worker-1", 4),)),
+    ],
+)
+def test_who_is_wanted_in_another_role_switches_step_by_step(state, told, want):
+    assert diff(TARGET | {"worker-1": "prefill"}, with_worker_1(state), told, 0.0) == want
 
 
 @pytest.mark.parametrize("gateway", [State.STARTING, State.LOST])
 def test_nobody_drains_before_a_gateway_has_heard_of_it(gateway):
-    actual = {GATEWAY: Member(1, gateway, 0.0, retry_at=9.0), "worker-0": live(), "worker-1": live()}
-    assert diff((GATEWAY, "worker-0"), actual, None, 0.0) == ()
+    actual = live() | {GATEWAY: Member(1, gateway, 0.0, retry_at=9.0)}
+    assert diff(ALONE, actual, None, 0.0) == ()
+    assert diff(TARGET | {"worker-1": "prefill"}, actual, None, 0.0) == ()
 
 
 def test_a_crash_loop_backs_off_and_a_long_life_forgives():
-    now, member, waits = 0.0, reconcile.starting(1, None, 0.0), []
+    now, member, waits = 0.0, reconcile.starting("decode", 1, None, 0.0), []
     for _ in range(8):
         member = reconcile.lost(member, "crash", now)
         waits.append(member.retry_at - now)
         assert not [a for a in diff(TARGET, {"worker-1": member}, None, now - 0.1) if a == Start("worker-1", 2)]
         now = member.retry_at
-        member = reconcile.starting(member.epoch + 1, member, now)
+        member = reconcile.starting("decode", member.epoch + 1, member, now)
     assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
     old = reconcile.up(member, now)
     assert reconcile.lost(old, "at last", now + reconcile.STABLE_S).retry_at == now + reconcile.STABLE_S
@@ -111,8 +133,15 @@ def test_a_crash_loop_backs_off_and_a_long_life_forgives():
 
 @given(
     st.dictionaries(
-        st.sampled_from(TARGET),
-        st.builds(Member, st.integers(1, 9), st.sampled_from(State), st.just(0.0), retry_at=st.floats(0, 9)),
+        st.sampled_from(sorted(TARGET)),
+        st.builds(
+            Member,
+            st.integers(1, 9),
+            st.sampled_from(State),
+            st.just(0.0),
+            retry_at=st.floats(0, 9),
+            role=st.sampled_from(["", "prefill", "decode"]),
+        ),
     ),
     st.floats(0, 9),
 )
@@ -122,8 +151,11 @@ def test_no_member_is_started_while_it_lives_and_epochs_grow(actual, now):
             case Start(member_id, epoch):
                 before = actual.get(member_id)
                 assert before is None or (before.state in {State.LOST, State.GONE} and epoch > before.epoch)
+            case Switch(member_id, epoch):
+                assert actual[member_id].state is State.DRAINED
+                assert epoch > actual[member_id].epoch
             case Publish(epochs):
-                assert all(actual[m].state is State.LIVE for m in epochs)
+                assert all(actual[m].state is State.LIVE and actual[m].role == TARGET[m] for m in epochs)
 
 
 class FakeMember:
@@ -138,10 +170,7 @@ class FakeMember:
     async def call(self, method: str, *args: object, timeout_s: float) -> Any:
         await asyncio.sleep(0)
         self._world.calls.append((self.name, method))
-        if self.name in self._world.stopped:
-            return await self._silence(method, timeout_s)
-        if self.fault is not None:
-            raise self.fault
+        await self._held(method, timeout_s)
         if method == "drain" and self._member_id == GATEWAY:
             self._world.drained.append(args)
             for name in self._world.stopped:  # a stream waits for it
@@ -153,7 +182,21 @@ class FakeMember:
             return {"ready": len(self._world.told) >= 2} | asked
         if method == "note":
             self._world.noted = args[0]
-        return self.name  # stands for the info that `start` gives
+        if method == "switch":
+            if self._world.refusal is not None:
+                raise self._world.refusal
+            self.name = f"{self._member_id}@{args[1]}"
+        return self.name  # stands for the info that `start` or `switch` gives
+
+    async def _held(self, method: str, timeout_s: float) -> None:
+        """Until the test lets the call go on. Raises if it does not live to that."""
+        world = self._world
+        free = world.held.get(method)
+        await until(lambda: free is None or free.is_set() or self.fault or self.name in world.stopped)
+        if self.name in world.stopped:
+            await self._silence(method, timeout_s)
+        if self.fault is not None:
+            raise self.fault
 
     async def _silence(self, method: str, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -179,6 +222,12 @@ class FakeStarter:
         self.lost = asyncio.Event()  # Ray
         self.silent: set[str] = set()  # whose ports do not answer
         self.stopped: set[str] = set()  # who says nothing until it is killed
+        self.held: dict[str, asyncio.Event] = {}  # method -> set once it may go on
+        self.refusal: TercetError | None = None  # of another role
+
+    def hold(self, method: str) -> asyncio.Event:
+        """Let no worker end this call before the event is set."""
+        return self.held.setdefault(method, asyncio.Event())
 
     async def ended(self, name: str) -> None:
         await until(lambda: name in self.killed)

@@ -49,7 +49,7 @@ def test_an_answer_is_raised_as_what_it_is_and_a_later_question_is_told():
     with pytest.raises(SpecError, match="no role x"):
         missing(refused, "id", "x", 2)
     assert missing(status({}, {}), "another", "decode", 2) == "the controller has not answered yet"
-    with pytest.raises(ClusterError, match="another `tercet scale` came meanwhile: decode is now to have 2"):
+    with pytest.raises(ClusterError, match="another request came meanwhile: decode is now to have 2"):
         missing(status({}, {}), "id", "decode", 3)
 
 

@@ -2,6 +2,9 @@
 // thread takes longer than that.
 #pragma once
 
+#include <pthread.h>
+#include <sched.h>
+
 #include <atomic>
 #include <cstdint>
 #include <deque>
@@ -26,12 +29,18 @@ public:
         return *team;
     }
 
-    // Threads that work, the caller included.
+    // Threads that work, the caller included. All of them may use its cores: one that is there already is moved.
     void resize(int threads) {
         std::lock_guard<std::mutex> alone(one_caller_);
-        while (static_cast<int>(helpers_) < threads - 1) {
-            int number = ++helpers_;
-            std::thread([this, number] { help(number); }).detach();
+        cpu_set_t cores;
+        bool known = !pthread_getaffinity_np(pthread_self(), sizeof cores, &cores);
+        for (pthread_t helper : helpers_)
+            if (known) pthread_setaffinity_np(helper, sizeof cores, &cores);
+        while (static_cast<int>(helpers_.size()) < threads - 1) {
+            int number = static_cast<int>(helpers_.size()) + 1;
+            std::thread helper([this, number] { help(number); });
+            helpers_.push_back(helper.native_handle());
+            helper.detach();
         }
         while (shares_.size() < static_cast<size_t>(threads)) shares_.emplace_back();
         wanted_.store(threads - 1, std::memory_order_relaxed);
@@ -111,7 +120,7 @@ private:
     std::mutex one_caller_;
     std::atomic<uint64_t> gate_{0};
     std::atomic<int> wanted_{0}, sleeping_{0};
-    int helpers_ = 0;
+    std::vector<pthread_t> helpers_;
     void (*work_)(const void*, long) = nullptr;
     const void* context_ = nullptr;
     int crew_ = 1;  // threads of this run

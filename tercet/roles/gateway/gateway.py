@@ -136,6 +136,10 @@ class Gateway:
         self._workers = tuple(workers)
         await self._router.set_workers(workers)
 
+    def role_switched(self, how: str, seconds: float) -> None:
+        """Count a worker that has got another role; it took so long since it was asked for."""
+        self._metrics.role_switched(how, seconds)
+
     def status(self) -> dict[str, object]:
         """Plain data for the controller and `tercet status`."""
         return {

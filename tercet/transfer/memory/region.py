@@ -7,7 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,10 +54,11 @@ class Region:
         """Where a receiver places the bytes of a probe."""
         return [self.memory[self.layout.total_bytes :][:num_bytes]]
 
-    def pin(self, register: Callable[[int, int], object]) -> None:
-        """Register the memory with a device's driver, by `register(address, bytes)`, for as long as it is mapped."""
-        register(int(np.frombuffer(self.memory, dtype=np.uint8).ctypes.data), self.num_bytes)
+    @property
+    def address(self) -> int:
+        return int(np.frombuffer(self.memory, dtype=np.uint8).ctypes.data)
 
     def close(self) -> None:
-        """Close the descriptor; the mapping is freed with the last tensor over it."""
+        """Give back the pages, and close the descriptor; the mapping itself ends with the last tensor over it."""
+        self._map.madvise(mmap.MADV_REMOVE)
         os.close(self.fd)

@@ -120,7 +120,7 @@ class KvReceiver:
         return self._acceptor.refused()
 
     def stop(self) -> None:
-        """Close every connection. Open tickets fail, and may never become quiet: the process is about to end."""
+        """Close every connection. Open tickets fail, and may never be quiet: there are none, or the process ends."""
         self._stopping.set()
         os.write(self._stop_write, b"x")
         self._acceptor.stop()
@@ -132,6 +132,8 @@ class KvReceiver:
         # A thread that is inside a library when the process ends would abort it: also one that drops the last tensor.
         join_all([self._ticking, *(peer.thread for peer in peers)], STOP_S)  # each joins those of its links
         os.close(self._stop_write)  # so the read end is readable for threads that still wait for a death
+        if not self._peers:
+            os.close(self._stop_read)
 
     # ---- handshakes
 
