@@ -174,6 +174,12 @@ def peaks() -> Figures:
     return found
 
 
+def _peak_of(url: str, images: int, rounds: int) -> Figures:
+    """Of requests with so many images, one at a time."""
+    alone(url, images, rounds, 10 + images)
+    return peaks()
+
+
 def loops(url: str, rates: Sequence[float], counts: Sequence[int], rounds: int, requests: int) -> dict[str, Figures]:
     """Medians over the rounds of each round's medians, and the spread of the first one's."""
     cells: dict[str, list[Figures]] = {}
@@ -202,8 +208,8 @@ def alone(url: str, images: int, rounds: int, seed: int, *, seen: bool = False) 
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    requests: Annotated[int, typer.Option(min=2, help="of each round and cell")] = 8,
-    rate: Annotated[list[float], typer.Option(help="images a second")] = [2.0, 6.0],  # noqa: B006  # typer's way
+    requests: Annotated[int, typer.Option(min=2, help="of each round and cell")] = 6,
+    rate: Annotated[list[float], typer.Option(help="images a second")] = [4.0, 12.0],  # noqa: B006  # typer's way
     images: Annotated[list[int], typer.Option(help="a request")] = [1, 4, 16],  # noqa: B006
     result: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
 ) -> None:
@@ -217,7 +223,8 @@ def main(
                 told["loops"] = loops(url, rate, images, rounds, requests)
                 told["alone_8_ms"] = alone(url, 8, rounds, 1)
                 told["seen_4_ms"] = alone(url, 4, rounds, 2, seen=True)
-                told["peak_mib"] = peaks()
+                peaks()
+                told["peak_mib"] = {count: _peak_of(url, count, rounds) for count in (1, 16, 48)}
         free = {"cpu_affinity": None}  # two encode workers and another one have two cores
         variants = {
             "one encode worker": {"encode": free, "aggregated": free},
