@@ -203,7 +203,7 @@ async def test_a_request_that_kills_workers_is_not_carried_to_a_third(caplog, mo
         assert len(dead) == 2
         assert len(await tokens_of(made, prompt(20), max_tokens=4)) == 4
         for name in dead:
-            del made.workers[name]  # for the leak oracle: what is dead owes nothing
+            await made.workers.pop(name).stop()  # for the leak oracle: what is dead owes nothing
 
 
 def _die_of(plan, deadly, run):
