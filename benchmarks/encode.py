@@ -185,8 +185,9 @@ def loops(url: str, rates: Sequence[float], counts: Sequence[int], rounds: int, 
     cells: dict[str, list[Figures]] = {}
     for number in track(range(rounds), "open loops"):
         for images in counts:
-            for rate in rates:
-                found = asyncio.run(run(url, workload(requests, images, rate, number)))
+            for at, rate in enumerate(rates):  # other requests for each, or the caches would answer
+                asked = workload(requests, images, rate, number * len(rates) + at)
+                found = asyncio.run(run(url, asked))
                 cells.setdefault(f"{images} x {rate:g}/s", []).append(
                     {key: median(found, key) for key in ("ttft_s", "tpot_s", "encode_s", "embed_transfer_s")}
                     | {"p90_ttft_s": float(np.percentile([each["ttft_s"] for each in found], 90))}
