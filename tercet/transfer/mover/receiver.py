@@ -91,8 +91,7 @@ class KvReceiver:
 
     def progress(self) -> int:
         """Grows as tickets advance, here or at their senders."""
-        with self._lock:
-            return self._inbound.progress
+        return self._inbound.progress
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
         with self._lock:
@@ -112,8 +111,7 @@ class KvReceiver:
 
     def corrupt(self) -> int:
         """Units that landed with a wrong digest, and were asked for again."""
-        with self._lock:
-            return self._inbound.corrupt
+        return self._inbound.corrupt
 
     def refused(self) -> Counter[str]:
         """Error code -> connections turned away or cut off for it."""
