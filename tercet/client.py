@@ -103,9 +103,9 @@ class Client:
         self._url = _parsed(base_url)
         self._timeout_s = timeout_s
 
-    def chat(self, messages: Messages, **params: Any) -> Result:
-        """params: as in the OpenAI API and vLLM. Raises TercetError."""
-        choice, body = self._whole(CHAT, {"messages": _messages(messages)} | params)
+    def chat(self, messages: Messages, *, images: Sequence[str | Path] = (), **params: Any) -> Result:
+        """images: files that are shown with a text. params: as in the OpenAI API and vLLM. Raises TercetError."""
+        choice, body = self._whole(CHAT, {"messages": _messages(messages, images)} | params)
         return _result(choice["message"]["content"], choice, body)
 
     def generate(self, prompt: str | Sequence[int], **params: Any) -> Result:
@@ -113,9 +113,9 @@ class Client:
         choice, body = self._whole(COMPLETIONS, {"prompt": _prompt(prompt)} | params)
         return _result(choice["text"], choice, body)
 
-    def stream(self, messages: Messages, **params: Any) -> Stream:
+    def stream(self, messages: Messages, *, images: Sequence[str | Path] = (), **params: Any) -> Stream:
         """`chat`, piece by piece. Raises TercetError, here or while it is iterated."""
-        return self._stream(CHAT, {"messages": _messages(messages)} | params)
+        return self._stream(CHAT, {"messages": _messages(messages, images)} | params)
 
     def stream_generate(self, prompt: str | Sequence[int], **params: Any) -> Stream:
         """`generate`, piece by piece. Raises TercetError, here or while it is iterated."""
@@ -254,8 +254,16 @@ def _parsed(base_url: str) -> SplitResult:
     raise InvalidRequest(f"base_url must look like http://host:port, got {base_url!r}")
 
 
-def _messages(messages: Messages) -> list[Mapping[str, Any]]:
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+def _messages(messages: Messages, images: Sequence[str | Path]) -> list[Mapping[str, Any]]:
+    """Raises InvalidRequest."""
+    if not isinstance(messages, str):
+        if images:
+            raise InvalidRequest("images are shown with a text; in messages they are parts (image_part)")
+        return list(messages)
+    if not images:
+        return [{"role": "user", "content": messages}]
+    shown = [image_part(Path(path)) for path in images]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": messages}]}]
 
 
 def _prompt(prompt: str | Sequence[int]) -> str | list[int]:

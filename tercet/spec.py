@@ -69,7 +69,7 @@ class ImagesSpec(Frozen):
 
     patch_budget: Positive = 4096  # patches of one pass of the vision tower; a larger image goes alone
     cache_bytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024  # of embeddings that are kept
-    blocks: Positive = 1024  # of EMBEDDING_BLOCK tokens, by which embeddings cross between workers
+    blocks: Positive = 1024  # of 16 tokens, by which embeddings cross between workers
 
 
 def _batch_sizes(given: object) -> object:

@@ -46,7 +46,7 @@ def spec_of(
     for apart, other in (("epd", "pd"), ("e-pd", "aggregated")):
         roles[apart] = {
             Role.ENCODE: encode,
-            **{name: its | {"images": images or {}} for name, its in roles[other].items()},
+            **{n: its if n is Role.DECODE else its | {"images": images or {}} for n, its in roles[other].items()},
         }
     roles = roles[topology]
     transfer = {k.removeprefix("transfer__"): v for k, v in changes.items() if k.startswith("transfer__")}

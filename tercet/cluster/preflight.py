@@ -39,7 +39,8 @@ def check_model(spec: ClusterSpec, report: Callable[[str], None]) -> None:
     wanted, held = spec.model.max_context, config.max_context
     if config.vision is None and (spec.topology == "ep-d" or Role.ENCODE in spec.roles):
         raise UnsupportedModel(
-            f"topology: {spec.topology} is for models that take images; {spec.model.source} takes none"
+            f"topology: {spec.topology} is for models that take images, and {spec.model.source} takes none; name a "
+            "tower for it by model.vision, or use pd"
         )
     if held < wanted:
         report(f"model.max_context is {wanted}, but the model has {held} positions: {held} are served")

@@ -34,6 +34,10 @@ def _refuse_role(role: Role, wanted: RoleSpec) -> None:
         )
     if role is Role.ENCODE and (given := wanted.model_fields_set & {"kv", "cuda_graphs"}):
         raise UnsupportedSpec(f"roles.{role}.{min(given)}: has no effect, since an encode worker has no text model")
+    if role is Role.ENCODE and "token_budget" in wanted.scheduler.model_fields_set:
+        raise UnsupportedSpec(f"roles.{role}.scheduler.token_budget: has no effect; images.patch_budget is its own")
+    if role is Role.DECODE and "images" in wanted.model_fields_set:
+        raise UnsupportedSpec(f"roles.{role}.images: has no effect, since a decode worker gets no images; leave it out")
     if role is Role.PREFILL and not isinstance(wanted.cuda_graphs, str):
         raise UnsupportedSpec(
             f"roles.{role}.cuda_graphs: has no effect, since a prefill worker decodes none; leave it out"

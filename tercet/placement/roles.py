@@ -84,8 +84,9 @@ def scaled(spec: ClusterSpec, role: str, replicas: int) -> ClusterSpec:
     """The spec with another number of replicas of a role. Raises SpecError naming what is wrong with it."""
     wanted_role = role_of(spec, role)
     if replicas < 1:
+        what = "image" if wanted_role is Role.ENCODE else "request"
         raise SpecError(
-            f"{role} cannot have {replicas} workers: without one no request can be served; `tercet down` ends all"
+            f"{role} cannot have {replicas} workers: without one no {what} can be served; `tercet down` ends all"
         )
     try:
         wanted = RoleSpec.model_validate({**dict(spec.roles[wanted_role]), "replicas": replicas})

@@ -4,6 +4,7 @@ tower did not see, with the text model's weights in every form that they may hav
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -12,6 +13,7 @@ from examples.shapes.pictures import HELD_OUT, seen
 from examples.shapes.questions import QUESTIONS
 from tercet.client import Client
 from tercet.cluster.spec_file import load_spec
+from tercet.errors import InvalidRequest
 from tercet.roles.gateway.gateway import Gateway
 from tests.helpers import TOKEN, cluster
 from tests.machine import ROOT
@@ -65,6 +67,19 @@ async def test_a_text_is_answered_as_without_the_tower(monkeypatch):
     assert seeing.token_ids == bare.token_ids
     assert seeing.text == bare.text
     assert "Paris" in bare.text
+
+
+async def test_the_client_shows_files(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    scene, image = seen(PICTURES[0])
+    image.save(file := tmp_path / "a.png")
+    async with Seeing() as client:
+        ask = partial(client.chat, "What colour is it?", images=[file], temperature=0, max_tokens=20)
+        assert scene.colour in (await asyncio.to_thread(ask)).text
+        with pytest.raises(InvalidRequest, match="in messages they are parts"):
+            client.chat([{"role": "user", "content": "What?"}], images=[file])
+        with pytest.raises(InvalidRequest, match="cannot be read"):
+            client.stream("What?", images=[tmp_path / "none.png"])
 
 
 async def test_a_later_turn_still_sees(monkeypatch):

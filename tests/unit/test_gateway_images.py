@@ -193,3 +193,10 @@ def test_it_is_turned_as_its_exif_says(orientation):
     exif[0x0112] = orientation
     Image.new("RGB", (6, 4), 3).save(file, "JPEG", exif=exif)
     assert size_of(file.getvalue(), "m") == ((4, 6) if orientation > 4 else (6, 4))
+
+
+def test_a_uuid_in_the_wrong_place_is_not_lost():
+    """It would not be kept, and the one who repeats it would be told for ever to send the image."""
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "uuid": "mine"}}
+    with pytest.raises(InvalidRequest, match=r"messages\[0\].content\[1\].image_url.uuid: a uuid stands beside"):
+        image_part(part, "messages[0].content[1]")

@@ -254,3 +254,18 @@ def test_a_wrong_override_names_itself(setting, want):
 def test_any_override_ends_in_a_spec_or_a_spec_error(text):
     with contextlib.suppress(SpecError):
         load_spec(LOCAL, [text])
+
+
+@pytest.mark.parametrize(
+    ("roles", "told"),
+    [
+        ("  decode: {pool: cpu, images: {blocks: 512}}\n  encode: {pool: cpu}\n", "roles.decode.images: has no effect"),
+        (
+            "  decode: {pool: cpu}\n  encode: {pool: cpu, scheduler: {token_budget: 7}}\n",
+            "roles.encode.scheduler.token_budget: has no effect",
+        ),
+    ],
+)
+def test_what_means_nothing_for_images_is_refused(tmp_path, roles, told):
+    text = f"topology: epd\npools:\n  cpu: {{accelerator: cpu}}\nroles:\n  prefill: {{pool: cpu}}\n{roles}"
+    assert told in fault(write(tmp_path, text))

@@ -69,6 +69,8 @@ def image_part(part: dict[str, Any], where: str) -> ImagePart:
         raise InvalidRequest(f"{where}.uuid must be 1 to {UUID_CHARS} printable ASCII characters without spaces")
     if isinstance(given, bytes):
         return ImagePart(where, uuid=uuid or "", content=given)
+    if isinstance(given, dict) and given.get("uuid") is not None:
+        raise InvalidRequest(f"{where}.image_url.uuid: a uuid stands beside image_url, not in it")
     url = given.get("url") if isinstance(given, dict) else given
     if uuid and url in (None, ""):
         return ImagePart(where, uuid=uuid)
