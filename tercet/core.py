@@ -268,7 +268,7 @@ class Load:
     encoder_cache_queries: int = 0  # images that embeddings were wanted of
     encoder_cache_hits: int = 0  # of these, those that were there, or on their way
     encoder_patches: int = 0  # that went through the tower
-    encoder_waiting: int = 0  # images that wait for their pass
+    encoder_waiting: int = 0  # images that are being encoded, or wait for it
     embedding_blocks_total: int = 0  # of the region that embeddings cross by
     embedding_blocks_free: int = 0
     embedding_blocks_quarantined: int = 0

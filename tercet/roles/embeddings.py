@@ -7,7 +7,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -50,9 +50,6 @@ class EmbeddingSource(ABC):
     def counted(self, load: Load) -> Load:
         """`load` plus its counters."""
 
-    def health(self) -> None:  # noqa: B027  # only an encoder can die
-        """Raises ClusterError."""
-
     @abstractmethod
     async def close(self) -> None: ...
 
@@ -70,11 +67,12 @@ class OwnEncoder(EmbeddingSource):
             wanted.clear()  # it may have ended already, and be about to be told
             self.encoder.leave(image, future)
 
-        def tell() -> None:
-            if wanted and not future.cancelled():
-                then(future.exception() or Embedded(future.result()))
+        def tell(ended: asyncio.Future[Tensor]) -> None:
+            what = None if ended.cancelled() else ended.exception() or Embedded(ended.result())
+            if wanted and what is not None:
+                then(what)
 
-        future.add_done_callback(partial(_soon, self._loop, tell))
+        asyncio.wrap_future(future, loop=self._loop).add_done_callback(tell)
         return leave
 
     @property
@@ -84,15 +82,8 @@ class OwnEncoder(EmbeddingSource):
     def counted(self, load: Load) -> Load:
         return self.encoder.counted(load)
 
-    def health(self) -> None:
-        self.encoder.health()
-
     async def close(self) -> None:
         await self._loop.run_in_executor(None, self.encoder.close)
-
-
-def _soon(loop: asyncio.AbstractEventLoop, tell: Callable[[], None], _: Future[Tensor]) -> None:
-    loop.call_soon_threadsafe(tell)
 
 
 @dataclass(eq=False)
@@ -182,8 +173,9 @@ class EncodeWorkers(EmbeddingSource):
             case Complete(_, num_bytes, transfer_s):
                 del self._admitted[event.ticket]
                 self._bytes += num_bytes
-                read = self._copies.submit(self._region.read, arriving.blocks, arriving.image.tokens)
-                read.add_done_callback(partial(self._read_soon, arriving, transfer_s))
+                what = arriving.blocks, arriving.image.tokens
+                read = self._loop.run_in_executor(self._copies, self._region.read, *what)
+                read.add_done_callback(partial(self._read, arriving, transfer_s))
             case ReceiveFailed(_, error):
                 pool.move(arriving.blocks, Hold.LEASED, Hold.QUARANTINED)
                 if isinstance(error, TransferError):
@@ -195,10 +187,7 @@ class EncodeWorkers(EmbeddingSource):
                 pool.release(arriving.blocks, Hold.QUARANTINED)
         self._admit()
 
-    def _read_soon(self, arriving: _Arriving, transfer_s: float, read: Future[Tensor]) -> None:
-        self._loop.call_soon_threadsafe(self._read, arriving, transfer_s, read)
-
-    def _read(self, arriving: _Arriving, transfer_s: float, read: Future[Tensor]) -> None:
+    def _read(self, arriving: _Arriving, transfer_s: float, read: asyncio.Future[Tensor]) -> None:
         self._region.pool.release(arriving.blocks, Hold.LEASED)
         self._tell(arriving, read.exception() or Embedded(read.result(), transfer_s))
         self._admit()

@@ -8,6 +8,7 @@ begin ─open─> offered ─Granted─┐
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -91,7 +92,8 @@ class Encode(Handler):
             wanted = partial(_is_wanted, outgoing)
             opened = partial(self._opened, outgoing)
             self.peers.open(outgoing.ticket, leg.peer, outgoing.image.tokens, deadline, wanted, opened)
-            outgoing.future.add_done_callback(partial(self._encoded_soon, outgoing))
+            ended = asyncio.wrap_future(outgoing.future, loop=self.legs.loop)
+            ended.add_done_callback(partial(self._encoded, outgoing))
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         for outgoing in self._of_leg.get(active.ticket, ()):
@@ -130,15 +132,14 @@ class Encode(Handler):
         elif outgoing.given_up is not None:
             self.sender.cancel(outgoing.ticket, outgoing.given_up)
 
-    def _encoded_soon(self, outgoing: _Outgoing, future: Future[Tensor]) -> None:
-        self.legs.loop.call_soon_threadsafe(self._encoded, outgoing, future)
-
-    def _encoded(self, outgoing: _Outgoing, future: Future[Tensor]) -> None:
-        if outgoing.given_up is not None or future.cancelled():
+    def _encoded(self, outgoing: _Outgoing, ended: asyncio.Future[Tensor]) -> None:
+        if ended.cancelled():
             return
-        error = future.exception()
+        error = ended.exception()
+        if outgoing.given_up is not None:
+            return
         if error is None:
-            outgoing.embeddings = future.result()
+            outgoing.embeddings = ended.result()
             self._write_if_ready(outgoing)
         elif isinstance(error, TercetError):
             self._fail(outgoing, error)
@@ -168,17 +169,15 @@ class Encode(Handler):
             self._ready.popleft()
             if outgoing.given_up is None and outgoing.embeddings is not None:
                 outgoing.copying = True
-                copied = self._copies.submit(self._region.write, outgoing.blocks, outgoing.embeddings)
-                copied.add_done_callback(partial(self._copied_soon, outgoing))
+                what = outgoing.blocks, outgoing.embeddings
+                copied = self.legs.loop.run_in_executor(self._copies, self._region.write, *what)
+                copied.add_done_callback(partial(self._copied, outgoing))
 
-    def _copied_soon(self, outgoing: _Outgoing, copied: Future[None]) -> None:
-        self.legs.loop.call_soon_threadsafe(self._copied, outgoing, copied)
-
-    def _copied(self, outgoing: _Outgoing, copied: Future[None]) -> None:
-        outgoing.copying, outgoing.embeddings = False, None
+    def _copied(self, outgoing: _Outgoing, copied: asyncio.Future[None]) -> None:
+        outgoing.copying, outgoing.embeddings, error = False, None, copied.exception()
         if outgoing.ended:
             self._forget(outgoing)
-        elif (error := copied.exception()) is not None:
+        elif error is not None:
             self._unexpected(outgoing, error)
         elif outgoing.given_up is None:
             for level in range(self._region.levels):

@@ -51,11 +51,11 @@ class Seeing(Part):
         self._who, self._legs, self._tower, self._kernels = who, legs, tower, kernels
 
     async def start(self) -> None:
-        encoder = encoder_of(self._who, self._tower, self._kernels)
-        self._source = self._legs.images = OwnEncoder(asyncio.get_running_loop(), encoder)
+        self._encoder = encoder_of(self._who, self._tower, self._kernels)
+        self._legs.images = OwnEncoder(asyncio.get_running_loop(), self._encoder)
 
     def health(self) -> None:
-        self._source.health()
+        self._encoder.health()
 
 
 class Encoding(Part):

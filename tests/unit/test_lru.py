@@ -12,16 +12,16 @@ def test_the_least_recently_used_go_first():
     assert kept.get("a") == "a" * 10
     kept.put("d", "d" * 10)
     assert [kept.get(key) is None for key in "abcd"] == [False, True, False, False]
-    assert kept.bytes == 30
+    assert kept.size == 30
 
 
 def test_a_key_has_its_last_value_alone():
     kept = lru(30)
     kept.put("a", "x" * 20)
     kept.put("a", "y" * 25)
-    assert (kept.get("a"), kept.bytes) == ("y" * 25, 25)
+    assert (kept.get("a"), kept.size) == ("y" * 25, 25)
     kept.put("a", "z" * 31)  # larger than all that is kept, and what it replaces is no longer true
-    assert (kept.get("a"), kept.bytes) == (None, 0)
+    assert (kept.get("a"), kept.size) == (None, 0)
 
 
 def test_nothing_is_kept_without_a_budget():

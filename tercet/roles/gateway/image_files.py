@@ -60,7 +60,7 @@ class ImageFiles:
         """Those that `gather` has returned, once they have been decoded."""
         for part in parts:
             self._kept.put((client, part.uuid), part.take())
-        self._metrics.image_cache_bytes.set(self._kept.bytes)
+        self._metrics.image_cache_bytes.set(self._kept.size)
 
     async def close(self) -> None:
         await self._fetcher.close()

@@ -150,7 +150,8 @@ class Decisions:
             return self._plan(now)
         if isinstance(outcome, TokenEvent | Progress):  # most reports are tokens; they free no room
             return self._take(ongoing, worker, outcome, now)
-        if isinstance(outcome, ImageForgotten) and (again := ongoing.sent_again(worker)):
+        assert ongoing.attempt is not None
+        if isinstance(outcome, ImageForgotten) and (again := ongoing.attempt.with_files(worker)):
             return [StartLeg(worker, leg) for leg in again]
         if isinstance(outcome, WorkerLost):  # its engine has died; the process answers until it is replaced
             worker.up = False

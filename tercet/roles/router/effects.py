@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -42,10 +41,6 @@ class Ongoing:
         self.before = len(self.told.tokens)
         if not self.told.tokens:
             self.waited_s = now - self.submitted
-
-    def sent_again(self, worker: WorkerView) -> Sequence[Leg]:
-        """See Attempt.with_files."""
-        return () if self.attempt is None else self.attempt.with_files(worker)
 
     def accounted(self, event: Account) -> Account:
         """With what only the router knows of it."""

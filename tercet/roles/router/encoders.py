@@ -7,10 +7,10 @@ where least is to be done. So equal images meet at one worker, which encodes the
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from tercet.core import PromptImage
+from tercet.roles.lru import Lru
 from tercet.roles.router.directory import WorkerView
 from tercet.roles.router.policy import History, Spread
 
@@ -22,7 +22,7 @@ class Holders:
     """Which worker was sent an image last; it may have forgotten it, and then says so."""
 
     def __init__(self) -> None:
-        self._of: OrderedDict[bytes, WorkerView] = OrderedDict()  # digest -> worker; the least recently used first
+        self._of: Lru[bytes, WorkerView] = Lru(MOST_KNOWN, lambda *_: 1)  # digest -> worker
 
     def of(self, image: PromptImage) -> WorkerView | None:
         return self._of.get(image.digest)
@@ -30,10 +30,7 @@ class Holders:
     def sent(self, spread: Spread) -> None:
         for worker, images in spread.items():
             for image in images:
-                self._of[image.digest] = worker
-                self._of.move_to_end(image.digest)
-        while len(self._of) > MOST_KNOWN:
-            self._of.popitem(last=False)
+                self._of.put(image.digest, worker)
 
 
 def spread(
