@@ -24,7 +24,7 @@ from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.kernels.norm import RmsNorm
 from tercet.kernels.packing import LinearPacker, activation_dtype
 from tercet.models.config import ModelConfig
-from tercet.models.layers import Layer
+from tercet.models.layer import DenseMlp, GroupedQuery, Layer
 from tercet.models.transformer import Transformer, Weights
 from tercet.transfer.memory.region import Region
 
@@ -50,12 +50,13 @@ def random_model(config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> T
     def layer() -> Layer:
         return Layer(
             attention_norm=norm(),
-            qkv=packer.pack(matrix(queries + 2 * keys, hidden)),
-            qk_norm=None,
-            output=packer.pack(matrix(hidden, queries)),
+            attention=GroupedQuery(
+                qkv=packer.pack(matrix(queries + 2 * keys, hidden)),
+                qk_norm=None,
+                output=packer.pack(matrix(hidden, queries)),
+            ),
             mlp_norm=norm(),
-            gate_up=packer.pack(matrix(2 * middle, hidden)),
-            down=packer.pack(matrix(hidden, middle)),
+            mlp=DenseMlp(packer.pack(matrix(2 * middle, hidden)), packer.pack(matrix(hidden, middle))),
         )
 
     with torch.inference_mode():

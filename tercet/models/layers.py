@@ -13,24 +13,11 @@ import torch
 from torch import Tensor
 
 from tercet.kernels import attention
-from tercet.kernels.activation import silu_and_mul
 from tercet.kernels.attention import ChunkPlan, DecodeGroup, Window
-from tercet.kernels.linear import PackedLinear
-from tercet.kernels.norm import RmsNorm
 from tercet.kernels.rope import RopeTable, apply_rope
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Layer:
-    attention_norm: RmsNorm
-    qkv: PackedLinear  # E -> (H + 2 Hkv) * D: queries, keys, values
-    qk_norm: RmsNorm | None  # weight [H + Hkv, D]
-    output: PackedLinear  # H * D -> E
-    mlp_norm: RmsNorm
-    gate_up: PackedLinear  # E -> 2 * intermediate: gate, up
-    down: PackedLinear
+from tercet.models.layer import GroupedQuery, Layer
 
 
 class Layers(Protocol):
@@ -66,17 +53,23 @@ class TorchLayers:
     def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
         step = self._plan(batch, kv_cache.shape[3], x.dtype)
         for i, layer in enumerate(self._layers):
-            query, key_value = self._project(layer, x, step, kv_cache.dtype)
-            attention.write_kv(kv_cache[i], step.cache_rows, key_value)
-            if on_layer is not None:
-                on_layer(i)
-            attended = self._attend(query, key_value, kv_cache[i], step, self._config.sliding_windows[i])
-            x = layer.output.linear(attended).add_(x)
-            x = layer.down.linear(silu_and_mul(layer.gate_up.linear(layer.mlp_norm(x)))).add_(x)
+            x = self._attention(i, layer.attention_norm(x), step, kv_cache, on_layer).add_(x)
+            x = layer.mlp.forward(layer.mlp_norm(x)).add_(x)
             if batch.images is not None:
                 batch.images.add_behind(i, x)
             self.layers_done += 1
         return x
+
+    def _attention(
+        self, i: int, x: Tensor, step: _StepTensors, kv_cache: Tensor, on_layer: Callable[[int], None] | None
+    ) -> Tensor:
+        """Layer i's: normed x [T, E] -> behind the output projection, before the residual is added, [T, E]."""
+        layer, cache = self._layers[i].attention, kv_cache[i]
+        query, key_value = self._project(layer, x, step, cache.dtype)
+        attention.write_kv(cache, step.cache_rows, key_value)
+        if on_layer is not None:
+            on_layer(i)
+        return layer.output.linear(self._attend(query, key_value, cache, step, self._config.sliding_windows[i]))
 
     def _plan(self, batch: StepBatch, block_size: int, dtype: torch.dtype) -> _StepTensors:
         cos, signed_sin = self._rope.rows(batch.positions, dtype)
@@ -92,10 +85,12 @@ class TorchLayers:
             ],
         )
 
-    def _project(self, layer: Layer, x: Tensor, step: _StepTensors, cached: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x [T, E] -> query [T, H, D] in x's dtype, keys and values [T, 2 Hkv, D] in the cache's."""
+    def _project(
+        self, layer: GroupedQuery, x: Tensor, step: _StepTensors, cached: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """normed x [T, E] -> query [T, H, D] in x's dtype, keys and values [T, 2 Hkv, D] in the cache's."""
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
-        qkv = layer.qkv.linear(layer.attention_norm(x)).view(len(x), heads + 2 * kv_heads, self._config.head_dim)
+        qkv = layer.qkv.linear(x).view(len(x), heads + 2 * kv_heads, self._config.head_dim)
         rotary = qkv[:, : heads + kv_heads]
         normed = rotary if layer.qk_norm is None else layer.qk_norm(rotary)
         apply_rope(normed, step.cos, step.signed_sin, out=rotary)

@@ -11,7 +11,7 @@ from tercet.errors import ModelFileCorrupt
 from tercet.kernels.kinds import Kernels
 from tercet.kernels.norm import RmsNorm
 from tercet.models.config import ModelConfig
-from tercet.models.layers import Layer
+from tercet.models.layer import DenseMlp, GroupedQuery, Layer
 from tercet.models.reader import WeightReader
 from tercet.models.transformer import Transformer, Weights
 from tercet.models.weights import VISION, WeightSource
@@ -67,22 +67,34 @@ def _norm_of(reader: WeightReader, config: ModelConfig, weight: Tensor) -> RmsNo
 
 
 def _layer(reader: WeightReader, config: ModelConfig, at: str) -> Layer:
-    hidden, middle = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    mlp, projections = f"{at}mlp.", [f"{at}self_attn.{n}_proj" for n in "qkv"]
     return Layer(
         attention_norm=_norm(reader, config, f"{at}input_layernorm"),
-        qkv=reader.linear(projections, [queries, keys, keys], hidden, config.qkv_bias),
-        qk_norm=_qk_norm(reader, config, at) if config.qk_norm else None,
-        output=reader.linear([f"{at}self_attn.o_proj"], [hidden], queries, config.output_bias),
+        attention=_grouped_query(reader, config, f"{at}self_attn."),
         mlp_norm=_norm(reader, config, f"{at}post_attention_layernorm"),
-        gate_up=reader.linear([f"{mlp}gate_proj", f"{mlp}up_proj"], [middle, middle], hidden, config.mlp_bias),
-        down=reader.linear([f"{mlp}down_proj"], [hidden], middle, config.mlp_bias),
+        mlp=_dense_mlp(reader, config, f"{at}mlp."),
+    )
+
+
+def _grouped_query(reader: WeightReader, config: ModelConfig, at: str) -> GroupedQuery:
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projections = [f"{at}{n}_proj" for n in "qkv"]
+    return GroupedQuery(
+        qkv=reader.linear(projections, [queries, keys, keys], config.hidden_size, config.qkv_bias),
+        qk_norm=_qk_norm(reader, config, at) if config.qk_norm else None,
+        output=reader.linear([f"{at}o_proj"], [config.hidden_size], queries, config.output_bias),
+    )
+
+
+def _dense_mlp(reader: WeightReader, config: ModelConfig, at: str) -> DenseMlp:
+    hidden, middle, biased = config.hidden_size, config.intermediate_size, config.mlp_bias
+    return DenseMlp(
+        gate_up=reader.linear([f"{at}gate_proj", f"{at}up_proj"], [middle, middle], hidden, biased),
+        down=reader.linear([f"{at}down_proj"], [hidden], middle, biased),
     )
 
 
 def _qk_norm(reader: WeightReader, config: ModelConfig, at: str) -> RmsNorm:
     """One norm over queries and keys together; weight [H + Hkv, D]."""
-    query = reader.weight(f"{at}self_attn.q_norm.weight", config.head_dim).expand(config.num_heads, -1)
-    key = reader.weight(f"{at}self_attn.k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)
+    query = reader.weight(f"{at}q_norm.weight", config.head_dim).expand(config.num_heads, -1)
+    key = reader.weight(f"{at}k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)
     return _norm_of(reader, config, torch.cat((query, key)))

@@ -13,7 +13,7 @@ from tercet.kernels.norm import RmsNorm
 from tercet.kernels.rope import RopeTable
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
-from tercet.models.layers import Layer
+from tercet.models.layer import Layer
 
 
 class CompiledLayers:
@@ -50,14 +50,15 @@ def _spans(batch: StepBatch) -> Tensor:
 
 
 def _native(layer: Layer, window: int | None) -> NativeLayer:
+    attention = layer.attention
     return NativeLayer(
         _weight(layer.attention_norm),
-        None if layer.qk_norm is None else _weight(layer.qk_norm),
+        None if attention.qk_norm is None else _weight(attention.qk_norm),
         _weight(layer.mlp_norm),
-        _linear(layer.qkv),
-        _linear(layer.output),
-        _linear(layer.gate_up),
-        _linear(layer.down),
+        _linear(attention.qkv),
+        _linear(attention.output),
+        _linear(layer.mlp.gate_up),
+        _linear(layer.mlp.down),
         window,
     )
 

@@ -27,7 +27,8 @@ from tercet.kernels.packing import activation_dtype
 from tercet.kernels.rope import RopeTable
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
-from tercet.models.layers import Layer, Layers, TorchLayers
+from tercet.models.layer import Layer
+from tercet.models.layers import Layers, TorchLayers
 from tercet.models.native_layers import CompiledLayers
 from tercet.models.rope_table import rope_table
 from tercet.transfer.memory.layout import KvLayout

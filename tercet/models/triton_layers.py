@@ -22,7 +22,7 @@ from tercet.kernels.triton.rope import rope_and_write
 from tercet.kernels.triton.row_linear import MOST_ROWS, Norm, row_linear
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
-from tercet.models.layers import Layer
+from tercet.models.layer import Layer
 
 Window = int | None
 PROGRAMS_OF_AN_SM = 2  # of the decode kernel, whose shared memory is sized for it
@@ -75,16 +75,17 @@ class TritonLayers:
 
     def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
         step = self._plan(batch, kv_cache.shape[3])
-        before, behind = (_row_before, _row_behind) if len(x) <= MOST_ROWS else (_before, _behind)
+        halves = _RowHalves if len(x) <= MOST_ROWS else _Halves
         hidden = Hidden(x, None)
         for i, (layer, window) in enumerate(zip(self._layers, self._config.sliding_windows, strict=True)):
-            projected, hidden = before(layer, hidden)
+            projected, hidden = halves.project(layer, hidden)
             qkv = self._normed(layer, projected)
             rope_and_write(qkv, step.cos, step.sin, kv_cache[i], step.slots, self._config.num_kv_heads)
             if on_layer is not None:
                 on_layer(i)
             attended = _attend(qkv[:, : self._config.num_heads], kv_cache[i], step, window)
-            hidden = behind(layer, attended.flatten(1), hidden)
+            hidden = halves.output(layer, attended.flatten(1), hidden)
+            hidden = halves.mlp(layer, hidden)
             if batch.images is not None:
                 batch.images.add_behind(i, hidden.residual)
             self.layers_done += 1
@@ -110,9 +111,9 @@ class TritonLayers:
         """-> queries, keys and values, [T, H + 2 Hkv, head dimension]."""
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         qkv = projected.view(len(projected), heads + 2 * kv_heads, self._config.head_dim)
-        if layer.qk_norm is not None:
+        if (norm := layer.attention.qk_norm) is not None:
             rotary = qkv[:, : heads + kv_heads]
-            rotary.copy_(rms_norm(rotary, layer.qk_norm.weight, layer.qk_norm.eps))
+            rotary.copy_(rms_norm(rotary, norm.weight, norm.eps))
         return qkv
 
 
@@ -134,16 +135,49 @@ def _plan_chunks(batch: StepBatch) -> _Chunks:
 # ---- what stands before and behind a layer's attention
 
 
-def _before(layer: Layer, x: Hidden) -> tuple[Tensor, Hidden]:
-    """-> what `layer.qkv` makes of the layer's input, [T, (H + 2 Hkv) * head dimension]."""
-    normed, residual = _add_and_norm(layer.attention_norm, x)
-    return layer.qkv.linear(normed), Hidden(residual, None)
+class _Halves:
+    """Each half's result is the update of what is returned: the residual is added by the next norm."""
+
+    @staticmethod
+    def project(layer: Layer, x: Hidden) -> tuple[Tensor, Hidden]:
+        """-> what `layer.attention.qkv` makes of the layer's input, [T, (H + 2 Hkv) * head dimension], and x."""
+        normed, residual = _add_and_norm(layer.attention_norm, x)
+        return layer.attention.qkv.linear(normed), Hidden(residual, None)
+
+    @staticmethod
+    def output(layer: Layer, attended: Tensor, x: Hidden) -> Hidden:
+        """attended [T, H * head dimension]; x as `project` gives it -> the input of the layer's MLP."""
+        return Hidden(x.residual, layer.attention.output.linear(attended))
+
+    @staticmethod
+    def mlp(layer: Layer, x: Hidden) -> Hidden:
+        """-> the layer's output."""
+        normed, residual = _add_and_norm(layer.mlp_norm, x)
+        return Hidden(residual, layer.mlp.down.linear(silu_and_mul(layer.mlp.gate_up.linear(normed))))
 
 
-def _behind(layer: Layer, attended: Tensor, x: Hidden) -> Hidden:
-    """attended [T, H * head dimension] -> the layer's output."""
-    normed, residual = _add_and_norm(layer.mlp_norm, Hidden(x.residual, layer.output.linear(attended)))
-    return Hidden(residual, layer.down.linear(silu_and_mul(layer.gate_up.linear(normed))))
+class _RowHalves:
+    """As `_Halves`, for few rows: each half's result is returned with the residual added."""
+
+    @staticmethod
+    def project(layer: Layer, x: Hidden) -> tuple[Tensor, Hidden]:
+        norm, qkv = _norm(layer.attention_norm), layer.attention.qkv
+        return row_linear(x.residual, qkv.weight, qkv.bias, norm=norm), x
+
+    @staticmethod
+    def output(layer: Layer, attended: Tensor, x: Hidden) -> Hidden:
+        output = layer.attention.output
+        return Hidden(row_linear(attended, output.weight, output.bias, residual=x.residual), None)
+
+    @staticmethod
+    def mlp(layer: Layer, x: Hidden) -> Hidden:
+        gate_up, down = layer.mlp.gate_up, layer.mlp.down
+        gated = row_linear(x.residual, gate_up.weight, gate_up.bias, norm=_norm(layer.mlp_norm), gated=True)
+        return Hidden(row_linear(gated, down.weight, down.bias, residual=x.residual), None)
+
+
+def _norm(norm: RmsNorm) -> Norm:
+    return Norm(norm.weight, norm.eps)
 
 
 def _add_and_norm(norm: RmsNorm, x: Hidden) -> tuple[Tensor, Tensor]:
@@ -151,20 +185,6 @@ def _add_and_norm(norm: RmsNorm, x: Hidden) -> tuple[Tensor, Tensor]:
     if x.update is None:
         return rms_norm(x.residual, norm.weight, norm.eps), x.residual
     return add_rms_norm(x.update, x.residual, norm.weight, norm.eps)
-
-
-def _row_before(layer: Layer, x: Hidden) -> tuple[Tensor, Hidden]:
-    """As `_before`, for few rows."""
-    norm = Norm(layer.attention_norm.weight, layer.attention_norm.eps)
-    return row_linear(x.residual, layer.qkv.weight, layer.qkv.bias, norm=norm), x
-
-
-def _row_behind(layer: Layer, attended: Tensor, x: Hidden) -> Hidden:
-    """As `_behind`, for few rows."""
-    norm = Norm(layer.mlp_norm.weight, layer.mlp_norm.eps)
-    residual = row_linear(attended, layer.output.weight, layer.output.bias, residual=x.residual)
-    gated = row_linear(residual, layer.gate_up.weight, layer.gate_up.bias, norm=norm, gated=True)
-    return Hidden(row_linear(gated, layer.down.weight, layer.down.bias, residual=residual), None)
 
 
 def _attend(query: Tensor, cache: Tensor, step: _Step, window: Window) -> Tensor:

@@ -124,6 +124,42 @@ def test_a_layer_in_chunks(hidden, width, biased, threads):
     torch.testing.assert_close(whole, by_operations(shape, layer, x), rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize(("hidden", "width"), [(64, 96), (70, 48)])
+def test_halves_of_a_layer(hidden, width):
+    """One after the other they are the whole layer, to the bit; beside x they give what is added to it."""
+    shape, layer = layer_of(hidden, width, biased=True)
+    layers, x, at = NativeLayers(shape, [layer, layer]), torch.randn(60, hidden), torch.arange(60)
+    table = torch.arange(4)
+    step, cache = NativeStep(at, at, operations.spans([(0, 60, 60, table)])), torch.zeros(2, 4, 2, 16, 2, 32)
+    whole, halves, told, again = x.clone(), x.clone(), [], torch.zeros_like(cache)
+    layers.forward(whole, step, cache, None)
+    for i in range(2):
+        layers.attention_half(i, halves, halves, step, again, told.append)
+        update = torch.zeros_like(x)
+        layers.mlp_half(i, halves, update)
+        summed = halves + update
+        layers.mlp_half(i, halves, halves)
+        torch.testing.assert_close(halves, summed, rtol=1e-5, atol=1e-5)
+    assert torch.equal(halves, whole)
+    assert torch.equal(again, cache)
+    assert told == [0, 1]
+
+
+def test_what_is_raised_between_the_halves_ends_them():
+    shape, layer = layer_of(64, 96, biased=False)
+    at, table = torch.arange(5), torch.arange(4)
+    step = NativeStep(at, at, operations.spans([(0, 5, 5, table)]))
+    x, cache = torch.randn(5, 64), torch.zeros(1, 4, 2, 16, 2, 32)
+    out = x.clone()
+
+    def on_layer(layer):
+        raise LookupError(layer)
+
+    with pytest.raises(LookupError, match="0"):
+        NativeLayers(shape, [layer]).attention_half(0, x, out, step, cache, on_layer)
+    assert torch.equal(out, x)
+
+
 def by_operations(shape, layer, x):
     """Each operation of the layer alone."""
     at, table, cache = torch.arange(60), torch.arange(4), torch.zeros(4, 2, 16, 2, 32, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-// What Python calls (library.py): each operation alone, and all layers of a step in one call.
+// What Python calls (library.py): each operation alone, each half of a layer, and all layers of a step in one call.
 
 #include <numbers>
 
@@ -17,7 +17,7 @@ struct Layer {
 };
 
 struct Shape {
-    int64_t hidden, heads, kv_heads, dim, intermediate;
+    int64_t hidden, heads, kv_heads, dim;
     float eps;
     const float *cosine, *sine;  // [max_context, dim / 2]
 };
@@ -31,6 +31,8 @@ struct Step {
     int64_t layer_bytes, block_size;
     int32_t cache_format;
 };
+
+static long qkv_width(const Shape* s) { return (s->heads + 2 * s->kv_heads) * s->dim; }
 
 extern "C" {
 
@@ -91,26 +93,38 @@ void draw_tokens_forward(const float* logits, int64_t rows, int64_t n, const Dra
     draw_tokens(logits, rows, n, draws, tokens);
 }
 
-// All layers, x [rows, hidden] in place. on_layer(i), if given, is called when layer i's K and V are in the cache, and
-// stops it by another value than 0, which is returned. *done counts the layers.
+// y [rows, hidden] += the layer's attention over norm(x), behind its output projection; y may be x. step->cache: this
+// layer's. written(i), if given, is called when its K and V are in the cache, and stops it by another value than 0, which
+// is returned.
+int attention_half(const Layer* layer, const Shape* s, const Step* step, const float* x, float* y, int (*written)(int64_t),
+                   int64_t i) {
+    long rows = step->rows, width = qkv_width(s), attended_width = s->heads * s->dim;
+    float* normed = scratch<float, 6>(rows * (s->hidden + width + attended_width));
+    float *qkv = normed + rows * s->hidden, *attended = qkv + rows * width;
+    rms_norm(x, layer->attention_norm, s->eps, rows, s->hidden, normed);
+    linear_into(layer->qkv, normed, s->hidden, rows, qkv, width, false);
+    rotate_and_write_forward(qkv, layer->qk_norm, s, step);
+    if (int stop = written ? written(i) : 0) return stop;
+    attention_forward(qkv, width, s, step, layer->window, attended);
+    linear_into(layer->output, attended, attended_width, rows, y, s->hidden, true);
+    return 0;
+}
+
+// y [rows, hidden] += the layer's MLP over norm(x); y may be x.
+void mlp_half(const Layer* layer, const Shape* s, int64_t rows, const float* x, float* y) {
+    float* normed = scratch<float, 6>(rows * (s->hidden + 3 * layer->mlp.width()));
+    rms_norm(x, layer->mlp_norm, s->eps, rows, s->hidden, normed);
+    mlp_into(layer->mlp, normed, rows, y, normed + rows * s->hidden);
+}
+
+// All layers, x [rows, hidden] in place. on_layer(i): as `written` of attention_half. *done counts the layers.
 int layers_forward(const Layer* layers, int64_t count, const Shape* s, const Step* step, float* x, int (*on_layer)(int64_t),
                    std::atomic<int64_t>* done) {
-    long rows = step->rows, width = (s->heads + 2 * s->kv_heads) * s->dim, attended_width = s->heads * s->dim;
-    float* normed = scratch<float, 6>(rows * (s->hidden + width + attended_width + 3 * s->intermediate));
-    float *qkv = normed + rows * s->hidden, *attended = qkv + rows * width;
-    float* between = attended + rows * attended_width;
     Step here = *step;
     for (int64_t i = 0; i < count; i++) {
-        const Layer& layer = layers[i];
         here.cache = static_cast<char*>(step->cache) + i * step->layer_bytes;
-        rms_norm(x, layer.attention_norm, s->eps, rows, s->hidden, normed);
-        linear_into(layer.qkv, normed, s->hidden, rows, qkv, width, false);
-        rotate_and_write_forward(qkv, layer.qk_norm, s, &here);
-        if (int stop = on_layer ? on_layer(i) : 0) return stop;
-        attention_forward(qkv, width, s, &here, layer.window, attended);
-        linear_into(layer.output, attended, attended_width, rows, x, s->hidden, true);
-        rms_norm(x, layer.mlp_norm, s->eps, rows, s->hidden, normed);
-        mlp_into(layer.mlp, normed, rows, x, between);
+        if (int stop = attention_half(&layers[i], s, &here, x, x, on_layer, i)) return stop;
+        mlp_half(&layers[i], s, step->rows, x, x);
         done->fetch_add(1, std::memory_order_relaxed);
     }
     return 0;

@@ -58,7 +58,7 @@ class Layer(Structure):
 
 class Shape(Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "dim", "intermediate")),
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "dim")),
         ("eps", c_float),
         ("cosine", c_void_p),
         ("sine", c_void_p),
@@ -112,6 +112,11 @@ _SIGNATURES = {
     "rotate_and_write_forward": (None, (c_void_p, c_void_p, POINTER(Shape), POINTER(Step))),
     "attention_forward": (None, (c_void_p, c_int64, POINTER(Shape), POINTER(Step), c_int64, c_void_p)),
     "draw_tokens_forward": (None, (c_void_p, c_int64, c_int64, POINTER(Draw), c_void_p)),
+    "attention_half": (
+        c_int,
+        (POINTER(Layer), POINTER(Shape), POINTER(Step), c_void_p, c_void_p, OnLayer, c_int64),
+    ),
+    "mlp_half": (None, (POINTER(Layer), POINTER(Shape), c_int64, c_void_p, c_void_p)),
     "layers_forward": (
         c_int,
         (POINTER(Layer), c_int64, POINTER(Shape), POINTER(Step), c_void_p, OnLayer, c_void_p),

@@ -34,14 +34,14 @@ def rotate_and_write(qkv: Tensor, qk_norm: Tensor | None, shape: NativeShape, st
     """qkv [T, H + 2 Hkv, D]: queries and keys are normed and rotated in place, keys and values written to `cache`, one
     layer's [blocks, 2, S, Hkv, D]."""
     weight = None if qk_norm is None else qk_norm.data_ptr()
-    of, native = native_shape(shape, 0, 0), native_step(step, cache)
+    of, native = native_shape(shape, 0), native_step(step, cache)
     library().rotate_and_write_forward(qkv.data_ptr(), weight, ctypes.byref(of), ctypes.byref(native))
 
 
 def attend(query: Tensor, shape: NativeShape, step: NativeStep, cache: Tensor, window: int | None) -> Tensor:
     """query [T, H, D], its rows may be strided -> [T, H, D]. Each sequence of the step over its part of `cache`."""
     out = torch.empty(query.shape)
-    of, native = native_shape(shape, 0, 0), native_step(step, cache)
+    of, native = native_shape(shape, 0), native_step(step, cache)
     library().attention_forward(
         query.data_ptr(), query.stride(0), ctypes.byref(of), ctypes.byref(native), window or 0, out.data_ptr()
     )
