@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch

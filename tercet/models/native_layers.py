@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tercet.distributed.collectives import Collectives
 from tercet.kernels.native.layers import NativeLayer, NativeLayers, NativeShape, NativeStep
 from tercet.kernels.native.linear import NativeLinear
 from tercet.kernels.norm import RmsNorm
@@ -17,8 +18,8 @@ from tercet.models.layer import Layer
 
 
 class CompiledLayers:
-    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
-        self._rope, self._count = rope, config.num_layers
+    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable, tensor: Collectives) -> None:
+        self._rope, self._count, self._tensor = rope, config.num_layers, tensor
         shape = NativeShape(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps, *rope.halves())
         windows = config.sliding_windows
         self._layers = NativeLayers(shape, [_native(*each) for each in zip(layers, windows, strict=True)])
@@ -32,6 +33,8 @@ class CompiledLayers:
         if positions.dim() > 1:
             positions, turns = torch.arange(len(x)), self._rope.turns(positions)
         step = NativeStep(positions, batch.slots, _spans(batch), turns)
+        if self._tensor.size > 1:
+            return self._forward_by_halves(x, step, kv_cache, on_layer)
         images, done = batch.images, 0
         while images is not None and done < min(images.deeper, self._count):
             self._layers.forward(x, step, kv_cache, on_layer, range(done, done + 1))
@@ -39,6 +42,23 @@ class CompiledLayers:
             done += 1
         self._layers.forward(x, step, kv_cache, on_layer, range(done, self._count))
         return x
+
+    def _forward_by_halves(
+        self, x: Tensor, step: NativeStep, kv_cache: Tensor, on_layer: Callable[[int], None] | None
+    ) -> Tensor:
+        """The residual is a part of the first rank's summand."""
+        for layer in range(self._count):
+            summand = self._summand(x)
+            self._layers.attention_half(layer, x, summand, step, kv_cache, on_layer)
+            x = self._tensor.all_reduce(summand)
+            summand = self._summand(x)
+            self._layers.mlp_half(layer, x, summand)
+            x = self._tensor.all_reduce(summand)
+            self._layers.count()
+        return x
+
+    def _summand(self, x: Tensor) -> Tensor:
+        return x if self._tensor.rank == 0 else torch.zeros_like(x)
 
 
 def _spans(batch: StepBatch) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tercet.distributed.collectives import Collectives
 from tercet.distributed.place import share
 from tercet.distributed.ranks import Ranks
 from tercet.kernels.kinds import Kernels
@@ -31,6 +32,7 @@ from tercet.models.layer import Layer
 from tercet.models.layers import Layers, TorchLayers
 from tercet.models.native_layers import CompiledLayers
 from tercet.models.rope_table import rope_table
+from tercet.models.shard import Shard, kv_layout
 from tercet.transfer.memory.layout import KvLayout
 
 
@@ -42,7 +44,7 @@ class Weights:
     head: PackedLinear | None  # E -> V here
 
 
-def _layers_of(kernels: Kernels) -> Callable[[ModelConfig, tuple[Layer, ...], RopeTable], Layers]:
+def _layers_of(kernels: Kernels) -> Callable[[ModelConfig, tuple[Layer, ...], RopeTable, Collectives], Layers]:
     if kernels.kind == "triton":
         from tercet.models.triton_layers import TritonLayers  # it imports Triton, which other kernels do without
 
@@ -62,7 +64,8 @@ class Transformer:
         self.ranks = ranks or Ranks()
         self._weights = weights
         self._activations = activation_dtype(self.dtype, kernels)
-        self._layers: Layers = _layers_of(kernels)(config, weights.layers, rope_table(config, self.device))
+        here, rope = Shard(config, self.ranks.place).here, rope_table(config, self.device)
+        self._layers: Layers = _layers_of(kernels)(here, weights.layers, rope, self.ranks.tensor)
 
     @property
     def layers_done(self) -> int:
@@ -71,8 +74,8 @@ class Transformer:
 
     def kv_layout(self, blocks: int, block_size: int) -> KvLayout:
         """Of a KV cache for this model."""
-        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
-        return KvLayout(config.num_layers, blocks, block_size, config.num_kv_heads, config.head_dim, dtype)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return kv_layout(self.config, self.ranks.place, blocks, block_size, dtype)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:

@@ -29,8 +29,8 @@ class NativeCommunicator:
         self._struct = Communicator(self._memory.data_ptr(), rank, size, CAPACITY, spins, timeout_s, 0)
 
     def all_reduce(self, x: Tensor) -> None:
-        """x: float32, contiguous, of one shape everywhere; becomes the sum over the ranks, with the same bits everywhere.
-        Raises CommunicatorError."""
+        """x: float32, contiguous, of one shape everywhere; becomes the sum over the ranks, with the same bits
+        everywhere. Raises CommunicatorError."""
         self._check(library().communicator_all_reduce(ctypes.byref(self._struct), x.data_ptr(), x.numel()))
 
     def gather(self, x: Tensor, *, wanted: bool = True) -> Tensor | None:
