@@ -81,7 +81,7 @@ class WorkerActor:
 
     async def listen(self) -> str:
         """-> the endpoint that the other ranks join, before `start`, which returns when they have."""
-        return str(await self._worker.listen())  # type: ignore[attr-defined]
+        return await self._worker.listen()
 
     async def start(self) -> WorkerInfo:
         return await self._worker.start()
@@ -117,10 +117,11 @@ class RankActor:
 
     async def start(self, endpoint: str) -> dict[str, Any]:
         """Join rank 0 at its endpoint. -> this process's pid and node."""
-        from tercet.roles.rank import Rank  # type: ignore[import-not-found]
+        from tercet.roles.rank import Rank
 
         self._watch = asyncio.create_task(end_with_raylet())
-        self._rank = Rank(*self._identity, worker_host(self._identity[-1]), self._token, self._cores)
+        host = worker_host(self._identity[-1])
+        self._rank = Rank(*self._identity, host, self._token, self._cores, lambda _: os._exit(1))
         await self._rank.start(endpoint)
         return {"pid": os.getpid(), "node": socket.gethostname()}
 

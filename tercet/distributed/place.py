@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tercet.transfer.memory.layout import window
+
 
 @dataclass(frozen=True)
 class Place:
@@ -66,10 +68,8 @@ class Place:
         return self.rank + (stage - self.stage) * self.tensor * self.data
 
     def layers(self, count: int) -> range:
-        """Those of a model's `count` that are here; the first stages have one more if they do not divide."""
-        each, more = divmod(count, self.pipeline)
-        first = self.stage * each + min(self.stage, more)
-        return range(first, first + each + (self.stage < more))
+        """Those of a model's `count` that are here."""
+        return window(count, self.stage, self.pipeline)
 
 
 def share(count: int, rank: int, size: int) -> range:

@@ -105,8 +105,8 @@ def _group(
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = limit
         own = PrefixStore(f"{ranks.start}-{ranks.stop}", store)
-        group: dist.ProcessGroup = dist.ProcessGroupGloo(own, ranks.index(place.rank), len(ranks), options)  # type: ignore[assignment]  # likewise
-        return group
+        return dist.ProcessGroupGloo(own, ranks.index(place.rank), len(ranks), options)  # type: ignore[return-value]  # likewise
     if not dist.is_initialized():
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=limit)
-    return dist.new_group([*ranks], use_local_synchronization=True)
+    made: dist.ProcessGroup = dist.new_group([*ranks], use_local_synchronization=True)
+    return made
