@@ -101,8 +101,8 @@ class Search:
         usable = [i for i, node in enumerate(self._nodes) if replica.may_use(node)]
         usable.sort(key=lambda i: (self._of_role[replica.role, i], -self._free[i].get("CPU", 0.0)))
         rooms = [self._room(replica, i) for i in usable]
-        if self._dead_ends and sum(rooms) < self._left[len(self._placed)]:  # the first descent is told in the error
-            return iter(())
+        if self._dead_ends and sum(rooms) < self._left[len(self._placed)]:
+            return iter(())  # not before the first dead end, since the error tells how far that descent came
         ways = spreads(rooms, replica.ranks, replica.tensor)
         return (tuple(usable[at] for at in way) for way in ways)
 
