@@ -92,11 +92,10 @@ def refuse_what_does_not_fit(spec: ClusterSpec) -> None:
     from tercet.models import footprint
 
     kinds = {role: spec.pools[wanted.pool].accelerator for role, wanted in spec.roles.items()}
-    for role, kind in list(kinds.items()):
-        if kind != "cpu" and spec.roles[role].parallelism.ranks > 1:
-            del kinds[role]  # a device then holds a rank's part of the model, which the rank checks
-    for kind in sorted({*kinds.values()}):
-        replicas = {role: spec.roles[role].replicas for role, its in kinds.items() if its == kind}
+    # A device of a group holds a part of the model only, which the rank on it checks.
+    counted = {role: kind for role, kind in kinds.items() if kind == "cpu" or spec.roles[role].parallelism.ranks == 1}
+    for kind in sorted({*counted.values()}):
+        replicas = {role: spec.roles[role].replicas for role, its in counted.items() if its == kind}
         footprint.refuse_too_large(spec, replicas, DEVICES[kind], _memory_of(DEVICES[kind]))
 
 

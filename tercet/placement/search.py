@@ -18,7 +18,7 @@ from tercet.placement.groups import spreads
 if TYPE_CHECKING:
     from tercet.placement.roles import Assignment, Node
 
-MAX_DEAD_ENDS = 50_000
+MAX_DEAD_ENDS = 20_000
 EPSILON = 1e-6  # fractions of a CPU do not add up exactly
 
 
@@ -43,12 +43,16 @@ class Search:
     def __init__(self, order: Sequence[Replica], nodes: Sequence[Node], stay: Sequence[Assignment]) -> None:
         """order: who is placed first. stay: who has a place already."""
         self.deepest = 0  # how many were placed at once
+        self._dead_ends = 0
         self._order = order
+        self._left = _left(order)
         self._nodes = nodes
         self._free = [dict(n.resources) for n in nodes]
         self._placed: list[tuple[int, ...]] = []  # nodes of the ranks of order[i]
         self._of_role: Counter[tuple[Role, int]] = Counter()  # (role, node) -> ranks there
-        self._failed: set[tuple[object, ...]] = set()
+        self._failed: set[object] = set()
+        users = {replica.role: replica for replica in order}.values()
+        self._kinds = [(tuple(r.may_use(node) for r in users), tuple(sorted(node.resources))) for node in nodes]
         numbers = {n.node_id: i for i, n in enumerate(nodes)}
         for worker in stay:
             # A node that is not there has died, and Ray has found its ranks another one.
@@ -56,15 +60,15 @@ class Search:
 
     def run(self) -> dict[str, tuple[Node, ...]] | None:
         """-> worker id -> node of each rank; None if no placement was found."""
+        most = MAX_DEAD_ENDS if self._has_enough() else 0
         untried = [self._candidates()]  # of order[0], order[1] ... as deep as the search is now
-        dead_ends = 0
         while len(self._placed) < len(self._order):
             chosen = next(untried[-1], None)
             if chosen is not None:
                 self._put(chosen)
                 untried.append(self._candidates())
-            elif self._placed and dead_ends < MAX_DEAD_ENDS:
-                dead_ends += 1
+            elif self._placed and self._dead_ends < most:
+                self._dead_ends += 1
                 self._failed.add(self._state())
                 untried.pop()
                 self._take_back()
@@ -76,8 +80,18 @@ class Search:
             for replica, placed in zip(self._order, self._placed, strict=True)
         }
 
-    def _state(self) -> tuple[object, ...]:
-        return (len(self._placed), *(tuple(round(free[k], 6) for k in sorted(free)) for free in self._free))
+    def _has_enough(self) -> bool:
+        """Whether all nodes together do: if not, no way has to be tried but the one that the error tells of."""
+        for kind in {kind for replica in self._order for kind in replica.needs}:
+            needed = sum(replica.ranks * replica.needs.get(kind, 0.0) for replica in self._order)
+            if needed > sum(free.get(kind, 0.0) + EPSILON for free in self._free):
+                return False
+        return True
+
+    def _state(self) -> object:
+        """Nodes that are usable for the same and have as much free are one as good as the other."""
+        free = (tuple(round(free[kind], 6) for kind in sorted(free)) for free in self._free)
+        return len(self._placed), tuple(sorted(zip(self._kinds, free, strict=True)))
 
     def _candidates(self) -> Iterator[tuple[int, ...]]:
         """Nodes for the ranks of the next replica, the best first; none if this state is known to fail."""
@@ -86,14 +100,17 @@ class Search:
         replica = self._order[len(self._placed)]
         usable = [i for i, node in enumerate(self._nodes) if replica.may_use(node)]
         usable.sort(key=lambda i: (self._of_role[replica.role, i], -self._free[i].get("CPU", 0.0)))
-        ways = spreads([self._room(replica, i) for i in usable], replica.ranks, replica.tensor)
+        rooms = [self._room(replica, i) for i in usable]
+        if self._dead_ends and sum(rooms) < self._left[len(self._placed)]:
+            return iter(())  # not before the first dead end, since the error tells how far that descent came
+        ways = spreads(rooms, replica.ranks, replica.tensor)
         return (tuple(usable[at] for at in way) for way in ways)
 
     def _room(self, replica: Replica, node: int) -> int:
-        """Ranks of it that the node still has room for; more than it has do not count."""
+        """Ranks of its role that the node still has room for, as far as there are any."""
         free = self._free[node]
         held = ((free.get(kind, 0.0) + EPSILON) / amount for kind, amount in replica.needs.items())
-        return int(min([replica.ranks, *held]))
+        return max(0, int(min([self._left[len(self._placed)], *held])))
 
     def _put(self, nodes: tuple[int, ...]) -> None:
         replica = self._order[len(self._placed)]
@@ -109,3 +126,13 @@ class Search:
             self._of_role[replica.role, node] += sign
             for kind, amount in replica.needs.items():
                 self._free[node][kind] -= sign * amount
+
+
+def _left(order: Sequence[Replica]) -> list[int]:
+    """Of each replica the ranks of its role that are to be placed from it on."""
+    counted: Counter[Role] = Counter()
+    found = []
+    for replica in reversed(order):
+        counted[replica.role] += replica.ranks
+        found.append(counted[replica.role])
+    return found[::-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from dataclasses import replace
@@ -26,8 +27,9 @@ from tercet.errors import ClusterError, ModelFileMissing, SpecError, TercetError
 from tercet.models.sources import load_config
 from tercet.placement.roles import Node, plan
 from tercet.placement.switching import switched
-from tercet.spec import ClusterSpec, ModelSpec, NetworkSpec, ParallelSpec, RoleSpec
+from tercet.spec import ClusterSpec, ModelSpec, NetworkSpec, ParallelSpec, PoolSpec, RoleSpec
 from tests.tiny import tiny_model
+from tests.unit.test_controller import FakeStarter, controller, until
 from tests.unit.test_spec_file import LOCAL
 
 INFO = WorkerInfo("worker-0", Role.DECODE, 1, "127.0.0.1:1", "", "same", pid=10, node="vm")
@@ -148,6 +150,39 @@ async def test_it_serves_again_as_new_processes_only():
     with pytest.raises(WorkerLost, match="worker-0 has several ranks, which serve again as new processes only"):
         await group.call("switch", Role.DECODE, 2, (), timeout_s=5.0)
     assert [rank.asked for rank in ranks] == [[], [], []]
+
+
+class GroupStarter(FakeStarter):
+    """Whose worker-1 is a group of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[list[FakeRank]] = []
+
+    async def launch(self, member_id: str, epoch: int, target: Target) -> Any:
+        if member_id != "worker-1":
+            return await super().launch(member_id, epoch, target)
+        group, ranks = group_of()
+        self.groups.append(ranks)
+        return group
+
+
+async def test_a_rank_that_dies_is_the_end_of_its_group_which_starts_anew_with_the_next_epoch(monkeypatch):
+    monkeypatch.setattr("tercet.cluster.controller.LOOK_EVERY_S", 0.01)
+    starter, reports, stop = GroupStarter(), [], asyncio.Event()
+    cluster = controller(starter, reports)
+    await cluster.bring_up()
+    running = asyncio.create_task(cluster.run(stop))
+    starter.groups[0][2].faults["health"] = WorkerLost("worker-0 rank 2 died")
+    await until(lambda: len(starter.groups) == 2 and starter.noted["members"]["worker-1"]["state"] == "live")
+    assert starter.noted["members"]["worker-1"]["epoch"] == 2
+    assert [rank.killed for rank in starter.groups[0]] == [True] * 3
+    assert any("(epoch 1) lost: worker_lost: worker-0 rank 2 died" in line for line in reports)
+    stop.set()
+    await running
+    await cluster.shut_down()
+    assert [rank.asked[-1] for rank in starter.groups[1]] == [("stop",)] * 3
+    assert [rank.killed for rank in starter.groups[1]] == [True] * 3
 
 
 # ---- the actors
@@ -327,6 +362,17 @@ def test_a_model_that_cannot_be_divided_so_is_refused_before_anything_starts(deg
     spec = spec_of(RoleSpec(parallelism=ParallelSpec(**degrees)), model=ModelSpec(source=tiny_model(), max_context=64))
     with pytest.raises(UnsupportedSpec, match=said):
         preflight.check_model(spec, print)
+
+
+@pytest.mark.parametrize(("accelerator", "counted"), [("cpu", True), ("gpu", False)])
+def test_a_gpu_need_not_hold_what_a_group_divides(monkeypatch, accelerator, counted):
+    monkeypatch.setattr(preflight, "_memory_of", lambda device: 1)
+    device = {"gpus": 1} if accelerator == "gpu" else {}
+    roles = {role: RoleSpec(parallelism=ParallelSpec(tensor=2), **device) for role in (Role.PREFILL, Role.DECODE)}
+    pool = PoolSpec(accelerator=accelerator, gpus=4 * len(device))
+    spec = ClusterSpec(roles=roles, pools={"default": pool}, model=ModelSpec(source=tiny_model(), max_context=64))
+    with pytest.raises(UnsupportedSpec, match="does not fit") if counted else contextlib.nullcontext():
+        preflight.refuse_what_does_not_fit(spec)
 
 
 def test_the_experts_of_a_config_that_has_some_are_counted():

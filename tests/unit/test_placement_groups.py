@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -214,15 +215,28 @@ def test_gpus_are_counted_by_ranks():
         spec_of(RoleSpec(gpus=1, replicas=2), group(4, gpus=1), pools=pools)
 
 
-@settings(max_examples=120, deadline=None)
-@given(
-    st.lists(st.integers(0, 5), min_size=1, max_size=3),
-    st.tuples(st.integers(1, 2), st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]), st.integers(1, 2)),
-    st.tuples(st.integers(1, 2), st.sampled_from([(1, 1), (1, 2), (2, 1)]), st.integers(1, 2)),
-)
-def test_finds_a_placement_exactly_when_there_is_one(capacities, prefill, decode):
-    """Ranks of a role are alike, so a placement is how many of each role are on each node."""
+Wanted = tuple[int, tuple[int, int], int]  # replicas, tensor and pipeline, CPUs of a rank
+
+
+def check_placement(capacities: Sequence[int], prefill: Wanted, decode: Wanted) -> None:
+    """A placement is found exactly if there is one, and is one."""
     roles = [group(*shape, replicas=replicas, cpus=float(size)) for replicas, shape, size in (prefill, decode)]
+    try:
+        placement = plan(spec_of(*roles), nodes_of(*capacities))
+    except ClusterError:
+        assert not is_possible(capacities, prefill, decode)
+        return
+    assert is_possible(capacities, prefill, decode)
+    used: Counter[str] = Counter()
+    for worker, wanted in ((w, roles[w.role is Role.DECODE]) for w in placement.workers):
+        assert len(worker.nodes) == wanted.parallelism.ranks
+        for node in worker.nodes:
+            used[node.node_id] += worker.needs["CPU"]
+    assert all(used[str(i)] <= capacity for i, capacity in enumerate(capacities))
+
+
+def is_possible(capacities: Sequence[int], prefill: Wanted, decode: Wanted) -> bool:
+    """Ranks of a role are alike, so a placement is how many of each role are on each node."""
     first, second = (replicas * shape[0] * shape[1] for replicas, shape, _ in (prefill, decode))
     room = {0: 0}  # ranks of prefill placed -> the most of decode that fit beside them
     for capacity in capacities:
@@ -231,19 +245,35 @@ def test_finds_a_placement_exactly_when_there_is_one(capacities, prefill, decode
         for (done, rest), (n, more) in product(room.items(), ways):
             after[done + n] = max(after.get(done + n, 0), rest + more)
         room = after
-    exists = any(n >= first and most >= second for n, most in room.items())
-    try:
-        placement = plan(spec_of(*roles), nodes_of(*capacities))
-    except ClusterError:
-        assert not exists
-        return
-    assert exists
-    used: Counter[str] = Counter()
-    for worker, wanted in ((w, roles[w.role is Role.DECODE]) for w in placement.workers):
-        assert len(worker.nodes) == wanted.parallelism.ranks
-        for node in worker.nodes:
-            used[node.node_id] += worker.needs["CPU"]
-    assert all(used[str(i)] <= capacity for i, capacity in enumerate(capacities))
+    return any(n >= first and most >= second for n, most in room.items())
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    st.tuples(st.integers(1, 2), st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]), st.integers(1, 2)),
+    st.tuples(st.integers(1, 2), st.sampled_from([(1, 1), (1, 2), (2, 1)]), st.integers(1, 2)),
+)
+def test_finds_a_placement_exactly_when_there_is_one(capacities, prefill, decode):
+    check_placement(capacities, prefill, decode)
+
+
+@pytest.mark.parametrize("decode", [(1, (2, 1), 2), (2, (1, 1), 2), (1, (1, 2), 1)])
+@pytest.mark.parametrize("prefill", [(1, (2, 1), 3), (2, (1, 1), 3), (1, (1, 3), 2)])
+def test_steps_back_where_the_first_choice_leads_nowhere(prefill, decode):
+    """Of each size of three nodes: in some the ranks of both only just fit."""
+    for capacities in product(range(7), repeat=3):
+        check_placement(capacities, prefill, decode)
+
+
+def test_nodes_with_as_much_free_are_not_alike_if_their_labels_differ():
+    pools = {name: PoolSpec(labels={name: "yes"}) for name in ("a", "b")}
+    spec = spec_of(group(2, pool="a"), group(2, pool="b"), pools=pools)
+    both, only_a, only_b = {"a": "yes", "b": "yes"}, {"a": "yes"}, {"b": "yes"}
+    labelled = [(both, 2.0), (only_a, 2.0), (only_b, 0.0)]  # prefill is tried on the first
+    nodes = [Node(str(i), f"10.0.0.{i}", labels, {"CPU": cpus}) for i, (labels, cpus) in enumerate(labelled)]
+    placement = plan(spec, nodes)
+    assert (where(placement, Role.PREFILL), where(placement)) == (["11"], ["00"])
 
 
 def test_a_group_that_runs_stays_where_it_is_and_more_are_placed_beside_it():
