@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -58,6 +58,7 @@ class Computing(Part):
         """group: of a worker of several ranks, of which this is rank 0."""
         self._who, self._legs, self._loaded, self._kernels, self._group = who, legs, loaded, kernels, group
         self.fingerprint = loaded.fingerprint
+        self._computed: Callable[[], int] = lambda: 0
 
     async def start(self) -> None:
         """Raises SpecError, UnsupportedSpec."""
@@ -87,6 +88,7 @@ class Computing(Part):
             mrope=bool(loaded.config.rope.sections),
         )
         self._legs.engine = self.engine
+        self._computed = lambda: self.engine.computed
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
         self._thread.start()
 
@@ -128,7 +130,7 @@ class Computing(Part):
 
     def _progress(self) -> int:
         """It grows as long as prompts are computed, or images come that they wait for. Any thread."""
-        return self.engine.computed + (0 if self._legs.images is None else self._legs.images.progress)
+        return self._computed() + (0 if self._legs.images is None else self._legs.images.progress)
 
     def _handler(self, kind: Role, mover: _Mover) -> Handler:
         match kind:
