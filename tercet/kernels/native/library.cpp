@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "mlp.h"
+#include "moe.h"
 #include "sampling.h"
 
 struct Layer {
@@ -88,6 +89,15 @@ void attention_forward(const float* query, int64_t ldq, const Shape* s, const St
 
 void draw_tokens_forward(const float* logits, int64_t rows, int64_t n, const Draw* draws, int64_t* tokens) {
     draw_tokens(logits, rows, n, draws, tokens);
+}
+
+// y [rows, hidden] += what the experts make of x; numbers, weights [rows, k]. Returns where a number is none of an expert,
+// and then computes nothing, or -1.
+int64_t experts_forward(const Experts* e, const float* x, int64_t rows, const int64_t* numbers, const float* weights, int64_t k, float* y) {
+    for (int64_t a = 0; a < rows * k; a++)
+        if (numbers[a] != ELSEWHERE && (numbers[a] < 0 || numbers[a] >= e->count)) return a;
+    experts_into(*e, x, rows, numbers, weights, k, y);
+    return -1;
 }
 
 // All layers, x [rows, hidden] in place. on_layer(i), if given, is called when layer i's K and V are in the cache, and

@@ -31,6 +31,10 @@ class Linear(Structure):
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("format", c_int))
 
 
+class ExpertWeights(Structure):
+    _fields_ = (("gate_up", Linear), ("down", Linear), ("count", c_int64))
+
+
 class Layer(Structure):
     _fields_ = (
         ("attention_norm", c_void_p),
@@ -91,6 +95,10 @@ _SIGNATURES = {
     "rotate_and_write_forward": (None, (c_void_p, c_void_p, POINTER(Shape), POINTER(Step))),
     "attention_forward": (None, (c_void_p, c_int64, POINTER(Shape), POINTER(Step), c_int64, c_void_p)),
     "draw_tokens_forward": (None, (c_void_p, c_int64, c_int64, POINTER(Draw), c_void_p)),
+    "experts_forward": (
+        c_int64,
+        (POINTER(ExpertWeights), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p),
+    ),
     "layers_forward": (
         c_int,
         (POINTER(Layer), c_int64, POINTER(Shape), POINTER(Step), c_void_p, OnLayer, c_void_p),
