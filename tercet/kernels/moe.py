@@ -57,7 +57,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
     scores = wide.softmax(-1) if routing.score == "softmax" else wide.sigmoid()
     wanted = scores if bias is None else scores + bias
     if routing.groups > 1:
-        grouped = wanted.unflatten(1, (routing.groups, -1))
+        grouped = wanted.view(len(wanted), routing.groups, routing.experts // routing.groups)
         best = grouped.amax(-1) if routing.group_score == "max" else grouped.topk(2, -1)[0].sum(-1)
         out = torch.ones_like(best, dtype=torch.bool).scatter_(1, best.topk(routing.top_groups, -1)[1], False)
         wanted = grouped.masked_fill(out.unsqueeze(-1), -torch.inf).flatten(1)
@@ -95,7 +95,7 @@ class TorchExperts:
             ends = torch.bincount(flat[order], minlength=self.count).cumsum(0).int()
             both = functional.grouped_mm(_aligned(x[order // experts.shape[1]]), self._gate_up, offs=ends)
             made[order] = functional.grouped_mm(_aligned(silu_and_mul(both)), self._down, offs=ends)
-        return torch.bmm(weights.unsqueeze(1), made.float().view(*experts.shape, -1)).squeeze(1).to(x.dtype)
+        return torch.bmm(weights.unsqueeze(1), made.float().view(*experts.shape, x.shape[1])).squeeze(1).to(x.dtype)
 
 
 def _aligned(inputs: Tensor) -> Tensor:

@@ -59,10 +59,10 @@ def _packed(weights: Tensor, *, paired: bool) -> tuple[Tensor, Linear]:
 def _by_pairs(weight: Tensor, lanes: int) -> Tensor:
     """[2 I, E] -> a panel's rows of the gate, the same ones of `up`, and so on, so that one tile has both; zeros fill
     up the last panels."""
-    gate_up = weight.view(2, -1, weight.shape[1])
-    whole = gate_up.new_zeros(2, _whole(gate_up.shape[1], lanes), gate_up.shape[2])
-    whole[:, : gate_up.shape[1]] = gate_up
-    return whole.unflatten(1, (-1, lanes)).transpose(0, 1).reshape(-1, gate_up.shape[2])
+    width, inputs = len(weight) // 2, weight.shape[1]
+    whole = weight.new_zeros(2, _whole(width, lanes), inputs)
+    whole[:, :width] = weight.reshape(2, width, inputs)
+    return whole.view(2, -1, lanes, inputs).transpose(0, 1).reshape(-1, inputs)
 
 
 def _whole(outputs: int, lanes: int) -> int:

@@ -150,5 +150,5 @@ class TritonExperts:
 
 def tile_rows(assignments: int, experts: int) -> int:
     """Rows of a program: about as many as an expert has if all have as many."""
-    each = triton.next_power_of_2(-(-assignments // experts))
+    each = int(triton.next_power_of_2(-(-assignments // experts)))
     return min(MOST_ROWS, max(FEWEST_ROWS, each))
