@@ -91,13 +91,12 @@ void draw_tokens_forward(const float* logits, int64_t rows, int64_t n, const Dra
     draw_tokens(logits, rows, n, draws, tokens);
 }
 
-// y [rows, hidden] += what the experts make of x; numbers, weights [rows, k]. Returns where a number is none of an expert,
-// and then computes nothing, or -1.
+// y [rows, hidden] += what the experts make of x; numbers, weights [rows, k]. Returns wrong_number, and
+// computes nothing if there is one.
 int64_t experts_forward(const Experts* e, const float* x, int64_t rows, const int64_t* numbers, const float* weights, int64_t k, float* y) {
-    for (int64_t a = 0; a < rows * k; a++)
-        if (numbers[a] != ELSEWHERE && (numbers[a] < 0 || numbers[a] >= e->count)) return a;
-    experts_into(*e, x, rows, numbers, weights, k, y);
-    return -1;
+    int64_t wrong = wrong_number(*e, numbers, rows * k);
+    if (wrong < 0) experts_into(*e, x, rows, numbers, weights, k, y);
+    return wrong;
 }
 
 // All layers, x [rows, hidden] in place. on_layer(i), if given, is called when layer i's K and V are in the cache, and

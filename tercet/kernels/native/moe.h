@@ -247,7 +247,14 @@ static void combine(const Experts& e, const Sorted& sorted, const float* made, c
     });
 }
 
-// y [rows, E] += what the experts make of x [rows, E]; numbers, weights [rows, k], all numbers below the count or ELSEWHERE.
+// Where the first number is that is neither an expert's nor ELSEWHERE; -1 if there is none.
+static long wrong_number(const Experts& e, const int64_t* numbers, long assignments) {
+    for (long a = 0; a < assignments; a++)
+        if (numbers[a] != ELSEWHERE && (numbers[a] < 0 || numbers[a] >= e.count)) return a;
+    return -1;
+}
+
+// y [rows, E] += what the experts make of x [rows, E]; numbers, weights [rows, k], no number wrong.
 static void experts_into(const Experts& e, const float* x, long rows, const int64_t* numbers, const float* weights, long k, float* y) {
     for (long at = 0; at < rows; at += ROWS_OF_CALL) {
         long some = std::min(rows - at, ROWS_OF_CALL);
