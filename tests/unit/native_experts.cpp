@@ -1,5 +1,5 @@
-// A mixture's experts of every shape that takes another way, with pages that nobody may touch behind and before all that
-// the caller gives, and a sanitizer for the buffers between: each in a process of its own, as in native_bounds.cpp.
+// A mixture's experts of every shape that takes another way, with pages that nobody may touch behind and before all
+// that the caller gives, and a sanitizer for the buffers between: each in a process of its own (see native_bounds.cpp).
 #include <cstdio>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -11,7 +11,8 @@
 template <class T>
 static T* guarded(long count, bool at_end) {
     long page = sysconf(_SC_PAGESIZE), bytes = count * sizeof(T), room = (bytes + page - 1) / page * page;
-    char* memory = static_cast<char*>(mmap(nullptr, room + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) + page;
+    void* mapped = mmap(nullptr, room + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char* memory = static_cast<char*>(mapped) + page;
     if (room) mprotect(memory, room, PROT_READ | PROT_WRITE);
     return reinterpret_cast<T*>(at_end ? memory + room - bytes : memory);
 }
@@ -24,7 +25,8 @@ static Linear linear_of(long count, long n, long k, int format, bool at_end) {
 
 static void compute(int format, long rows, long k, long hidden, long width, int64_t only, bool at_end) {
     constexpr long COUNT = 3;
-    Experts experts{linear_of(COUNT, 2 * panels_of(width) * W, hidden, format, at_end), linear_of(COUNT, hidden, width, format, at_end), COUNT};
+    Linear gate_up = linear_of(COUNT, 2 * panels_of(width) * W, hidden, format, at_end);
+    Experts experts{gate_up, linear_of(COUNT, hidden, width, format, at_end), COUNT};
     float *x = guarded<float>(rows * hidden, at_end), *y = guarded<float>(rows * hidden, at_end);
     float* weights = guarded<float>(rows * k, at_end);
     int64_t* numbers = guarded<int64_t>(rows * k, at_end);
@@ -50,8 +52,8 @@ int main() {
                                 int status = 0;
                                 waitpid(child, &status, 0);
                                 if (status == 0) continue;
-                                std::printf("format %d, %ld rows, %ld x %ld, only %ld, %d threads\n", format, rows, hidden, width,
-                                            static_cast<long>(only), threads);
+                                std::printf("format %d, %ld rows, %ld x %ld, only %ld, %d threads\n", format, rows,
+                                            hidden, width, static_cast<long>(only), threads);
                                 return 1;
                             }
 }

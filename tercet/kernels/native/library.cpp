@@ -93,7 +93,8 @@ void draw_tokens_forward(const float* logits, int64_t rows, int64_t n, const Dra
 
 // y [rows, hidden] += what the experts make of x; numbers, weights [rows, k]. Returns wrong_number, and
 // computes nothing if there is one.
-int64_t experts_forward(const Experts* e, const float* x, int64_t rows, const int64_t* numbers, const float* weights, int64_t k, float* y) {
+int64_t experts_forward(const Experts* e, const float* x, int64_t rows, const int64_t* numbers, const float* weights, int64_t k,
+                        float* y) {
     int64_t wrong = wrong_number(*e, numbers, rows * k);
     if (wrong < 0) experts_into(*e, x, rows, numbers, weights, k, y);
     return wrong;

@@ -18,7 +18,7 @@ static inline long panels_of(long n) { return (n + W - 1) / W; }
 
 // The weights of all experts follow each other in whole panels.
 struct Experts {
-    Linear gate_up;  // of the first expert, n = 2 * panels_of(I) * W: a panel of the gate, the same one of up, and so on
+    Linear gate_up;  // of the first expert: a panel of the gate, the same of up, and so on; n = 2 * panels_of(I) * W
     Linear down;     // of the first expert
     int64_t count;
 
@@ -63,13 +63,17 @@ static inline long input_bytes(const Linear& l) { return l.k * (takes_pairs(l) ?
 class Inputs {
 public:
     Inputs(const Linear& l, char* buffer, const Block& block)
-        : l_(l), block_(block), at_(buffer + block.at * input_bytes(l)) {}
+        : l_(l), block_(block), at_(buffer + block.at * input_bytes(l)), tiles_(takes_tiles(l)) {
+#if defined(TERCET_AMX)
+        tiled_ = {reinterpret_cast<uint32_t*>(at_), block.rows, l.k / PIECE};
+#endif
+    }
 
     // Values i, i + 1, .. of a row; those behind the last input are dropped.
     void put(long row, long i, vf values) const {
         int count = static_cast<int>(std::min<long>(W, l_.k - i));
 #if defined(TERCET_AMX)
-        if (by_tiles(l_)) return store_rounded(tiled().value(row, i), values);
+        if (tiles_) return store_rounded(tiled_.value(row, i), values);
 #endif
         if (!takes_pairs(l_)) return store(reinterpret_cast<float*>(at_) + row * l_.k + i, values, count);
         uint16_t narrow[W];
@@ -83,12 +87,13 @@ public:
         auto out = [&](int row, int column, vf sums) { store(y + row * ldy + column, sums); };
         auto by_rows = [&](auto product, long steps) {
             using P = decltype(product);
-            const auto* w = static_cast<const typename P::Weight*>(l_.weight) + (block_.expert * panels_of(l_.n) + panel) * steps * W;
+            const auto* w = static_cast<const typename P::Weight*>(l_.weight) + first_of(panel) * steps * W;
             const auto* x = reinterpret_cast<const typename P::Input*>(at_);
-            panels_by_rows<P, NP>(w, steps * W, x, input_bytes(l_) / static_cast<long>(sizeof *x), steps, block_.rows, 0, 0, out);
+            long ldx = input_bytes(l_) / static_cast<long>(sizeof *x);
+            panels_by_rows<P, NP>(w, steps * W, x, ldx, steps, static_cast<int>(block_.rows), 0, 0, out);
         };
 #if defined(TERCET_AMX)
-        if (by_tiles(l_)) return multiply_by_tiles<NP>(panel, y, ldy);
+        if (tiles_) return multiply_by_tiles<NP>(panel, y, ldy);
 #endif
         if (l_.format == FORMAT_F32) return by_rows(F32{}, l_.k);
 #if defined(__AVX512BF16__)
@@ -99,28 +104,32 @@ public:
     }
 
     long panels_at_once() const {
-        if (takes_tiles(l_)) return block_.room() > 16 ? 2 : 4;
+        if (tiles_) return block_.rows > 16 ? 2 : 4;
         return ::panels_at_once(block_.rows);
     }
 
 private:
-#if defined(TERCET_AMX)
-    TiledRows tiled() const { return {reinterpret_cast<uint32_t*>(at_), block_.rows, l_.k / PIECE}; }
+    long first_of(long panel) const { return block_.expert * panels_of(l_.n) + panel; }  // counted over all experts
 
+#if defined(TERCET_AMX)
     template <int NP>
     void multiply_by_tiles(long panel, float* y, long ldy) const {
-        TiledRows x = tiled();
+        const TiledRows& x = tiled_;
         long panel_size = l_.k / 2 * W, row = 0;
-        const uint32_t* w = static_cast<const uint32_t*>(l_.weight) + (block_.expert * panels_of(l_.n) + panel) * panel_size;
+        const uint32_t* w = static_cast<const uint32_t*>(l_.weight) + first_of(panel) * panel_size;
         if constexpr (NP <= 2)
-            for (; x.rows - row > x.each; row += 2 * x.each) multiply_tiles<NP, 2>(x, row, w, panel_size, nullptr, 0, y + row * ldy, ldy);
-        for (; row < x.rows; row += x.each) multiply_tiles<NP, 1>(x, row, w, panel_size, nullptr, 0, y + row * ldy, ldy);
+            for (; x.rows - row > x.each; row += 2 * x.each)
+                multiply_tiles<NP, 2>(x, row, w, panel_size, nullptr, 0, y + row * ldy, ldy);
+        for (; row < x.rows; row += x.each)
+            multiply_tiles<NP, 1>(x, row, w, panel_size, nullptr, 0, y + row * ldy, ldy);
     }
-#endif
 
+    TiledRows tiled_{nullptr, 1, 0};
+#endif
     const Linear& l_;
     const Block& block_;
     char* at_;
+    bool tiles_;
 };
 
 // Which block an assignment is in, and which row of the buffers is its own.
@@ -153,11 +162,12 @@ struct Sorted {
     }
 
 private:
-    // Rows of a block, so that its inputs stay in the cache while panels pass by.
+    // Rows of a block, so that its inputs stay in the cache while panels pass by: whole tiles, of AMX by twos.
     static long most_rows(const Experts& e) {
-        long bytes = std::max(input_bytes(e.gate_up), input_bytes(e.down));
-        bool tiles = takes_tiles(e.gate_up) && takes_tiles(e.down);
-        long cached = tiles ? 1 << 20 : BLOCK_BYTES, tile = tiles ? 32 : ROWS;
+        long bytes = std::max(input_bytes(e.gate_up), input_bytes(e.down)), cached = BLOCK_BYTES, tile = ROWS;
+#if defined(TERCET_AMX)
+        if (by_tiles(e.gate_up) && by_tiles(e.down)) cached = TILED_BYTES, tile = 2 * ROWS_A;
+#endif
         return std::max(tile, cached / bytes / tile * tile);
     }
 
@@ -205,7 +215,7 @@ static void gates(const Experts& e, const Sorted& sorted, char* inputs, char* ac
     for_pieces(e.gate_up, sorted.blocks, [&](const Block& block, long first, long last) {
         Inputs from(e.gate_up, inputs, block), to(e.down, activated, block);
         by_panels(first, last, from.panels_at_once() / 2 * 2, [&](auto np, long panel) {
-            if constexpr (np % 2 == 0) {  // others do not come: both numbers above are even, and so are these
+            if constexpr (np % 2 == 0) {  // no odd ones come: a piece has whole pairs, of which two or one are taken
                 float* both = scratch<float, 20>(block.room() * np * W);
                 from.multiply<np>(panel, both, np * W);
                 for (long row = 0; row < block.rows; row++)
@@ -230,13 +240,15 @@ static void down(const Experts& e, const Sorted& sorted, char* activated, float*
 }
 
 // y [rows, E] += the weighted sum of what was made of each row's assignments, in their order.
-static void combine(const Experts& e, const Sorted& sorted, const float* made, const float* weights, long rows, long k, float* y) {
+static void combine(const Experts& e, const Sorted& sorted, const float* made, const float* weights, long rows, long k,
+                    float* y) {
     long n = e.hidden(), ldy = panels_of(n) * W;
     for_rows(rows, n, [&](long r) {
         auto summed = [&](long i) {
             vf sum = {};
             for (long a = r * k; a < (r + 1) * k; a++)
-                if (sorted.places[a].block >= 0) sum = fma(splat(weights[a]), load(made + sorted.places[a].at * ldy + i), sum);
+                if (const Assignment& place = sorted.places[a]; place.block >= 0)
+                    sum = fma(splat(weights[a]), load(made + place.at * ldy + i), sum);
             return sum;
         };
         float* to = y + r * n;
@@ -255,7 +267,8 @@ static long wrong_number(const Experts& e, const int64_t* numbers, long assignme
 }
 
 // y [rows, E] += what the experts make of x [rows, E]; numbers, weights [rows, k], no number wrong.
-static void experts_into(const Experts& e, const float* x, long rows, const int64_t* numbers, const float* weights, long k, float* y) {
+static void experts_into(const Experts& e, const float* x, long rows, const int64_t* numbers, const float* weights,
+                         long k, float* y) {
     for (long at = 0; at < rows; at += ROWS_OF_CALL) {
         long some = std::min(rows - at, ROWS_OF_CALL);
         Sorted sorted(e, numbers + at * k, some * k);
