@@ -46,7 +46,7 @@ class CollectiveExchange:
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor, layer: int = 0) -> tuple[Received, Handle]:
         """x [T, E]; slots [T, k] int64, physical ones; weights [T, k] float32; layer: of the model. Raises PeerDown if
         the group fails, ProtocolViolation if the ranks are not at the same layer."""
-        check_batch(x, slots, weights, self.size * self._slots_per_rank)
+        check_batch(x, slots, weights, layer, self.size * self._slots_per_rank)
         routes = routes_of(slots, self._slots_per_rank, self.size)
         wire = self._packed(x, slots, weights, routes)
         sources = self._swap_counts(routes.counts, layer, wire)

@@ -102,7 +102,7 @@ class DirectExchange:
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor, layer: int = 0) -> tuple[Received, Handle]:
         """x [T, E]; slots [T, k] int64, physical ones; weights [T, k] float32; layer: of the model. Raises RankLost,
         and ProtocolViolation if a rank is at another exchange."""
-        check_batch(x, slots, weights, self.size * self._slots_per_rank)
+        check_batch(x, slots, weights, layer, self.size * self._slots_per_rank)
         slots, weights, rows = slots.cpu(), weights.cpu(), x.detach().cpu().contiguous()
         routes = routes_of(slots, self._slots_per_rank, self.size)
         self._check_active(routes)

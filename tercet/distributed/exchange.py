@@ -106,8 +106,10 @@ class Exchange(Protocol):
     def close(self) -> None: ...
 
 
-def check_batch(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> None:
-    """Raises InternalError for tensors that `dispatch` does not take."""
+def check_batch(x: Tensor, slots: Tensor, weights: Tensor, layer: int, num_slots: int) -> None:
+    """Raises InternalError for what `dispatch` does not take."""
+    if layer < 0:
+        raise InternalError(f"dispatch for layer {layer}; layers count from 0")
     if x.ndim != 2 or not x.shape[1] or x.dtype not in DTYPES:
         raise InternalError(f"dispatch takes rows [T, E] of {DTYPES}, not {x.dtype} {list(x.shape)}")
     wanted = (torch.int64, torch.float32, len(x))
@@ -134,8 +136,9 @@ def slots_within(slots: Tensor, rank: int | Tensor, slots_per_rank: int) -> Tens
 
 def check_received(slots: Tensor, slots_per_rank: int) -> None:
     """Raises ProtocolViolation for slots that this rank does not have."""
-    if slots.numel() and (int(slots.min()) < ELSEWHERE or int(slots.max()) >= slots_per_rank):
-        raise ProtocolViolation(f"a row came for slot {int(slots.max())} of {slots_per_rank} on this rank")
+    strange = slots[(slots < ELSEWHERE) | (slots >= slots_per_rank)]
+    if len(strange):
+        raise ProtocolViolation(f"a row came for slot {int(strange[0])} of {slots_per_rank} on this rank")
 
 
 def bounds_of(counts: Sequence[int]) -> list[slice]:

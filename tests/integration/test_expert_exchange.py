@@ -14,6 +14,7 @@ import torch
 from tercet.distributed import collective_exchange, direct_exchange
 from tercet.distributed.exchange import expected_bytes
 from tercet.errors import InternalError, PeerDown, ProtocolViolation, RankLost, UnsupportedSpec
+from tercet.kernels.moe import ELSEWHERE
 from tests.exchanges import Case, Out, Rank, ask_all, collective, direct
 
 HEADERS = {"collective": collective_exchange.HEADER_BYTES, "direct": direct_exchange.HEADER_BYTES}
@@ -70,17 +71,26 @@ def check(wanted: list[Case], found: list[list[list[Out]]], header: int) -> None
     for number, case in enumerate(wanted):
         tolerance = 1e-5 if case.dtype == torch.float32 else 3e-2 if case.dtype == torch.bfloat16 else 3e-3
         for layer in range(case.layers):
+            expected, chosen = case.map(), [case.batch(layer, rank) for rank in range(len(case.tokens))]
+            slots = [expected.choose(experts, rank, layer) for rank, (_, experts, _) in enumerate(chosen)]
             for rank in range(len(case.tokens)):
-                expected = case.expected(layer, rank).numpy()
-                assert np.abs(found[rank][number][layer].y - expected).max(initial=0) <= tolerance * max(
-                    1e-9, np.abs(expected).max(initial=0)
-                )
-                assert found[rank][number][layer].sent == bytes_of(case, layer, rank, header)
+                out, whole = found[rank][number][layer], case.expected(layer, rank).numpy()
+                assert np.abs(out.y - whole).max(initial=0) <= tolerance * max(1e-9, np.abs(whole).max(initial=0))
+                check_received(case, rank, slots, layer, out)
+                row_bytes = case.width * case.dtype.itemsize
+                assert out.sent == expected_bytes(slots, rank, case.slots_per_rank, row_bytes, header)
 
 
-def bytes_of(case: Case, layer: int, rank: int, header: int):
-    chosen = [case.map().choose(case.batch(layer, source)[1], source, layer) for source in range(len(case.tokens))]
-    return expected_bytes(chosen, rank, case.slots_per_rank, case.width * case.dtype.itemsize, header)
+def check_received(case: Case, rank: int, slots: list[torch.Tensor], layer: int, out: Out) -> None:
+    """Row by row: each comes once, if any of its slots is on this rank, with its slots there and all its weights."""
+    rows, first = [], rank * case.slots_per_rank
+    for source, chosen in enumerate(slots):
+        x, _, weights = case.batch(layer, source)
+        for row, numbers in enumerate(chosen.tolist()):
+            here = [slot - first if 0 <= slot - first < case.slots_per_rank else ELSEWHERE for slot in numbers]
+            if set(here) != {ELSEWHERE}:
+                rows.append((x[row].tolist(), here, weights[row].tolist()))
+    assert list(zip(*(part.tolist() for part in out.received), strict=True)) == rows
 
 
 def same(first: list[list[list[Out]]], second: list[list[list[Out]]]) -> None:
