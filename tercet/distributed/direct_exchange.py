@@ -52,7 +52,6 @@ class DirectExchange:
     def __init__(self, meeting: Meeting, timeout_s: float) -> None:
         self.rank, self.size = meeting.rank, meeting.group.size
         self.sent = Sent()
-        self.dropped = 0  # frames of earlier attempts
         self.number, self.attempt = 0, 0  # of the next exchange
         self._meeting = meeting
         self._slots_per_rank = meeting.group.slots_per_rank
@@ -64,6 +63,11 @@ class DirectExchange:
     def active(self) -> tuple[bool, ...]:
         """Which ranks take part, this one included."""
         return tuple(rank == self.rank or rank in self._links for rank in range(self.size))
+
+    @property
+    def dropped(self) -> int:
+        """Frames of earlier attempts that came on the links that stand."""
+        return sum(link.dropped for link in self._links.values())
 
     def connect(self, endpoints: Mapping[int, str]) -> None:
         """Link up with all ranks named (rank -> its `Meeting.endpoint`), each of which does the same. Raises RankLost
@@ -84,6 +88,7 @@ class DirectExchange:
         self._add(self._meeting.dial(rank, endpoint))
 
     def without(self, ranks: Sequence[int]) -> None:
+        """Take these ranks out: nothing is sent to them or awaited from them any more."""
         for rank in ranks:
             if rank in self._links:
                 self._links.pop(rank).close()
@@ -170,7 +175,7 @@ class DirectExchange:
                 routing = frame.rows * frame.k * ROUTING_BYTES
                 self.sent += Sent(frame.rows * frame.row_bytes, routing, HEADER.size)
             links = list(self._links.values())
-            self.dropped += await_frames(links, wanted, self._timeout_s)
+            await_frames(links, wanted, self._timeout_s)
             return {link.rank: link.frame.rows for link in links if link.frame}
 
     def _land(self, wanted: Frame, into: Payloads) -> None:
@@ -199,6 +204,7 @@ class DirectExchange:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory."""
+    assert tensor.is_contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

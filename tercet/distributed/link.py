@@ -28,6 +28,7 @@ class Link:
         self.rank = rank
         self.frame: Frame | None = None  # it came, and its payload stands on the stream
         self.moved = 0.0  # time.monotonic() at which bytes of a frame last went either way
+        self.dropped = 0  # frames
         self.ended = threading.Event()  # this end is closed
         self.sock = channel.sock
         self.sock.setblocking(False)
@@ -79,6 +80,7 @@ class Link:
         assert self.frame is not None
         scratch = memoryview(bytearray(min(self.frame.payload, SCRATCH)))
         times, rest = divmod(self.frame.payload, SCRATCH)
+        self.dropped += 1
         self.take([scratch] * times + [scratch[:rest]])
 
     def receive(self) -> None:

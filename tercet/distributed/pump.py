@@ -13,24 +13,20 @@ from tercet.errors import ProtocolViolation, RankLost
 SIGNS = 4  # of life within a timeout, to ranks that may wait for this one while it waits itself
 
 
-def await_frames(links: Sequence[Link], wanted: Frame, timeout_s: float) -> int:
-    """Send what is queued and receive until a frame like `wanted` stands on each link. -> frames of earlier attempts
-    that were dropped. Raises RankLost for a rank that is silent for `timeout_s` or whose link breaks,
-    ProtocolViolation if one is elsewhere."""
-    dropped = 0
+def await_frames(links: Sequence[Link], wanted: Frame, timeout_s: float) -> None:
+    """Send what is queued and receive until a frame like `wanted` stands on each link; drop those of earlier attempts.
+    Raises RankLost for a rank that is silent for `timeout_s` or whose link breaks, ProtocolViolation if one is at
+    another exchange."""
 
     def stands(link: Link) -> bool:
-        nonlocal dropped
         if link.frame is None or link.receiving:
             return False
         if link.frame.attempt < wanted.attempt:
             link.drop()
-            dropped += 1
             return False
         return link.frame.attempt == wanted.attempt and _in_step(link.rank, link.frame, wanted)
 
     _run(links, stands, wanted, timeout_s, until_sent=False)
-    return dropped
 
 
 def await_payloads(links: Sequence[Link], wanted: Frame, timeout_s: float) -> None:
@@ -49,6 +45,7 @@ def _in_step(rank: int, found: Frame, wanted: Frame) -> bool:
 def _run(
     links: Sequence[Link], done: Callable[[Link], bool], wanted: Frame, timeout_s: float, *, until_sent: bool
 ) -> None:
+    """Move bytes until all links are done, and until all is sent if that is asked for."""
     began = signed = time.monotonic()
     while True:
         open_ = [link for link in links if not done(link)]

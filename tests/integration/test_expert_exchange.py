@@ -171,6 +171,11 @@ def test_survivors_of_a_killed_rank_name_it_go_on_and_take_a_new_one_in(ranks, v
         assert isinstance(refusal := rank.answer(), InternalError), refusal
         assert "has to be resumed" in str(refusal)
     go_on(survivors, lost, attempt=1)
+    if verb == "combine":
+        for rank in survivors.values():  # what was dispatched before is of no use any more
+            rank.ask("combine")
+            assert isinstance(error := rank.answer(), InternalError), error
+            assert "a handle of attempt 0; this is attempt 1" in str(error)
     check_without(SURVIVABLE, survivors)
     check_without(SURVIVABLE, survivors)
     everyone = rejoin(ranks, survivors, lost, attempt=2)
