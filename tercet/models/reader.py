@@ -1,6 +1,6 @@
 """Reads weights one by one: each is checked, cast, digested and packed before the next.
 
-At its peak the process holds the packed model and one float32 matrix.
+At its peak the process holds the packed model and one float32 matrix, or the experts of one layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 from tercet.errors import ModelFileCorrupt, UnsupportedModel
 from tercet.kernels.kinds import Kernels
 from tercet.kernels.linear import PackedLinear
+from tercet.kernels.moe import Experts, pack_experts
 from tercet.kernels.native.linear import Quantised, QuantisedLinear
+from tercet.kernels.norm import RmsNorm
 from tercet.kernels.packing import LinearPacker, activation_dtype
 from tercet.models.config import ModelConfig
 from tercet.models.vision.config import VisionConfig
@@ -44,10 +46,11 @@ class WeightReader:
         self.packer = LinearPacker(self._dtype, fan_in, kernels)
         self._digest = hashlib.sha256(json.dumps([asdict(config), str(dtype or "blocks")], sort_keys=True).encode())
 
-    def weight(self, name: str, *shape: int) -> Tensor:
+    def weight(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: other than the model's."""
         if name not in self._unread:
             raise ModelFileCorrupt(f"{self._source.path}: has no tensor {name!r}, which its config calls for")
-        weight = self._source.read(name).to(self._dtype)
+        weight = self._source.read(name).to(dtype or self._dtype)
         if weight.shape != shape:
             raise ModelFileCorrupt(
                 f"{self._source.path}: tensor {name!r} is {[*weight.shape]}, its config says {[*shape]}"
@@ -71,6 +74,17 @@ class WeightReader:
             q, scales, leasts = (torch.cat([getattr(b, f) for b in blocks]) for f in ("q", "scales", "leasts"))
             return QuantisedLinear(Quantised(q, scales, leasts, blocks[0].bits), bias)
         return self.packer.pack(torch.cat([*weights]) if len(weights) > 1 else weights[0], bias)
+
+    def norm(self, name: str, width: int, eps: float) -> RmsNorm:
+        return RmsNorm(self.weight(f"{name}.weight", width).to(self.activations), eps)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Where weights are gathered."""
+        return torch.empty(shape, dtype=self._dtype, device=self._kernels.device)
+
+    def experts(self, gate_up: Tensor, down: Tensor) -> Experts:
+        """gate_up [n, 2 I, E], down [n, E, I]."""
+        return pack_experts(gate_up, down, self._dtype, self._kernels)
 
     def has(self, name: str) -> bool:
         return name in self._unread

@@ -1,4 +1,5 @@
-"""The Llama family's decoder, once for all of them: Llama, SmolLM2, Mistral, Qwen2, Qwen3. Config and weights differ.
+"""The decoder, once for all families: Llama, SmolLM2, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, DeepSeek-V2 and V3.
+Config and weights differ.
 
     T rows of the batch   R rows whose logits are wanted   E hidden size
 
@@ -36,7 +37,9 @@ class Weights:
     head: PackedLinear  # E -> vocab
 
 
-def _layers_of(kernels: Kernels) -> Callable[[ModelConfig, tuple[Layer, ...], RopeTable], Layers]:
+def _layers_of(config: ModelConfig, kernels: Kernels) -> Callable[[ModelConfig, tuple[Layer, ...], RopeTable], Layers]:
+    if config.latent is not None:
+        return TorchLayers  # there are no other kernels for it; its linear layers are those of these kernels
     if kernels.kind == "triton":
         from tercet.models.triton_layers import TritonLayers  # it imports Triton, which other kernels do without
 
@@ -52,7 +55,7 @@ class Transformer:
         self.kernels = kernels
         self._weights = weights
         self._activations = activation_dtype(self.dtype, kernels)
-        self._layers: Layers = _layers_of(kernels)(config, weights.layers, rope_table(config, self.device))
+        self._layers: Layers = _layers_of(config, kernels)(config, weights.layers, rope_table(config, self.device))
 
     @property
     def layers_done(self) -> int:
@@ -62,7 +65,8 @@ class Transformer:
     def kv_layout(self, blocks: int, block_size: int) -> KvLayout:
         """Of a KV cache for this model."""
         config, dtype = self.config, str(self.dtype).removeprefix("torch.")
-        return KvLayout(config.num_layers, blocks, block_size, config.num_kv_heads, config.head_dim, dtype)
+        heads, dim, parts = config.num_kv_heads, config.head_dim, config.kv_parts
+        return KvLayout(config.num_layers, blocks, block_size, heads, dim, dtype, parts=parts)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:
