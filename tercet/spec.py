@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from tercet.core import Role
 
 EMBEDDING_BLOCK = 16  # tokens
+MOST_RANKS = 512  # of a worker; DeepSeek-V3 decodes on 320 (arXiv:2412.19437, section 3.4.2)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port
 Positive = Annotated[int, Field(ge=1, le=2**62)]  # what foreign code counts with has 63 bits
@@ -46,10 +47,36 @@ class PoolSpec(Frozen):
 
 
 class ParallelSpec(Frozen):
-    tensor: Positive = 1
-    pipeline: Positive = 1
-    data: Positive = 1
-    expert: Positive = 1
+    """How the ranks (processes) of one worker share the model. Rank numbers: `placement/groups.py`."""
+
+    tensor: Positive = 1  # ranks that share a layer: each has some of its heads and some of its matrices' columns
+    pipeline: Positive = 1  # stages: each has some of the layers
+    data: Positive = 1  # copies of a stage's attention, each for requests of its own; they share its experts
+    expert: Positive = 1  # ranks that a layer's experts are spread over: all of its stage (tensor * data), or 1
+    expert_redundancy: Annotated[int, Field(ge=0, le=2**16)] = 0  # slots of a layer beyond one for each expert, in all
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        stage = self.tensor * self.data
+        if self.ranks > MOST_RANKS:
+            raise ValueError(f"tensor: tensor * pipeline * data are {self.ranks} ranks, and {MOST_RANKS} the most")
+        if self.expert not in {1, stage}:
+            raise ValueError(
+                f"expert: {self.expert} is neither 1 nor {stage} (tensor * data); a layer's experts are spread over "
+                "all ranks of its stage"
+            )
+        if self.data > 1 and self.expert == 1:
+            raise ValueError(
+                f"data: {self.data} ranks that share no experts are workers of their own; use replicas: {self.data}, "
+                f"or expert: {stage} (tensor * data)"
+            )
+        if self.expert_redundancy and self.expert == 1:
+            raise ValueError(f"expert_redundancy: {self.expert_redundancy} has no effect where expert is 1; use 0")
+        return self
 
 
 class SchedulerSpec(Frozen):
@@ -59,7 +86,7 @@ class SchedulerSpec(Frozen):
 
 
 class KvSpec(Frozen):
-    blocks: Positive = 512  # of one worker
+    blocks: Positive = 512  # of one rank; ranks that share layers or heads have parts of the same tokens
     block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens; may differ between roles
     prefix_cache: bool = True
 
@@ -86,17 +113,18 @@ class RoleSpec(Frozen):
 
     replicas: Annotated[int, Field(ge=1, le=4096)] = 1  # bounded: a cluster that serves searches for a placement
     pool: Name = "default"
-    parallel: ParallelSpec = ParallelSpec()
-    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # Ray CPUs of one replica
-    threads: Positive = 1  # compute threads of one replica
-    # Cores that they are pinned to: each replica on a node takes the next `threads` of them. null: any
+    # A replica has tensor * pipeline * data ranks, each a process with its own cpus, threads, gpus, npus and kv.blocks
+    parallelism: ParallelSpec = ParallelSpec()
+    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # Ray CPUs of one rank
+    threads: Positive = 1  # compute threads of one rank
+    # Cores that they are pinned to: each rank of each replica on a node takes the next `threads` of them. null: any
     cpu_affinity: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
     # auto: on a CPU C++ compiled for it, on a GPU Triton's, and torch's where those cannot be had; why not is logged
     kernels: Literal["auto", "native", "torch", "triton"] = "auto"
     # Batch sizes whose decode steps a worker captures when it starts. auto: on a GPU 1, 2, 4, 8, 16 ... max_running
     cuda_graphs: Annotated[Literal["auto", "off"] | list[int], BeforeValidator(_batch_sizes)] = "auto"
-    gpus: Annotated[int, Field(ge=0)] = 0  # of one replica
-    npus: Annotated[int, Field(ge=0)] = 0
+    gpus: Annotated[int, Field(ge=0)] = 0  # of one rank
+    npus: Annotated[int, Field(ge=0)] = 0  # of one rank
     scheduler: SchedulerSpec = SchedulerSpec()
     kv: KvSpec = KvSpec()
     images: ImagesSpec = ImagesSpec()
@@ -106,7 +134,7 @@ class RoleSpec(Frozen):
         cores = self.cpu_affinity
         if cores is not None and (not cores or len(cores) % self.threads or len({*cores}) < len(cores)):
             raise ValueError(
-                f"cpu_affinity: {cores} is not a list of different cores, {self.threads} (threads) for each replica"
+                f"cpu_affinity: {cores} is not a list of different cores, {self.threads} (threads) for each rank"
             )
         return self
 
@@ -244,7 +272,7 @@ class ClusterSpec(Frozen):
             users = {r: s for r, s in self.roles.items() if s.pool == name}
             for kind in ("cpus", "gpus", "npus"):
                 has = getattr(pool, kind)
-                needs = sum(s.replicas * getattr(s, kind) for s in users.values())
+                needs = sum(s.replicas * s.parallelism.ranks * getattr(s, kind) for s in users.values())
                 if has is not None and needs > has:
                     first = next(r for r, s in users.items() if getattr(s, kind))
                     raise ValueError(f"roles.{first}.{kind}: pool {name!r} has {has} {kind}, its roles need {needs}")

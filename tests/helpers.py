@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -69,13 +72,18 @@ class LocalCluster:
         self.workers: dict[str, Worker] = {}
         self.infos: dict[str, WorkerInfo] = {}
         self.router = Router(spec, TOKEN)
+        self.ranks: dict[tuple[str, int], subprocess.Popen[str]] = {}  # (worker, rank) -> its process, from rank 1 on
 
     async def start(self) -> None:
         for role, role_spec in self.spec.roles.items():
             for number in range(role_spec.replicas):
-                worker = Worker(f"{role.value}-{number}", role, 1, self.spec, "127.0.0.1", TOKEN)
-                self.infos[f"{role.value}-{number}"] = await worker.start()
-                self.workers[f"{role.value}-{number}"] = worker
+                name = f"{role.value}-{number}"
+                worker = self.workers[name] = Worker(name, role, 1, self.spec, "127.0.0.1", TOKEN)
+                if role_spec.parallelism.ranks > 1:
+                    endpoint = await worker.listen()
+                    for rank in range(1, role_spec.parallelism.ranks):
+                        self.ranks[name, rank] = start_rank(name, rank, role, 1, self.spec, endpoint)
+                self.infos[name] = await worker.start()
         await self._publish()
 
     async def switch(self, name: str, role: Role, drain_s: float = 5.0) -> WorkerInfo:
@@ -96,6 +104,10 @@ class LocalCluster:
         await self.router.close()
         for worker in self.workers.values():
             await worker.stop()
+        for process in self.ranks.values():
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(20)
 
     async def generate(self, token_ids: Sequence[int], **params: object) -> tuple[list[TokenEvent], Done]:
         events = [e async for e in self.router.generate(request_of(token_ids, **params))]
@@ -121,6 +133,15 @@ class LocalCluster:
             assert load.blocks_free == load.blocks_total, f"{name} leaks: {load}"
             assert load.embedding_blocks_free == load.embedding_blocks_total, f"{name} leaks: {load}"
             assert load.running == load.waiting == load.encoder_waiting == 0, f"{name}: {load}"
+
+
+def start_rank(name: str, rank: int, role: Role, epoch: int, spec: ClusterSpec, endpoint: str) -> subprocess.Popen[str]:
+    """A rank in a process of its own, which joins rank 0 at the endpoint."""
+    process = subprocess.Popen([sys.executable, "-m", "tests.rank_process"], stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps([name, rank, role.value, epoch, spec.model_dump_json(), TOKEN, endpoint]) + "\n")
+    process.stdin.flush()
+    return process
 
 
 def request_of(token_ids: Sequence[int], timeout_s: float = 60.0, **params: object) -> GenerateRequest:

@@ -1,6 +1,7 @@
 """Thin Ray actors around the roles' objects. Each role is imported inside its actor, so that this imports no torch.
 
     controller --start/health/drain/switch/stop--> WorkerActor  --> tercet.roles.worker.Worker
+    controller --start/health/stop---------------> RankActor    --> tercet.roles.rank.Rank, of a worker of several
     controller --set_workers/health/note/...-----> GatewayActor --> tercet.roles.gateway.gateway.Gateway
 
 No token and no KV byte passes through these calls. A TercetError crosses them as itself (see `launcher.Actor.call`).
@@ -9,7 +10,9 @@ No token and no KV byte passes through these calls. A TercetError crosses them a
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from tercet.spec import ClusterSpec
 
 if TYPE_CHECKING:
     from tercet.roles.gateway.gateway import GatewayInfo
+    from tercet.roles.worker import Worker
 
 
 LOOK_EVERY_S = 0.1  # whether the raylet lives; Ray itself checks every second, and ends the process without a message
@@ -54,22 +58,32 @@ async def stop_and_end(stop: Coroutine[Any, Any, None]) -> None:
     loop.call_later(LAST_ANSWER_S, os._exit, 0)
 
 
+def worker_host(spec: ClusterSpec) -> str:
+    """Where a worker on this node listens."""
+    return "127.0.0.1" if spec.network.host == "loopback" else node_address()
+
+
 class WorkerActor:
-    """One worker. Its object is made in `start`, whose errors reach the caller as they are."""
+    """One worker, or rank 0 of one. Its object is made in the first call, whose errors reach the caller as they are."""
 
     def __init__(
         self, worker_id: str, role: Role, epoch: int, spec: ClusterSpec, cores: Sequence[int], cluster_token: str
     ) -> None:
         self._identity = (worker_id, role, epoch, spec)
         self._cores, self._token = cores, cluster_token
-        self._loopback = spec.network.host == "loopback"
 
-    async def start(self) -> WorkerInfo:
+    @functools.cached_property
+    def _worker(self) -> Worker:
         from tercet.roles.worker import Worker
 
         self._watch = asyncio.create_task(end_with_raylet())
-        host = "127.0.0.1" if self._loopback else node_address()
-        self._worker = Worker(*self._identity, host, self._token, cores=self._cores)
+        return Worker(*self._identity, worker_host(self._identity[-1]), self._token, cores=self._cores)
+
+    async def listen(self) -> str:
+        """-> the endpoint that the other ranks join, before `start`, which returns when they have."""
+        return await self._worker.listen()
+
+    async def start(self) -> WorkerInfo:
         return await self._worker.start()
 
     async def health(self) -> Load:
@@ -83,6 +97,43 @@ class WorkerActor:
 
     async def stop(self) -> None:
         await stop_and_end(self._worker.stop())
+
+
+class RankActor:
+    """Rank 1, 2 ... of a worker, a process that only its rank 0 talks to."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        rank: int,
+        role: Role,
+        epoch: int,
+        spec: ClusterSpec,
+        cores: Sequence[int],
+        cluster_token: str,
+    ) -> None:
+        self._identity = (worker_id, rank, role, epoch, spec)
+        self._cores, self._token = cores, cluster_token
+
+    async def start(self, endpoint: str) -> dict[str, Any]:
+        """Join rank 0 at its endpoint. -> this process's pid and node."""
+        from tercet.roles.rank import Rank
+
+        self._watch = asyncio.create_task(end_with_raylet())
+        host = worker_host(self._identity[-1])
+        self._rank = Rank(*self._identity, host, self._token, self._cores, lambda _: os._exit(1))
+        await self._rank.start(endpoint)
+        return {"pid": os.getpid(), "node": socket.gethostname()}
+
+    async def until_end(self) -> None:
+        """Never returns: the call fails with the end of this process."""
+        await asyncio.Event().wait()
+
+    async def health(self) -> None:
+        await self._rank.health()
+
+    async def stop(self) -> None:
+        await stop_and_end(self._rank.stop())
 
 
 class GatewayActor:

@@ -1,8 +1,9 @@
 """Starts and ends members as Ray actors; the only file that turns a placement into Ray calls.
 
-A worker runs in its own placement group, pinned to the node that placement chose while that node lives, else to any
-node with its pool's labels. The gateway takes no CPU and runs on the controller's node. Nothing is detached: Ray ends
-every actor when the controller's process ends, however it ends. Calls that Ray may never answer go through `bounded`.
+A worker runs in its own placement group with a bundle per rank, pinned to the nodes that placement chose while these
+live, else to any node with its pool's labels. The gateway takes no CPU and runs on the controller's node. Nothing is
+detached: Ray ends every actor when the controller's process ends, however it ends. Calls that Ray may never answer go
+through `bounded`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from tercet.cluster import bounded, ports, ray_runtime
-from tercet.cluster.actors import GatewayActor, WorkerActor
+from tercet.cluster.actors import GatewayActor, RankActor, WorkerActor
+from tercet.cluster.group import GroupActor
 from tercet.cluster.home import Home
-from tercet.cluster.members import Target
+from tercet.cluster.members import Running, Target
 from tercet.cluster.ray_runtime import NAMESPACE, log_folder
 from tercet.cluster.reconcile import GATEWAY
 from tercet.errors import ClusterError, TercetError, WorkerLost
-from tercet.placement.roles import Assignment, Node, Placement, plan
+from tercet.placement.roles import Assignment, Placement, plan
 from tercet.spec import ClusterSpec
 
 NODE_ID_LABEL = "ray.io/node-id"
@@ -43,10 +45,13 @@ def actor_name(cluster: str, member_id: str) -> str:
 
 
 class Actor:
-    """A running member. A call returns its result or raises a TercetError, which is WorkerLost if the member is dead or
-    silent."""
+    """A running member, or a rank of one. A call returns its result or raises a TercetError, which is WorkerLost if it
+    is dead or silent."""
+
+    others = ()
 
     def __init__(self, member_id: str, handle: Any, group: PlacementGroup | None) -> None:
+        """group: ends with it."""
         self.member_id = member_id
         self._handle = handle
         self._group = group
@@ -88,8 +93,8 @@ class Launcher:
         nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray_runtime.nodes)
         return plan(spec, nodes, target.placement.workers, taken)
 
-    async def launch(self, member_id: str, epoch: int, target: Target) -> Actor:
-        """Create the actor; the caller calls its `start`. Raises ClusterError if Ray has no room for it."""
+    async def launch(self, member_id: str, epoch: int, target: Target) -> Running:
+        """Create its actors; the caller calls its `start`. Raises ClusterError if Ray has no room for it."""
         if member_id == GATEWAY:
             return await self._gateway(target)
         return await self._worker(target.worker(member_id), epoch, target.spec)
@@ -107,24 +112,36 @@ class Launcher:
         options = {"num_cpus": 0, "scheduling_strategy": here}
         return Actor(GATEWAY, await self._create(GATEWAY, GatewayActor, options, target.spec, self._token), None)
 
-    async def _worker(self, wanted: Assignment, epoch: int, spec: ClusterSpec) -> Actor:
+    async def _worker(self, wanted: Assignment, epoch: int, spec: ClusterSpec) -> Running:
         group = await self._reserve(wanted)
-        inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-        counts = {"num_cpus": wanted.needs.get("CPU", 0), "num_gpus": wanted.needs.get("GPU", 0)}
-        others = {kind: amount for kind, amount in wanted.needs.items() if kind not in ("CPU", "GPU")}
-        options = {**counts, "resources": others, "scheduling_strategy": inside}
-        args = (wanted.worker_id, wanted.role, epoch, spec, wanted.cores, self._token)
         try:
-            return Actor(wanted.worker_id, await self._create(wanted.worker_id, WorkerActor, options, *args), group)
+            ranks = [await self._rank(wanted, rank, epoch, spec, group) for rank in range(len(wanted.nodes))]
         except BaseException:  # including a cancel: nobody else knows the group
             _give_back(group)
             raise
+        return ranks[0] if len(ranks) == 1 else GroupActor(wanted.worker_id, ranks)
+
+    async def _rank(self, wanted: Assignment, rank: int, epoch: int, spec: ClusterSpec, group: PlacementGroup) -> Actor:
+        inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        counts = {"num_cpus": wanted.needs.get("CPU", 0), "num_gpus": wanted.needs.get("GPU", 0)}
+        others = {kind: amount for kind, amount in wanted.needs.items() if kind not in ("CPU", "GPU")}
+        options = {**counts, "resources": others, "scheduling_strategy": inside}
+        name = f"{wanted.worker_id} rank {rank}" if len(wanted.nodes) > 1 else wanted.worker_id
+        rest = (wanted.role, epoch, spec, wanted.cores_of(rank), self._token)
+        if rank == 0:
+            made = await self._create(wanted.worker_id, WorkerActor, options, wanted.worker_id, *rest)
+            return Actor(name, made, group)
+        return Actor(name, await self._create(name, RankActor, options, wanted.worker_id, rank, *rest), None)
 
     async def _reserve(self, wanted: Assignment) -> PlacementGroup:
-        pin = {NODE_ID_LABEL: wanted.node.node_id} if await _is_alive(wanted.node) else {}
-        name = actor_name(self._cluster, wanted.worker_id)
+        alive = await _alive_nodes()
+        pins = [{NODE_ID_LABEL: node.node_id} if node.node_id in alive else {} for node in wanted.nodes]
         place = functools.partial(
-            placement_group, [dict(wanted.needs)], name=name, bundle_label_selector=[{**wanted.labels, **pin}]
+            placement_group,
+            [dict(wanted.needs) for _ in wanted.nodes],
+            strategy="STRICT_PACK" if len(wanted.ranks_on) == 1 else "PACK",
+            name=actor_name(self._cluster, wanted.worker_id),
+            bundle_label_selector=[{**wanted.labels, **pin} for pin in pins],
         )
         group: PlacementGroup = await bounded.wait(f"placing {wanted.worker_id}", ASK_TIMEOUT_S, place)
         try:
@@ -134,11 +151,7 @@ class Launcher:
             _give_back(group)
             raise
         _give_back(group)
-        where = wanted.node.address if pin else f"nodes labelled {dict(wanted.labels)}"
-        raise ClusterError(
-            f"{wanted.worker_id}: Ray gave no room for {dict(wanted.needs)} on {where} in {PLACE_TIMEOUT_S:g} s; "
-            "is something else running there?"
-        )
+        raise ClusterError(_no_room(wanted, alive))
 
     async def _create(self, member_id: str, kind: type, options: dict[str, Any], *args: object) -> Any:
         name = actor_name(self._cluster, member_id)
@@ -153,9 +166,20 @@ class Launcher:
         raise ClusterError(f"{name}: another actor of this name lives in this Ray; is the cluster served twice?")
 
 
-async def _is_alive(node: Node) -> bool:
+async def _alive_nodes() -> set[str]:
+    """Their ids."""
     nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray.nodes)
-    return any(n["Alive"] and n["NodeID"] == node.node_id for n in nodes)
+    return {n["NodeID"] for n in nodes if n["Alive"]}
+
+
+def _no_room(wanted: Assignment, alive: Collection[str]) -> str:
+    there = {node.node_id: node.address for node in wanted.nodes}
+    where = ", ".join(there.values()) if there.keys() <= {*alive} else f"nodes labelled {dict(wanted.labels)}"
+    ranks = f" for each of {len(wanted.nodes)} ranks" if len(wanted.nodes) > 1 else ""
+    return (
+        f"{wanted.worker_id}: Ray gave no room for {dict(wanted.needs)}{ranks} on {where} in {PLACE_TIMEOUT_S:g} s; "
+        "is something else running there?"
+    )
 
 
 async def _created(group: PlacementGroup) -> bool:

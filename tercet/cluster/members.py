@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -34,7 +34,12 @@ class Target:
 
 
 class Running(Protocol):
-    """A member's process. `call` raises TercetError; `kill` never fails and may be called on a dead one."""
+    """A member's process, or those of its ranks. `call` raises TercetError; `kill` never fails and may be called on a
+    dead one."""
+
+    @property
+    def others(self) -> Sequence[Mapping[str, Any]]:
+        """Pid and node of rank 1, 2 ...; those of rank 0 are in its info."""
 
     async def call(self, method: str, *args: object, timeout_s: float) -> Any: ...
     async def kill(self) -> None: ...
@@ -126,6 +131,8 @@ def _told_of(slot: Slot) -> dict[str, Any]:
     }
     if isinstance(slot.info, WorkerInfo):
         told |= {"pid": slot.info.pid, "node": slot.info.node}
+        if slot.actor is not None and slot.actor.others:
+            told |= {"ranks": [dict(place) for place in slot.actor.others]}
     if member.state is State.DRAINING and isinstance(slot.status, Load):  # the gateway no longer gets its reports
         told |= {"load": asdict(slot.status)}
     return told

@@ -40,9 +40,11 @@ def _ports(info: WorkerInfo | GatewayInfo) -> Iterator[Asked]:
     yield "gRPC", _grpc, info.rpc_address
     if info.transfer_endpoint:
         from tercet.transfer.transports.contract import Endpoint  # only now: numpy
+        from tercet.transfer.transports.group_endpoint import GroupEndpoint
 
-        for address in Endpoint.decode(info.transfer_endpoint).tcp:
-            yield "transfer", _tcp, address
+        for rank in GroupEndpoint.decode(info.transfer_endpoint).ranks:
+            for address in Endpoint.decode(rank).tcp:
+                yield "transfer", _tcp, address
 
 
 def _http(url: str, timeout_s: float) -> str:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from tercet.core import Role
 from tercet.errors import UnsupportedModel, UnsupportedSpec
+from tercet.models.config import ModelConfig
 from tercet.models.sources import load_config, locate, refuse_blocks
 from tercet.placement.cores import refuse_missing_cores
+from tercet.placement.groups import ModelShape, refuse_indivisible
 from tercet.spec import ClusterSpec, ListenSpec
 from tercet.transfer.transports import table as transports
 from tercet.wire.listening import EVERYWHERE, listen_error
@@ -42,8 +44,22 @@ def check_model(spec: ClusterSpec, report: Callable[[str], None]) -> None:
             f"topology: {spec.topology} is for models that take images, and {spec.model.source} takes none; name a "
             "tower for it by model.vision, or use pd"
         )
+    for role, its in spec.roles.items():
+        refuse_indivisible(f"roles.{role}.parallelism", its.parallelism, _shape(config))
     if held < wanted:
         report(f"model.max_context is {wanted}, but the model has {held} positions: {held} are served")
+
+
+def _shape(config: ModelConfig) -> ModelShape:
+    return ModelShape(
+        layers=config.num_layers,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        intermediate=config.intermediate_size,
+        experts=getattr(config, "experts", 0),  # of a config that can say a mixture; others are dense
+        expert_intermediate=getattr(config, "expert_intermediate", 0),
+        shared_intermediate=getattr(config, "shared_intermediate", 0),
+    )
 
 
 def refuse_missing_transport(spec: ClusterSpec) -> None:
@@ -76,8 +92,10 @@ def refuse_what_does_not_fit(spec: ClusterSpec) -> None:
     from tercet.models import footprint
 
     kinds = {role: spec.pools[wanted.pool].accelerator for role, wanted in spec.roles.items()}
-    for kind in sorted({*kinds.values()}):
-        replicas = {role: spec.roles[role].replicas for role, its in kinds.items() if its == kind}
+    # A device of a group holds a part of the model only, which the rank on it checks.
+    counted = {role: kind for role, kind in kinds.items() if kind == "cpu" or spec.roles[role].parallelism.ranks == 1}
+    for kind in sorted({*counted.values()}):
+        replicas = {role: spec.roles[role].replicas for role, its in counted.items() if its == kind}
         footprint.refuse_too_large(spec, replicas, DEVICES[kind], _memory_of(DEVICES[kind]))
 
 

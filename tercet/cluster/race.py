@@ -1,4 +1,4 @@
-"""Awaits the first of several coroutines to end."""
+"""Awaits several coroutines: the first of them to end, or every one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ async def first(*works: Coroutine[Any, Any, Any]) -> Any:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return next(task for task in tasks if task in done).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def every(*works: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Run all until all have ended: their results, in order. What the first to fail raises is raised at once, and the
+    others are cancelled."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()

@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tercet.core import STAGES, Role
-from tercet.placement.roles import Node, Placement, own_labels
-from tercet.spec import EMBEDDING_BLOCK, ClusterSpec
+from tercet.placement.roles import Assignment, Node, Placement, own_labels
+from tercet.spec import EMBEDDING_BLOCK, ClusterSpec, RoleSpec
 from tercet.wire.listening import address
 
 if TYPE_CHECKING:
@@ -28,19 +28,45 @@ def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
     table.add_row("gateway", "", "", _place(placement.gateway), "", "")
     for worker in placement.workers:
         role = spec.roles[worker.role]
-        takes = ", ".join(f"{amount:g} {kind}" for kind, amount in worker.needs.items())
-        threads = f"{role.threads} thread{'s' if role.threads > 1 else ''}"
-        if worker.cores:
-            threads += f" on core{'s' if len(worker.cores) > 1 else ''} {', '.join(map(str, worker.cores))}"
-        cache = f"{role.kv.blocks * role.kv.block_size:,} tokens of KV"
-        if worker.role is Role.ENCODE:
-            cache = f"{role.images.blocks * EMBEDDING_BLOCK:,} tokens of images"
-        table.add_row(worker.worker_id, worker.role, role.pool, _place(worker.node), f"{takes}, {threads}", cache)
+        takes, held = _takes(role, worker), _held(worker.role, role)
+        table.add_row(worker.worker_id, worker.role, role.pool, _places(worker), takes, held)
     return table
 
 
 def _place(node: Node) -> str:
     return " ".join([node.address, *(f"{k}={v}" for k, v in own_labels(node).items())])
+
+
+def _places(worker: Assignment) -> str:
+    """A line per node; of a group with the ranks there."""
+    if len(worker.nodes) == 1:
+        return _place(worker.node)
+    return "\n".join(f"{_place(worker.nodes[ranks[0]])}: {_told('rank', ranks)}" for ranks in worker.ranks_on.values())
+
+
+def _takes(role: RoleSpec, worker: Assignment) -> str:
+    amounts = ", ".join(f"{amount:g} {kind}" for kind, amount in worker.needs.items())
+    takes = f"{amounts}, {role.threads} thread{'s' if role.threads > 1 else ''}"
+    if len(worker.nodes) == 1:
+        return takes + (f" on {_told('core', worker.cores)}" if worker.cores else "")
+    degrees = ", ".join(f"{kind} {degree}" for kind, degree in role.parallelism.model_dump().items() if degree > 1)
+    pinned = [f"rank {rank} on {_told('core', cores)}" for rank, cores in enumerate(worker.rank_cores)]
+    return "\n".join([f"{len(worker.nodes)} ranks ({degrees}), each {takes}", *pinned])
+
+
+def _told(what: str, numbers: Sequence[int]) -> str:
+    """core 3; cores 3, 5; ranks 0-7."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) > 2 and [*numbers] == [*range(first, last + 1)]:
+        return f"{what}s {first}-{last}"
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _held(name: Role, role: RoleSpec) -> str:
+    """Of a group: its ranks of the same requests hold parts of the same tokens."""
+    if name is Role.ENCODE:
+        return f"{role.images.blocks * EMBEDDING_BLOCK:,} tokens of images"
+    return f"{role.parallelism.data * role.kv.blocks * role.kv.block_size:,} tokens of KV"
 
 
 def doctor_table(findings: Sequence[Finding]) -> Table:
@@ -84,6 +110,8 @@ def status_table(status: Mapping[str, Any]) -> Table:
         requests = f"{load['running']}+{load['waiting']}" if load else ""
         row = [worker[key] for key in ("role", "state", "epoch", "pid", "node")]
         table.add_row(worker_id, *map(str, row), requests, blocks)
+        for rank, place in enumerate(worker.get("ranks", ()), 1):
+            table.add_row(f"  rank {rank}", "", "", "", str(place["pid"]), str(place["node"]), "", "")
     return table
 
 

@@ -11,6 +11,7 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
     """Raises UnsupportedSpec `dotted.path: what is not built`, or what has no effect there."""
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
+        refuse_groups(role, wanted)
         accelerator = spec.pools[wanted.pool].accelerator
         _refuse_devices(f"roles.{role}", wanted, accelerator)
         _refuse_kernels(role, wanted, accelerator, spec.model.dtype)
@@ -22,11 +23,21 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
         raise UnsupportedSpec(f"transfer.{key}: has no effect, since no KV moves in topology aggregated; leave it out")
 
 
+def refuse_groups(role: Role, wanted: RoleSpec) -> None:
+    """Placement and launching know groups of ranks; a worker does not compute as one yet."""
+    if wanted.parallelism.ranks > 1:
+        raise UnsupportedSpec(
+            f"roles.{role}.parallelism: a worker of {wanted.parallelism.ranks} ranks is not built yet; use 1 for each "
+            "degree"
+        )
+
+
 def _refuse_role(role: Role, wanted: RoleSpec) -> None:
-    for kind in ("tensor", "pipeline", "data", "expert"):
-        degree = getattr(wanted.parallel, kind)
-        if degree > 1:
-            raise UnsupportedSpec(f"roles.{role}.parallel.{kind}: degree {degree} is not built yet; use 1")
+    if role is Role.ENCODE and wanted.parallelism.ranks > 1:
+        raise UnsupportedSpec(
+            f"roles.{role}.parallelism: {wanted.parallelism.ranks} ranks, but an encode worker is a single process; "
+            "use replicas"
+        )
     if role is Role.DECODE and "max_waiting" in wanted.scheduler.model_fields_set:
         raise UnsupportedSpec(
             f"roles.{role}.scheduler.max_waiting: has no effect, since a decode worker has no queue; leave it out "
@@ -49,7 +60,7 @@ def _refuse_devices(path: str, holder: PoolSpec | RoleSpec, accelerator: str) ->
         if accelerator != kind and count:
             raise UnsupportedSpec(f"{path}.{kind}s: has no effect in a pool whose accelerator is {accelerator}; use 0")
         if accelerator == kind and isinstance(holder, RoleSpec) and count != 1:
-            named = f"a worker of this pool runs on one {kind.upper()}"
+            named = f"a rank of this pool runs on one {kind.upper()}"
             raise UnsupportedSpec(f"{path}.{kind}s: {named}, got {count}; use 1")
 
 

@@ -86,6 +86,22 @@ class StepPlan(NamedTuple):
         alone += [StepPlan(chunks=(piece,)) for piece in self.chunks]
         yield from (plan._replace(landed=() if number else self.landed) for number, plan in enumerate(alone))
 
+    def divided(self, most: int) -> list[tuple[StepPlan, list[int]]]:
+        """As micro-batches, at most so many and about equally long, each with the numbers of its pieces here."""
+        sizes = [len(piece.token_ids) for piece in self.pieces]
+        parts: list[list[int]] = [[] for _ in range(min(most, len(sizes)))]
+        rows = [0] * len(parts)
+        for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+            least = rows.index(min(rows))
+            parts[least].append(number)
+            rows[least] += sizes[number]
+        return [(self._of(sorted(part), first=not at), sorted(part)) for at, part in enumerate(parts)]
+
+    def _of(self, numbers: list[int], *, first: bool) -> StepPlan:
+        decodes = tuple(self.decodes[n] for n in numbers if n < len(self.decodes))
+        chunks = tuple(self.chunks[n - len(self.decodes)] for n in numbers if n >= len(self.decodes))
+        return StepPlan(decodes, chunks, self.landed if first else ())
+
 
 class PieceResult(NamedTuple):
     """The result of a step for one sequence."""
@@ -109,6 +125,30 @@ def pack(plan: StepPlan) -> bytes:
 def unpack(packed: bytes) -> StepPlan:
     decodes, chunks, landed = msgpack.unpackb(packed, use_list=False)
     return StepPlan(tuple(map(_piece, decodes)), tuple(map(_piece, chunks)), landed)
+
+
+def pack_result(result: StepResult) -> bytes:
+    """A token's time and its end are not packed: the engine that gets it sets them."""
+    packed: bytes = msgpack.packb(
+        [
+            (
+                [(token.token_id, token.logprob, token.top_logprobs) for token in piece.tokens],
+                piece.scores,
+                None if piece.fault is None else str(piece.fault),
+            )
+            for piece in result
+        ]
+    )
+    return packed
+
+
+def unpack_result(packed: bytes) -> StepResult:
+    return [
+        PieceResult(
+            tuple(TokenEvent(*token) for token in tokens), scores, None if fault is None else EngineFault(fault)
+        )
+        for tokens, scores, fault in msgpack.unpackb(packed, use_list=False)
+    ]
 
 
 def _piece(fields: tuple[object, ...]) -> Piece:

@@ -62,7 +62,8 @@ class Runner:
     def __init__(self, model: Transformer, region: KvRegion, push: PushBlocks | None = None) -> None:
         """push: hands over the blocks that a plan says to; not needed if no plan does."""
         self._model, self._push = model, push
-        self._block_size = region.layout.block_size
+        self._block_size, self._first_layer = region.layout.block_size, region.layout.first_layer
+        self._place = model.ranks.place
         self._cache = cache_of(region, model.dtype, model.device)
         self._graphs: DecodeGraphs | None = None
         self.kv_cache = self._cache.tensor
@@ -105,23 +106,52 @@ class Runner:
         batch = inputs.batch(landed, before, self._seen(plan))
 
         outputs = Outputs(self._model.device)
-        step = RunningStep(plan, outputs, self._cache)
+        logits: Tensor | None
         if size is not None:
             assert self._graphs is not None
             logits = self._graphs.run(size, packed)[: len(draws)]
         else:
-            hidden = self._model.hidden(batch, self.kv_cache, self._on_layer(plan.chunks))
-            logits = self._model.logits(hidden[batch.logit_rows])
-            self._score(batch, hidden, scores, landed, outputs)
-        step.scores = scores
+            logits = self._computed(batch, scores, landed, outputs, self._on_layer(plan.chunks))
+        if logits is None:  # another rank draws
+            step = RunningStep(StepPlan(), outputs, self._cache)
+        else:
+            step = RunningStep(plan, outputs, self._cache)
+            step.scores = scores
+            self._draw_into(step, logits, draws, device_draws, landed, outputs)
+        step.close()
+        return step
+
+    def _computed(
+        self,
+        batch: StepBatch,
+        scores: Rows[PieceScores],
+        landed: Rows[Tensor],
+        outputs: Outputs,
+        on_layer: Callable[[int], None] | None,
+    ) -> Tensor | None:
+        """The logits of the rows that draw, where this rank draws; every rank of the last stage helps with them."""
+        hidden = self._model.hidden(batch, self.kv_cache, on_layer)
+        if not self._place.is_last:
+            return None
+        logits = self._model.logits(hidden[batch.logit_rows])
+        self._score(batch, hidden, scores, landed, outputs)
+        return logits
+
+    def _draw_into(
+        self,
+        step: RunningStep,
+        logits: Tensor,
+        draws: Rows[Draw],
+        device_draws: DeviceDraws | None,
+        landed: Rows[Tensor],
+        outputs: Outputs,
+    ) -> None:
         if device_draws is None:
             events = self._draw(logits, draws)
             step.events = lambda _: events
         elif draws:
             step.tokens = device_draws.launch(logits, landed, outputs)
             step.events = device_draws.events
-        step.close()
-        return step
 
     def _seen(self, plan: StepPlan) -> Tensor | None:
         """[levels, M, E], of all images in the order of the pieces."""
@@ -178,7 +208,7 @@ class Runner:
         def on_layer(layer: int) -> None:
             for ticket, push in pushed:
                 assert self._push is not None, "a plan says push, but nobody does"
-                published = partial(self._push, ticket, layer, push.first, push.blocks)
+                published = partial(self._push, ticket, self._first_layer + layer, push.first, push.blocks)
                 self._cache.publish(layer, push.blocks, published)
 
         return on_layer

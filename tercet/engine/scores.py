@@ -26,12 +26,14 @@ class PieceScores:
         self._outputs: list[list[int]] = []
 
     def launch(
-        self, hidden: Tensor, logits_of: Callable[[Tensor], Tensor], landed: Rows[Tensor], outputs: Outputs
+        self, hidden: Tensor, logits_of: Callable[[Tensor], Tensor | None], landed: Rows[Tensor], outputs: Outputs
     ) -> None:
-        """hidden: begins with the piece's rows."""
+        """hidden: begins with the piece's rows. logits_of: None where another rank gets the logits."""
         for at in range(0, self._count, SCORE_ROWS):
             rows = slice(at, min(at + SCORE_ROWS, self._count))
             logits = logits_of(hidden[rows])
+            if logits is None:
+                continue
             finite = logits.amax().isfinite()  # NaN if one is
             found = logprobs_of(logits, landed[self._follow][rows], self._most_likely)
             self._outputs.append([outputs.add(finite), *map(outputs.add, found)])

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tercet.distributed.collectives import Collectives
 from tercet.kernels.rope import RopeTable
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
@@ -21,6 +22,9 @@ from tercet.models.layer import Layer
 
 
 class Layers(Protocol):
+    """Those of a model that are here, with the heads and columns that are. The tensor ranks sum what each half of a
+    layer makes."""
+
     @property
     def layers_done(self) -> int:
         """Over all steps; grows during a step. Any thread."""
@@ -34,16 +38,17 @@ class Layers(Protocol):
 
 
 class TorchLayers:
-    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
-        self._config, self._layers, self._rope = config, layers, rope
+    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable, tensor: Collectives) -> None:
+        self._config, self._layers, self._rope, self._tensor = config, layers, rope, tensor
         self.layers_done = 0
 
     def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
         step = self._plan(batch, kv_cache.shape[3], x.dtype)
         for i, (layer, window) in enumerate(zip(self._layers, self._config.sliding_windows, strict=True)):
             written = _nobody if on_layer is None else partial(on_layer, i)
-            x = step.attend(layer.attention, layer.attention_norm(x), kv_cache[i], window, written).add_(x)
-            x = layer.mlp.forward(layer.mlp_norm(x)).add_(x)
+            attended = step.attend(layer.attention, layer.attention_norm(x), kv_cache[i], window, written)
+            x = self._tensor.all_reduce(attended).add_(x)
+            x = self._tensor.all_reduce(layer.mlp.forward(layer.mlp_norm(x))).add_(x)
             if batch.images is not None:
                 batch.images.add_behind(i, x)
             self.layers_done += 1

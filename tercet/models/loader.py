@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from tercet.distributed.place import Place
+from tercet.distributed.ranks import Ranks
 from tercet.errors import ModelFileCorrupt
 from tercet.kernels.kinds import Kernels
 from tercet.models.config import ModelConfig
 from tercet.models.layer_reader import read_layer
 from tercet.models.reader import WeightReader
+from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer, Weights
 from tercet.models.weights import VISION, WeightSource
 
@@ -22,18 +25,21 @@ class LoadedModel:
     fingerprint: str  # equal models are interchangeable
 
 
-def build_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype | None, kernels: Kernels) -> LoadedModel:
+def build_model(
+    config: ModelConfig, source: WeightSource, dtype: torch.dtype | None, kernels: Kernels, ranks: Ranks | None = None
+) -> LoadedModel:
     """dtype: of weights and KV cache. None: matrices stay in the blocks that the file has, which takes native kernels;
-    what is in no such blocks is float32, and the cache bfloat16.
+    what is in no such blocks is float32, and the cache bfloat16. ranks: of a group, if this rank has a share only.
 
     Raises ModelFileCorrupt for a tensor that is missing or has another shape than the config says, UnsupportedModel
     for one that the config has no place for."""
     _check_heads(source, config)
     reader = WeightReader(source, _names(source, config), config, dtype, kernels, _fan_in(config))
     with torch.inference_mode():
-        weights = _weights(reader, config)
+        weights = _weights(reader, Shard(config, ranks.place if ranks else Place()))
     reader.refuse_unused(config.architecture)
-    return LoadedModel(Transformer(config, weights, kernels, dtype or torch.bfloat16), config, reader.fingerprint())
+    model = Transformer(config, weights, kernels, dtype or torch.bfloat16, ranks)
+    return LoadedModel(model, config, reader.fingerprint())
 
 
 def _names(source: WeightSource, config: ModelConfig) -> set[str]:
@@ -61,10 +67,19 @@ def _check_heads(source: WeightSource, config: ModelConfig) -> None:
         raise ModelFileCorrupt(f"{source.path}: heads of {config.rotary_dim} dimensions cannot be rotated in pairs")
 
 
-def _weights(reader: WeightReader, config: ModelConfig) -> Weights:
+def _weights(reader: WeightReader, shard: Shard) -> Weights:
+    config, place = shard.config, shard.place
     embedding = reader.weight("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-    layers = tuple(read_layer(reader, config, i) for i in range(config.num_layers))
-    norm = reader.norm("model.norm", config.hidden_size, config.rms_norm_eps)
+    layers = tuple(read_layer(reader, shard, i) for i in shard.layers)
+    for elsewhere in {*range(config.num_layers)} - {*shard.layers}:
+        reader.skim(f"model.layers.{elsewhere}.")
+    norm, rows = reader.norm("model.norm", config.hidden_size, config.rms_norm_eps), [shard.columns(config.vocab_size)]
     if config.tie_word_embeddings and not reader.has("lm_head.weight"):  # used if there is one, as in transformers
-        return Weights(embedding, layers, norm, reader.packed(["model.embed_tokens.weight"], [embedding]))
-    return Weights(embedding, layers, norm, reader.linear(["lm_head"], [config.vocab_size], config.hidden_size, False))
+        head = reader.packed(["model.embed_tokens.weight"], [embedding], rows=rows) if place.is_last else None
+    elif place.is_last:
+        head = reader.linear(["lm_head"], [config.vocab_size], config.hidden_size, bias=False, rows=rows)
+    else:
+        reader.skim("lm_head.")
+        head = None
+    here = embedding[rows[0].start : rows[0].stop].clone() if place.tensor > 1 else embedding
+    return Weights(here if place.is_first else None, layers, norm if place.is_last else None, head)

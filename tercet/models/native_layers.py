@@ -1,5 +1,5 @@
 """The decoder layers by the native kernels: one call computes all of them, or one call each half of a layer, if there
-are mixtures of experts.
+are mixtures of experts or several ranks.
 
 T rows of the batch   E hidden size
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tercet.distributed.collectives import Collectives
 from tercet.kernels.native.layers import NativeLayer, NativeLayers, NativeShape, NativeStep
 from tercet.kernels.native.linear import NativeLinear
 from tercet.kernels.norm import RmsNorm
@@ -21,26 +22,25 @@ from tercet.models.layer import DenseMlp, GroupedQuery, Layer
 
 
 class CompiledLayers:
-    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
-        self._rope, self._count = rope, config.num_layers
+    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable, tensor: Collectives) -> None:
+        self._rope, self._count, self._tensor = rope, config.num_layers, tensor
         shape = NativeShape(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps, *rope.halves())
         windows = config.sliding_windows
         self._layers = NativeLayers(shape, [_native(*each) for each in zip(layers, windows, strict=True)])
-        self._mlps, self._norms = [layer.mlp for layer in layers], [layer.mlp_norm for layer in layers]
-        self._all_dense = all(isinstance(mlp, DenseMlp) for mlp in self._mlps)
-        self._done_by_halves = 0
+        self._mlps = [(layer.mlp_norm, layer.mlp) for layer in layers]
+        self._whole = tensor.size == 1 and all(isinstance(layer.mlp, DenseMlp) for layer in layers)
 
     @property
     def layers_done(self) -> int:
-        return self._layers.layers_done + self._done_by_halves
+        return self._layers.layers_done
 
     def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
         positions, turns = batch.positions, None
         if positions.dim() > 1:
             positions, turns = torch.arange(len(x)), self._rope.turns(positions)
         step = NativeStep(positions, batch.slots, _spans(batch), turns)
-        if not self._all_dense:
-            return self._by_halves(x, step, batch, kv_cache, on_layer)
+        if not self._whole:
+            return self._forward_by_halves(x, step, batch, kv_cache, on_layer)
         images, done = batch.images, 0
         while images is not None and done < min(images.deeper, self._count):
             self._layers.forward(x, step, kv_cache, on_layer, range(done, done + 1))
@@ -49,7 +49,7 @@ class CompiledLayers:
         self._layers.forward(x, step, kv_cache, on_layer, range(done, self._count))
         return x
 
-    def _by_halves(
+    def _forward_by_halves(
         self,
         x: Tensor,
         step: NativeStep,
@@ -57,24 +57,29 @@ class CompiledLayers:
         kv_cache: Tensor,
         on_layer: Callable[[int], None] | None,
     ) -> Tensor:
-        for i in range(self._count):
-            update = torch.zeros_like(x)
-            self._layers.attention_half(i, x, update, step, kv_cache, on_layer)
-            x += update
-            x += self._mlp(i, x)
+        """The residual is a part of the first rank's summand."""
+        for layer in range(self._count):
+            summand = self._summand(x)
+            self._layers.attention_half(layer, x, summand, step, kv_cache, on_layer)
+            x = self._tensor.all_reduce(summand)
+            x = self._tensor.all_reduce(self._with_mlp(layer, x))
             if batch.images is not None:
-                batch.images.add_behind(i, x)
-            self._done_by_halves += 1
+                batch.images.add_behind(layer, x)
+            self._layers.count()
         return x
 
-    def _mlp(self, i: int, x: Tensor) -> Tensor:
-        """Of layer i, with its norm, before the residual is added: x [T, E] -> [T, E]."""
-        mlp = self._mlps[i]
-        if not isinstance(mlp, DenseMlp):
-            return mlp.forward(self._norms[i](x))
-        update = torch.zeros_like(x)
-        self._layers.mlp_half(i, x, update)
-        return update
+    def _with_mlp(self, layer: int, x: Tensor) -> Tensor:
+        """This rank's summand: its share of the MLP, of the first rank with the residual, x [T, E] -> [T, E]."""
+        norm, mlp = self._mlps[layer]
+        summand = self._summand(x)
+        if isinstance(mlp, DenseMlp):
+            self._layers.mlp_half(layer, x, summand)
+        else:
+            summand += mlp.forward(norm(x))
+        return summand
+
+    def _summand(self, x: Tensor) -> Tensor:
+        return x if self._tensor.rank == 0 else torch.zeros_like(x)
 
 
 def _spans(batch: StepBatch) -> Tensor:

@@ -29,6 +29,7 @@ from tercet.models.vision.apart import chat_template, with_tower
 from tercet.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from tercet.distributed.ranks import Ranks
     from tercet.kernels.kinds import Kernels
     from tercet.models.loader import LoadedModel
     from tercet.models.tokenizer import Tokenizer
@@ -82,15 +83,15 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
         return tokenizer_from_hf(path, load_config(spec).eos_token_ids, spec.control_tokens_in_text, template)
 
 
-def load_model(spec: ModelSpec, kernels: Kernels | None = None) -> LoadedModel:
-    """Reads and packs the weights for these kernels, or for the best that this CPU has; seconds. Raises
-    ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
+def load_model(spec: ModelSpec, kernels: Kernels | None = None, ranks: Ranks | None = None) -> LoadedModel:
+    """Reads and packs the weights for these kernels, or for the best that this CPU has; seconds. ranks: of a group, if
+    this rank is to have a share only. Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
     path = locate(spec, weights=True)
     with _named(path):
-        return _loaded(path, spec, kernels)
+        return _loaded(path, spec, kernels, ranks)
 
 
-def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel:
+def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None, ranks: Ranks | None) -> LoadedModel:
     import torch
 
     from tercet.kernels.kinds import choose_kernels
@@ -105,12 +106,12 @@ def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None) -> LoadedModel
     if path.suffix == ".gguf":
         file = GgufFile(path)
         config = _seeing(config_from_gguf(file, spec.max_context), spec)
-        return build_model(config, GgufWeights(file, config), dtype, kernels)
+        return build_model(config, GgufWeights(file, config), dtype, kernels, ranks)
     from tercet.models.vocabulary_hf import end_token_ids
 
     config = _seeing(config_from_hf(path, spec.max_context), spec)
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))
-    return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels)
+    return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels, ranks)
 
 
 def load_vision(spec: ModelSpec, kernels: Kernels) -> VisionTower:

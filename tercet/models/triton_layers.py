@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tercet.distributed.collectives import Collectives
 from tercet.kernels.norm import RmsNorm
 from tercet.kernels.rope import RopeTable
 from tercet.kernels.triton.activation import silu_and_mul
@@ -67,8 +68,8 @@ class Hidden:
 
 
 class TritonLayers:
-    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable) -> None:
-        self._config = config
+    def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable, tensor: Collectives) -> None:
+        self._config, self._tensor = config, tensor
         self._layers = [(layer, _grouped_query(layer)) for layer in layers]
         self._rope = rope
         self._programs = decode_programs(rope.device)
@@ -76,7 +77,7 @@ class TritonLayers:
 
     def forward(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, on_layer: Callable[[int], None] | None) -> Tensor:
         step = self._plan(batch, kv_cache.shape[3])
-        halves = _RowHalves if len(x) <= MOST_ROWS else _Halves
+        halves = _RowHalves if len(x) <= MOST_ROWS and self._tensor.size == 1 else _Halves
         hidden = Hidden(x, None)
         for i, ((layer, attention), window) in enumerate(zip(self._layers, self._config.sliding_windows, strict=True)):
             projected, hidden = halves.project(layer.attention_norm, attention, hidden)
@@ -85,12 +86,16 @@ class TritonLayers:
             if on_layer is not None:
                 on_layer(i)
             attended = _attend(qkv[:, : self._config.num_heads], kv_cache[i], step, window)
-            hidden = halves.output(attention, attended.flatten(1), hidden)
-            hidden = halves.mlp(layer, hidden)
+            hidden = self._summed(halves.output(attention, attended.flatten(1), hidden))
+            hidden = self._summed(halves.mlp(layer, hidden))
             if batch.images is not None:
                 batch.images.add_behind(i, hidden.residual)
             self.layers_done += 1
         return hidden.residual if hidden.update is None else hidden.update.add_(hidden.residual)
+
+    def _summed(self, half: Hidden) -> Hidden:
+        """Over the ranks of a group; of one rank it may have no update."""
+        return half if half.update is None else Hidden(half.residual, self._tensor.all_reduce(half.update))
 
     def _plan(self, batch: StepBatch, block_size: int) -> _Step:
         decodes = self._plan_decodes(batch, block_size) if batch.num_decodes else None

@@ -1,8 +1,7 @@
-"""Which node each worker of a cluster runs on. Pure: a spec and nodes in, a placement out.
+"""Which nodes each worker of a cluster runs on. Pure: a spec and nodes in, a placement out.
 
-Replicas of a role are spread: a node with fewer of them is tried first, then the one with more free CPU. If that
-leads nowhere the search steps back, so that a placement is found whenever there is one (within MAX_DEAD_ENDS).
-Who runs already stays where it is; only who is added is placed.
+Replicas of a role are spread, the ranks of one are packed (`search.py`). Who runs already stays where it is; only who
+is added is placed.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +19,8 @@ from pydantic import ValidationError
 from tercet.core import Role
 from tercet.errors import ClusterError, SpecError
 from tercet.placement.cores import pinned
+from tercet.placement.search import Replica, Search
 from tercet.spec import ClusterSpec, RoleSpec
-
-MAX_DEAD_ENDS = 20_000
-EPSILON = 1e-6  # fractions of a CPU do not add up exactly
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,35 @@ class Node:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One replica and its node."""
+    """One replica and the nodes of its ranks."""
 
     worker_id: str  # e.g. worker-1; it says nothing of the role
     role: Role
-    node: Node
-    labels: Mapping[str, str]  # of the pool: what any node that takes its place must carry
-    needs: Mapping[str, float]  # Ray resource -> amount
-    cores: tuple[int, ...] = ()  # of the node, for its compute threads; empty: any
+    nodes: tuple[Node, ...]  # of rank 0, 1 ...
+    labels: Mapping[str, str]  # of the pool: what any node that takes a place must carry
+    needs: Mapping[str, float]  # of a rank: Ray resource -> amount
+    rank_cores: tuple[tuple[int, ...], ...] = ()  # for the compute threads of rank 0, 1 ... of its node; empty: any
+
+    @property
+    def node(self) -> Node:
+        """Of rank 0, which the rest of the cluster talks to."""
+        return self.nodes[0]
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        """Of rank 0."""
+        return self.cores_of(0)
+
+    @property
+    def ranks_on(self) -> dict[str, tuple[int, ...]]:
+        """Node id -> the ranks there, in the order of the first of them."""
+        found: dict[str, tuple[int, ...]] = {}
+        for rank, node in enumerate(self.nodes):
+            found[node.node_id] = (*found.get(node.node_id, ()), rank)
+        return found
+
+    def cores_of(self, rank: int) -> tuple[int, ...]:
+        return self.rank_cores[rank] if self.rank_cores else ()
 
 
 @dataclass(frozen=True)
@@ -57,19 +74,8 @@ class Placement:
     @property
     def nodes(self) -> tuple[Node, ...]:
         """Every node that something runs on, once, the gateway's first."""
-        used = (self.gateway, *(w.node for w in self.workers))
+        used = (self.gateway, *(node for w in self.workers for node in w.nodes))
         return tuple({n.node_id: n for n in used}.values())
-
-
-@dataclass(frozen=True)
-class _Replica:
-    worker_id: str
-    role: Role
-    labels: Mapping[str, str]
-    needs: Mapping[str, float]
-
-    def may_use(self, node: Node) -> bool:
-        return all(node.labels.get(k) == v for k, v in self.labels.items())
 
 
 def role_of(spec: ClusterSpec, name: str) -> Role:
@@ -99,7 +105,7 @@ def scaled(spec: ClusterSpec, role: str, replicas: int) -> ClusterSpec:
 def plan(
     spec: ClusterSpec, nodes: Sequence[Node], kept: Sequence[Assignment] = (), taken: Collection[str] = ()
 ) -> Placement:
-    """Assign every replica to a node; the gateway goes to nodes[0], the node of whoever asks.
+    """Assign every rank of every replica to a node; the gateway goes to nodes[0], the node of whoever asks.
 
     kept: who runs already, of each role the oldest first; those that are too many are left out. taken: ids that nobody
     new may have.
@@ -116,8 +122,11 @@ def plan(
             if not any(node.resources.get(kind) for node in nodes if replica.may_use(node)):
                 raise ClusterError(_absent(replica, kind, nodes))
     # The hardest first: few nodes carry its labels, or it needs much.
-    order = sorted(replicas, key=lambda r: (sum(map(r.may_use, nodes)), -sum(r.needs.values())))
-    chosen = _Search(order, nodes, stay).run()
+    order = sorted(replicas, key=lambda r: (sum(map(r.may_use, nodes)), -r.ranks * sum(r.needs.values())))
+    search = Search(order, nodes, stay)
+    chosen = search.run()
+    if chosen is None:
+        raise ClusterError(_full(order, search.deepest, nodes, stay))
     placement = placed(spec, nodes[0], [*stay, *(_assign(r, chosen[r.worker_id]) for r in replicas)])
     _refuse_split_loopback(spec, placement)
     return placement
@@ -130,7 +139,7 @@ def placed(spec: ClusterSpec, gateway: Node, workers: Sequence[Assignment]) -> P
 
 
 def needs_of(wanted: RoleSpec) -> dict[str, float]:
-    """Ray resource -> amount, of a replica."""
+    """Ray resource -> amount, of a rank."""
     amounts = {"CPU": wanted.cpus, "GPU": float(wanted.gpus), "NPU": float(wanted.npus)}
     return {kind: amount for kind, amount in amounts.items() if amount}
 
@@ -140,91 +149,27 @@ def local_node(spec: ClusterSpec) -> Node:
 
     CPUs of Ray are a count for placement, so a small machine can hold a large spec; its workers then share cores.
     """
-    needed = sum(replica.needs.get("CPU", 0.0) for replica in _replicas(spec))
+    needed = sum(replica.ranks * replica.needs.get("CPU", 0.0) for replica in _replicas(spec))
     cpus, gpus = float(max(os.cpu_count() or 1, math.ceil(needed))), len(list(Path("/dev").glob("nvidia[0-9]*")))
     return Node("local", "this machine", {}, {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {}))
 
 
 def _replicas(
     spec: ClusterSpec, stay: Sequence[Assignment] = (), taken: Collection[str] = frozenset()
-) -> list[_Replica]:
+) -> list[Replica]:
     """Those that the spec wants beside `stay`."""
     names = (name for name in map("worker-{}".format, itertools.count()) if name not in taken)
-    found: list[_Replica] = []
+    found: list[Replica] = []
     for role, wanted in spec.roles.items():
-        needs, labels = needs_of(wanted), spec.pools[wanted.pool].labels
+        needs, labels, parallelism = needs_of(wanted), spec.pools[wanted.pool].labels, wanted.parallelism
+        sizes = parallelism.ranks, parallelism.tensor
         missing = wanted.replicas - sum(w.role is role for w in stay)
-        found += [_Replica(next(names), role, labels, needs) for _ in range(missing)]
+        found += [Replica(next(names), role, labels, needs, *sizes) for _ in range(missing)]
     return found
 
 
-def _assign(replica: _Replica, node: Node) -> Assignment:
-    return Assignment(replica.worker_id, replica.role, node, replica.labels, replica.needs)
-
-
-class _Search:
-    """Depth-first search over (replica, node); what is known to fail is not tried twice."""
-
-    def __init__(self, order: Sequence[_Replica], nodes: Sequence[Node], stay: Sequence[Assignment]) -> None:
-        self._order = order
-        self._stay = stay
-        self._nodes = nodes
-        self._free = [dict(n.resources) for n in nodes]
-        self._placed: list[int] = []  # node of order[i]
-        self._of_role: Counter[tuple[Role, int]] = Counter()  # (role, node) -> replicas there
-        self._failed: set[tuple[object, ...]] = set()
-        self._deepest = 0
-        numbers = {n.node_id: i for i, n in enumerate(nodes)}
-        for worker in stay:
-            if worker.node.node_id in numbers:  # else its node has died, and Ray has found it another one
-                self._take(worker, numbers[worker.node.node_id])
-
-    def run(self) -> dict[str, Node]:
-        untried = [self._candidates()]  # of order[0], order[1] ... as deep as the search is now
-        while len(self._placed) < len(self._order):
-            self._deepest = max(self._deepest, len(self._placed))
-            node = next(untried[-1], None)
-            if node is not None:
-                self._put(node)
-                untried.append(self._candidates())
-            elif self._placed and len(self._failed) < MAX_DEAD_ENDS:
-                self._failed.add(self._state())
-                untried.pop()
-                self._take_back()
-            else:
-                raise ClusterError(_full(self._order, self._deepest, self._nodes, self._stay))
-        return {r.worker_id: self._nodes[i] for r, i in zip(self._order, self._placed, strict=True)}
-
-    def _state(self) -> tuple[object, ...]:
-        return (len(self._placed), *(tuple(round(free[k], 6) for k in sorted(free)) for free in self._free))
-
-    def _candidates(self) -> Iterator[int]:
-        """Nodes for the next replica, the best first; none if this state is known to fail."""
-        if len(self._placed) == len(self._order) or self._state() in self._failed:
-            return iter(())
-        replica = self._order[len(self._placed)]
-        fits = [i for i, node in enumerate(self._nodes) if replica.may_use(node) and self._fits(replica, i)]
-        return iter(sorted(fits, key=lambda i: (self._of_role[replica.role, i], -self._free[i].get("CPU", 0.0))))
-
-    def _fits(self, replica: _Replica, node: int) -> bool:
-        return all(self._free[node].get(kind, 0.0) + EPSILON >= amount for kind, amount in replica.needs.items())
-
-    def _put(self, node: int) -> None:
-        replica = self._order[len(self._placed)]
-        self._placed.append(node)
-        self._take(replica, node)
-
-    def _take(self, replica: _Replica | Assignment, node: int) -> None:
-        self._of_role[replica.role, node] += 1
-        for kind, amount in replica.needs.items():
-            self._free[node][kind] -= amount
-
-    def _take_back(self) -> None:
-        node = self._placed.pop()
-        replica = self._order[len(self._placed)]
-        self._of_role[replica.role, node] -= 1
-        for kind, amount in replica.needs.items():
-            self._free[node][kind] += amount
+def _assign(replica: Replica, nodes: tuple[Node, ...]) -> Assignment:
+    return Assignment(replica.worker_id, replica.role, nodes, replica.labels, replica.needs)
 
 
 def _refuse_split_loopback(spec: ClusterSpec, placement: Placement) -> None:
@@ -236,7 +181,7 @@ def _refuse_split_loopback(spec: ClusterSpec, placement: Placement) -> None:
         )
 
 
-def _nowhere(replica: _Replica, nodes: Sequence[Node]) -> str:
+def _nowhere(replica: Replica, nodes: Sequence[Node]) -> str:
     labels = ",".join(f"{k}={v}" for k, v in replica.labels.items())
     return (
         f"roles.{replica.role}: no node carries the labels {labels} of its pool; start one with "
@@ -244,23 +189,28 @@ def _nowhere(replica: _Replica, nodes: Sequence[Node]) -> str:
     )
 
 
-def _absent(replica: _Replica, kind: str, nodes: Sequence[Node]) -> str:
+def _absent(replica: Replica, kind: str, nodes: Sequence[Node]) -> str:
     return (
         f"roles.{replica.role}: {replica.worker_id} needs {_amounts({kind: replica.needs[kind]})}, and no node "
         f"of its pool has any that Ray sees; the nodes are {_described(nodes)}"
     )
 
 
-def _full(order: Sequence[_Replica], stuck: int, nodes: Sequence[Node], stay: Sequence[Assignment]) -> str:
+def _full(order: Sequence[Replica], stuck: int, nodes: Sequence[Node], stay: Sequence[Assignment]) -> str:
     replica = order[stuck]
-    before: list[_Replica | Assignment] = [*stay, *order[:stuck]]
+    before: list[Replica | Assignment] = [*stay, *order[:stuck]]
     mine = [n for n in nodes if replica.may_use(n)]
-    others = _amounts({k: sum(r.needs.get(k, 0.0) for r in before) for k in replica.needs})
+    others = _amounts({k: sum(_ranks_of(r) * r.needs.get(k, 0.0) for r in before) for k in replica.needs})
+    each = f" for each of {replica.ranks} ranks" if replica.ranks > 1 else ""
     return (
-        f"roles.{replica.role}: {replica.worker_id} needs {_amounts(replica.needs)}, beside {others} for the "
+        f"roles.{replica.role}: {replica.worker_id} needs {_amounts(replica.needs)}{each}, beside {others} for the "
         f"{len(before)} placed before it, but the nodes of its pool have {_described(mine)}; "
         f"lower roles.*.cpus or replicas, or add nodes"
     )
+
+
+def _ranks_of(worker: Replica | Assignment) -> int:
+    return worker.ranks if isinstance(worker, Replica) else len(worker.nodes)
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from tercet.core import Role
 from tercet.errors import ClusterError, SpecError
-from tercet.placement.roles import EPSILON, Assignment, Placement, needs_of, placed, role_of, scaled
+from tercet.placement.roles import Assignment, Placement, needs_of, placed, role_of, scaled
+from tercet.placement.search import EPSILON
 from tercet.spec import ClusterSpec
 
 
@@ -14,7 +15,8 @@ def switched(spec: ClusterSpec, placement: Placement, worker_id: str, role: str)
     """The spec and the placement with that worker in another role, as the newest of it.
 
     Raises SpecError for a worker or a role that there is not, a role that it has already, or the last worker of one;
-    ClusterError if the new role does not fit into the worker's place, or no cores are left for it.
+    ClusterError if the new role does not fit into the worker's place, no cores are left for it, or one of both is of
+    several ranks.
     """
     worker = next((w for w in placement.workers if w.worker_id == worker_id), None)
     if worker is None:
@@ -28,12 +30,15 @@ def switched(spec: ClusterSpec, placement: Placement, worker_id: str, role: str)
     changed = scaled(fewer, role, spec.roles[wanted].replicas + 1)
     labels = spec.pools[spec.roles[wanted].pool].labels
     others = [w for w in placement.workers if w is not worker]
-    workers = [*others, replace(worker, role=wanted, labels=labels, cores=())]
+    workers = [*others, replace(worker, role=wanted, labels=labels, rank_cores=())]
     return changed, placed(changed, placement.gateway, workers)
 
 
 def _refuse_other_place(spec: ClusterSpec, worker: Assignment, role: Role) -> None:
     wanted, own = spec.roles[role], spec.roles[worker.role]
+    for whose, ranks in ((worker.worker_id, len(worker.nodes)), (f"a worker of {role}", wanted.parallelism.ranks)):
+        if ranks > 1:
+            raise ClusterError(f"{whose} is a group of {ranks} ranks, which keeps its role; use `tercet scale`")
     pool, own_pool = spec.pools[wanted.pool], spec.pools[own.pool]
     if pool.accelerator != own_pool.accelerator:
         raise ClusterError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -13,23 +13,31 @@ from rich.progress import track
 
 from tercet.core import Role
 from tercet.devices import device_of
-from tercet.engine.executor import LocalExecutor
+from tercet.distributed.place import Place
+from tercet.engine.executor import Executor, LocalExecutor
 from tercet.engine.graphs import CudaRecorder, default_sizes
+from tercet.engine.group import GroupExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
 from tercet.errors import ClusterError, UnsupportedSpec, WorkerLost
 from tercet.kernels.kinds import Kernels
 from tercet.models.loader import LoadedModel
+from tercet.models.shard import kv_layout
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
+from tercet.roles.group import Group
+from tercet.roles.joint import JointReceiver, JointSender, Receiver
 from tercet.roles.legs import Handler, Legs
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity, Part
+from tercet.roles.peers import Sender
 from tercet.roles.prefill import Prefill
 from tercet.transfer.memory.device import DeviceRegion, KvRegion
+from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.transports.contract import MoverConfig, Transport
+from tercet.transfer.transports.group_endpoint import GroupEndpoint, meets
 from tercet.transfer.transports.table import usable
 
 STUCK_S = 60.0  # a step that runs longer than any step should: the worker is unhealthy
@@ -44,9 +52,13 @@ class _Mover(NamedTuple):
 
 
 class Computing(Part):
-    def __init__(self, who: Identity, legs: Legs, loaded: LoadedModel, kernels: Kernels) -> None:
-        self._who, self._legs, self._loaded, self._kernels = who, legs, loaded, kernels
+    def __init__(
+        self, who: Identity, legs: Legs, loaded: LoadedModel, kernels: Kernels, group: Group | None = None
+    ) -> None:
+        """group: of a worker of several ranks, of which this is rank 0."""
+        self._who, self._legs, self._loaded, self._kernels, self._group = who, legs, loaded, kernels, group
         self.fingerprint = loaded.fingerprint
+        self._computed: Callable[[], int] = lambda: 0
 
     async def start(self) -> None:
         """Raises SpecError, UnsupportedSpec."""
@@ -61,8 +73,13 @@ class Computing(Part):
         max_context = min(who.spec.model.max_context, loaded.config.max_context)
         self._runner = Runner(loaded.model, self._region, push)
         await loop.run_in_executor(None, self._capture, self._runner, max_context)
+        executor = self._executor()
+        if self._group is not None:
+            await loop.run_in_executor(None, self._group.ready, loaded.fingerprint)
+            for handler in handlers:
+                handler.endpoint = self._endpoint_of(handler.endpoint)
         self.engine = Engine(
-            LocalExecutor(self._runner),
+            executor,
             spec,
             max_context,
             loaded.config.eos_token_ids,
@@ -71,10 +88,26 @@ class Computing(Part):
             mrope=bool(loaded.config.rope.sections),
         )
         self._legs.engine = self.engine
+        self._computed = lambda: self.engine.computed
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
         self._thread.start()
 
+    def _executor(self) -> Executor:
+        group = self._group
+        if group is None:
+            return LocalExecutor(self._runner)
+        group.executor = GroupExecutor(self._runner, group.place, group.talks)
+        return group.executor
+
+    def _endpoint_of(self, own: str) -> str:
+        """Of all ranks, if they have any."""
+        assert self._group is not None
+        place = self._group.place
+        return own and GroupEndpoint(place.tensor, place.pipeline, (own, *self._group.endpoints)).encode()
+
     def health(self) -> None:
+        if self._group is not None and self._group.broken is not None:
+            raise self._group.broken
         if self.engine.failure is not None or not self._thread.is_alive():
             raise ClusterError(f"the engine of {self._who.worker_id} died: {self.engine.failure!r}")
         if isinstance(self._region, DeviceRegion) and self._region.broken:
@@ -88,6 +121,8 @@ class Computing(Part):
 
     async def stop(self) -> None:
         loop = asyncio.get_running_loop()
+        if self._group is not None:
+            await loop.run_in_executor(None, self._group.close)
         await loop.run_in_executor(None, self._thread.join, 5.0)
         await loop.run_in_executor(None, self._runner.close)
         self._region.close()
@@ -95,21 +130,67 @@ class Computing(Part):
 
     def _progress(self) -> int:
         """It grows as long as prompts are computed, or images come that they wait for. Any thread."""
-        return self.engine.computed + (0 if self._legs.images is None else self._legs.images.progress)
+        return self._computed() + (0 if self._legs.images is None else self._legs.images.progress)
 
     def _handler(self, kind: Role, mover: _Mover) -> Handler:
         match kind:
             case Role.PREFILL:
                 scheduler = self._who.role_spec.scheduler
                 prefill = Prefill(self._legs, scheduler.max_running + scheduler.max_waiting)
-                prefill.send_by(KvSender(*mover, prefill.on_event, self._progress))
+                prefill.send_by(self._sender(mover, prefill))
                 return prefill
             case Role.DECODE:
-                decode, epoch = Decode(self._legs), self._who.epoch
-                decode.receiver = KvReceiver(mover.config, epoch, mover.region, mover.transports, decode.on_event)
-                decode.endpoint = decode.receiver.start(self._who.host).encode()
+                decode = Decode(self._legs)
+                decode.receiver, decode.endpoint = self._receiver(mover, decode)
                 return decode
         return Aggregated(self._legs)
+
+    def _sender(self, mover: _Mover, prefill: Prefill) -> Sender:
+        if not self._meets_groups:
+            return KvSender(*mover, prefill.on_event, self._progress)
+        talks = [] if self._group is None else self._group.talks
+        joint = JointSender(
+            lambda on_event: KvSender(*mover, on_event, self._progress),
+            self._layouts(self._who.role),
+            self._legs.loop,
+            prefill.on_event,
+            talks,
+        )
+        if self._group is not None:
+            self._group.sender = joint
+        return joint
+
+    def _receiver(self, mover: _Mover, decode: Decode) -> tuple[Receiver, str]:
+        """-> and the endpoint of this rank."""
+        who, (config, region, transports) = self._who, mover
+        if not self._meets_groups:
+            alone = KvReceiver(config, who.epoch, region, transports, decode.on_event)
+            return alone, alone.start(who.host).encode()
+        senders, here = self._layouts(Role.PREFILL), self._layouts(who.role)
+        sources = {rank: sum(meets(src, dst) for src in senders) for rank, dst in enumerate(here)}
+        talks = [] if self._group is None else self._group.talks
+        joint = JointReceiver(
+            lambda on_event: KvReceiver(config, who.epoch, region, transports, on_event),
+            sources,
+            self._legs.loop,
+            decode.on_event,
+            talks,
+        )
+        if self._group is not None:
+            self._group.receiver = joint
+        return joint, joint.start(who.host).encode()
+
+    @property
+    def _meets_groups(self) -> bool:
+        """Whether KV goes from or to workers of several ranks."""
+        return any(role.parallelism.ranks > 1 for role in self._who.spec.roles.values())
+
+    def _layouts(self, role: Role) -> list[KvLayout]:
+        """Of the ranks of a worker of this role."""
+        spec, model = self._who.spec.roles[role], self._loaded.model
+        wanted, dtype = spec.parallelism, self._region.layout.dtype
+        places = [Place(r, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert) for r in range(wanted.ranks)]
+        return [kv_layout(model.config, place, spec.kv.blocks, spec.kv.block_size, dtype) for place in places]
 
     def _capture(self, runner: Runner, max_context: int) -> None:
         """Capture the decode steps that the spec asks for. Raises UnsupportedSpec if none can be, and it names some."""
@@ -118,7 +199,7 @@ class Computing(Part):
         if not isinstance(wanted, str) and not can:
             asked = f"roles.{who.role}.cuda_graphs"
             raise UnsupportedSpec(f"{asked}: no step can be captured with kernels {self._kernels}; use auto")
-        if wanted == "off" or not can or {*who.serves} == {Role.PREFILL}:  # which decodes none
+        if wanted == "off" or not can or {*who.serves} == {Role.PREFILL} or self._group:  # the first decodes none
             return
         sizes = default_sizes(who.role_spec.scheduler.max_running) if isinstance(wanted, str) else {*wanted}
         title, console = f"{who.worker_id} captures decode steps", Console(stderr=True)

@@ -14,8 +14,8 @@ from tercet.core import Done, Load, Progress, StageTimes, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Sampled, Scored, StepItem, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
 from tercet.roles.first_token import FirstToken
+from tercet.roles.joint import Receiver
 from tercet.roles.legs import ActiveLeg, Handler, Legs
-from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.protocol.facts import Complete, Noted, Quiesced, ReceiveEvent, ReceiveFailed
 
 
@@ -31,7 +31,7 @@ class _Incoming:
 
 
 class Decode(Handler):
-    receiver: KvReceiver
+    receiver: Receiver
 
     def __init__(self, legs: Legs) -> None:
         super().__init__(legs)

@@ -4,21 +4,36 @@ after; others are dialled on a thread, since that may block for some seconds. Ev
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 from tercet.core import PairState, Ticket
 from tercet.errors import PeerUnreachable, TercetError, TransferError, as_named
-from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.transports.contract import Endpoint
+from tercet.transfer.transports.group_endpoint import GroupEndpoint
 
 MEET_AGAIN_S = 1.0
 DIALERS = 16  # a first contact may block for some seconds
 
 
+class Sender(Protocol):
+    """A `KvSender`, or those of the ranks of a group as one (joint.py)."""
+
+    def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float, dial: bool = True) -> str: ...
+    def push(self, ticket: Ticket, layer: int, first: int, blocks: Sequence[int]) -> None: ...
+    def finish(self, ticket: Ticket, note: bytes) -> None: ...
+    def cancel(self, ticket: Ticket, error: TercetError) -> None: ...
+    def connect(self, endpoint: str) -> None: ...
+    def connected(self, endpoint: str) -> bool: ...
+    def attested(self) -> list[PairState]: ...
+    def dropped(self) -> Counter[str]: ...
+    def stop(self) -> None: ...
+
+
 class Peers:
-    def __init__(self, loop: asyncio.AbstractEventLoop, sender: KvSender) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sender: Sender) -> None:
         self._loop, self._sender = loop, sender
         self._wanted: set[str] = set()  # endpoints of the live workers
         self._faults: dict[str, PairState] = {}  # endpoint -> why it is not connected
@@ -93,6 +108,6 @@ class Peers:
             self._sender.connect(endpoint)
             self._faults.pop(endpoint, None)
         except (TransferError, OSError) as error:
-            self._faults[endpoint] = PairState(Endpoint.decode(endpoint).worker_id, fault=str(error))
+            self._faults[endpoint] = PairState(GroupEndpoint.decode(endpoint).worker_id, fault=str(error))
         again = partial(self._loop.call_later, MEET_AGAIN_S, self._look_after, endpoint)
         self._loop.call_soon_threadsafe(again)

@@ -18,9 +18,8 @@ from tercet.engine.sequence import Sequence
 from tercet.errors import Overloaded, TercetError
 from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import ActiveLeg, Handler, Legs
-from tercet.roles.peers import Peers
+from tercet.roles.peers import Peers, Sender
 from tercet.roles.stages import until_first_token
-from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol.facts import Granted, OpDone, Released, SendEvent, SendFailed
 
 
@@ -33,7 +32,7 @@ class _Outgoing:
 
 
 class Prefill(Handler):
-    sender: KvSender
+    sender: Sender
     peers: Peers
 
     def __init__(self, legs: Legs, max_legs: int) -> None:
@@ -41,7 +40,7 @@ class Prefill(Handler):
         self._max_legs = max_legs
         self._outgoing: dict[Ticket, _Outgoing] = {}  # until OpDone
 
-    def send_by(self, sender: KvSender) -> None:
+    def send_by(self, sender: Sender) -> None:
         self.sender, self.peers, self.push = sender, Peers(self.legs.loop, sender), sender.push
 
     def meet(self, endpoints: Iterable[str]) -> None:

@@ -24,9 +24,11 @@ from tercet.engine.loop import Engine
 from tercet.errors import UnsupportedModel, WorkerLost
 from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.models.footprint import refuse_too_large
+from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_config, load_model, load_vision
 from tercet.placement.cores import refuse_missing_cores
 from tercet.roles.computing import Computing
+from tercet.roles.group import Group
 from tercet.roles.legs import Legs
 from tercet.roles.part import Identity, Part
 from tercet.spec import ClusterSpec
@@ -56,9 +58,21 @@ class Worker:
         kinds = tuple(serves) or (role,)
         self._who = Identity(worker_id, role, epoch, spec, host, cluster_token, kinds, tuple(cores))
         self._parts: list[Part] = []
+        self._group: Group | None = None  # of a worker of several ranks
         # By kernels, for which weights are packed; the last ones are kept over changes of role.
         self._text = lru_cache(maxsize=1)(lambda kernels: load_model(spec.model, kernels))
         self._vision = lru_cache(maxsize=1)(lambda kernels: load_vision(spec.model, kernels))
+
+    async def listen(self) -> str:
+        """For a worker of several ranks, before `start`. -> the endpoint that the others join."""
+        loop, worker_id = asyncio.get_running_loop(), self._who.worker_id
+
+        def on_broken(error: WorkerLost) -> None:
+            loop.call_soon_threadsafe(self.legs.die, error)
+
+        self._group = Group(self._who, on_broken)
+        log.info("%s waits for %d other ranks", worker_id, self._group.place.ranks - 1)
+        return self._group.endpoint
 
     async def start(self) -> WorkerInfo:
         """Load the model, open the ports (free ones on `host`). Raises ModelError, ClusterError, and
@@ -71,6 +85,8 @@ class Worker:
         Raises WorkerLost if the memory of its KV cannot be given up before the process ends, and what `start` does.
         It then serves nothing, and is to end.
         """
+        if self._group is not None:
+            raise WorkerLost(f"{self._who.worker_id} has several ranks, which serve again as new processes only")
         await self._until_quiet()
         await self._end()
         self._who = replace(self._who, role=role, epoch=epoch, serves=(role,), cores=tuple(cores))
@@ -138,6 +154,8 @@ class Worker:
 
     async def _end(self) -> None:
         parts, self._parts = self._parts, []  # their health is of no interest any more
+        if self._group is not None:
+            self._group.begin_stop()
         for part in parts:
             part.begin_stop()
         await self._server.stop()
@@ -150,6 +168,8 @@ class Worker:
         """Reads the weights that its legs need. Raises ModelError, UnsupportedSpec."""
         who, model, parts = self._who, self._who.spec.model, list[Part]()
         kinds, vision = {*who.serves}, load_config(model).vision
+        if self._group is not None:
+            return [Computing(who, self.legs, self._share(self._group, kernels), kernels, self._group)]
         if kinds != {Role.ENCODE}:
             parts.append(Computing(who, self.legs, self._text(kernels), kernels))
         if vision is None and Role.ENCODE in who.spec.roles:
@@ -165,6 +185,12 @@ class Worker:
         else:
             parts.append(Seeing(who, self.legs, self._vision(kernels), kernels))
         return parts
+
+    def _share(self, group: Group, kernels: Kernels) -> LoadedModel:
+        """Rank 0's of the model. Raises WorkerLost, ModelError."""
+        if load_config(self._who.spec.model).vision is not None:
+            raise UnsupportedModel(f"{self._who.spec.model.source}: no group of ranks runs a model that sees yet")
+        return load_model(self._who.spec.model, kernels, group.meet(kernels))
 
     def _endpoint(self) -> str:
         """Where the stage before this one sends what its legs need."""

@@ -29,10 +29,10 @@ SMALL = {
     "initializer_range": 0.3,  # sharp attention and routing, so that a wrong mask, angle or choice shows
     "eos_token_id": None,
 }
-QWEN = SMALL | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 32}
+QWEN = SMALL | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "head_dim": 32}
 DEEPSEEK = SMALL | {
     "num_key_value_heads": 4,
-    "moe_intermediate_size": 40,
+    "moe_intermediate_size": 48,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "n_shared_experts": 2,

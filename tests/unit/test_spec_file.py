@@ -144,8 +144,7 @@ def test_graphs_are_captured_as_set(tmp_path, given, got):
 @pytest.mark.parametrize(
     ("setting", "want"),
     [
-        ("roles.decode.parallel.tensor=2", "roles.decode.parallel.tensor: degree 2 is not built yet"),
-        ("roles.prefill.parallel.expert=4", "roles.prefill.parallel.expert: degree 4 is not built yet"),
+        ("roles.prefill.parallelism.tensor=2", "roles.prefill.parallelism: a worker of 2 ranks is not built yet"),
         ("roles.decode.scheduler.max_waiting=4", "roles.decode.scheduler.max_waiting: has no effect"),
         ("roles.prefill.cuda_graphs=[1]", "roles.prefill.cuda_graphs: has no effect, since a prefill worker decodes"),
         ("pools.cpu.gpus=8", "pools.cpu.gpus: has no effect in a pool whose accelerator is cpu"),
@@ -168,9 +167,9 @@ def test_encode_and_accelerators_are_refused_with_their_line(tmp_path):
     with_gpus = SPEC.replace("cpus: 4", "gpus: 2").replace("replicas: 2", "gpus: 2")
     assert ":9: roles.decode.gpus: has no effect in a pool whose accel" in fault(write(tmp_path, with_gpus))
     for_npus = SPEC.replace("accelerator: cpu, cpus: 4", "accelerator: npu, npus: 2")
-    assert ":5: roles.prefill.npus: a worker of this pool runs on one NPU, got 0" in fault(write(tmp_path, for_npus))
+    assert ":5: roles.prefill.npus: a rank of this pool runs on one NPU, got 0" in fault(write(tmp_path, for_npus))
     without = SPEC.replace("accelerator: cpu, cpus: 4", "accelerator: gpu, gpus: 2")
-    assert ":5: roles.prefill.gpus: a worker of this pool runs on one GPU, got 0" in fault(write(tmp_path, without))
+    assert ":5: roles.prefill.gpus: a rank of this pool runs on one GPU, got 0" in fault(write(tmp_path, without))
 
 
 def test_every_key_is_read_somewhere():

@@ -106,6 +106,10 @@ class NativeLayers:
         assert self._kept[1][layer].down is not None, "its MLP is computed elsewhere"
         library().mlp_half(self._at(layer), ctypes.byref(self._shape), len(x), x.data_ptr(), out.data_ptr())
 
+    def count(self) -> None:
+        """A layer is done whose halves were computed one by one."""
+        self._done.value += 1
+
     def _at(self, layer: int) -> Any:
         """A pointer to a layer's structure, the later ones behind it."""
         return ctypes.byref(self._layers[layer])

@@ -3,6 +3,7 @@
 #include <numbers>
 
 #include "attention.h"
+#include "communicator.h"
 #include "mlp.h"
 #include "sampling.h"
 

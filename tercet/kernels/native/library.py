@@ -15,7 +15,19 @@ import platform
 import shutil
 import stat
 import subprocess
-from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_void_p,
+)
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -77,6 +89,15 @@ class Draw(Structure):
     )
 
 
+class Communicator(Structure):
+    _fields_ = (
+        ("memory", c_void_p),
+        *((name, c_int64) for name in ("rank", "size", "capacity", "spins")),
+        ("timeout_s", c_double),
+        ("round", c_uint32),
+    )
+
+
 OnLayer = CFUNCTYPE(c_int, c_int64)  # of the layer; not 0: stop
 
 _SIGNATURES = {
@@ -100,6 +121,10 @@ _SIGNATURES = {
         c_int,
         (POINTER(Layer), c_int64, POINTER(Shape), POINTER(Step), c_void_p, OnLayer, c_void_p),
     ),
+    "communicator_bytes": (c_int64, (c_int64, c_int64)),
+    "communicator_stop": (None, (POINTER(Communicator),)),
+    "communicator_all_reduce": (c_int, (POINTER(Communicator), c_void_p, c_int64)),
+    "communicator_gather": (c_int, (POINTER(Communicator), c_void_p, c_int64, c_void_p)),
 }  # name -> (result, arguments), as in library.cpp
 
 

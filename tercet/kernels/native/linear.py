@@ -6,6 +6,7 @@ n outputs   k inputs
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,19 @@ class Quantised:
         """[n, k] float32."""
         blocks = self.q.view(*self.scales.shape, BLOCK).float()
         return torch.addcmul(self.leasts.unsqueeze(-1), blocks, self.scales.unsqueeze(-1)).view(self.q.shape)
+
+    def share(self, rows: range | None, columns: range | None) -> Quantised:
+        """Some of it; columns: whole blocks. None: all."""
+        kept = slice(None) if rows is None else slice(rows.start, rows.stop)
+        inputs = slice(None) if columns is None else slice(columns.start, columns.stop)
+        blocks = slice(None) if columns is None else slice(columns.start // BLOCK, columns.stop // BLOCK)
+        return Quantised(self.q[kept, inputs], self.scales[kept, blocks], self.leasts[kept, blocks], self.bits)
+
+
+def stacked(parts: Sequence[Quantised]) -> Quantised:
+    """Matrices of as many inputs and bits, one behind the other."""
+    q, scales, leasts = (torch.cat([getattr(part, field) for part in parts]) for field in ("q", "scales", "leasts"))
+    return Quantised(q, scales, leasts, parts[0].bits)
 
 
 class QuantisedLinear(NativeLinear):

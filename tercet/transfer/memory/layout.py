@@ -97,6 +97,13 @@ class KvLayout:
         return start + (part * self.block_size * heads + row) * self.row_bytes
 
 
+def window(layers: int, stage: int, stages: int) -> range:
+    """A stage's layers; the first stages have one more if they do not divide."""
+    each, more = divmod(layers, stages)
+    first = stage * each + min(stage, more)
+    return range(first, first + each + (stage < more))
+
+
 Run = tuple[int, int, int]  # offset in the source cache, offset in the destination cache, bytes
 
 

@@ -1,0 +1,134 @@
+"""Sums and gathers of tensors over the ranks that share each layer of a model.
+
+A step makes two sums a layer, so what counts is how long a small one takes. On two cores that share a host, a sum of
+2.3 KB by gloo took 281 us, by shared memory see benchmarks/RESULTS.md.
+
+Every rank calls the same operations in the same order. All of them raise WorkerLost once a rank is gone: nobody waits
+for the time limit of a collective, since whoever notices a death calls `stop`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tercet.errors import WorkerLost
+from tercet.kernels.native.communicator import CommunicatorError, NativeCommunicator
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Traffic:
+    """What a rank has done so far."""
+
+    calls: int = 0
+    num_bytes: int = 0  # that it gave
+    seconds: float = 0.0  # its waiting for others included
+
+
+class Collectives(ABC):
+    """rank, size: in the group that sums."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.traffic = Traffic()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """-> the sum over the ranks, with the same bits everywhere; x, of one shape everywhere, may be overwritten. It
+        is added up in float32."""
+        return x if self.size == 1 else self._counted(self._all_reduce, x)
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        """x of one shape everywhere, [R, n] -> [ranks, R, n] at rank 0, None elsewhere."""
+        return x.unsqueeze(0) if self.size == 1 else self._counted(self._gather, x)
+
+    @abstractmethod
+    def _all_reduce(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _gather(self, x: Tensor) -> Tensor | None: ...
+
+    def stop(self) -> None:  # noqa: B027  # what ends with the process's connections needs none
+        """End what any rank of this host waits for. Any thread."""
+
+    def _counted(self, operation: Callable[[Tensor], Result], x: Tensor) -> Result:
+        began = time.monotonic()
+        result = operation(x)
+        self.traffic.calls += 1
+        self.traffic.num_bytes += x.nbytes
+        self.traffic.seconds += time.monotonic() - began
+        return result
+
+
+class Alone(Collectives):
+    """Of a group of one."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def _all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def _gather(self, x: Tensor) -> Tensor | None:
+        return x.unsqueeze(0)
+
+
+class TorchCollectives(Collectives):
+    """By torch.distributed: gloo, nccl or hccl, as the device says."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group.rank(), group.size())
+        self._group = group
+
+    def _all_reduce(self, x: Tensor) -> Tensor:
+        wide = x.float().contiguous()
+        waited(self._group.allreduce([wide]))
+        return wide.to(x.dtype)
+
+    def _gather(self, x: Tensor) -> Tensor | None:
+        parts = x.new_empty(self.size, *x.shape)
+        waited(self._group.allgather([list(parts)], [x.contiguous()]))
+        return parts if self.rank == 0 else None
+
+
+def waited(work: dist.Work) -> None:
+    """Raises WorkerLost if a rank is gone."""
+    try:
+        work.wait()
+    except RuntimeError as error:  # torch has no narrower one
+        raise WorkerLost(f"a rank of the group is gone: {str(error).partition('This is')[0][:300]}") from error
+
+
+class HostCollectives(Collectives):
+    """Through memory that the ranks of one host share."""
+
+    def __init__(self, communicator: NativeCommunicator, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self._communicator = communicator
+
+    def _all_reduce(self, x: Tensor) -> Tensor:
+        wide = x.float().contiguous()
+        self._run(self._communicator.all_reduce, wide)
+        return wide.to(x.dtype)
+
+    def _gather(self, x: Tensor) -> Tensor | None:
+        wanted = self.rank == 0
+        return self._run(lambda given: self._communicator.gather(given, wanted=wanted), x.contiguous())
+
+    def stop(self) -> None:
+        self._communicator.stop()
+
+    @staticmethod
+    def _run(operation: Callable[[Tensor], Result], x: Tensor) -> Result:
+        try:
+            return operation(x)
+        except CommunicatorError as error:
+            why = "the group is broken" if error.stopped else "it did not come in time"
+            raise WorkerLost(f"waited for rank {error.rank} of the group: {why}") from error

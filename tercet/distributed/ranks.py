@@ -1,0 +1,16 @@
+"""What a rank's model knows of its group: where it stands, and how it talks to the ranks that it computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tercet.distributed.collectives import Alone, Collectives
+from tercet.distributed.place import Place
+from tercet.distributed.stages import Stages
+
+
+@dataclass(frozen=True)
+class Ranks:
+    place: Place = field(default_factory=Place)
+    tensor: Collectives = field(default_factory=Alone)  # of the ranks that share each layer's heads and columns
+    stages: Stages | None = None  # of a pipeline

@@ -1,0 +1,133 @@
+"""Talk over a line: what one end tells, a handler at the other end hears, in order; what it asks is answered.
+
+Both ends beat, so that one that is stopped is noticed as one that died is. Whatever ends the talk, `on_end` is called
+once, with a WorkerLost that names the rank.
+
+Threads: one that reads, one that beats, and a pool that answers, since some answers take a while.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from tercet.distributed.line import Line, Message
+from tercet.errors import TercetError, WorkerLost, as_named, from_wire
+
+BEAT_S = 0.25
+SILENT_S = 3.0  # of a rank that beats every BEAT_S, or takes nothing: it is stopped, or its host is
+ANSWERS = 8  # at once
+
+Handler = Callable[..., Any]
+
+
+class Talk:
+    def __init__(self, line: Line, on_end: Callable[[WorkerLost], None]) -> None:
+        """on_end: called on any thread; must be quick."""
+        self.rank = line.rank  # at the other end
+        self._line, self._on_end = line, on_end
+        self._told: Mapping[str, Handler] = {}
+        self._asked: Mapping[str, Handler] = {}
+        self._numbers = itertools.count()
+        self._awaited: dict[int, Future[Any]] = {}
+        self._changing = threading.Lock()
+        self._over = threading.Event()
+        self._pool = ThreadPoolExecutor(ANSWERS, thread_name_prefix=f"rank-{line.rank}-answers")
+
+    def start(self, told: Mapping[str, Handler], asked: Mapping[str, Handler]) -> None:
+        """told: kind of message -> who hears it, on the reading thread; must be quick. asked: kind of question -> whose
+        result answers it, on a thread of a pool; what it raises is raised where it was asked."""
+        self._told, self._asked = told, asked
+        self._line.settimeout(SILENT_S)
+        for work, name in ((self._read, "read"), (self._beat, "beat")):
+            threading.Thread(target=work, name=f"rank-{self.rank}-{name}", daemon=True).start()
+
+    def tell(self, kind: str, *fields: Any) -> None:
+        """Never raises: once the other end is gone, `on_end` has been called."""
+        try:
+            self._line.send(kind, *fields)
+        except WorkerLost as error:
+            self._end(error)
+
+    def ask(self, kind: str, *fields: Any, timeout_s: float) -> Any:
+        """-> the answer. Raises what the handler raises, WorkerLost if the other end is gone or does not answer."""
+        number, answer = next(self._numbers), Future[Any]()
+        with self._changing:
+            self._awaited[number] = answer
+            over = self._over.is_set()
+        if over:
+            raise WorkerLost(f"rank {self.rank} of the group is gone")
+        try:
+            self.tell("ask", number, kind, *fields)
+            return answer.result(timeout_s)
+        except TimeoutError as error:
+            raise WorkerLost(f"rank {self.rank} of the group did not answer {kind} in {timeout_s:g} s") from error
+        finally:
+            with self._changing:
+                self._awaited.pop(number, None)
+
+    def close(self) -> None:
+        """End it from here, without `on_end`."""
+        with self._changing:
+            self._over.set()
+        self._line.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---- threads
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._hear(self._line.receive())
+        except WorkerLost as error:
+            self._end(error)
+        except (TercetError, TypeError, ValueError, KeyError) as error:  # a message that no handler takes
+            self._end(WorkerLost(f"rank {self.rank} of the group sent what is not understood: {error!r}"))
+
+    def _hear(self, message: Message) -> None:
+        kind, *fields = message
+        match kind:
+            case "beat":
+                pass
+            case "ask":
+                self._pool.submit(self._answer, *fields)
+            case "answer":
+                self._answered(*fields)
+            case _:
+                self._told[kind](*fields)
+
+    def _answer(self, number: int, kind: str, *fields: Any) -> None:
+        try:
+            self.tell("answer", number, self._asked[kind](*fields), None)
+        except Exception as error:  # noqa: BLE001  # whatever it is, who asked must hear
+            named = as_named(error, kind)
+            self.tell("answer", number, None, [named.code(), str(named)])
+
+    def _answered(self, number: int, value: Any, error: list[str] | None) -> None:
+        with self._changing:
+            awaited = self._awaited.get(number)
+        if awaited is None:
+            return  # it came too late
+        if error is None:
+            awaited.set_result(value)
+        else:
+            awaited.set_exception(from_wire(*error))
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_S):
+            self.tell("beat")
+
+    def _end(self, error: WorkerLost) -> None:
+        with self._changing:
+            if self._over.is_set():
+                return
+            self._over.set()
+            awaited = list(self._awaited.values())
+        self._line.close()
+        for answer in awaited:
+            if not answer.done():
+                answer.set_exception(error)
+        self._on_end(error)

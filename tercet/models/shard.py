@@ -1,0 +1,82 @@
+"""A rank's share of a model: which layers, and of each which heads, columns and rows of the vocabulary. Pure.
+
+Column parallel: a linear layer's outputs are shared, as those of queries, keys, values, gate and up. Row parallel: its
+inputs are, as those of the output and down projections, so that ranks sum what they make (arXiv:1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tercet.distributed.place import Place, share
+from tercet.models.config import ModelConfig
+from tercet.transfer.memory.layout import KvLayout
+
+
+@dataclass(frozen=True)
+class Shard:
+    config: ModelConfig  # of the whole model
+    place: Place
+
+    @property
+    def layers(self) -> range:
+        return self.place.layers(self.config.num_layers)
+
+    @property
+    def heads(self) -> range:
+        """Query heads."""
+        return share(self.config.num_heads, self.place.tensor_rank, self.place.tensor)
+
+    @property
+    def kv_heads(self) -> range:
+        """With fewer of them than ranks, a head has several holders, as in KvLayout."""
+        first, kv_heads = (
+            self.place.tensor_rank * self.config.num_kv_heads // self.place.tensor,
+            self.config.num_kv_heads,
+        )
+        return range(first, max(first + 1, (self.place.tensor_rank + 1) * kv_heads // self.place.tensor))
+
+    def columns(self, count: int) -> range:
+        """Of `count` in a row that the tensor ranks share: a vocabulary, an MLP's intermediate values."""
+        return share(count, self.place.tensor_rank, self.place.tensor)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether a row-parallel layer's bias is added here: once over all ranks."""
+        return self.place.tensor_rank == 0
+
+    @property
+    def here(self) -> ModelConfig:
+        """What the layers that are here look like to the kernels."""
+        config, layers = self.config, self.layers
+        return replace(
+            config,
+            num_layers=len(layers),
+            num_heads=len(self.heads),
+            num_kv_heads=len(self.kv_heads),
+            intermediate_size=len(self.columns(config.intermediate_size)),
+            sliding_windows=config.sliding_windows[layers.start : layers.stop],
+        )
+
+
+def values_of(heads: range, dim: int) -> range:
+    """The rows that these heads have in a projection."""
+    return range(heads.start * dim, heads.stop * dim)
+
+
+def kv_layout(config: ModelConfig, place: Place, blocks: int, block_size: int, dtype: str) -> KvLayout:
+    """Of a rank's KV cache."""
+    layers = place.layers(config.num_layers)
+    return KvLayout(
+        len(layers),
+        blocks,
+        block_size,
+        config.num_kv_heads,
+        config.head_dim,
+        dtype,
+        parts=config.kv_parts,
+        tp_size=place.tensor,
+        tp_rank=place.tensor_rank,
+        first_layer=layers.start,
+        model_layers=config.num_layers,
+    )

@@ -1,0 +1,148 @@
+"""The other ranks of a worker, as its rank 0 has them: they join, load their shares, run its steps, and live and die
+with it.
+
+    listen ─> meet: every rank has joined, and they can sum ─> ready: every rank has loaded ─> steps ─> close
+                                                                     any rank dies ─> broken: the worker is dead
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tercet.distributed.line import Line, Meeting
+from tercet.distributed.place import Place
+from tercet.distributed.ranks import Ranks
+from tercet.distributed.setup import Venue, new_store, ranks_of, shared_memory
+from tercet.distributed.talk import Talk
+from tercet.engine.group import GroupExecutor
+from tercet.errors import PeerMismatch, TercetError, WorkerLost
+from tercet.kernels.kinds import Kernels
+from tercet.roles.joint import JointReceiver, JointSender
+from tercet.roles.part import Identity
+
+COLLECTIVE_S = 60.0  # as long as a step may take; a rank that dies is noticed at once, one that is stopped by its talk
+log = logging.getLogger(__name__)
+
+
+def place_of(who: Identity, rank: int) -> Place:
+    wanted = who.role_spec.parallelism
+    return Place(rank, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert)
+
+
+class Group:
+    def __init__(self, who: Identity, on_broken: Callable[[WorkerLost], None]) -> None:
+        """on_broken: called once, on any thread."""
+        self._who, self._on_broken = who, on_broken
+        self.place = place_of(who, 0)
+        self._meeting = Meeting(who.host, who.token)
+        self.talks: list[Talk] = []
+        self.endpoints: list[str] = []  # of the movers of ranks 1, 2 ..., once ready
+        self.broken: WorkerLost | None = None
+        self._closing = False
+        self._ready: dict[int, tuple[str, str]] = {}  # rank -> (endpoint, fingerprint)
+        self._changed = threading.Condition()
+        self.executor: GroupExecutor | None = None
+        self.sender: JointSender | None = None
+        self.receiver: JointReceiver | None = None
+        self._ranks: Ranks | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where the other ranks join."""
+        return self._meeting.endpoint
+
+    # ---- blocking, on a pool thread
+
+    def meet(self, kernels: Kernels) -> Ranks:
+        """Waits for every rank. Raises WorkerLost."""
+        deadline = time.monotonic() + self._who.spec.ray.start_timeout_s
+        lines = self._meeting.joined(range(1, self.place.ranks), deadline, lambda: self._closing)
+        self._meeting.close()
+        self._store = new_store(self._who.host)
+        local = (0, *(rank for rank, line in lines.items() if line.is_local)) if kernels.native else ()
+        venue = Venue(f"{self._who.host}:{self._store.port}", local, len(os.sched_getaffinity(0)))
+        memory = shared_memory(self.place, venue)
+        for rank, line in sorted(lines.items()):
+            line.send("setup", venue.store, venue.together, venue.cores, memory is not None)
+            if memory is not None and rank in venue.together:
+                line.send_fd(memory)
+        self.talks = [self._talk(line) for _, line in sorted(lines.items())]
+        self._ranks = ranks_of(self.place, venue, memory, self._who.host, kernels.device, COLLECTIVE_S)
+        return self._ranks
+
+    def ready(self, fingerprint: str) -> None:
+        """Waits until every rank has loaded its share. Raises WorkerLost, or PeerMismatch for one of another model."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.broken is not None or len(self._ready) == len(self.talks))
+            if self.broken is not None:
+                raise self.broken
+        for rank, (_, theirs) in sorted(self._ready.items()):
+            if theirs != fingerprint:
+                raise PeerMismatch(f"rank {rank} has other weights ({theirs:.12}) than rank 0 ({fingerprint:.12})")
+        self.endpoints = [endpoint for _, (endpoint, _) in sorted(self._ready.items())]
+
+    def begin_stop(self) -> None:
+        """The end of a rank is no fault any more."""
+        self._closing = True
+
+    def close(self) -> None:
+        self._closing = True
+        self._meeting.close()
+        for talk in self.talks:
+            talk.tell("stop")
+            talk.close()
+
+    # ---- what ranks tell
+
+    def _talk(self, line: Line) -> Talk:
+        talk, rank = Talk(line, self._lost), line.rank
+        told: dict[str, Callable[..., Any]] = {
+            "ready": lambda endpoint, fingerprint: self._is_ready(rank, endpoint, fingerprint),
+            "drawn": lambda number, results: self._engine().take(number, results),
+            "failed": lambda why: self._lost(WorkerLost(why)),
+            "sent": lambda fact: self._sender().take(rank, fact),
+            "landed": lambda fact: self._receiver().take(rank, fact),
+            "counts": lambda counts: self._count(rank, counts),
+        }
+        talk.start(told, {})
+        return talk
+
+    def _engine(self) -> GroupExecutor:
+        assert self.executor is not None, "a rank draws only what it was told to"
+        return self.executor
+
+    def _sender(self) -> JointSender:
+        assert self.sender is not None, "a rank sends only what it was told to"
+        return self.sender
+
+    def _receiver(self) -> JointReceiver:
+        assert self.receiver is not None, "a rank gets only what it was told to"
+        return self.receiver
+
+    def _is_ready(self, rank: int, endpoint: str, fingerprint: str) -> None:
+        with self._changed:
+            self._ready[rank] = endpoint, fingerprint
+            self._changed.notify_all()
+
+    def _count(self, rank: int, counts: dict[str, int]) -> None:
+        for side in (self.sender, self.receiver):
+            if side is not None:
+                side.counts[rank] = counts
+
+    def _lost(self, error: TercetError) -> None:
+        with self._changed:
+            if self._closing or self.broken is not None:
+                return
+            self.broken = WorkerLost(f"{self._who.worker_id}: {error}")
+            self._changed.notify_all()
+        log.error("%s", self.broken)
+        if self._ranks is not None:
+            self._ranks.tensor.stop()
+        if self.executor is not None:
+            self.executor.fail(self.broken)
+        self._on_broken(self.broken)

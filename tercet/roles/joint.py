@@ -1,0 +1,242 @@
+"""The movers of a group's ranks as one: a ticket has a part at each rank that has something to send, or to get, and the
+facts of its parts are joined (transfer/protocol/shards.py).
+
+    rank 0   ─open?, connect?, finish, stop_sending─>  rank      its KvSender
+             ─admit, refuse, stop_receiving─────────>            its KvReceiver
+             <─sent(fact), landed(fact)─────────────
+
+Facts are joined on the event loop, in the order in which each rank tells them; all else is for any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from tercet.core import PairState, Ticket
+from tercet.distributed.talk import Talk
+from tercet.errors import TercetError
+from tercet.roles.facts_wire import error_of, fact_of
+from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.mover.receiver import KvReceiver
+from tercet.transfer.mover.sender import KvSender
+from tercet.transfer.protocol.facts import Complete, OpDone, Quiesced, ReceiveEvent, SendEvent
+from tercet.transfer.protocol.shards import Cancel, Part, ReceiveJoint, SendJoint
+from tercet.transfer.transports.contract import Endpoint
+from tercet.transfer.transports.group_endpoint import GroupEndpoint
+
+DIAL_S = 30.0  # for a rank to connect and offer
+Joint = TypeVar("Joint", SendJoint, ReceiveJoint)
+
+
+class Receiver(Protocol):
+    """A `KvReceiver`, or those of the ranks of a group as one."""
+
+    def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int]) -> None: ...
+    def refuse(self, ticket: Ticket, reason: str) -> None: ...
+    def cancel(self, ticket: Ticket, error: TercetError) -> None: ...
+    def dropped(self) -> Counter[str]: ...
+    def refused(self) -> Counter[str]: ...
+    def corrupt(self) -> int: ...
+    def stop(self) -> None: ...
+
+
+class _Joining(ABC, Generic[Joint]):
+    """Of both sides. Ticket -> its parts' facts so far, until the last one is told."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_event: Callable[[Any], None], others: Sequence[Talk]
+    ) -> None:
+        """on_event: called on the event loop. others: ranks 1, 2 ..."""
+        self._loop, self._on_event = loop, on_event
+        self._others = {talk.rank: talk for talk in others}
+        self._joints: dict[Ticket, Joint] = {}
+        self.counts: dict[int, dict[str, int]] = {}  # rank -> name -> messages that it dropped, and the like
+
+    def _take_own(self, event: SendEvent | ReceiveEvent) -> None:
+        """On a thread of rank 0's mover."""
+        self._loop.call_soon_threadsafe(self._take, 0, event)
+
+    def take(self, rank: int, packed: list[Any]) -> None:
+        """On the thread that reads from the rank."""
+        self._loop.call_soon_threadsafe(self._take, rank, fact_of(packed))
+
+    def _take(self, rank: int, event: Any) -> None:
+        joint = self._joints.get(event.ticket)
+        if joint is None:
+            return  # it could not be opened everywhere
+        for effect in joint.take(rank, event):
+            if isinstance(effect, Cancel):
+                self._cancel_part(_rank_of(effect.part), event.ticket, effect.error)
+                continue
+            if self._is_last(effect):
+                del self._joints[event.ticket]
+            self._on_event(effect)
+
+    def _counted(self, name: str) -> int:
+        return sum(counts.get(name, 0) for counts in self.counts.values())
+
+    @abstractmethod
+    def _is_last(self, event: Any) -> bool: ...
+
+    @abstractmethod
+    def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None: ...
+
+
+class JointSender(_Joining[SendJoint]):
+    def __init__(
+        self,
+        own: Callable[[Callable[[SendEvent], None]], KvSender],
+        layouts: Sequence[KvLayout],
+        loop: asyncio.AbstractEventLoop,
+        on_event: Callable[[SendEvent], None],
+        others: Sequence[Talk],
+    ) -> None:
+        """own: makes rank 0's, which tells its events to what it is given. layouts: of the ranks."""
+        super().__init__(loop, on_event, others)
+        self._own, self._layouts = own(self._take_own), layouts
+        self.push = self._own.push
+
+    def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float, dial: bool = True) -> str:
+        """As `KvSender.open`, at each rank that the worker at `endpoint` needs something from."""
+        parts = self._parts(endpoint)
+        self._joints[ticket] = SendJoint(parts)
+        names: set[str] = set()
+        opened: list[int] = []
+        try:
+            for rank, endpoints in parts.items():
+                names.add(self._open(rank, ticket, endpoints, num_tokens, deadline, dial))
+                opened.append(rank)
+        except TercetError as error:
+            del self._joints[ticket]
+            for rank in opened:
+                self._cancel_part(rank, ticket, error)
+            raise
+        return "+".join(sorted(names))
+
+    def _parts(self, endpoint: str) -> dict[int, list[str]]:
+        """Rank -> the endpoints that it sends to."""
+        group = GroupEndpoint.decode(endpoint)
+        meeting = {rank: group.meeting(layout) for rank, layout in enumerate(self._layouts)}
+        return {rank: endpoints for rank, endpoints in meeting.items() if endpoints}
+
+    def _open(
+        self, rank: int, ticket: Ticket, endpoints: list[str], num_tokens: int, deadline: float, dial: bool
+    ) -> str:
+        if rank == 0:
+            return self._own.open(ticket, endpoints, num_tokens, deadline, dial)
+        left_s = max(0.0, deadline - time.monotonic())
+        return str(self._others[rank].ask("open", ticket, endpoints, num_tokens, left_s, timeout_s=DIAL_S))
+
+    def finish(self, ticket: Ticket, note: bytes) -> None:
+        """The note goes with rank 0's part. A rank hears this behind the step that it ends with: rank 0 knows a step's
+        result only when every rank has computed its share."""
+        joint = self._joints.get(ticket)
+        for rank in [] if joint is None else map(_rank_of, [*joint.parts]):
+            if rank == 0:
+                self._own.finish(ticket, note)
+            else:
+                self._others[rank].tell("finish", ticket)
+
+    def cancel(self, ticket: Ticket, error: TercetError) -> None:
+        joint = self._joints.get(ticket)
+        for rank in [] if joint is None else map(_rank_of, [*joint.parts]):
+            self._cancel_part(rank, ticket, error)
+
+    def connect(self, endpoint: str) -> None:
+        """Raises PeerDown or PeerMismatch of the first rank that cannot."""
+        for rank, endpoints in self._parts(endpoint).items():
+            if rank:
+                self._others[rank].ask("connect", endpoints, timeout_s=DIAL_S)
+            else:
+                for each in endpoints:
+                    self._own.connect(each)
+
+    def connected(self, endpoint: str) -> bool:
+        """Only if no other rank has to be asked."""
+        parts = self._parts(endpoint)
+        return parts.keys() == {0} and all(map(self._own.connected, parts[0]))
+
+    def attested(self) -> list[PairState]:
+        """Rank 0's pairs."""
+        return self._own.attested()
+
+    def dropped(self) -> Counter[str]:
+        return self._own.dropped() + Counter({"ranks": self._counted("send_dropped")})
+
+    def stop(self) -> None:
+        self._own.stop()
+
+    def _is_last(self, event: Any) -> bool:
+        return isinstance(event, OpDone)
+
+    def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
+        if rank == 0:
+            self._own.cancel(ticket, error)
+        else:
+            self._others[rank].tell("stop_sending", ticket, error_of(error))
+
+
+class JointReceiver(_Joining[ReceiveJoint]):
+    def __init__(
+        self,
+        own: Callable[[Callable[[ReceiveEvent], None]], KvReceiver],
+        sources: Mapping[int, int],
+        loop: asyncio.AbstractEventLoop,
+        on_event: Callable[[ReceiveEvent], None],
+        others: Sequence[Talk],
+    ) -> None:
+        """own: makes rank 0's, as above. sources: rank -> how many ranks of a prefill worker send to it."""
+        super().__init__(loop, on_event, others)
+        self._own, self._sources = own(self._take_own), sources
+
+    def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int]) -> None:
+        self._joints[ticket] = ReceiveJoint(self._sources)
+        for rank, sources in self._sources.items():
+            if rank == 0:
+                self._own.admit(ticket, first_block, blocks, sources)
+            else:
+                self._others[rank].tell("admit", ticket, first_block, blocks, sources)
+
+    def refuse(self, ticket: Ticket, reason: str) -> None:
+        self._own.refuse(ticket, reason)
+        for other in self._others.values():
+            other.tell("refuse", ticket, reason)
+
+    def cancel(self, ticket: Ticket, error: TercetError) -> None:
+        for rank in self._sources:
+            self._cancel_part(rank, ticket, error)
+
+    def dropped(self) -> Counter[str]:
+        return self._own.dropped() + Counter({"ranks": self._counted("receive_dropped")})
+
+    def refused(self) -> Counter[str]:
+        return self._own.refused() + Counter({"ranks": self._counted("receive_refused")})
+
+    def corrupt(self) -> int:
+        return self._own.corrupt() + self._counted("corrupt")
+
+    def start(self, host: str) -> Endpoint:
+        """Rank 0's."""
+        return self._own.start(host)
+
+    def stop(self) -> None:
+        self._own.stop()
+
+    def _is_last(self, event: Any) -> bool:
+        return isinstance(event, Complete | Quiesced)
+
+    def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
+        if rank == 0:
+            self._own.cancel(ticket, error)
+        else:
+            self._others[rank].tell("stop_receiving", ticket, error_of(error))
+
+
+def _rank_of(part: Part) -> int:
+    assert isinstance(part, int), "here a part is a rank"
+    return part
