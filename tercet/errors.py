@@ -21,7 +21,7 @@
     │   ├── ModelFileCorrupt        500   DATA_LOSS
     │   └── UnsupportedModel        500   UNIMPLEMENTED
     ├── Overloaded                  503   RESOURCE_EXHAUSTED   every candidate refused, or a queue is full
-    ├── NoWorkers                   503   UNAVAILABLE          a role has no live worker
+    ├── NoWorkers                   503   UNAVAILABLE          a role has no live worker, or an expert no live rank
     ├── DeadlineExceeded            504   DEADLINE_EXCEEDED
     ├── Cancelled                   499   CANCELLED            the client went away or asked for it
     ├── WorkerLost                  502   UNAVAILABLE          a worker died and no retry was left
@@ -30,7 +30,8 @@
     ├── EngineFault                 500   INTERNAL             this request's own step failed; the worker lives
     ├── TransferError               502   UNAVAILABLE          a KV handover failed
     │   ├── PeerDown                502   UNAVAILABLE
-    │   │   └── PeerUnreachable     502   UNAVAILABLE          no connection to it could be made
+    │   │   ├── PeerUnreachable     502   UNAVAILABLE          no connection to it could be made
+    │   │   └── RankLost            502   UNAVAILABLE          a rank that exchanges tokens died or fell silent
     │   ├── PeerMismatch            502   FAILED_PRECONDITION  other model, layout, version or cluster
     │   ├── ProtocolViolation       502   DATA_LOSS            bytes that are no frame of ours
     │   ├── LeaseExpired            502   DEADLINE_EXCEEDED
@@ -199,6 +200,12 @@ class PeerDown(TransferError):
 
 class PeerUnreachable(PeerDown):
     pass
+
+
+class RankLost(PeerDown):
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank  # None: rebuilt from a wire, where the message alone names it
 
 
 class PeerMismatch(TransferError):

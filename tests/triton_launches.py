@@ -10,6 +10,7 @@ from tercet.kernels.triton import (
     decode,
     digest,
     gather,
+    moe,
     prefill,
     rms_norm,
     rope,
@@ -114,3 +115,12 @@ def linear_of_a_row():
 def runs():
     for word in (8, 4, 2, 1):
         copy.copy_runs(0, 1 << 40, [(0, 0, word)], torch.device("cpu"))
+
+
+def experts():
+    for dtype, tokens in ((BF16, TOKENS), (BF16, 4096), (torch.float32, TOKENS)):  # tiles of few rows, and of many
+        gate_up, down = torch.zeros(8, 2 * 768, 2048, dtype=dtype), torch.zeros(8, 2048, 768, dtype=dtype)
+        mixture, numbers = moe.TritonExperts(gate_up, down), torch.zeros(tokens, 2, dtype=torch.int64)
+        mixture.forward(torch.zeros(tokens, 2048, dtype=dtype), numbers, torch.zeros(tokens, 2))
+    odd = moe.TritonExperts(torch.zeros(3, 2 * 5, 7), torch.zeros(3, 7, 5))
+    odd.forward(torch.zeros(1, 7), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))

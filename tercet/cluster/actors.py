@@ -129,9 +129,6 @@ class RankActor:
         """Never returns: the call fails with the end of this process."""
         await asyncio.Event().wait()
 
-    async def health(self) -> None:
-        await self._rank.health()
-
     async def stop(self) -> None:
         await stop_and_end(self._rank.stop())
 

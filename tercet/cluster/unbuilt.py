@@ -11,7 +11,8 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
     """Raises UnsupportedSpec `dotted.path: what is not built`, or what has no effect there."""
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
-        refuse_groups(role, wanted)
+        if wanted.parallelism.ranks > 1:
+            refuse_groups(spec, role, wanted)
         accelerator = spec.pools[wanted.pool].accelerator
         _refuse_devices(f"roles.{role}", wanted, accelerator)
         _refuse_kernels(role, wanted, accelerator, spec.model.dtype)
@@ -23,13 +24,19 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
         raise UnsupportedSpec(f"transfer.{key}: has no effect, since no KV moves in topology aggregated; leave it out")
 
 
-def refuse_groups(role: Role, wanted: RoleSpec) -> None:
-    """Placement and launching know groups of ranks; a worker does not compute as one yet."""
-    if wanted.parallelism.ranks > 1:
+def refuse_groups(spec: ClusterSpec, role: Role, wanted: RoleSpec) -> None:
+    """What a worker of several ranks does not do yet."""
+    path, parallelism = f"roles.{role}", wanted.parallelism
+    ranks = parallelism.ranks
+    for kind in ("data", "expert"):
+        if (degree := getattr(parallelism, kind)) > 1:
+            raise UnsupportedSpec(f"{path}.parallelism.{kind}: {degree} is not built yet; use 1")
+    if Role.ENCODE in spec.roles:
         raise UnsupportedSpec(
-            f"roles.{role}.parallelism: a worker of {wanted.parallelism.ranks} ranks is not built yet; use 1 for each "
-            "degree"
+            f"{path}.parallelism: {parallelism.ranks} ranks take no images yet; use 1 for each degree"
         )
+    if not isinstance(wanted.cuda_graphs, str):
+        raise UnsupportedSpec(f"{path}.cuda_graphs: no step of {ranks} ranks is captured yet; use auto")
 
 
 def _refuse_role(role: Role, wanted: RoleSpec) -> None:

@@ -3,20 +3,22 @@
 T rows of the batch   E hidden size   n experts   k experts of a token   I intermediate size   M = T * k assignments
 
 Rows are sorted by expert, so that each expert that got tokens multiplies them in one piece; an expert without tokens
-costs nothing.
+costs nothing. `pack_experts` gives the experts of a layer for the kernels that a worker computes with.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tercet.errors import UnsupportedModel
 from tercet.kernels.activation import silu_and_mul, silu_and_mul_reference
 from tercet.kernels.kinds import Kernels
+from tercet.kernels.native.moe import NativeExperts
 from tercet.kernels.packing import activation_dtype
 
 ELSEWHERE = -1  # in place of an expert's number: another rank computes it
@@ -24,7 +26,7 @@ ELSEWHERE = -1  # in place of an expert's number: another rank computes it
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router's logits become experts and weights."""
+    """How a router's logits become experts and weights. Raises UnsupportedModel if they cannot so."""
 
     experts: int
     top_k: int
@@ -35,6 +37,18 @@ class Routing:
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "max"  # of a group: its best expert's, or the sum of its best two
 
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.experts % self.groups:
+            raise UnsupportedModel(f"router: {self.experts} experts cannot be divided into {self.groups} groups")
+        if not 1 <= self.top_groups <= self.groups:
+            raise UnsupportedModel(f"router: {self.top_groups} of {self.groups} groups")
+        group = self.experts // self.groups
+        if self.groups > 1 and self.group_score == "top2" and group < 2:
+            raise UnsupportedModel("router: the best two of groups of one expert")
+        looked_at = self.experts if self.groups == 1 else self.top_groups * group
+        if not 1 <= self.top_k <= looked_at:
+            raise UnsupportedModel(f"router: {self.top_k} experts of a token, where {looked_at} are looked at")
+
 
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits [T, n]; bias [n] float32, which decides who is chosen, but is no part of the weights (DeepSeek-V3,
@@ -43,7 +57,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
     scores = wide.softmax(-1) if routing.score == "softmax" else wide.sigmoid()
     wanted = scores if bias is None else scores + bias
     if routing.groups > 1:
-        grouped = wanted.view(len(wanted), routing.groups, -1)
+        grouped = wanted.view(len(wanted), routing.groups, routing.experts // routing.groups)
         best = grouped.amax(-1) if routing.group_score == "max" else grouped.topk(2, -1)[0].sum(-1)
         out = torch.ones_like(best, dtype=torch.bool).scatter_(1, best.topk(routing.top_groups, -1)[1], False)
         wanted = grouped.masked_fill(out.unsqueeze(-1), -torch.inf).flatten(1)
@@ -54,28 +68,39 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
     return experts, weights * routing.scale
 
 
-class Experts:
-    """Some experts' MLPs, by torch's grouped product. x and the result have the kernels' activation dtype."""
+class Experts(Protocol):
+    """Some experts' MLPs. x and the result have the kernels' activation dtype."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        """gate_up [n, 2 I, E], the gate's rows first; down [n, E, I]."""
-        self._gate_up, self._down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        self.count = len(gate_up)
+    count: int
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [T, E]; experts [T, k] int64, numbers of those that are here or ELSEWHERE; weights [T, k] float32
         -> [T, E], the weighted sum of what the experts that are here make of each row; zero if none is."""
+
+
+class TorchExperts:
+    """By torch's grouped product, which wants rows of whole 16 bytes: inputs are padded with zeros up to that."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        """gate_up [n, 2 I, E], the gate's rows first; down [n, E, I]."""
+        self._gate_up, self._down = _aligned(gate_up).transpose(1, 2), _aligned(down).transpose(1, 2)
+        self.count = len(gate_up)
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """As `Experts`; what the k experts of a row make is summed in float32."""
         flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        order = order[int((flat == ELSEWHERE).sum()) :]
-        rows = order // experts.shape[1]
-        out = torch.zeros_like(x)
-        if not len(rows):
-            return out
-        ends = torch.bincount(flat[order], minlength=self.count).cumsum(0).int()
-        gated = silu_and_mul(functional.grouped_mm(x[rows], self._gate_up, offs=ends))
-        made = functional.grouped_mm(gated, self._down, offs=ends)
-        return out.index_add_(0, rows, made * weights.flatten()[order].unsqueeze(1).to(made.dtype))
+        order = flat.argsort(stable=True)[int((flat == ELSEWHERE).sum()) :]
+        made = x.new_zeros(len(flat), x.shape[1])
+        if len(order):
+            ends = torch.bincount(flat[order], minlength=self.count).cumsum(0).int()
+            both = functional.grouped_mm(_aligned(x[order // experts.shape[1]]), self._gate_up, offs=ends)
+            made[order] = functional.grouped_mm(_aligned(silu_and_mul(both)), self._down, offs=ends)
+        return torch.bmm(weights.unsqueeze(1), made.float().view(*experts.shape, x.shape[1])).squeeze(1).to(x.dtype)
+
+
+def _aligned(inputs: Tensor) -> Tensor:
+    """Rows of whole 16 bytes."""
+    return functional.pad(inputs, (0, -inputs.shape[-1] % (16 // inputs.itemsize)))
 
 
 def experts_reference(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -91,5 +116,12 @@ def experts_reference(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tens
 
 def pack_experts(gate_up: Tensor, down: Tensor, dtype: torch.dtype, kernels: Kernels) -> Experts:
     """For these kernels; dtype: of the model. Shapes as `Experts` takes them."""
+    if kernels.native:
+        return NativeExperts(gate_up.to(dtype), down.to(dtype))
     activations = activation_dtype(dtype, kernels)
-    return Experts(gate_up.to(activations), down.to(activations))
+    gate_up, down = gate_up.to(activations), down.to(activations)
+    if kernels.kind != "triton":
+        return TorchExperts(gate_up, down)
+    from tercet.kernels.triton.moe import TritonExperts  # it imports Triton, which other kernels do without
+
+    return TritonExperts(gate_up, down)

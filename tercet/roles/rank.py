@@ -57,7 +57,6 @@ class Rank:
         """on_end: called on any thread when rank 0 is gone, after which this process is to end."""
         self._who = Identity(worker_id, role, epoch, spec, host, cluster_token, (role,), tuple(cores))
         self._place, self._on_end = place_of(self._who, rank), on_end
-        self._broken: WorkerLost | None = None
         self._stopped = threading.Event()
         self._sender: KvSender | None = None
         self._receiver: KvReceiver | None = None
@@ -65,11 +64,6 @@ class Rank:
     async def start(self, endpoint: str) -> None:
         """Returns when it has joined rank 0 there and loaded its share. Raises ModelError, SpecError, WorkerLost."""
         await asyncio.get_running_loop().run_in_executor(None, self._start, endpoint)
-
-    async def health(self) -> None:
-        """Raises WorkerLost."""
-        if self._broken is not None:
-            raise self._broken
 
     async def stop(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._stop)
@@ -184,7 +178,6 @@ class Rank:
     def _ended(self, error: WorkerLost) -> None:
         if self._stopped.is_set():
             return
-        self._broken = error
         log.error("%s rank %d: %s", self._who.worker_id, self._place.rank, error)
         self._on_end(error)
 

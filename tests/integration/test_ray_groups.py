@@ -66,9 +66,6 @@ class FakeRank:
         if self.fault == "dies once it has joined":
             asyncio.get_running_loop().call_later(0.3, os._exit, 1)
 
-    async def health(self) -> None:
-        pass
-
     async def stop(self) -> None:
         pass
 

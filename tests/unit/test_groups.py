@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tercet.cluster import actors, preflight, unbuilt
+from tercet.cluster import actors, preflight
 from tercet.cluster.actors import RankActor, WorkerActor
 from tercet.cluster.cli import app
 from tercet.cluster.group import GroupActor
@@ -81,7 +81,9 @@ async def test_it_listens_then_all_start_and_the_others_join():
     assert ranks[0].asked == [("listen",), ("start",)]
     for rank in ranks[1:]:
         assert sorted(rank.asked) == [("start", "127.0.0.1:9"), ("until_end",)]
-        assert rank.cancelled == ["until_end"]
+        assert rank.cancelled == []
+    await group.kill()
+    assert [rank.cancelled for rank in ranks[1:]] == [["until_end"]] * 2
     assert list(group.others) == [{"pid": 11, "node": "vm"}, {"pid": 12, "node": "vm"}]
 
 
@@ -115,17 +117,19 @@ async def test_a_rank_that_dies_fails_the_start_also_if_it_had_joined(number):
         await starting
 
 
-async def test_health_is_of_all_ranks_and_the_load_is_that_of_rank_0():
+async def test_health_is_rank_0s_and_fails_once_any_rank_has_ended():
     group, ranks = group_of()
+    await group.call("start", timeout_s=5.0)
     assert await group.call("health", timeout_s=5.0) == "load of 0"
-    assert [rank.asked for rank in ranks] == [[("health",)]] * 3
-    for number in (0, 1, 2):
-        group, ranks = group_of()
-        for rank in ranks:
-            rank.hangs = {"health"}
-        ranks[number].faults["health"] = WorkerLost(f"worker-0 rank {number} died")
-        with pytest.raises(WorkerLost, match=f"rank {number} died"):
-            await group.call("health", timeout_s=5.0)
+    ranks[2].died.set()
+    await asyncio.sleep(0.01)
+    with pytest.raises(WorkerLost, match="rank 2 died"):
+        await group.call("health", timeout_s=5.0)
+    await group.kill()
+    group, ranks = group_of()
+    ranks[0].faults["health"] = WorkerLost("worker-0: rank 1 of the group is gone")
+    with pytest.raises(WorkerLost, match="rank 1 of the group is gone"):
+        await group.call("health", timeout_s=5.0)
 
 
 async def test_legs_are_drained_by_rank_0_alone():
@@ -173,7 +177,7 @@ async def test_a_rank_that_dies_is_the_end_of_its_group_which_starts_anew_with_t
     cluster = controller(starter, reports)
     await cluster.bring_up()
     running = asyncio.create_task(cluster.run(stop))
-    starter.groups[0][2].faults["health"] = WorkerLost("worker-0 rank 2 died")
+    starter.groups[0][2].died.set()
     await until(lambda: len(starter.groups) == 2 and starter.noted["members"]["worker-1"]["state"] == "live")
     assert starter.noted["members"]["worker-1"]["epoch"] == 2
     assert [rank.killed for rank in starter.groups[0]] == [True] * 3
@@ -206,9 +210,6 @@ def made(monkeypatch) -> list[Any]:
             self.calls.append(("start", *args))
             return INFO
 
-        async def health(self) -> None:
-            raise ClusterError("its engine is stuck")
-
     async def watch() -> None:
         await asyncio.Event().wait()
 
@@ -222,11 +223,9 @@ async def test_a_rank_gets_its_number_and_joins_the_endpoint(made):
     spec = spec_of()
     actor = RankActor("worker-0", 3, Role.DECODE, 7, spec, (4, 5), "secret")
     place = await actor.start("127.0.0.1:9")
-    assert made[0].args == ("worker-0", 3, Role.DECODE, 7, spec, "127.0.0.1", "secret", (4, 5))
+    assert made[0].args[:8] == ("worker-0", 3, Role.DECODE, 7, spec, "127.0.0.1", "secret", (4, 5))
     assert made[0].calls == [("start", "127.0.0.1:9")]
     assert place["pid"] == os.getpid()
-    with pytest.raises(ClusterError, match="its engine is stuck"):
-        await actor.health()
     waiting = asyncio.create_task(actor.until_end())
     await asyncio.sleep(0.02)
     assert not waiting.done()
@@ -313,19 +312,6 @@ def test_a_group_keeps_its_role(worker, role, said):
         switched(spec, plan(spec, nodes_of(9.0)), worker, role)
 
 
-@pytest.fixture
-def built(monkeypatch) -> None:
-    """As it is once workers compute as groups."""
-    monkeypatch.setattr(unbuilt, "refuse_groups", lambda role, wanted: None)
-
-
-def test_a_group_is_refused_until_it_is_built():
-    with pytest.raises(
-        UnsupportedSpec, match=r"parallelism={tensor.*: roles.decode.parallelism: a worker of 6 ranks is not built yet"
-    ):
-        load_spec(LOCAL, ["roles.decode.parallelism={tensor: 2, pipeline: 3}"])
-
-
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -336,7 +322,7 @@ def test_a_group_is_refused_until_it_is_built():
         ("roles.decode.parallel.tensor=2", "roles.decode.parallel: unknown key; did you mean parallelism?"),
     ],
 )
-def test_a_fault_of_parallelism_is_one_line_with_its_path(built, setting, said):
+def test_a_fault_of_parallelism_is_one_line_with_its_path(setting, said):
     with pytest.raises(SpecError) as caught:
         load_spec(LOCAL, [setting])
     assert f"--set {setting}: " in str(caught.value)
@@ -344,7 +330,7 @@ def test_a_fault_of_parallelism_is_one_line_with_its_path(built, setting, said):
     assert "\n" not in str(caught.value)
 
 
-def test_an_encode_worker_is_a_single_process(built):
+def test_an_encode_worker_is_a_single_process():
     settings = ["topology=epd", "roles.encode={pool: cpu, parallelism: {tensor: 2}}"]
     with pytest.raises(UnsupportedSpec, match=r"roles.encode.parallelism: 2 ranks, but an encode worker is a single"):
         load_spec(LOCAL, settings)
@@ -387,7 +373,7 @@ def test_the_experts_of_a_config_that_has_some_are_counted():
     assert (shape.layers, shape.kv_heads) == (config.num_layers, config.num_kv_heads)
 
 
-def test_the_commands_validate_and_plan_a_group(built):
+def test_the_commands_validate_and_plan_a_group():
     degrees = "roles.decode.parallelism={tensor: 3, pipeline: 2}"
     done = CliRunner().invoke(app, ["validate", str(LOCAL), "--set", degrees])
     assert done.exit_code == 0, done.output

@@ -20,9 +20,10 @@ pytestmark = [
     pytest.mark.skipif(trial.missing() is not None, reason=str(trial.missing())),
     pytest.mark.skipif(os.uname().machine != "x86_64", reason="another kind of CPU"),
 ]
-KERNELS = Path(__file__).parent / "test_kernels_native.py"
+KERNELS = [str(Path(__file__).with_name(name)) for name in ("test_kernels_native.py", "test_kernels_moe.py")]
 NAME = "from tercet.kernels.native.library import library; print(library().instructions().decode())"
-ARGUMENTS = ["-q", "-x", "-p", "no:cacheprovider", str(KERNELS), "-k", "linear or attention or contexts or number"]
+KINDS = "linear or attention or contexts or number or expert or row"
+ARGUMENTS = ["-q", "-x", "-p", "no:cacheprovider", *KERNELS, "-k", KINDS]
 SUITE = f"import pytest, sys; sys.exit(pytest.main({ARGUMENTS}))"
 REFUSED = "from tests.refused_tiles import refuse_tiles; refuse_tiles(); "
 

@@ -33,9 +33,10 @@ def test_each_item_runs_once_while_threads_come_and_go(tmp_path):
     run(compiled("native_team", tmp_path, "-O2"))
 
 
-def test_attention_stays_within_its_memory(tmp_path):
+@pytest.mark.parametrize("name", ["native_bounds", "native_experts"])
+def test_each_shape_stays_within_its_memory(name, tmp_path):
     try:
-        program = compiled("native_bounds", tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize=alignment")
+        program = compiled(name, tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize=alignment")
     except subprocess.CalledProcessError:
         pytest.skip("this compiler has no sanitizers")
     run(program)

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "communicator.h"
 #include "mlp.h"
+#include "moe.h"
 #include "sampling.h"
 
 struct Layer {
@@ -91,6 +92,15 @@ void attention_forward(const float* query, int64_t ldq, const Shape* s, const St
 
 void draw_tokens_forward(const float* logits, int64_t rows, int64_t n, const Draw* draws, int64_t* tokens) {
     draw_tokens(logits, rows, n, draws, tokens);
+}
+
+// y [rows, hidden] += what the experts make of x; numbers, weights [rows, k]. Returns wrong_number, and
+// computes nothing if there is one.
+int64_t experts_forward(const Experts* e, const float* x, int64_t rows, const int64_t* numbers, const float* weights, int64_t k,
+                        float* y) {
+    int64_t wrong = wrong_number(*e, numbers, rows * k);
+    if (wrong < 0) experts_into(*e, x, rows, numbers, weights, k, y);
+    return wrong;
 }
 
 // y [rows, hidden] += the layer's attention over norm(x), behind its output projection; y may be x. step->cache: this

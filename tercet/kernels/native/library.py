@@ -43,6 +43,10 @@ class Linear(Structure):
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("format", c_int))
 
 
+class ExpertWeights(Structure):
+    _fields_ = (("gate_up", Linear), ("down", Linear), ("count", c_int64))
+
+
 class Layer(Structure):
     _fields_ = (
         ("attention_norm", c_void_p),
@@ -112,6 +116,10 @@ _SIGNATURES = {
     "rotate_and_write_forward": (None, (c_void_p, c_void_p, POINTER(Shape), POINTER(Step))),
     "attention_forward": (None, (c_void_p, c_int64, POINTER(Shape), POINTER(Step), c_int64, c_void_p)),
     "draw_tokens_forward": (None, (c_void_p, c_int64, c_int64, POINTER(Draw), c_void_p)),
+    "experts_forward": (
+        c_int64,
+        (POINTER(ExpertWeights), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p),
+    ),
     "attention_half": (
         c_int,
         (POINTER(Layer), POINTER(Shape), POINTER(Step), c_void_p, c_void_p, OnLayer, c_int64),

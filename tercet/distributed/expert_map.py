@@ -1,0 +1,118 @@
+"""Where the experts of a model lie: physical slots on ranks, some experts in several of them (replicas).
+
+L layers   n experts (logical)   P slots (physical) = ranks * slots_per_rank   R most replicas of an expert
+T rows of the batch   k experts of a token
+
+Slot s lies on rank s // slots_per_rank. The names phy2log and log2phy are those of DeepSeek's EPLB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tercet.errors import ClusterError, InternalError, NoWorkers
+
+NO_SLOT = -1  # pads the rows of log2phy
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The replicas that one rank may choose from."""
+
+    slots: Tensor  # [n, R] int64, candidates first, then NO_SLOT
+    counts: Tensor  # [n] int64, candidates of each expert
+    missing: bool  # some expert has none
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMap:
+    """phy2log [L, P] int64: the expert in each slot. L = 1: all layers have the same."""
+
+    phy2log: Tensor
+    experts: int
+    slots_per_rank: int
+    _choices: dict[tuple[object, ...], _Choice] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises ClusterError for a placement that is none."""
+        shape, dtype = tuple(self.phy2log.shape), self.phy2log.dtype
+        if len(shape) != 2 or not shape[0] or dtype != torch.int64:
+            raise ClusterError(f"phy2log must be int64 of shape [layers, slots], not {dtype} of {list(shape)}")
+        if self.slots_per_rank < 1 or not shape[1] or shape[1] % self.slots_per_rank:
+            raise ClusterError(f"{shape[1]} slots are no multiple of {self.slots_per_rank} slots per rank")
+        for layer, row in enumerate(self.phy2log):
+            self._check_layer(layer, row)
+
+    def _check_layer(self, layer: int, row: Tensor) -> None:
+        strange = row[(row < 0) | (row >= self.experts)].tolist()
+        if strange:
+            raise ClusterError(f"layer {layer}: slots of experts {strange[:8]}; the model has {self.experts}")
+        absent = sorted(set(range(self.experts)) - set(row.tolist()))
+        if absent:
+            raise ClusterError(f"layer {layer}: no slot holds experts {absent[:8]}; each needs at least one")
+
+    @property
+    def ranks(self) -> int:
+        return self.phy2log.shape[1] // self.slots_per_rank
+
+    def experts_on(self, rank: int, layer: int = 0) -> list[int]:
+        """The experts in this rank's slots, in their order."""
+        first = rank * self.slots_per_rank
+        held: list[int] = self._row(layer)[first : first + self.slots_per_rank].tolist()
+        return held
+
+    def log2phy(self, layer: int = 0) -> Tensor:
+        """-> [n, R] int64, the slots of each expert in ascending order, padded with NO_SLOT."""
+        return _slots_of(self._row(layer), torch.ones(self.phy2log.shape[1], dtype=torch.bool), self.experts)
+
+    def choose(self, experts: Tensor, rank: int, layer: int = 0, active: tuple[bool, ...] | None = None) -> Tensor:
+        """experts [T, k] int64; rank: the one that the rows are on; active: which ranks take part, by default all
+        -> slots [T, k] int64. A replica on `rank` is preferred; without one, rows take the replicas by turns,
+        and each rank begins with another. Raises NoWorkers if no active rank holds an expert that is asked for."""
+        everyone = (True,) * self.ranks
+        choice = self._choice(rank, layer, everyone if active is None else active, experts.device)
+        counts = choice.counts[experts]
+        if choice.missing and not counts.all():
+            expert = int(experts[counts == 0][0])
+            raise NoWorkers(f"no active rank holds expert {expert} of layer {layer}; place it anew")
+        turns = torch.arange(len(experts), device=experts.device).unsqueeze(1) + rank
+        return choice.slots[experts, turns % counts]
+
+    def _choice(self, rank: int, layer: int, active: tuple[bool, ...], device: torch.device) -> _Choice:
+        key = (rank, layer, active, device)
+        if key not in self._choices:
+            self._choices[key] = self._choose_from(rank, layer, active, device)
+        return self._choices[key]
+
+    def _choose_from(self, rank: int, layer: int, active: tuple[bool, ...], device: torch.device) -> _Choice:
+        if len(active) != self.ranks or not 0 <= rank < self.ranks:
+            raise InternalError(f"rank {rank} with {len(active)} flags of activity; there are {self.ranks} ranks")
+        row = self._row(layer)
+        usable = torch.tensor(active).repeat_interleave(self.slots_per_rank)
+        here = usable & (torch.arange(len(row)) // self.slots_per_rank == rank)
+        is_here = torch.zeros(self.experts, dtype=torch.bool)
+        is_here[row[here]] = True
+        slots = _slots_of(row, usable & (here | ~is_here[row]), self.experts)
+        counts = (slots != NO_SLOT).sum(1)
+        return _Choice(slots.to(device), counts.to(device), missing=not bool(counts.all()))
+
+    def _row(self, layer: int) -> Tensor:
+        """phy2log [P] of one layer."""
+        if layer < 0 or 1 < len(self.phy2log) <= layer:
+            raise InternalError(f"layer {layer} has no placement; there are {len(self.phy2log)}")
+        return self.phy2log[layer if len(self.phy2log) > 1 else 0]
+
+
+def _slots_of(row: Tensor, usable: Tensor, experts: int) -> Tensor:
+    """row [P] int64, usable [P] bool -> [n, most usable replicas, at least 1] int64, ascending, padded with NO_SLOT."""
+    slots = usable.nonzero()[:, 0]
+    chosen = functional.one_hot(row[slots], experts)  # [usable slots, n]
+    place = (chosen.cumsum(0) * chosen).sum(1) - 1  # which replica of its expert each slot is
+    width = max(1, int(chosen.sum(0).max())) if len(slots) else 1
+    table = torch.full((experts, width), NO_SLOT, dtype=torch.int64)
+    table[row[slots], place] = slots
+    return table
