@@ -8,13 +8,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-END = "<end>"
-VOCAB = 257  # the bytes, and the end
+from examples.make_tiny_model import END, VOCAB, save_byte_tokenizer
+
+__all__ = ["CONTEXT", "END", "VOCAB", "save_tiny_model", "tiny_model"]
 CONTEXT = 2048
 
 
@@ -42,8 +41,4 @@ def save_tiny_model(directory: Path) -> None:
         initializer_range=0.3,  # so that tokens vary and no two of them tie
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    bytes_ = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = tokenizers.Tokenizer(models.BPE(bytes_, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, chat_template=template).save_pretrained(directory)
+    save_byte_tokenizer(directory)

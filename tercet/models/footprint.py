@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tercet.core import Role
 from tercet.devices import Device
 from tercet.errors import UnsupportedSpec
-from tercet.models.config import ModelConfig
+from tercet.models.config import LatentConfig, MixtureConfig, ModelConfig
 from tercet.models.sources import load_config, locate
 from tercet.spec import EMBEDDING_BLOCK, ClusterSpec, KvSpec, ModelSpec
 
@@ -17,13 +17,43 @@ GIB = 1 << 30
 
 def weight_count(config: ModelConfig) -> int:
     """Of all weights, each once."""
-    hidden, middle = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = hidden * (queries + 2 * keys) + queries * hidden + (queries + 2 * keys) * config.qkv_bias
-    attention += hidden * config.output_bias + 2 * config.head_dim * config.qk_norm
-    mlp = 3 * hidden * middle + (2 * middle + hidden) * config.mlp_bias
+    hidden, mixture, layers = config.hidden_size, config.mixture, config.num_layers
+    sparse = 0 if mixture is None else len(mixture.layers)
+    mlps = (layers - sparse) * _mlp_count(config, config.intermediate_size)
+    if mixture is not None:
+        mlps += sparse * _mixture_count(config, mixture)
+    attention = _grouped_query_count(config) if config.latent is None else _latent_count(config, config.latent)
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return embeddings + config.num_layers * (attention + mlp + 2 * hidden) + hidden
+    return embeddings + layers * (attention + 2 * hidden) + mlps + hidden
+
+
+def _grouped_query_count(config: ModelConfig) -> int:
+    hidden, queries, keys = (
+        config.hidden_size,
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+    matrices = hidden * (queries + 2 * keys) + queries * hidden
+    biases = (queries + 2 * keys) * config.qkv_bias + hidden * config.output_bias
+    return matrices + biases + 2 * config.head_dim * config.qk_norm
+
+
+def _latent_count(config: ModelConfig, latent: LatentConfig) -> int:
+    hidden, heads, rank, ranks = config.hidden_size, config.num_heads, latent.rank, latent.query_rank or 0
+    down = (hidden + config.qkv_bias) * (ranks + rank + latent.rotary_dim) + ranks + rank  # with biases and norms
+    queries = (ranks or hidden) * heads * (latent.plain_dim + latent.rotary_dim)
+    up = rank * heads * (latent.plain_dim + latent.value_dim)
+    return down + queries + up + heads * latent.value_dim * hidden + hidden * config.output_bias
+
+
+def _mlp_count(config: ModelConfig, middle: int) -> int:
+    return 3 * config.hidden_size * middle + (2 * middle + config.hidden_size) * config.mlp_bias
+
+
+def _mixture_count(config: ModelConfig, mixture: MixtureConfig) -> int:
+    router = mixture.experts * (config.hidden_size + mixture.choice_bias)
+    experts = mixture.experts * 3 * config.hidden_size * mixture.intermediate_size
+    return router + experts + (_mlp_count(config, mixture.shared_size) if mixture.shared_size else 0)
 
 
 def weight_bytes(config: ModelConfig, spec: ModelSpec, role: Role = Role.DECODE, *, apart: bool = False) -> int:
@@ -46,7 +76,8 @@ def embedding_bytes(config: ModelConfig, blocks: int) -> int:
 def kv_bytes(config: ModelConfig, kv: KvSpec, dtype: str) -> int:
     """Of a worker's KV cache."""
     item = ITEM_BYTES["bfloat16" if dtype == "gguf" else dtype]
-    return kv.blocks * kv.block_size * 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
+    per_token = config.kv_parts * config.num_layers * config.num_kv_heads * config.head_dim
+    return kv.blocks * kv.block_size * per_token * item
 
 
 def refuse_too_large(spec: ClusterSpec, replicas: Mapping[Role, int], device: Device, held: int) -> None:

@@ -4,6 +4,7 @@
     x = x + mlp(mlp_norm(x))
 
 T rows of the batch   E hidden size   H query heads   Hkv key-value heads   D head dimension   I intermediate size
+n experts   k experts of a token   R rank of the latent   P rotary, N plain, V value dimension of a head
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional
 
 from tercet.kernels.activation import silu_and_mul
 from tercet.kernels.linear import PackedLinear
+from tercet.kernels.moe import Experts, Routing, route
 from tercet.kernels.norm import RmsNorm
 
 
@@ -27,6 +30,21 @@ class GroupedQuery:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1). The rotary part of queries and keys is
+    in two halves, as `apply_rope` takes it."""
+
+    query_down: PackedLinear | None  # E -> query rank; None: queries are made of the hidden state itself
+    query_norm: RmsNorm | None
+    query: PackedLinear  # query rank, or E -> H * (N + P)
+    latent: PackedLinear  # E -> R + P: the latent, and the key that all heads share
+    latent_norm: RmsNorm  # of the R values
+    key_up: Tensor  # [H, N, R], of a latent to the plain part of each head's key
+    value_up: Tensor  # [H, V, R]
+    output: PackedLinear  # H * V -> E
+
+
+@dataclass(frozen=True)
 class DenseMlp:
     gate_up: PackedLinear  # E -> 2 I: gate, up
     down: PackedLinear  # I -> E
@@ -37,8 +55,29 @@ class DenseMlp:
 
 
 @dataclass(frozen=True)
+class MixtureMlp:
+    """Each token goes to k of n experts, and to the shared ones."""
+
+    router: Tensor  # [n, E] float32
+    bias: Tensor | None  # [n] float32, of the choice
+    routing: Routing
+    experts: Experts
+    shared: DenseMlp | None
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, E] -> each row's experts [T, k] int64, and their weights [T, k] float32."""
+        return route(functional.linear(x.float(), self.router), self.routing, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, E] -> [T, E]."""
+        experts, weights = self.choose(x)
+        out = self.experts.forward(x, experts, weights)
+        return out if self.shared is None else out.add_(self.shared.forward(x))
+
+
+@dataclass(frozen=True)
 class Layer:
     attention_norm: RmsNorm
-    attention: GroupedQuery
+    attention: GroupedQuery | Latent
     mlp_norm: RmsNorm
-    mlp: DenseMlp
+    mlp: DenseMlp | MixtureMlp

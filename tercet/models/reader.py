@@ -1,6 +1,6 @@
 """Reads weights one by one: each is checked, cast, digested and packed before the next.
 
-At its peak the process holds the packed model and one float32 matrix.
+At its peak the process holds the packed model and one float32 matrix, or the experts of one layer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from torch import Tensor
 from tercet.errors import ModelFileCorrupt, UnsupportedModel
 from tercet.kernels.kinds import Kernels
 from tercet.kernels.linear import PackedLinear
+from tercet.kernels.moe import Experts, pack_experts
 from tercet.kernels.native.linear import BLOCK, Quantised, QuantisedLinear, stacked
+from tercet.kernels.norm import RmsNorm
 from tercet.kernels.packing import LinearPacker, activation_dtype
 from tercet.models.config import ModelConfig
 from tercet.models.vision.config import VisionConfig
 from tercet.models.weights import WeightSource
+
+EXACT = ".e_score_correction_bias"  # ends the names of what is float32 whatever the model's dtype
 
 
 class WeightReader:
@@ -59,7 +63,7 @@ class WeightReader:
         return weight.to(self._kernels.device)
 
     def _read(self, name: str) -> Tensor:
-        weight = self._source.read(name).to(self._dtype)
+        weight = self._source.read(name).to(torch.float32 if name.endswith(EXACT) else self._dtype)
         self._unread.discard(name)
         content = xxhash.xxh3_128_digest(weight.contiguous().view(torch.uint8).numpy().data)
         self._contents[name] = f"{name} {[*weight.shape]} ".encode() + content
@@ -120,6 +124,17 @@ class WeightReader:
             )
         kept: Sequence[range | None] = rows or [None] * len(parts)
         return stacked([part.share(r, columns) for part, r in zip(parts, kept, strict=True)])
+
+    def norm(self, name: str, width: int, eps: float) -> RmsNorm:
+        return RmsNorm(self.weight(f"{name}.weight", width).to(self.activations), eps)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Where weights are gathered."""
+        return torch.empty(shape, dtype=self._dtype, device=self._kernels.device)
+
+    def experts(self, gate_up: Tensor, down: Tensor) -> Experts:
+        """gate_up [n, 2 I, E], down [n, E, I]."""
+        return pack_experts(gate_up, down, self._dtype, self._kernels)
 
     def has(self, name: str) -> bool:
         return name in self._unread

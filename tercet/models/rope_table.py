@@ -13,7 +13,7 @@ from tercet.models.config import ModelConfig, RopeConfig
 
 def rope_table(config: ModelConfig, device: torch.device) -> RopeTable:
     rope = config.rope
-    frequencies = inverse_frequencies(rope, config.head_dim)
+    frequencies = inverse_frequencies(rope, config.rotary_dim)
     return RopeTable(frequencies, config.max_context, rope.attention_factor, device, _axes(rope))
 
 

@@ -74,6 +74,7 @@ def kv_layout(config: ModelConfig, place: Place, blocks: int, block_size: int, d
         config.num_kv_heads,
         config.head_dim,
         dtype,
+        parts=config.kv_parts,
         tp_size=place.tensor,
         tp_rank=place.tensor_rank,
         first_layer=layers.start,

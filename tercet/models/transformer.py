@@ -1,4 +1,5 @@
-"""The Llama family's decoder, once for all of them: Llama, SmolLM2, Mistral, Qwen2, Qwen3. Config and weights differ.
+"""The decoder, once for all families: Llama, SmolLM2, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, DeepSeek-V2 and V3.
+Config and weights differ.
 
     T rows of the batch   R rows whose logits are wanted   E hidden size   V vocabulary
 
@@ -44,7 +45,11 @@ class Weights:
     head: PackedLinear | None  # E -> V here
 
 
-def _layers_of(kernels: Kernels) -> Callable[[ModelConfig, tuple[Layer, ...], RopeTable, Collectives], Layers]:
+def _layers_of(
+    config: ModelConfig, kernels: Kernels
+) -> Callable[[ModelConfig, tuple[Layer, ...], RopeTable, Collectives], Layers]:
+    if config.latent is not None:
+        return TorchLayers  # there are no other kernels for it; its linear layers are those of these kernels
     if kernels.kind == "triton":
         from tercet.models.triton_layers import TritonLayers  # it imports Triton, which other kernels do without
 
@@ -65,12 +70,17 @@ class Transformer:
         self._weights = weights
         self._activations = activation_dtype(self.dtype, kernels)
         here, rope = Shard(config, self.ranks.place).here, rope_table(config, self.device)
-        self._layers: Layers = _layers_of(kernels)(here, weights.layers, rope, self.ranks.tensor)
+        self._layers: Layers = _layers_of(config, kernels)(here, weights.layers, rope, self.ranks.tensor)
 
     @property
     def layers_done(self) -> int:
         """Over all steps; grows during a step. Any thread."""
         return self._layers.layers_done
+
+    @property
+    def captures(self) -> bool:
+        """Whether a decode step can be captured as a graph: it does not wait for the device."""
+        return self.kernels.kind == "triton" and self.config.latent is None
 
     def kv_layout(self, blocks: int, block_size: int) -> KvLayout:
         """Of a KV cache for this model."""

@@ -1,4 +1,4 @@
-"""The decoder layers of the Llama family by the Triton kernels, on a GPU. Nothing here waits for the device.
+"""The decoder layers by the Triton kernels, on a GPU. Nothing here waits for the device.
 
 T rows of the batch   D decodes, the first rows   N prefill chunks   E hidden size
 """
@@ -23,7 +23,7 @@ from tercet.kernels.triton.rope import rope_and_write
 from tercet.kernels.triton.row_linear import MOST_ROWS, Norm, row_linear
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
-from tercet.models.layer import Layer
+from tercet.models.layer import DenseMlp, GroupedQuery, Layer
 
 Window = int | None
 PROGRAMS_OF_AN_SM = 2  # of the decode kernel, whose shared memory is sized for it
@@ -69,7 +69,8 @@ class Hidden:
 
 class TritonLayers:
     def __init__(self, config: ModelConfig, layers: tuple[Layer, ...], rope: RopeTable, tensor: Collectives) -> None:
-        self._config, self._layers, self._tensor = config, layers, tensor
+        self._config, self._tensor = config, tensor
+        self._layers = [(layer, _grouped_query(layer)) for layer in layers]
         self._rope = rope
         self._programs = decode_programs(rope.device)
         self.layers_done = 0
@@ -78,14 +79,14 @@ class TritonLayers:
         step = self._plan(batch, kv_cache.shape[3])
         halves = _RowHalves if len(x) <= MOST_ROWS and self._tensor.size == 1 else _Halves
         hidden = Hidden(x, None)
-        for i, (layer, window) in enumerate(zip(self._layers, self._config.sliding_windows, strict=True)):
-            projected, hidden = halves.project(layer, hidden)
-            qkv = self._normed(layer, projected)
+        for i, ((layer, attention), window) in enumerate(zip(self._layers, self._config.sliding_windows, strict=True)):
+            projected, hidden = halves.project(layer.attention_norm, attention, hidden)
+            qkv = self._normed(attention, projected)
             rope_and_write(qkv, step.cos, step.sin, kv_cache[i], step.slots, self._config.num_kv_heads)
             if on_layer is not None:
                 on_layer(i)
             attended = _attend(qkv[:, : self._config.num_heads], kv_cache[i], step, window)
-            hidden = self._summed(halves.output(layer, attended.flatten(1), hidden))
+            hidden = self._summed(halves.output(attention, attended.flatten(1), hidden))
             hidden = self._summed(halves.mlp(layer, hidden))
             if batch.images is not None:
                 batch.images.add_behind(i, hidden.residual)
@@ -112,11 +113,11 @@ class TritonLayers:
         }
         return _Decodes(batch.num_decodes, tables, contexts, plans)
 
-    def _normed(self, layer: Layer, projected: Tensor) -> Tensor:
+    def _normed(self, layer: GroupedQuery, projected: Tensor) -> Tensor:
         """-> queries, keys and values, [T, H + 2 Hkv, head dimension]."""
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         qkv = projected.view(len(projected), heads + 2 * kv_heads, self._config.head_dim)
-        if (norm := layer.attention.qk_norm) is not None:
+        if (norm := layer.qk_norm) is not None:
             rotary = qkv[:, : heads + kv_heads]
             rotary.copy_(rms_norm(rotary, norm.weight, norm.eps))
         return qkv
@@ -144,20 +145,22 @@ class _Halves:
     """Each half's result is the update of what is returned: the residual is added by the next norm."""
 
     @staticmethod
-    def project(layer: Layer, x: Hidden) -> tuple[Tensor, Hidden]:
-        """-> what `layer.attention.qkv` makes of the layer's input, [T, (H + 2 Hkv) * head dimension], and x."""
-        normed, residual = _add_and_norm(layer.attention_norm, x)
-        return layer.attention.qkv.linear(normed), Hidden(residual, None)
+    def project(norm: RmsNorm, layer: GroupedQuery, x: Hidden) -> tuple[Tensor, Hidden]:
+        """-> what `layer.qkv` makes of the layer's normed input, [T, (H + 2 Hkv) * head dimension], and x."""
+        normed, residual = _add_and_norm(norm, x)
+        return layer.qkv.linear(normed), Hidden(residual, None)
 
     @staticmethod
-    def output(layer: Layer, attended: Tensor, x: Hidden) -> Hidden:
+    def output(layer: GroupedQuery, attended: Tensor, x: Hidden) -> Hidden:
         """attended [T, H * head dimension]; x as `project` gives it -> the input of the layer's MLP."""
-        return Hidden(x.residual, layer.attention.output.linear(attended))
+        return Hidden(x.residual, layer.output.linear(attended))
 
     @staticmethod
     def mlp(layer: Layer, x: Hidden) -> Hidden:
         """-> the layer's output."""
         normed, residual = _add_and_norm(layer.mlp_norm, x)
+        if not isinstance(layer.mlp, DenseMlp):
+            return Hidden(residual, layer.mlp.forward(normed))
         return Hidden(residual, layer.mlp.down.linear(silu_and_mul(layer.mlp.gate_up.linear(normed))))
 
 
@@ -165,20 +168,27 @@ class _RowHalves:
     """As `_Halves`, for few rows: each half's result is returned with the residual added."""
 
     @staticmethod
-    def project(layer: Layer, x: Hidden) -> tuple[Tensor, Hidden]:
-        norm, qkv = _norm(layer.attention_norm), layer.attention.qkv
-        return row_linear(x.residual, qkv.weight, qkv.bias, norm=norm), x
+    def project(norm: RmsNorm, layer: GroupedQuery, x: Hidden) -> tuple[Tensor, Hidden]:
+        return row_linear(x.residual, layer.qkv.weight, layer.qkv.bias, norm=_norm(norm)), x
 
     @staticmethod
-    def output(layer: Layer, attended: Tensor, x: Hidden) -> Hidden:
-        output = layer.attention.output
+    def output(layer: GroupedQuery, attended: Tensor, x: Hidden) -> Hidden:
+        output = layer.output
         return Hidden(row_linear(attended, output.weight, output.bias, residual=x.residual), None)
 
     @staticmethod
     def mlp(layer: Layer, x: Hidden) -> Hidden:
+        if not isinstance(layer.mlp, DenseMlp):
+            normed, residual = _add_and_norm(layer.mlp_norm, x)
+            return Hidden(layer.mlp.forward(normed).add_(residual), None)
         gate_up, down = layer.mlp.gate_up, layer.mlp.down
         gated = row_linear(x.residual, gate_up.weight, gate_up.bias, norm=_norm(layer.mlp_norm), gated=True)
         return Hidden(row_linear(gated, down.weight, down.bias, residual=x.residual), None)
+
+
+def _grouped_query(layer: Layer) -> GroupedQuery:
+    assert isinstance(layer.attention, GroupedQuery), "there are Triton kernels for no other attention"
+    return layer.attention
 
 
 def _norm(norm: RmsNorm) -> Norm:
