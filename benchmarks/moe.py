@@ -38,7 +38,7 @@ DTYPES: dict[Device, list[torch.dtype]] = {"cpu": [torch.float32, torch.bfloat16
 LOOP, COUNT = "loop", "count"
 DRAWS = 8  # inputs that are taken in turn
 COUNTED_LAYERS = 24  # of a step whose routing is counted
-TOLERANCE = 5e-2  # of values around 1: kinds round to bfloat16 in different places
+TOLERANCE = 1e-1  # of values around 1: kinds round to bfloat16 in different places
 SUM_BYTES = 2 << 30  # that are read to measure a GPU's bandwidth
 
 
