@@ -90,7 +90,7 @@ class CollectiveExchange:
         ours = torch.tensor([[count, layer, wire.shape[1]] for count in counts], device=wire.device)
         theirs = torch.empty_like(ours)
         with self._named("counts"):
-            dist.all_to_all_single(theirs, ours, group=self._group)
+            self._group.alltoall_base(theirs, ours, [], []).wait()
         found: list[list[int]] = theirs.tolist()
         for rank, (_, *other) in enumerate(found):
             if other != [layer, wire.shape[1]]:
@@ -104,7 +104,7 @@ class CollectiveExchange:
         """out [sum of counts, bytes] uint8 -> [sum of sources, bytes]. Backends copy this rank's own rows."""
         into = out.new_empty((sum(sources), out.shape[1]))
         with self._named("rows"):
-            dist.all_to_all_single(into, out, sources, counts, group=self._group)
+            self._group.alltoall_base(into, out, sources, counts).wait()
         return into
 
     @contextlib.contextmanager
