@@ -23,7 +23,8 @@ from tercet.distributed.meeting import Group, Meeting
 from tercet.distributed.pump import await_frames, await_payloads
 from tercet.errors import InternalError, PeerMismatch, ProtocolViolation, RankLost, TercetError
 from tercet.transfer.links.channel import Channel
-from tercet.transfer.links.wires import dial_unix
+from tercet.transfer.links.wires import dial_unix, listen_unix
+from tercet.transfer.protocol.messages import VERSION, Challenge, Welcome
 from tercet.transfer.transports.contract import Endpoint
 
 WANTED = Frame(Kind.DISPATCH, number=5, attempt=2, layer=3, rows=2, width=3, dtype=1, k=2)
@@ -273,6 +274,26 @@ def test_ranks_that_do_not_agree_are_turned_away(meetings, group, rank, as_rank,
     listening, dialling = meetings(), meetings(group, rank)
     with pytest.raises(PeerMismatch, match=f"rank {as_rank}: .*{says}"):
         dialling.dial(as_rank, listening.endpoint)
+
+
+def test_a_listener_that_does_not_know_the_secret_is_found_out(meetings):
+    """Whoever listens where a rank should gets a proof, but has none to give."""
+    listener, address = listen_unix()
+    dialling = meetings(rank=1)
+
+    def pretend() -> None:
+        channel = Channel(listener.accept()[0])
+        channel.send(Challenge(VERSION, b"n" * 16))
+        channel.receive()
+        channel.send(Welcome("0", 0, [GROUP.size, GROUP.slots_per_rank], "", b"", b"p" * 32))
+        channel.close()
+
+    endpoint = replace(Endpoint.decode(dialling.endpoint), unix=address).encode()
+    with listener, ThreadPoolExecutor() as pool:
+        pretending = pool.submit(pretend)
+        with pytest.raises(PeerMismatch, match="rank 0: 0 does not know this cluster's token"):
+            dialling.dial(0, endpoint)
+        pretending.result()
 
 
 def test_a_rank_that_is_not_there_is_lost(meetings):
