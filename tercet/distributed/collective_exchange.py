@@ -59,7 +59,7 @@ class CollectiveExchange:
         away = len(wire) - routes.counts[self.rank]
         row_bytes = x.shape[1] * x.element_size()
         self.sent += Sent(away * row_bytes, away * slots.shape[1] * ROUTING_BYTES, (self.size - 1) * HEADER_BYTES)
-        return received, Handle(routes, sources, len(x), x[:0], layer)
+        return received, Handle(routes, sources, len(x), x.new_empty((0, x.shape[1])), layer)
 
     def combine(self, y: Tensor, handle: Handle) -> Tensor:
         """y [M, E] -> [T, E]. Raises PeerDown if the group fails."""

@@ -123,7 +123,9 @@ class DirectExchange:
         own = (within[here], shares[here], rows[routes.rows[here]])
         received = self._receive(wanted, sources, own)
         self.number += 1
-        return _on(received, x.device), Handle(routes, sources, len(x), x[:0], layer, wanted.number, self.attempt)
+        return _on(received, x.device), Handle(
+            routes, sources, len(x), x.new_empty((0, x.shape[1])), layer, wanted.number, self.attempt
+        )
 
     def combine(self, y: Tensor, handle: Handle) -> Tensor:
         """y [M, E] -> [T, E]. Raises as `dispatch`."""
