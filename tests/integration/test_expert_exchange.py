@@ -237,7 +237,7 @@ def test_a_stopped_rank_is_lost_after_the_timeout_and_hears_of_it_when_it_wakes_
     for rank in survivors.values():
         rank.ask(*(["combine"] if verb == "combine" else ["prepare", SURVIVABLE]))
     try:
-        check_lost(survivors, 1, began, (1.0, 2.0))
+        check_lost(survivors, 1, began, (1.0, 3.0))
         go_on(survivors, 1, attempt=1, number=1)
         check_without(SURVIVABLE, survivors)
     finally:
