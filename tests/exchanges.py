@@ -145,7 +145,7 @@ class _Child:
     def dispatch(self, case: Case, layer: int = 0) -> list[Tensor]:
         rank, found = self.exchange.rank, case.map()
         x, experts, weights = case.batch(layer, rank)
-        slots = found.choose(experts, rank, layer, getattr(self.exchange, "active", None))
+        slots = found.choose(experts, rank, layer, self.exchange.active)
         received, self.handle = self.exchange.dispatch(x, slots, weights, layer)
         self.y = case.compute(received, found.experts_on(rank, layer))
         return [received.x, received.slots, received.weights]
