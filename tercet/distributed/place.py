@@ -7,7 +7,7 @@ so that the ranks that talk most, those of one tensor group, follow each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tercet.transfer.memory.layout import window
 
@@ -62,6 +62,10 @@ class Place:
         """The ranks that share each layer's experts."""
         size = self.tensor * self.data
         return range(self.stage * size, (self.stage + 1) * size)
+
+    def of(self, rank: int) -> Place:
+        """Another rank's place in the same group."""
+        return replace(self, rank=rank)
 
     def at_stage(self, stage: int) -> int:
         """The rank that holds the same share of another stage."""

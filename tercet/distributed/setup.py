@@ -42,9 +42,7 @@ def tensor_area(place: Place, venue: Venue) -> tuple[int, int] | None:
 
 def shared_memory(place: Place, venue: Venue) -> int | None:
     """A file descriptor of zeros for all areas; None if there are none. Rank 0 makes it."""
-    areas = [
-        tensor_area(Place(r, place.tensor, place.pipeline, place.data, place.expert), venue) for r in venue.together
-    ]
+    areas = [tensor_area(place.of(rank), venue) for rank in venue.together]
     ends = [offset + size for offset, size in filter(None, areas)]
     if not ends:
         return None

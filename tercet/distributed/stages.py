@@ -27,11 +27,15 @@ class Stages:
     def receive(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """-> what the stage before gives, [rows, width]. Raises WorkerLost."""
         x = torch.empty(rows, width, dtype=dtype, device=device)
+        if not rows:  # a replica without work
+            return x
         waited(self._group.recv([x], self._place.at_stage(self._place.stage - 1), TAG))
         return x
 
     def send(self, x: Tensor) -> None:
         """Raises WorkerLost."""
+        if not len(x):
+            return
         self._sent.append((self._group.send([x], self._place.at_stage(self._place.stage + 1), TAG), x))
         while len(self._sent) > MOST_SENT or self._sent[0][0].is_completed():
             waited(self._sent.popleft()[0])

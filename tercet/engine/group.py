@@ -27,7 +27,7 @@ from tercet.engine.runner import Runner
 from tercet.errors import InternalError, WorkerLost
 
 log = logging.getLogger(__name__)
-Drawn = tuple[int, list[bytes]]  # the step's number, a result for each micro-batch
+Drawn = tuple[int, int, list[bytes]]  # data replica, the step's number, a result for each micro-batch
 
 
 class GroupExecutor:
@@ -57,47 +57,65 @@ class GroupExecutor:
         if self._broken is not None:
             raise self._broken
         self._number += 1
-        parts = plan.divided(self._place.pipeline)
-        packed = [pack(part) for part, _ in parts]
+        replicas = self._divided(plan)
+        packed = [[pack(part) for part, _ in parts] for parts in replicas]
         for other in self._others:
-            other.tell("step", self._number, packed)
-        own = [self._runner.launch(part).result() for part, _ in parts]
-        return _GroupStep(self, self._number, [numbers for _, numbers in parts], own if self._place.draws else None)
+            other.tell("step", self._number, packed[self._place.of(other.rank).data_rank])
+        own = [self._runner.launch(part).result() for part, _ in replicas[0]]
+        numbers = [[pieces for _, pieces in parts] for parts in replicas]
+        return _GroupStep(self, self._number, numbers, own if self._place.draws else None)
 
-    def take(self, number: int, results: list[bytes]) -> None:
-        """What the rank that draws sends."""
-        self._drawn.put((number, results))
+    def _divided(self, plan: StepPlan) -> list[list[tuple[StepPlan, list[int]]]]:
+        """Of each replica its micro-batches, as many everywhere, since all take part in each."""
+        plans = plan.replicas
+        plans += [StepPlan()] * (self._place.data - len(plans))
+        replicas = [plan.divided(self._place.pipeline) for plan in plans]
+        most = max(map(len, replicas))
+        return [parts + [(StepPlan(), [])] * (most - len(parts)) for parts in replicas]
+
+    def take(self, rank: int, number: int, results: list[bytes]) -> None:
+        """What a rank that draws sends."""
+        self._drawn.put((self._place.of(rank).data_rank, number, results))
 
     def fail(self, error: WorkerLost) -> None:
         """The group is broken: nothing more is launched or waited for."""
         self._broken = error
         self._drawn.put(error)
 
-    def drawn(self, number: int) -> list[StepResult]:
-        """Waits for the results of a step. Raises WorkerLost, or InternalError if they are those of another one."""
+    def drawn(self, number: int) -> tuple[int, list[StepResult]]:
+        """Waits for a replica's results of a step. -> and which replica. Raises WorkerLost, or InternalError if they
+        are those of another step."""
         found = self._drawn.get()
         if isinstance(found, WorkerLost):
             raise found
-        if found[0] != number:
-            raise InternalError(f"rank 0 waits for step {number}, and the rank that draws sent step {found[0]}")
-        return [unpack_result(packed) for packed in found[1]]
+        replica, theirs, results = found
+        if theirs != number:
+            raise InternalError(f"rank 0 waits for step {number}, and a rank that draws sent step {theirs}")
+        return replica, [unpack_result(packed) for packed in results]
 
 
 class _GroupStep:
     def __init__(
-        self, executor: GroupExecutor, number: int, pieces: list[list[int]], own: list[StepResult] | None
+        self, executor: GroupExecutor, number: int, pieces: list[list[list[int]]], own: list[StepResult] | None
     ) -> None:
-        """pieces: of each micro-batch, its pieces' numbers in the step. own: results, if this rank draws."""
+        """pieces: of each replica, of each micro-batch, its pieces' numbers in the replica's plan. own: the first
+        replica's results, if rank 0 draws."""
         self._executor, self._number, self._pieces, self._own = executor, number, pieces, own
 
     def result(self) -> StepResult:
-        parts = self._own if self._own is not None else self._executor.drawn(self._number)
-        found = {
+        found = {} if self._own is None else {0: self._own}
+        while len(found) < len(self._pieces):
+            replica, parts = self._executor.drawn(self._number)
+            found[replica] = parts
+        return [result for replica in sorted(found) for result in self._ordered(replica, found[replica])]
+
+    def _ordered(self, replica: int, parts: list[StepResult]) -> StepResult:
+        numbered = {
             number: result
-            for numbers, results in zip(self._pieces, parts, strict=True)
+            for numbers, results in zip(self._pieces[replica], parts, strict=True)
             for number, result in zip(numbers, results, strict=True)
         }
-        return [found[number] for number in sorted(found)]
+        return [numbered[number] for number in sorted(numbered)]
 
 
 class RankSteps:

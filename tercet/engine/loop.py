@@ -16,6 +16,7 @@ from typing import Any
 from tercet.core import FinishReason, Load
 from tercet.engine.executor import Executor, Launched
 from tercet.engine.plan import StepPlan
+from tercet.engine.replicas import Replicas
 from tercet.engine.report import StepReport
 from tercet.engine.sequence import Sequence
 from tercet.engine.state import EngineState
@@ -34,12 +35,18 @@ class Engine:
         on_step: Callable[[StepReport], None],
         *,
         mrope: bool = False,
+        replicas: int = 1,
     ) -> None:
-        """on_step: takes the report of each step; called on the engine's thread. mrope: the model has M-RoPE."""
+        """on_step: takes the report of each step; called on the engine's thread. mrope: the model has M-RoPE. replicas:
+        data replicas that the executor computes together, each with as many blocks as the spec says."""
         self._executor = executor
         self._on_step = on_step
         self._work = threading.Condition()
-        self._state = EngineState(spec, max_context, eos_token_ids, quarantine_blocks, self._work.notify, mrope=mrope)
+        states = [
+            EngineState(spec, max_context, eos_token_ids, quarantine_blocks, self._work.notify, mrope=mrope)
+            for _ in range(replicas)
+        ]
+        self._state = states[0] if replicas == 1 else Replicas(states)
         self._stopping = False
         self.step_started: float | None = None  # time.monotonic() since which one step is awaited; health looks at it
         self.failure: BaseException | None = None  # what ended the loop, if it died

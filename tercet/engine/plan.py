@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -74,10 +74,17 @@ class StepPlan(NamedTuple):
     decodes: Sequence[Piece] = ()  # one token each, computed as one batch
     chunks: Sequence[Piece] = ()  # of prompts
     landed: Sequence[int] = ()  # blocks that transfers wrote since the last plan; the cache takes them first
+    others: Sequence[StepPlan] = ()  # of a group's further data replicas, each over blocks of its own
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        return (*self.decodes, *self.chunks)
+        """Those of the other replicas come last."""
+        return (*self.decodes, *self.chunks, *(piece for other in self.others for piece in other.pieces))
+
+    @property
+    def replicas(self) -> list[StepPlan]:
+        """Of each data replica its own plan."""
+        return [self._replace(others=()), *self.others]
 
     def apart(self) -> Iterator[StepPlan]:
         """Each piece as a step of its own, in order. Only the first takes `landed`: a step may
@@ -123,8 +130,12 @@ def pack(plan: StepPlan) -> bytes:
 
 
 def unpack(packed: bytes) -> StepPlan:
-    decodes, chunks, landed = msgpack.unpackb(packed, use_list=False)
-    return StepPlan(tuple(map(_piece, decodes)), tuple(map(_piece, chunks)), landed)
+    return _plan(msgpack.unpackb(packed, use_list=False))
+
+
+def _plan(fields: tuple[Any, ...]) -> StepPlan:
+    decodes, chunks, landed, others = fields
+    return StepPlan(tuple(map(_piece, decodes)), tuple(map(_piece, chunks)), landed, tuple(map(_plan, others)))
 
 
 def pack_result(result: StepResult) -> bytes:

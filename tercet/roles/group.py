@@ -103,7 +103,7 @@ class Group:
         talk, rank = Talk(line, self._lost), line.rank
         told: dict[str, Callable[..., Any]] = {
             "ready": lambda endpoint, fingerprint: self._is_ready(rank, endpoint, fingerprint),
-            "drawn": lambda number, results: self._engine().take(number, results),
+            "drawn": lambda number, results: self._engine().take(rank, number, results),
             "failed": lambda why: self._lost(WorkerLost(why)),
             "sent": lambda fact: self._sender().take(rank, fact),
             "landed": lambda fact: self._receiver().take(rank, fact),

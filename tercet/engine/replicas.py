@@ -1,0 +1,101 @@
+"""The data replicas of a group as one state: each has requests, blocks and a prefix cache of its own, and all compute
+their steps together, since they share experts. A replica with nothing to do takes part with an empty plan.
+
+Which replica a request goes to: where KV is handed over, both ends know it from the ticket alone (`replica_of`); else
+the one with the fewest requests.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Sequence as Rows
+from dataclasses import fields, replace
+
+from tercet.core import FinishReason, Load, Ticket
+from tercet.engine.plan import ImageKey, StepPlan, StepResult
+from tercet.engine.report import StepReport
+from tercet.engine.sequence import Sequence
+from tercet.engine.state import EngineState
+
+SUMMED = [field.name for field in fields(Load) if isinstance(field.default, int)]
+
+
+def replica_of(ticket: Ticket, replicas: int) -> int:
+    """Another attempt at a request may get another one."""
+    return zlib.crc32(f"{ticket.request_id}:{ticket.attempt}".encode()) % replicas
+
+
+class Replicas:
+    """Not thread-safe. The verbs are those of EngineState."""
+
+    def __init__(self, states: Rows[EngineState]) -> None:
+        self._states = states
+        self._in_flight: deque[list[tuple[EngineState, int]]] = deque()  # who planned, and how many pieces
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        if sequence.hand_over:
+            sequence.replica = replica_of(sequence.ticket, len(self._states))
+        else:
+            loads = [state.load() for state in self._states]
+            sequence.replica = min(range(len(loads)), key=lambda r: loads[r].running + loads[r].waiting)
+        self._of(sequence).add(sequence, now)
+
+    def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
+        sequence.replica = replica_of(sequence.ticket, len(self._states))
+        return self._of(sequence).reserve(sequence)
+
+    def join(self, sequence: Sequence, first_token: int) -> None:
+        self._of(sequence).join(sequence, first_token)
+
+    def quarantine(self, sequence: Sequence) -> None:
+        self._of(sequence).quarantine(sequence)
+
+    def release(self, sequence: Sequence, verified: int = 0) -> None:
+        self._of(sequence).release(sequence, verified)
+
+    def see(self, sequence: Sequence, image: int) -> bool:
+        return self._of(sequence).see(sequence, image)
+
+    def evicted(self) -> StepReport:
+        return [item for state in self._states for item in state.evicted()]
+
+    def forgotten(self) -> list[ImageKey]:
+        return [key for state in self._states for key in state.forgotten()]
+
+    def abort(self, sequence: Sequence) -> None:
+        self._of(sequence).abort(sequence)
+
+    def op_done(self, sequence: Sequence) -> None:
+        self._of(sequence).op_done(sequence)
+
+    def finish_after(self, sequence: Sequence, token_id: int) -> tuple[FinishReason, int | None] | None:
+        return self._of(sequence).finish_after(sequence, token_id)
+
+    def load(self) -> Load:
+        loads = [state.load() for state in self._states]
+        return replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in SUMMED})
+
+    def check_integrity(self) -> None:
+        for state in self._states:
+            state.check_integrity()
+
+    def plan(self, now: float) -> StepPlan:
+        """That of the first replica, with those of the others in `others`; empty if all are."""
+        plans = [state.plan(now) for state in self._states]
+        if not any(plan.pieces for plan in plans):
+            return StepPlan()
+        sizes = [len(plan.pieces) for plan in plans]
+        self._in_flight.append([(state, size) for state, size in zip(self._states, sizes, strict=True) if size])
+        return plans[0]._replace(others=tuple(plans[1:]))
+
+    def commit(self, result: StepResult) -> StepReport:
+        report: StepReport = []
+        rest = list(result)
+        for state, size in self._in_flight.popleft():
+            report += state.commit(rest[:size])
+            rest = rest[size:]
+        return report
+
+    def _of(self, sequence: Sequence) -> EngineState:
+        return self._states[sequence.replica]
