@@ -51,14 +51,15 @@ def check_model(spec: ClusterSpec, report: Callable[[str], None]) -> None:
 
 
 def _shape(config: ModelConfig) -> ModelShape:
+    mixture = config.mixture
     return ModelShape(
         layers=config.num_layers,
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
         intermediate=config.intermediate_size,
-        experts=getattr(config, "experts", 0),  # of a config that can say a mixture; others are dense
-        expert_intermediate=getattr(config, "expert_intermediate", 0),
-        shared_intermediate=getattr(config, "shared_intermediate", 0),
+        experts=0 if mixture is None else mixture.experts,
+        expert_intermediate=0 if mixture is None else mixture.intermediate_size,
+        shared_intermediate=0 if mixture is None else mixture.shared_size,
     )
 
 
