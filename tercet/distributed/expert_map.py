@@ -116,3 +116,22 @@ def _slots_of(row: Tensor, usable: Tensor, experts: int) -> Tensor:
     table = torch.full((experts, width), NO_SLOT, dtype=torch.int64)
     table[row[slots], place] = slots
     return table
+
+
+def default_map(experts: int, redundancy: int, ranks: int) -> ExpertMap:
+    """Experts in their order over the ranks, then one replica more of as many of them as there are slots left, each on
+    a rank that has none of it where there is one. The same for all layers. Raises ClusterError if the slots do not
+    divide."""
+    total = experts + redundancy
+    if total % ranks:
+        raise ClusterError(f"{experts} experts and {redundancy} replicas are no multiple of {ranks} ranks")
+    held = [[*range(rank * experts // ranks, (rank + 1) * experts // ranks)] for rank in range(ranks)]
+    copies = [1] * experts
+    for rank, here in enumerate(held):
+        after = held[(rank + 1) % ranks][0]  # so that what a rank holds is replicated by the one before it
+        while len(here) < total // ranks:
+            turn = [(after + step) % experts for step in range(experts)]
+            chosen = min(turn, key=lambda expert: (expert in here, copies[expert]))
+            here.append(chosen)
+            copies[chosen] += 1
+    return ExpertMap(torch.tensor([[expert for here in held for expert in here]]), experts, total // ranks)

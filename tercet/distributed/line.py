@@ -98,7 +98,7 @@ class Line:
         return bytes(data)
 
 
-class Meeting:
+class Rendezvous:
     """Where rank 0 listens until every other rank has joined."""
 
     def __init__(self, host: str, token: str) -> None:

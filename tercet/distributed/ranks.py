@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tercet.distributed.collectives import Alone, Collectives
 from tercet.distributed.place import Place
+from tercet.distributed.spread import Spread
 from tercet.distributed.stages import Stages
 
 
@@ -14,3 +15,4 @@ class Ranks:
     place: Place = field(default_factory=Place)
     tensor: Collectives = field(default_factory=Alone)  # of the ranks that share each layer's heads and columns
     stages: Stages | None = None  # of a pipeline
+    spread: Spread | None = None  # of experts

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from tercet.distributed.spread import Spread
 from tercet.kernels.activation import silu_and_mul
 from tercet.kernels.linear import PackedLinear
 from tercet.kernels.moe import Experts, Routing, route
 from tercet.kernels.norm import RmsNorm
+from tercet.kernels.routing_counts import RoutingCounts
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,28 @@ class DenseMlp:
 
 
 @dataclass(frozen=True)
+class LayerCounts:
+    """Of one layer."""
+
+    sums: RoutingCounts
+    number: int  # among the mixture layers that are here
+
+    def count(self, experts: Tensor) -> None:
+        self.sums.count(self.number, experts)
+
+
+@dataclass(frozen=True)
 class MixtureMlp:
     """Each token goes to k of n experts, and to the shared ones."""
 
     router: Tensor  # [n, E] float32
     bias: Tensor | None  # [n] float32, of the choice
     routing: Routing
-    experts: Experts
+    experts: Experts  # all of them, or those of this rank's slots
     shared: DenseMlp | None
+    layer: int  # of the model
+    spread: Spread | None = None  # over the ranks of a group
+    counts: LayerCounts | None = None
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, E] -> each row's experts [T, k] int64, and their weights [T, k] float32."""
@@ -71,7 +87,12 @@ class MixtureMlp:
     def forward(self, x: Tensor) -> Tensor:
         """[T, E] -> [T, E]."""
         experts, weights = self.choose(x)
-        out = self.experts.forward(x, experts, weights)
+        if self.counts is not None:
+            self.counts.count(experts)
+        if self.spread is None:
+            out = self.experts.forward(x, experts, weights)
+        else:
+            out = self.spread.forward(self.experts, self.layer, x, experts, weights)
         return out if self.shared is None else out.add_(self.shared.forward(x))
 
 

@@ -12,7 +12,7 @@ from tercet.kernels.linear import PackedLinear
 from tercet.kernels.moe import Experts, Routing
 from tercet.kernels.norm import RmsNorm
 from tercet.models.config import LatentConfig, MixtureConfig, ModelConfig
-from tercet.models.layer import DenseMlp, GroupedQuery, Latent, Layer, MixtureMlp
+from tercet.models.layer import DenseMlp, GroupedQuery, Latent, Layer, LayerCounts, MixtureMlp
 from tercet.models.reader import WeightReader
 from tercet.models.shard import Shard, values_of
 
@@ -29,7 +29,7 @@ def read_layer(reader: WeightReader, shard: Shard, number: int) -> Layer:
         attention_norm=_norm(reader, config, f"{at}input_layernorm"),
         attention=_attention(reader, shard, f"{at}self_attn."),
         mlp_norm=_norm(reader, config, f"{at}post_attention_layernorm"),
-        mlp=_mixture(reader, shard, at) if sparse else _dense(reader, shard, f"{at}mlp.", config.intermediate_size),
+        mlp=_mixture(reader, shard, number) if sparse else _dense(reader, shard, f"{at}mlp.", config.intermediate_size),
     )
 
 
@@ -142,8 +142,8 @@ def _dense(reader: WeightReader, shard: Shard, at: str, middle: int) -> DenseMlp
     )
 
 
-def _mixture(reader: WeightReader, shard: Shard, at: str) -> MixtureMlp:
-    mixture = shard.config.mixture
+def _mixture(reader: WeightReader, shard: Shard, layer: int) -> MixtureMlp:
+    mixture, at = shard.config.mixture, f"model.layers.{layer}."
     assert mixture is not None
     where, *matrices = MIXTRAL if reader.has(f"{at}{MIXTRAL[0]}gate.weight") else OTHERS
     at, bias = f"{at}{where}", None
@@ -154,8 +154,11 @@ def _mixture(reader: WeightReader, shard: Shard, at: str) -> MixtureMlp:
         router=router,
         bias=bias,
         routing=_routing(mixture),
-        experts=_experts(reader, shard, mixture, f"{at}experts.", matrices),
+        experts=_experts(reader, shard, layer, f"{at}experts.", matrices),
         shared=_dense(reader, shard, f"{at}shared_experts.", mixture.shared_size) if mixture.shared_size else None,
+        layer=layer,
+        spread=shard.spread,
+        counts=LayerCounts(shard.counts, shard.mixture_layers.index(layer)) if shard.counts else None,
     )
 
 
@@ -172,20 +175,22 @@ def _routing(mixture: MixtureConfig) -> Routing:
     )
 
 
-def _experts(reader: WeightReader, shard: Shard, mixture: MixtureConfig, at: str, matrices: list[str]) -> Experts:
-    """Of one tensor for each expert's matrix, which goes straight to its place, or of one for all experts. The tensor
-    ranks share the columns of each expert."""
+def _experts(reader: WeightReader, shard: Shard, layer: int, at: str, matrices: list[str]) -> Experts:
+    """Of one tensor for each expert's matrix, which goes straight to its place, or of one for all experts. All are
+    read, and those of this rank's slots are kept, or the columns that are here of all."""
+    mixture, held, columns = shard.config.mixture, shard.experts(layer), shard.expert_columns
+    assert mixture is not None
     count, hidden, middle = mixture.experts, shard.config.hidden_size, mixture.intermediate_size
-    here = slice(shard.columns(middle).start, shard.columns(middle).stop)
+    here = slice(columns.start, columns.stop)
     if reader.has(f"{at}gate_up_proj"):
-        both = reader.weight(f"{at}gate_up_proj", count, 2 * middle, hidden).view(count, 2, middle, hidden)[:, :, here]
-        downs = reader.weight(f"{at}down_proj", count, hidden, middle)[..., here]
-        return reader.experts(both.flatten(1, 2), downs.contiguous())
+        both = reader.weight(f"{at}gate_up_proj", count, 2 * middle, hidden).view(count, 2, middle, hidden)
+        downs = reader.weight(f"{at}down_proj", count, hidden, middle)
+        return reader.experts(both[held][:, :, here].flatten(1, 2), downs[held][..., here].contiguous())
     gate, up, down = matrices
-    width = here.stop - here.start
-    gates, downs = reader.empty(count, 2, width, hidden), reader.empty(count, hidden, width)
-    for i in range(count):
-        gates[i, 0] = reader.weight(f"{at}{i}.{gate}.weight", middle, hidden)[here]
-        gates[i, 1] = reader.weight(f"{at}{i}.{up}.weight", middle, hidden)[here]
-        downs[i] = reader.weight(f"{at}{i}.{down}.weight", hidden, middle)[:, here]
+    gates, downs = reader.empty(len(held), 2, len(columns), hidden), reader.empty(len(held), hidden, len(columns))
+    for expert in range(count):
+        slots = [slot for slot, its in enumerate(held) if its == expert]
+        gates[slots, 0] = reader.weight(f"{at}{expert}.{gate}.weight", middle, hidden)[here]
+        gates[slots, 1] = reader.weight(f"{at}{expert}.{up}.weight", middle, hidden)[here]
+        downs[slots] = reader.weight(f"{at}{expert}.{down}.weight", hidden, middle)[:, here]
     return reader.experts(gates.flatten(1, 2), downs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from tercet.distributed.place import Place
 from tercet.distributed.ranks import Ranks
 from tercet.errors import ModelFileCorrupt
 from tercet.kernels.kinds import Kernels
+from tercet.kernels.routing_counts import RoutingCounts
 from tercet.models.config import ModelConfig
 from tercet.models.layer_reader import read_layer
 from tercet.models.reader import WeightReader
@@ -36,10 +37,18 @@ def build_model(
     _check_heads(source, config)
     reader = WeightReader(source, _names(source, config), config, dtype, kernels, _fan_in(config))
     with torch.inference_mode():
-        weights = _weights(reader, Shard(config, ranks.place if ranks else Place()))
+        shard = _shard(config, kernels, ranks)
+        weights = _weights(reader, shard)
     reader.refuse_unused(config.architecture)
-    model = Transformer(config, weights, kernels, dtype or torch.bfloat16, ranks)
+    model = Transformer(config, weights, kernels, dtype or torch.bfloat16, ranks, shard.counts)
     return LoadedModel(model, config, reader.fingerprint())
+
+
+def _shard(config: ModelConfig, kernels: Kernels, ranks: Ranks | None) -> Shard:
+    shard = Shard(config, Place()) if ranks is None else Shard(config, ranks.place, ranks.spread)
+    if config.mixture is None or not shard.mixture_layers:
+        return shard
+    return replace(shard, counts=RoutingCounts(len(shard.mixture_layers), config.mixture.experts, kernels.device))
 
 
 def _names(source: WeightSource, config: ModelConfig) -> set[str]:

@@ -1,4 +1,5 @@
-"""A rank's share of a model: which layers, and of each which heads, columns and rows of the vocabulary. Pure.
+"""A rank's share of a model: which layers, and of each which heads, columns, experts and rows of the
+vocabulary.
 
 Column parallel: a linear layer's outputs are shared, as those of queries, keys, values, gate and up. Row parallel: its
 inputs are, as those of the output and down projections, so that ranks sum what they make (arXiv:1909.08053, section 3).
@@ -6,9 +7,12 @@ inputs are, as those of the output and down projections, so that ranks sum what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tercet.distributed.place import Place, share
+from tercet.distributed.spread import Spread
+from tercet.kernels.routing_counts import RoutingCounts
 from tercet.models.config import ModelConfig
 from tercet.transfer.memory.layout import KvLayout
 
@@ -17,6 +21,28 @@ from tercet.transfer.memory.layout import KvLayout
 class Shard:
     config: ModelConfig  # of the whole model
     place: Place
+    spread: Spread | None = None  # of a mixture's experts, if each rank has some of them whole
+    counts: RoutingCounts | None = None  # of a mixture's routing
+
+    @property
+    def mixture_layers(self) -> list[int]:
+        """Those that are here."""
+        mixture = self.config.mixture
+        return [] if mixture is None else [layer for layer in self.layers if layer in mixture.layers]
+
+    def experts(self, layer: int) -> Sequence[int]:
+        """Those that are here, in the order of their slots."""
+        assert self.config.mixture is not None
+        if self.spread is None:
+            return range(self.config.mixture.experts)
+        return self.spread.map.experts_on(self.spread.rank, layer)
+
+    @property
+    def expert_columns(self) -> range:
+        """Of each expert's intermediate values."""
+        assert self.config.mixture is not None
+        size = self.config.mixture.intermediate_size
+        return self.columns(size) if self.spread is None else range(size)
 
     @property
     def layers(self) -> range:

@@ -27,6 +27,7 @@ from tercet.kernels.linear import PackedLinear
 from tercet.kernels.norm import RmsNorm
 from tercet.kernels.packing import activation_dtype
 from tercet.kernels.rope import RopeTable
+from tercet.kernels.routing_counts import RoutingCounts
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
 from tercet.models.layer import Layer
@@ -59,14 +60,22 @@ def _layers_of(
 
 class Transformer:
     def __init__(
-        self, config: ModelConfig, weights: Weights, kernels: Kernels, dtype: torch.dtype, ranks: Ranks | None = None
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        ranks: Ranks | None = None,
+        routing: RoutingCounts | None = None,
     ) -> None:
-        """config: of the whole model. ranks: None: this process computes all of it."""
+        """config: of the whole model. ranks: None: this process computes all of it. routing: what its mixtures
+        count."""
         self.config = config
         self.dtype = dtype  # of the KV cache
         self.device = kernels.device
         self.kernels = kernels
         self.ranks = ranks or Ranks()
+        self.routing = routing
         self._weights = weights
         self._activations = activation_dtype(self.dtype, kernels)
         here, rope = Shard(config, self.ranks.place).here, rope_table(config, self.device)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tercet.distributed.line import Line, Meeting
+from tercet.distributed.line import Line, Rendezvous
 from tercet.distributed.place import Place
 from tercet.distributed.ranks import Ranks
 from tercet.distributed.setup import Venue, new_store, ranks_of, shared_memory
@@ -39,7 +39,7 @@ class Group:
         """on_broken: called once, on any thread."""
         self._who, self._on_broken = who, on_broken
         self.place = place_of(who, 0)
-        self._meeting = Meeting(who.host, who.token)
+        self._rendezvous = Rendezvous(who.host, who.token)
         self.talks: list[Talk] = []
         self.endpoints: list[str] = []  # of the movers of ranks 1, 2 ..., once ready
         self.broken: WorkerLost | None = None
@@ -54,15 +54,15 @@ class Group:
     @property
     def endpoint(self) -> str:
         """Where the other ranks join."""
-        return self._meeting.endpoint
+        return self._rendezvous.endpoint
 
     # ---- blocking, on a pool thread
 
     def meet(self, kernels: Kernels) -> Ranks:
         """Waits for every rank. Raises WorkerLost."""
         deadline = time.monotonic() + self._who.spec.ray.start_timeout_s
-        lines = self._meeting.joined(range(1, self.place.ranks), deadline, lambda: self._closing)
-        self._meeting.close()
+        lines = self._rendezvous.joined(range(1, self.place.ranks), deadline, lambda: self._closing)
+        self._rendezvous.close()
         self._store = new_store(self._who.host)
         local = (0, *(rank for rank, line in lines.items() if line.is_local)) if kernels.native else ()
         venue = Venue(f"{self._who.host}:{self._store.port}", local, len(os.sched_getaffinity(0)))
@@ -92,7 +92,7 @@ class Group:
 
     def close(self) -> None:
         self._closing = True
-        self._meeting.close()
+        self._rendezvous.close()
         for talk in self.talks:
             talk.tell("stop")
             talk.close()

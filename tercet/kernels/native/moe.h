@@ -41,7 +41,7 @@ struct Block {
     }
 };
 
-static inline bool takes_tiles(const Linear& l) {
+static inline bool takes_tiles([[maybe_unused]] const Linear& l) {
 #if defined(TERCET_AMX)
     return by_tiles(l);
 #else
@@ -49,7 +49,7 @@ static inline bool takes_tiles(const Linear& l) {
 #endif
 }
 
-static inline bool takes_pairs(const Linear& l) {
+static inline bool takes_pairs([[maybe_unused]] const Linear& l) {
 #if defined(__AVX512BF16__)
     return l.format == FORMAT_BF16;
 #else

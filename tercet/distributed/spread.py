@@ -1,0 +1,41 @@
+"""Experts that are spread over the ranks of a stage: which slots are here, and how tokens get to the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tercet.distributed.exchange import Exchange
+from tercet.distributed.expert_map import ExpertMap
+from tercet.distributed.place import Place, share
+from tercet.kernels.moe import ELSEWHERE, Experts
+
+
+class Spread:
+    def __init__(self, place: Place, experts: ExpertMap, exchange: Exchange) -> None:
+        self.map, self.exchange = experts, exchange
+        self.rank = place.rank - place.stage_group.start  # within the stage
+        self.active = (True,) * experts.ranks  # ranks that take part
+        self.computed = torch.zeros(experts.slots_per_rank + 1, dtype=torch.int64)  # rows of each slot; last: ELSEWHERE
+        self._place = place
+
+    def forward(self, here: Experts, layer: int, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """here: the experts of this rank's slots; layer: of the model. x [T, E], experts and weights [T, k] as
+        `Experts.forward` takes them -> [T, E]. Tensor ranks have the same rows: each sends its share of them, and has
+        zeros for the others, so that their sum is the result."""
+        rows = share(len(x), self._place.tensor_rank, self._place.tensor)
+        own = slice(rows.start, rows.stop)
+        slots = self.map.choose(experts[own], self.rank, layer, self.active)
+        received, handle = self.exchange.dispatch(x[own], slots, weights[own].contiguous(), layer)
+        self._count(received.slots)
+        made = self.exchange.combine(here.forward(received.x, received.slots, received.weights), handle)
+        if self._place.tensor == 1:
+            return made
+        out = torch.zeros_like(x)
+        out[own] = made
+        return out
+
+    def _count(self, slots: Tensor) -> None:
+        flat = slots.flatten().cpu()
+        assert ELSEWHERE == -1, "it counts as the last bin"
+        self.computed.index_add_(0, flat % len(self.computed), torch.ones_like(flat))
