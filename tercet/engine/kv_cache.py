@@ -1,6 +1,6 @@
 """The KV cache that a worker's model works in, and how its bytes reach the region that transfers read and write.
 
-tensor  [layers, blocks, 2, block size, Hkv, D]; 2 is K, V
+tensor  [layers, blocks, parts, block size, Hkv, D]; the parts are K and V, or one for latents
 """
 
 from __future__ import annotations

@@ -75,6 +75,11 @@ class Runner:
     def layers_done(self) -> int:
         return self._model.layers_done
 
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps can be recorded."""
+        return self._model.captures
+
     def capture(self, sizes: Iterable[int], max_context: int, recorder: Recorder) -> None:
         """Record decode steps of these batch sizes, the largest first."""
         forward = partial(self._model.forward, kv_cache=self.kv_cache)

@@ -6,6 +6,7 @@ L mixture layers of the model   n experts   T rows of the batch   k experts of a
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,13 @@ from torch import Tensor
 class RoutingSums(NamedTuple):
     load: NDArray[np.int64]  # [L, n] assignments of each expert
     pairs: NDArray[np.int64]  # [L - 1, n, n] of a token's expert in layer l and one of its experts in layer l + 1
+
+
+class _Step(threading.local):
+    """The layers so far of a thread's step: threads may share a model."""
+
+    def __init__(self) -> None:
+        self.experts: list[Tensor] = []
 
 
 class RoutingCounts:
@@ -33,19 +41,21 @@ class RoutingCounts:
         self._of_load = starts * self._bins + 1  # the bin of each layer's expert 0
         self._of_pairs = starts[: layers - 1].unsqueeze(-1) * self._bins**2 + self._bins + 1
         self._one = torch.ones(1, dtype=torch.int64, device=device)
-        self._step: list[Tensor] = []
+        self._step, self._adding = _Step(), threading.Lock()
         self._steps = 0
 
     def count(self, layer: int, experts: Tensor) -> None:
         """experts [T, k] int64, numbers or ELSEWHERE, of this mixture layer; the layers of a step come in order, and
         their experts must not change before the last one. A step that ends early is not counted."""
         if layer == 0:
-            self._step = []
-        assert layer == len(self._step), f"layer {layer} comes after {len(self._step)} layers"
-        self._step.append(experts)
-        if len(self._step) == self._layers:
-            self._add(torch.stack(self._step))
-            self._step = []
+            self._step.experts = []
+        step = self._step.experts
+        assert layer == len(step), f"layer {layer} comes after {len(step)} layers"
+        step.append(experts)
+        if len(step) == self._layers:
+            with self._adding:
+                self._add(torch.stack(step))
+            self._step.experts = []
 
     def read(self) -> RoutingSums:
         """Copies, of whole steps."""

@@ -88,7 +88,7 @@ class Transformer:
 
     @property
     def captures(self) -> bool:
-        """Whether a decode step can be captured as a graph: it does not wait for the device."""
+        """Whether a decode step can be captured as a graph, since it does not wait for the device."""
         return self.kernels.kind == "triton" and self.config.latent is None
 
     def kv_layout(self, blocks: int, block_size: int) -> KvLayout:

@@ -201,10 +201,12 @@ class Computing(Part):
     def _capture(self, runner: Runner, max_context: int) -> None:
         """Capture the decode steps that the spec asks for. Raises UnsupportedSpec if none can be, and it names some."""
         who, device = self._who, self._kernels.device
-        wanted, can = who.role_spec.cuda_graphs, device_of(device).captures and self._kernels.kind == "triton"
+        wanted, can = who.role_spec.cuda_graphs, device_of(device).captures and runner.captures
         if not isinstance(wanted, str) and not can:
             asked = f"roles.{who.role}.cuda_graphs"
-            raise UnsupportedSpec(f"{asked}: no step can be captured with kernels {self._kernels}; use auto")
+            raise UnsupportedSpec(
+                f"{asked}: no step of this model can be captured with kernels {self._kernels}; use auto"
+            )
         if wanted == "off" or not can or {*who.serves} == {Role.PREFILL} or self._group:  # the first decodes none
             return
         sizes = default_sizes(who.role_spec.scheduler.max_running) if isinstance(wanted, str) else {*wanted}

@@ -120,11 +120,14 @@ def test_a_size_above_the_largest_batch_is_refused():
     assert RoleSpec(cuda_graphs=[16]).cuda_graphs == [16]
 
 
-@pytest.mark.parametrize(("role", "sizes"), [(Role.DECODE, [4, 2, 1]), (Role.PREFILL, [])])
-def test_only_who_decodes_captures(role, sizes, monkeypatch):
+@pytest.mark.parametrize(
+    ("role", "can", "sizes"), [(Role.DECODE, True, [4, 2, 1]), (Role.DECODE, False, []), (Role.PREFILL, True, [])]
+)
+def test_only_who_decodes_captures(role, can, sizes, monkeypatch):
+    """And not every model can, as those whose attention waits for the device."""
     monkeypatch.setattr(computing, "CudaRecorder", lambda device: None)
     captured: list[int] = []
-    runner = SimpleNamespace(capture=lambda wanted, max_context, recorder: captured.extend(wanted))
+    runner = SimpleNamespace(captures=can, capture=lambda wanted, max_context, recorder: captured.extend(wanted))
     spec = ClusterSpec(
         roles={each: RoleSpec(scheduler=SchedulerSpec(max_running=4)) for each in (Role.PREFILL, Role.DECODE)}
     )

@@ -24,6 +24,7 @@ from tercet.cluster.spec_file import load_spec
 from tercet.cluster.tables import plan_table, status_table
 from tercet.core import Role, WorkerInfo
 from tercet.errors import ClusterError, ModelFileMissing, SpecError, TercetError, UnsupportedSpec, WorkerLost
+from tercet.models.config import MixtureConfig
 from tercet.models.sources import load_config
 from tercet.placement.roles import Node, plan
 from tercet.placement.switching import switched
@@ -362,13 +363,10 @@ def test_a_gpu_need_not_hold_what_a_group_divides(monkeypatch, accelerator, coun
 
 
 def test_the_experts_of_a_config_that_has_some_are_counted():
-    class Mixture(SimpleNamespace):
-        pass
-
     config = load_config(ModelSpec(source=tiny_model()))
     assert preflight._shape(config).experts == 0
-    mixture = Mixture(**vars(replace(config)), experts=8, expert_intermediate=24, shared_intermediate=48)
-    shape = preflight._shape(mixture)
+    mixture = MixtureConfig((1,), experts=8, top_k=2, intermediate_size=24, shared_size=48)
+    shape = preflight._shape(replace(config, mixture=mixture))
     assert (shape.experts, shape.expert_intermediate, shape.shared_intermediate) == (8, 24, 48)
     assert (shape.layers, shape.kv_heads) == (config.num_layers, config.num_kv_heads)
 

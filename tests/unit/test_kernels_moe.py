@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -273,3 +274,15 @@ def test_counts_are_of_whole_steps_and_copies():
     assert counts.read().load.max() == 1
     with pytest.raises(AssertionError, match="layer 1 comes after 0 layers"):
         counts.count(1, experts)
+
+
+def test_threads_may_share_counts():
+    """As they may share a model: each has steps of its own."""
+    counts, experts = RoutingCounts(2, 3, CPU), torch.tensor([[1, 2]])
+    counts.count(0, experts)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(counts.count, 0, experts).result()
+        counts.count(1, experts)
+        assert counts.read().load.tolist() == [[0, 1, 1]] * 2
+        other.submit(counts.count, 1, experts).result()
+    assert counts.read().load.tolist() == [[0, 2, 2]] * 2

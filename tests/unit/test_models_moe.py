@@ -29,7 +29,7 @@ SMALL = {
     "initializer_range": 0.3,  # sharp attention and routing, so that a wrong mask, angle or choice shows
     "eos_token_id": None,
 }
-QWEN = SMALL | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "head_dim": 32}
+QWEN = SMALL | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 DEEPSEEK = SMALL | {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 48,
@@ -58,7 +58,7 @@ FAMILIES = {
     "mixtral sliding, tied": transformers.MixtralConfig(
         **SMALL, num_local_experts=4, sliding_window=11, tie_word_embeddings=True, num_experts_per_tok=1
     ),
-    "qwen3-moe": transformers.Qwen3MoeConfig(**QWEN),
+    "qwen3-moe": transformers.Qwen3MoeConfig(**QWEN, head_dim=32),
     "qwen3-moe normalised, some dense": transformers.Qwen3MoeConfig(
         **QWEN, norm_topk_prob=True, mlp_only_layers=[1], attention_bias=True
     ),
@@ -152,7 +152,7 @@ def batch_of(decodes, chunks, ids):
 
 def empty_cache(model):
     """What nobody has written is NaN."""
-    return torch.full(model.kv_layout(BLOCKS, BLOCK).shape, float("nan"), dtype=model.dtype)
+    return torch.full(model.kv_layout(BLOCKS, BLOCK).shape, float("nan"), dtype=model.dtype, device=model.device)
 
 
 def fields_of(directory):

@@ -55,6 +55,41 @@ def test_the_other_name_of_num_experts(tmp_path):
     same_logits(tmp_path, reference)
 
 
+PUBLISHED = {  # what DeepSeek's own files say, beside the sizes
+    "rope_theta": 500.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.9,
+    },
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "ep_size": 1,
+    "moe_layer_freq": 1,
+    "pretraining_tp": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("deepseek-v2", {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}),
+        ("deepseek-v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 1}),
+    ],
+)
+def test_a_config_as_it_was_published(name, more, tmp_path):
+    saved_with_bias(FAMILIES[name], tmp_path)
+    fields = fields_of(tmp_path) | PUBLISHED | more
+    for field in ("rope_parameters", "qk_head_dim", "head_dim", "rope_interleave"):
+        fields.pop(field, None)
+    write_fields(tmp_path, fields)
+    same_logits(tmp_path, transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
+
+
 def test_every_other_layer_is_a_mixture(tmp_path):
     """moe_layer_freq, which DeepSeek's files have and transformers does not read."""
     torch.manual_seed(0)
