@@ -93,6 +93,11 @@ class DirectExchange:
             if rank in self._links:
                 self._links.pop(rank).close()
 
+    def cut(self, rank: int) -> None:
+        """From any thread: whoever waits for this rank gets RankLost."""
+        if (link := self._links.get(rank)) is not None:
+            link.cut()
+
     def resume(self, attempt: int, number: int) -> None:
         """Go on with exchange `number`, after a loss or with a new rank, at all ranks alike."""
         if attempt <= self.attempt:

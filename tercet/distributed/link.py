@@ -93,9 +93,13 @@ class Link:
                 self._into = self._after(self._into, count)
         self._go_on()
 
-    def close(self) -> None:
+    def cut(self) -> None:
+        """End the stream, which wakes who waits on it. From any thread."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.cut()
         self.sock.close()
         self.ended.set()
 

@@ -36,7 +36,7 @@ class Venue:
     store: str  # host:port
     together: tuple[int, ...]  # ranks of the host of rank 0, where all kernels are native; those that share memory
     cores: int  # of that host; ranks that share a core do not spin
-    exchanges: tuple[str, ...]  # where each rank's exchange listens; empty: experts are not spread
+    exchanges: tuple[str, ...]  # where each rank's exchange listens; empty for a rank that comes back
 
 
 def tensor_area(place: Place, venue: Venue) -> tuple[int, int] | None:
@@ -116,6 +116,8 @@ class Setup:
         if self._meeting is None:
             return CollectiveExchange(self._group(self.place.stage_group, venue), self._experts.slots_per_rank)
         direct = DirectExchange(self._meeting, self._timeout_s)
+        if not venue.exchanges:  # it comes back, and links up once it has loaded its share
+            return direct
         there = [venue.exchanges[rank] for rank in self.place.stage_group]
         direct.connect({rank: endpoint for rank, endpoint in enumerate(there) if rank != direct.rank})
         return direct

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
 
+from tercet.distributed.direct_exchange import DirectExchange
 from tercet.distributed.exchange import Exchange
 from tercet.distributed.expert_map import ExpertMap
 from tercet.distributed.place import Place, share
@@ -18,6 +21,45 @@ class Spread:
         self.active = (True,) * experts.ranks  # ranks that take part
         self.computed = torch.zeros(experts.slots_per_rank + 1, dtype=torch.int64)  # rows of each slot; last: ELSEWHERE
         self._place = place
+
+    def survives(self, ranks: Collection[int]) -> bool:
+        """Whether the others go on without these: the exchange can, and each expert lies on one of the others, too."""
+        if not isinstance(self.exchange, DirectExchange) or self.rank in ranks:
+            return False
+        left = [rank for rank in range(self.map.ranks) if rank not in ranks]
+        layers = range(len(self.map.phy2log))
+        return all(
+            len({expert for rank in left for expert in self.map.experts_on(rank, layer)}) == self.map.experts
+            for layer in layers
+        )
+
+    def cut(self, rank: int) -> None:
+        """It is lost: who waits for it in an exchange hears that at once. Any thread."""
+        self._direct.cut(rank)
+
+    def without(self, rank: int, attempt: int) -> None:
+        """Go on without it, as every other rank does under the same number of attempt. Between two steps."""
+        self._direct.without([rank])
+        self._resume(attempt)
+
+    def rejoin(self, rank: int, endpoint: str, attempt: int) -> None:
+        """Take it back, which waits for that in `join`. Between two steps. Raises RankLost."""
+        self._direct.rejoin(rank, endpoint)
+        self._resume(attempt)
+
+    def join(self, ranks: Sequence[int], attempt: int) -> None:
+        """Come back to these ranks. Raises RankLost."""
+        self._direct.join(ranks)
+        self._resume(attempt)
+
+    def _resume(self, attempt: int) -> None:
+        self._direct.resume(attempt, 0)
+        self.active = self._direct.active
+
+    @property
+    def _direct(self) -> DirectExchange:
+        assert isinstance(self.exchange, DirectExchange), "no other exchange goes on without a rank"
+        return self.exchange
 
     def forward(self, here: Experts, layer: int, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """here: the experts of this rank's slots; layer: of the model. x [T, E], experts and weights [T, k] as

@@ -88,6 +88,19 @@ class Engine:
         with self._work:
             self._state.op_done(sequence)
 
+    def lose(self, replica: int) -> None:
+        """Nothing more goes to this data replica, and what it has ends."""
+        assert isinstance(self._state, Replicas)
+        with self._work:
+            self._state.lost.add(replica)
+            self._work.notify()
+
+    def restore(self, replica: int) -> None:
+        """It is there again, with empty memory."""
+        assert isinstance(self._state, Replicas)
+        with self._work:
+            self._state.lost.discard(replica)
+
     def load(self) -> Load:
         with self._work:
             return self._state.load()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from tercet.core import PromptScore, SamplingParams, Ticket, TokenEvent
-from tercet.errors import EngineFault
+from tercet.errors import EngineFault, WorkerDrained
 
 
 class Draw(NamedTuple):
@@ -115,7 +115,7 @@ class PieceResult(NamedTuple):
 
     tokens: Sequence[TokenEvent] = ()  # drawn
     scores: Sequence[PromptScore] = ()  # of Piece.follow
-    fault: EngineFault | None = None  # what ends the sequence
+    fault: EngineFault | WorkerDrained | None = None  # what ends the sequence; the latter: it can go on elsewhere
 
 
 StepResult = list[PieceResult]  # one per piece, in their order

@@ -17,13 +17,14 @@ from tercet.engine.plan import ImageKey, StepPlan, StepResult
 from tercet.engine.report import StepReport
 from tercet.engine.sequence import Sequence
 from tercet.engine.state import EngineState
+from tercet.errors import WorkerDrained
 
 SUMMED = [field.name for field in fields(Load) if isinstance(field.default, int)]
 
 
 def replica_of(ticket: Ticket, replicas: int) -> int:
-    """Another attempt at a request may get another one."""
-    return zlib.crc32(f"{ticket.request_id}:{ticket.attempt}".encode()) % replicas
+    """The next attempt at a request gets another one, so that one that is lost is not tried again and again."""
+    return (zlib.crc32(ticket.request_id.encode()) + ticket.attempt) % replicas
 
 
 class Replicas:
@@ -31,6 +32,7 @@ class Replicas:
 
     def __init__(self, states: Rows[EngineState]) -> None:
         self._states = states
+        self.lost: set[int] = set()  # replicas whose rank is out: what they have ends with the next steps
         self._in_flight: deque[list[tuple[EngineState, int]]] = deque()  # who planned, and how many pieces
 
     def add(self, sequence: Sequence, now: float) -> None:
@@ -38,11 +40,14 @@ class Replicas:
             sequence.replica = replica_of(sequence.ticket, len(self._states))
         else:
             loads = [state.load() for state in self._states]
-            sequence.replica = min(range(len(loads)), key=lambda r: loads[r].running + loads[r].waiting)
+            live = [replica for replica in range(len(loads)) if replica not in self.lost]
+            sequence.replica = min(live, key=lambda r: loads[r].running + loads[r].waiting)
+        self._refuse_lost(sequence)
         self._of(sequence).add(sequence, now)
 
     def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
         sequence.replica = replica_of(sequence.ticket, len(self._states))
+        self._refuse_lost(sequence)
         return self._of(sequence).reserve(sequence)
 
     def join(self, sequence: Sequence, first_token: int) -> None:
@@ -96,6 +101,11 @@ class Replicas:
             report += state.commit(rest[:size])
             rest = rest[size:]
         return report
+
+    def _refuse_lost(self, sequence: Sequence) -> None:
+        """Raises WorkerDrained, so that the request goes on elsewhere: as another attempt, which gets another replica."""
+        if sequence.replica in self.lost:
+            raise WorkerDrained(f"replica {sequence.replica} is out")
 
     def _of(self, sequence: Sequence) -> EngineState:
         return self._states[sequence.replica]

@@ -26,7 +26,7 @@ from tercet.roles.facts_wire import error_of, fact_of
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.protocol.facts import Complete, OpDone, Quiesced, ReceiveEvent, SendEvent
+from tercet.transfer.protocol.facts import Complete, OpDone, Quiesced, ReceiveEvent, ReceiveFailed, SendEvent, SendFailed
 from tercet.transfer.protocol.shards import Cancel, Part, ReceiveJoint, SendJoint
 from tercet.transfer.transports.contract import Endpoint
 from tercet.transfer.transports.group_endpoint import GroupEndpoint
@@ -78,6 +78,21 @@ class _Joining(ABC, Generic[Joint]):
             if self._is_last(effect):
                 del self._joints[event.ticket]
             self._on_event(effect)
+
+    def lose(self, rank: int, error: TercetError) -> None:
+        """The rank is gone with its memory: nothing can be written there any more, nor from there."""
+        for ticket, joint in [*self._joints.items()]:
+            if rank in joint.parts:
+                for event in self._ends(ticket, error):
+                    self._take(rank, event)
+
+    def regain(self, talk: Talk) -> None:
+        """It is there again."""
+        self._others[talk.rank] = talk
+
+    @abstractmethod
+    def _ends(self, ticket: Ticket, error: TercetError) -> list[Any]:
+        """The facts that are left of a part that is gone."""
 
     def _counted(self, name: str) -> int:
         return sum(counts.get(name, 0) for counts in self.counts.values())
@@ -189,6 +204,9 @@ class JointSender(_Joining[SendJoint]):
     def _is_last(self, event: Any) -> bool:
         return isinstance(event, OpDone)
 
+    def _ends(self, ticket: Ticket, error: TercetError) -> list[Any]:
+        return [SendFailed(ticket, error), OpDone(ticket)]
+
     def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
         if rank == 0:
             self._own.cancel(ticket, error)
@@ -254,6 +272,9 @@ class JointReceiver(_Joining[ReceiveJoint]):
 
     def _is_last(self, event: Any) -> bool:
         return isinstance(event, Complete | Quiesced)
+
+    def _ends(self, ticket: Ticket, error: TercetError) -> list[Any]:
+        return [ReceiveFailed(ticket, error), Quiesced(ticket)]
 
     def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
         if rank == 0:

@@ -64,7 +64,7 @@ class SendJoint:
 
 class ReceiveJoint:
     def __init__(self, parts: Iterable[Part]) -> None:
-        self._waiting = list(parts)  # for Complete or Quiesced
+        self.parts = list(parts)  # without Complete or Quiesced
         self._complete: list[Complete] = []
         self._verified: list[int] = []  # blocks of each part that failed
         self._failed = self._noted = False
@@ -76,7 +76,7 @@ class ReceiveJoint:
                 return [event]
             case ReceiveFailed(_, error) if not self._failed:
                 self._failed = True
-                return [event, *(Cancel(other, error) for other in self._waiting if other != part)]
+                return [event, *(Cancel(other, error) for other in self.parts if other != part)]
             case Complete():
                 self._complete.append(event)
                 return self._settled(part, event)
@@ -86,8 +86,8 @@ class ReceiveJoint:
         return []
 
     def _settled(self, part: Part, event: Complete | Quiesced) -> list[ReceiveEvent | Cancel]:
-        self._waiting.remove(part)
-        if self._waiting:
+        self.parts.remove(part)
+        if self.parts:
             return []
         if self._failed:
             return [Quiesced(event.ticket, min(self._verified))]
