@@ -98,13 +98,16 @@ class JointSender(_Joining[SendJoint]):
     ) -> None:
         """own: makes rank 0's, which tells its events to what it is given. layouts: of the ranks."""
         super().__init__(loop, on_event, others)
+        self._opening: dict[
+            Ticket, list[TercetError]
+        ] = {}  # why parts were cancelled, of those that may not be open yet
         self._own, self._layouts = own(self._take_own), layouts
         self.push = self._own.push
 
     def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float, dial: bool = True) -> str:
         """As `KvSender.open`, at each rank that the worker at `endpoint` needs something from."""
         parts = self._parts(endpoint)
-        self._joints[ticket] = SendJoint(parts)
+        self._joints[ticket], self._opening[ticket] = SendJoint(parts), []
         names: set[str] = set()
         opened: list[int] = []
         try:
@@ -116,6 +119,10 @@ class JointSender(_Joining[SendJoint]):
             for rank in opened:
                 self._cancel_part(rank, ticket, error)
             raise
+        finally:
+            cancelled = self._opening.pop(ticket)
+        for cause in cancelled:  # it may have come to a part before that was open
+            self.cancel(ticket, cause)
         return "+".join(sorted(names))
 
     def _parts(self, endpoint: str) -> dict[int, list[str]]:
@@ -175,6 +182,8 @@ class JointSender(_Joining[SendJoint]):
         return isinstance(event, OpDone)
 
     def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
+        if (cancelled := self._opening.get(ticket)) is not None:
+            cancelled.append(error)
         if rank == 0:
             self._own.cancel(ticket, error)
         else:

@@ -82,7 +82,7 @@ class Rank:
         refuse_missing_cores(who.role, who.cores)
         kernels = choose_kernels(spec.kernels, device)
         torch.set_num_threads(spec.threads)
-        line = join(endpoint, self._place.rank, who.token)
+        line = join(endpoint, self._place.rank, who.token, who.spec.ray.start_timeout_s)
         venue, memory = self._setup(line)
         self._talk = Talk(line, self._ended)
         self._talk.start(self._told(), {"open": self._open, "connect": self._connect})
@@ -94,7 +94,7 @@ class Rank:
         self._talk.tell("ready", moving, loaded.fingerprint)
 
     def _setup(self, line: Line) -> tuple[Venue, int | None]:
-        line.settimeout(COLLECTIVE_S)
+        line.settimeout(self._who.spec.ray.start_timeout_s)  # until the others have joined
         match line.receive():
             case ["setup", str(store), [*together], int(cores), bool(shares)]:
                 venue = Venue(store, tuple(together), cores)
