@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import select
 import socket
 import struct
@@ -29,7 +30,10 @@ from tercet.transfer.links.wires import dial_tcp, dial_unix, host_id, listen_tcp
 
 LENGTH = struct.Struct("<I")
 MOST_BYTES = 64 << 20  # of a message: a step's plan carries token ids and block tables
-JOIN_S = 2.0  # for a handshake
+MOST_STRANGE_BYTES = 1 << 10  # of a message from who has proved nothing yet
+JOIN_S = 2.0  # for a handshake, once rank 0 has begun it
+MOST_GREETED = 32  # connections at once that have proved nothing yet; others wait
+LOOK_EVERY_S = 0.1
 MOST_RANKS = 1 << 16
 DIAL_S = 10.0
 RANK_0, RANK = b"rank 0", b"rank"  # who proves, so that nobody can send a proof back
@@ -56,12 +60,12 @@ class Line:
         except PeerDown as error:
             raise WorkerLost(f"rank {self.rank} of the group is gone: {error}") from error
 
-    def receive(self) -> Message:
-        """Raises ProtocolViolation for what is no message."""
+    def receive(self, most: int = MOST_BYTES) -> Message:
+        """Raises ProtocolViolation for what is no message, or one of more than `most` bytes."""
         try:
             (length,) = LENGTH.unpack(self._take(LENGTH.size))
-            if length > MOST_BYTES:
-                raise ProtocolViolation(f"a message of {length} bytes from rank {self.rank} is over {MOST_BYTES}")
+            if length > most:
+                raise ProtocolViolation(f"a message of {length} bytes from rank {self.rank} is over {most}")
             message = msgpack.unpackb(self._take(length), use_list=True)
         except PeerDown as error:
             raise WorkerLost(f"rank {self.rank} of the group is gone: {error}") from error
@@ -88,9 +92,20 @@ class Line:
     def settimeout(self, seconds: float | None) -> None:
         self._channel.settimeout(seconds)
 
+    def set_deadline(self, deadline: float | None) -> None:
+        """time.monotonic() by which all must be received, however slowly it comes. None: there is none any more."""
+        self._channel.deadline = deadline
+        self._channel.settimeout(None)
+
     def close(self) -> None:
-        """End it, which wakes who waits at either end."""
+        """End it, which wakes who waits at either end. Any thread."""
         self._channel.shutdown()
+
+    def dispose(self) -> None:
+        """End it and free the socket; for the thread that receives, or where none does."""
+        self._channel.shutdown()
+        with self._sending:
+            self._channel.close()
 
     def _take(self, num_bytes: int) -> bytes:
         data = bytearray(num_bytes)
@@ -99,58 +114,77 @@ class Line:
 
 
 class Rendezvous:
-    """Where rank 0 listens until every other rank has joined."""
+    """Where rank 0 listens until every other rank has joined. Each who connects is greeted on a thread of its own, so
+    that a stranger holds nobody up."""
 
     def __init__(self, host: str, token: str) -> None:
         self._token = token
         (self._tcp, tcp), (self._unix, unix) = listen_tcp(host), listen_unix()
         self.endpoint = json.dumps([host_id(), unix, tcp])
+        self._come: queue.SimpleQueue[Line] = queue.SimpleQueue()  # those that have proved who they are
+        self._greeting: list[threading.Thread] = []
 
     def joined(self, ranks: Sequence[int], deadline: float, give_up: Callable[[], bool]) -> dict[int, Line]:
         """Waits for all of them. deadline: time.monotonic(). Raises WorkerLost naming those that did not come."""
         lines: dict[int, Line] = {}
         try:
             while missing := [rank for rank in ranks if rank not in lines]:
-                line = self._next(deadline, give_up)
-                if line is not None and line.rank in missing:
-                    lines[line.rank] = line
-                elif time.monotonic() >= deadline or give_up():
+                if time.monotonic() >= deadline or give_up():
                     raise WorkerLost(f"ranks {missing} of the group did not join in time")
+                self._accept()
+                while not self._come.empty():
+                    self._take(self._come.get(), missing, lines)
         except BaseException:
             for line in lines.values():
-                line.close()
+                line.dispose()
             raise
         return lines
 
-    def _next(self, deadline: float, give_up: Callable[[], bool]) -> Line | None:
-        ready: list[socket.socket] = []
-        while not ready and time.monotonic() < deadline and not give_up():
-            ready, _, _ = select.select([self._tcp, self._unix], [], [], 0.1)
-        if not ready:
-            return None
-        sock, _ = ready[0].accept()
+    @staticmethod
+    def _take(line: Line, missing: list[int], lines: dict[int, Line]) -> None:
+        if line.rank in missing and line.rank not in lines:
+            lines[line.rank] = line
+        else:
+            line.dispose()  # no rank of this group, or one that is here already
+
+    def _accept(self) -> None:
+        """Wait a moment for who connects."""
+        self._greeting = [thread for thread in self._greeting if thread.is_alive()]
+        if len(self._greeting) >= MOST_GREETED:
+            time.sleep(LOOK_EVERY_S)
+            return
+        ready, _, _ = select.select([self._tcp, self._unix], [], [], LOOK_EVERY_S)
+        for listener in ready:
+            sock, _ = listener.accept()
+            thread = threading.Thread(target=self._greet, args=(Line(sock, -1), sock), name="rank-greet", daemon=True)
+            self._greeting.append(thread)
+            thread.start()
+
+    def _greet(self, line: Line, sock: socket.socket) -> None:
         try:
-            if sock.family == socket.AF_UNIX:
+            if line.is_local:
                 os.close(vet_unix(sock))
             else:
                 tune_tcp(sock)
-            return self._welcomed(sock)
+            self._welcome(line)
         except (WorkerLost, ProtocolViolation, PeerDown, PeerMismatch, OSError):
-            sock.close()  # a stranger, or one that died; who is missing is named in the end
-            return None
+            line.dispose()  # a stranger, or one that died; who is missing is named in the end
+        else:
+            self._come.put(line)
 
-    def _welcomed(self, sock: socket.socket) -> Line:
-        sock.settimeout(JOIN_S)
-        line, challenge = Line(sock, -1), nonce()
+    def _welcome(self, line: Line) -> None:
+        """Sets the line's rank."""
+        challenge = nonce()
+        line.set_deadline(time.monotonic() + JOIN_S)
         line.send("challenge", challenge)
-        match line.receive():
+        match line.receive(MOST_STRANGE_BYTES):
             case ["join", int(rank), bytes(theirs), bytes(given)] if 0 < rank < MOST_RANKS and proves(
                 given, self._token, RANK, challenge, rank.to_bytes(4, "big")
             ):
                 line.rank = rank
                 line.send("welcome", proof(self._token, RANK_0, theirs))
-                line.settimeout(None)
-                return line
+                line.set_deadline(None)
+                return
         raise ProtocolViolation("no rank of this cluster")
 
     def close(self) -> None:
@@ -158,17 +192,21 @@ class Rendezvous:
         self._unix.close()
 
 
-def join(endpoint: str, rank: int, token: str) -> Line:
-    """Connect to rank 0. Raises WorkerLost, PeerDown, ProtocolViolation."""
+def join(endpoint: str, rank: int, token: str, timeout_s: float) -> Line:
+    """Connect to rank 0, which may not be ready for that yet. Raises WorkerLost, PeerDown, ProtocolViolation."""
     host, unix, tcp = json.loads(endpoint)
     sock = dial_unix(unix, DIAL_S) if host == host_id() else dial_tcp(tcp, DIAL_S)
     line, ours = Line(sock, 0), nonce()
-    line.settimeout(JOIN_S)
-    match line.receive():
-        case ["challenge", bytes(challenge)]:
-            line.send("join", rank, ours, proof(token, RANK, challenge, rank.to_bytes(4, "big")))
-    match line.receive():
-        case ["welcome", bytes(given)] if proves(given, token, RANK_0, ours):
-            line.settimeout(None)
-            return line
-    raise ProtocolViolation("what listens there is no rank 0 of this cluster")
+    line.set_deadline(time.monotonic() + timeout_s)
+    try:
+        match line.receive(MOST_STRANGE_BYTES):
+            case ["challenge", bytes(challenge)]:
+                line.send("join", rank, ours, proof(token, RANK, challenge, rank.to_bytes(4, "big")))
+        match line.receive(MOST_STRANGE_BYTES):
+            case ["welcome", bytes(given)] if proves(given, token, RANK_0, ours):
+                line.set_deadline(None)
+                return line
+        raise ProtocolViolation("what listens there is no rank 0 of this cluster")
+    except BaseException:
+        line.dispose()
+        raise

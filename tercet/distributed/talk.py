@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tercet.distributed.line import Line, Message
-from tercet.errors import TercetError, WorkerLost, as_named, from_wire
+from tercet.errors import WorkerLost, as_named, from_wire
 
 BEAT_S = 0.25
 SILENT_S = 3.0  # of a rank that beats every BEAT_S, or takes nothing: it is stopped, or its host is
@@ -46,7 +46,8 @@ class Talk:
             threading.Thread(target=work, name=f"rank-{self.rank}-{name}", daemon=True).start()
 
     def tell(self, kind: str, *fields: Any) -> None:
-        """Never raises: once the other end is gone, `on_end` has been called."""
+        """Raises ProtocolViolation for a message that is too large. If the other end is gone, `on_end` is called, and
+        nothing raised."""
         try:
             self._line.send(kind, *fields)
         except WorkerLost as error:
@@ -58,9 +59,9 @@ class Talk:
         with self._changing:
             self._awaited[number] = answer
             over = self._over.is_set()
-        if over:
-            raise WorkerLost(f"rank {self.rank} of the group is gone")
         try:
+            if over:
+                raise WorkerLost(f"rank {self.rank} of the group is gone")
             self.tell("ask", number, kind, *fields)
             return answer.result(timeout_s)
         except TimeoutError as error:
@@ -71,9 +72,7 @@ class Talk:
 
     def close(self) -> None:
         """End it from here, without `on_end`."""
-        with self._changing:
-            self._over.set()
-        self._line.close()
+        self._finish(WorkerLost(f"the talk with rank {self.rank} of the group was closed"))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # ---- threads
@@ -84,8 +83,10 @@ class Talk:
                 self._hear(self._line.receive())
         except WorkerLost as error:
             self._end(error)
-        except (TercetError, TypeError, ValueError, KeyError) as error:  # a message that no handler takes
+        except Exception as error:  # noqa: BLE001  # a message that no handler takes, or a handler that fails
             self._end(WorkerLost(f"rank {self.rank} of the group sent what is not understood: {error!r}"))
+        finally:
+            self._line.dispose()
 
     def _hear(self, message: Message) -> None:
         kind, *fields = message
@@ -93,7 +94,8 @@ class Talk:
             case "beat":
                 pass
             case "ask":
-                self._pool.submit(self._answer, *fields)
+                number, question, *rest = fields
+                self._pool.submit(self._answer, number, question, *rest)
             case "answer":
                 self._answered(*fields)
             case _:
@@ -108,7 +110,7 @@ class Talk:
 
     def _answered(self, number: int, value: Any, error: list[str] | None) -> None:
         with self._changing:
-            awaited = self._awaited.get(number)
+            awaited = self._awaited.pop(number, None)
         if awaited is None:
             return  # it came too late
         if error is None:
@@ -121,13 +123,18 @@ class Talk:
             self.tell("beat")
 
     def _end(self, error: WorkerLost) -> None:
+        if self._finish(error):
+            self._on_end(error)
+
+    def _finish(self, error: WorkerLost) -> bool:
+        """Nothing is said any more, and who waits for an answer gets the error. False: it was over before."""
         with self._changing:
             if self._over.is_set():
-                return
+                return False
             self._over.set()
             awaited = list(self._awaited.values())
+            self._awaited.clear()
         self._line.close()
         for answer in awaited:
-            if not answer.done():
-                answer.set_exception(error)
-        self._on_end(error)
+            answer.set_exception(error)
+        return True

@@ -26,7 +26,15 @@ from tercet.roles.facts_wire import error_of, fact_of
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.protocol.facts import Complete, OpDone, Quiesced, ReceiveEvent, ReceiveFailed, SendEvent, SendFailed
+from tercet.transfer.protocol.facts import (
+    Complete,
+    OpDone,
+    Quiesced,
+    ReceiveEvent,
+    ReceiveFailed,
+    SendEvent,
+    SendFailed,
+)
 from tercet.transfer.protocol.shards import Cancel, Part, ReceiveJoint, SendJoint
 from tercet.transfer.transports.contract import Endpoint
 from tercet.transfer.transports.group_endpoint import GroupEndpoint
@@ -116,6 +124,9 @@ class JointSender(_Joining[SendJoint]):
     ) -> None:
         """own: makes rank 0's, which tells its events to what it is given. places, layouts: of the ranks."""
         super().__init__(loop, on_event, others)
+        self._opening: dict[
+            Ticket, list[TercetError]
+        ] = {}  # why parts were cancelled, of those that may not be open yet
         self._own, self._places, self._layouts = own(self._take_own), places, layouts
         self.push = self._own.push
 
@@ -123,7 +134,7 @@ class JointSender(_Joining[SendJoint]):
         """As `KvSender.open`, at each rank that the worker at `endpoint` needs something from."""
         group = GroupEndpoint.decode(endpoint)
         parts = self._parts(group, replica_of(ticket, self._places[0].data), replica_of(ticket, group.data))
-        self._joints[ticket] = SendJoint(parts)
+        self._joints[ticket], self._opening[ticket] = SendJoint(parts), []
         names: set[str] = set()
         opened: list[int] = []
         try:
@@ -135,6 +146,10 @@ class JointSender(_Joining[SendJoint]):
             for rank in opened:
                 self._cancel_part(rank, ticket, error)
             raise
+        finally:
+            cancelled = self._opening.pop(ticket)
+        for cause in cancelled:  # it may have come to a part before that was open
+            self.cancel(ticket, cause)
         return "+".join(sorted(names))
 
     def _parts(self, group: GroupEndpoint, own: int, theirs: int) -> dict[int, list[str]]:
@@ -208,6 +223,8 @@ class JointSender(_Joining[SendJoint]):
         return [SendFailed(ticket, error), OpDone(ticket)]
 
     def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
+        if (cancelled := self._opening.get(ticket)) is not None:
+            cancelled.append(error)
         if rank == 0:
             self._own.cancel(ticket, error)
         else:

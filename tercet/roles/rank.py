@@ -29,7 +29,7 @@ from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
 from tercet.placement.cores import refuse_missing_cores
 from tercet.roles.facts_wire import packed_fact
-from tercet.roles.group import COLLECTIVE_S, setup_of
+from tercet.roles.group import setup_of
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity
 from tercet.spec import ClusterSpec
@@ -76,7 +76,8 @@ class Rank:
         refuse_missing_cores(who.role, who.cores)
         kernels = choose_kernels(spec.kernels, device)
         torch.set_num_threads(spec.threads)
-        line, setup = join(endpoint, self._rank, who.token), setup_of(who, self._rank, device)
+        line = join(endpoint, self._rank, who.token, who.spec.ray.start_timeout_s)
+        setup = setup_of(who, self._rank, device)
         self._place = setup.place
         line.send("here", setup.exchange)
         venue, memory = self._venue(line)
@@ -90,7 +91,7 @@ class Rank:
         self._talk.tell("ready", moving, loaded.fingerprint)
 
     def _venue(self, line: Line) -> tuple[Venue, int | None]:
-        line.settimeout(COLLECTIVE_S)
+        line.settimeout(self._who.spec.ray.start_timeout_s)  # until the others have joined
         match line.receive():
             case ["setup", str(store), [*together], int(cores), [*exchanges], bool(shares)]:
                 venue = Venue(store, tuple(together), cores, tuple(exchanges))
