@@ -37,6 +37,12 @@ class Spread:
         """It is lost: who waits for it in an exchange hears that at once. Any thread."""
         self._direct.cut(rank)
 
+    def cut_all(self) -> None:
+        """The group is broken: nobody is to wait. Any thread."""
+        if isinstance(self.exchange, DirectExchange):
+            for rank in range(self.map.ranks):
+                self.exchange.cut(rank)
+
     def without(self, rank: int, attempt: int) -> None:
         """Go on without it, as every other rank does under the same number of attempt. Between two steps."""
         self._direct.without([rank])

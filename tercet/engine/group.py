@@ -3,44 +3,75 @@
 Rank 0 plans, and sends each step to the others under its number; no rank decides anything by itself. A rank that draws
 tokens (Place.draws) sends the result back, if it is not rank 0.
 
-    rank 0   ─step(number, micro-batches)─>  rank
-             <─drawn(number, results)──────  the rank that draws
-             <─failed(reason)──────────────  any rank; the group is then broken, and with it the worker
+    rank 0   ─step(number, attempt, micro-batches)─>  rank
+             <─drawn(number, attempt, results)──────  a rank that draws
+             <─failed(reason)───────────────────────  any rank; the group is then broken, and with it the worker
+             ─without(rank, attempt)────────────────> go on without a rank that is lost
+             ─rejoin(rank, endpoint, attempt)───────> take it back; to that rank itself: join(ranks, attempt)
 
 A step that raises breaks the group: the ranks would no longer agree on who computes what. So there is no trying again
 one sequence at a time, as a worker of one rank does (executor.py); a request that was on two workers when they died is
 not tried on a third.
+
+A rank that is lost while the others can go on without it (Spread.survives) breaks off the step at some of them, but not
+at all. So all run it once more, under the next attempt: the same KV goes to the same slots, and the mover takes the
+same blocks twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tercet.distributed.place import Place
+from tercet.distributed.spread import Spread
 from tercet.distributed.talk import Talk
 from tercet.engine.executor import Launched
-from tercet.engine.plan import ImageKey, StepPlan, StepResult, pack, pack_result, unpack, unpack_result
+from tercet.engine.plan import ImageKey, PieceResult, StepPlan, StepResult, pack, pack_result, unpack, unpack_result
 from tercet.engine.runner import Runner
-from tercet.errors import InternalError, WorkerLost
+from tercet.errors import InternalError, TransferError, WorkerDrained, WorkerLost
 
+HEAR_S = 10.0  # after a step was broken off, until it is known which rank is lost: longer than one may be silent
 log = logging.getLogger(__name__)
-Drawn = tuple[int, int, list[bytes]]  # data replica, the step's number, a result for each micro-batch
+Parts = list[tuple[StepPlan, list[int]]]  # micro-batches, each with its pieces' numbers in the replica's plan
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A replica's results of a step."""
+
+    replica: int
+    number: int
+    attempt: int
+    results: list[bytes]  # of each micro-batch
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A rank that the others go on without, under the next attempt."""
+
+    rank: int
+    attempt: int
 
 
 class GroupExecutor:
-    """Rank 0's. `launch` and its results are for the engine's thread, all else for any."""
+    """Rank 0's. `launch` is for the engine's thread, all else for any."""
 
     rank, ahead = 0, False  # a step's tokens are known to rank 0 before the next is planned
 
-    def __init__(self, runner: Runner, place: Place, others: Sequence[Talk]) -> None:
-        self._runner, self._place, self._others = runner, place, others
+    def __init__(self, runner: Runner, place: Place, others: Sequence[Talk], spread: Spread | None = None) -> None:
+        self._runner, self._place, self._spread = runner, place, spread
+        self._others = {talk.rank: talk for talk in others}  # those that take part
         self.world_size, self.vocab_size = place.ranks, runner.vocab_size
-        self._number = 0  # of the last step
-        self._drawn: queue.SimpleQueue[Drawn | WorkerLost] = queue.SimpleQueue()
+        self._number, self._attempt = 0, 0  # of the last step
+        self._heard: queue.SimpleQueue[Drawn | Lost | WorkerLost] = queue.SimpleQueue()
         self._broken: WorkerLost | None = None
+        self._turn = threading.Lock()  # a step, or a rank that comes back
 
     @property
     def layers_done(self) -> int:
@@ -53,19 +84,66 @@ class GroupExecutor:
         """There is none."""
 
     def launch(self, plan: StepPlan) -> Launched:
-        """Raises WorkerLost once the group is broken."""
-        if self._broken is not None:
-            raise self._broken
-        self._number += 1
-        replicas = self._divided(plan)
-        packed = [[pack(part) for part, _ in parts] for parts in replicas]
-        for other in self._others:
-            other.tell("step", self._number, packed[self._place.of(other.rank).data_rank])
-        own = [self._runner.launch(part).result() for part, _ in replicas[0]]
-        numbers = [[pieces for _, pieces in parts] for parts in replicas]
-        return _GroupStep(self, self._number, numbers, own if self._place.draws else None)
+        """Computes it, too. Raises WorkerLost once the group is broken."""
+        with self._turn:
+            self._number += 1
+            replicas = self._divided(plan)
+            while True:
+                if self._broken is not None:
+                    raise self._broken
+                try:
+                    return _Done(self._step(replicas))
+                except TransferError as error:
+                    self._await_loss(error)
+                except _BrokenOffError:
+                    log.warning("step %d is computed once more", self._number)
 
-    def _divided(self, plan: StepPlan) -> list[list[tuple[StepPlan, list[int]]]]:
+    # ---- what ranks tell
+
+    def take(self, rank: int, number: int, attempt: int, results: list[bytes]) -> None:
+        """What a rank that draws sends."""
+        self._heard.put(Drawn(self._place.of(rank).data_rank, number, attempt, results))
+
+    def lose(self, rank: int, attempt: int) -> None:
+        """The others go on without it, and know it."""
+        assert self._spread is not None
+        self._heard.put(Lost(rank, attempt))
+        self._spread.cut(rank)
+
+    def fail(self, error: WorkerLost) -> None:
+        """The group is broken: nothing more is launched or waited for."""
+        self._broken = error
+        self._heard.put(error)
+        if self._spread is not None:
+            self._spread.cut_all()
+
+    def rejoin(self, talk: Talk, tell: Callable[[Callable[[], None]], tuple[str, int]]) -> None:
+        """Take a rank back between two steps. tell: tells the others, after it has called what it is given; -> its
+        exchange's endpoint and the attempt. Raises RankLost, WorkerLost."""
+        assert self._spread is not None
+        with self._turn:
+            endpoint, self._attempt = tell(self._hear_all)
+            self._spread.rejoin(talk.rank, endpoint, self._attempt)
+            self._others[talk.rank] = talk
+
+    def broken_off(self, why: str, number: int, attempt: int) -> None:
+        """A rank's step was. If no loss is known before long that explains it, the group is broken."""
+        timer = threading.Timer(HEAR_S, self._check_cause, (why, number, attempt))
+        timer.daemon = True
+        timer.start()
+
+    def _check_cause(self, why: str, number: int, attempt: int) -> None:
+        if (self._number, self._attempt) == (number, attempt):
+            self.fail(WorkerLost(f"step {number} was broken off, and no rank is lost: {why}"))
+
+    def _hear_all(self) -> None:
+        while not self._heard.empty():
+            with contextlib.suppress(_BrokenOffError):
+                self._hear()
+
+    # ---- a step
+
+    def _divided(self, plan: StepPlan) -> list[Parts]:
         """Of each replica its micro-batches, as many everywhere, since all take part in each."""
         plans = plan.replicas
         plans += [StepPlan()] * (self._place.data - len(plans))
@@ -73,83 +151,151 @@ class GroupExecutor:
         most = max(map(len, replicas))
         return [parts + [(StepPlan(), [])] * (most - len(parts)) for parts in replicas]
 
-    def take(self, rank: int, number: int, results: list[bytes]) -> None:
-        """What a rank that draws sends."""
-        self._drawn.put((self._place.of(rank).data_rank, number, results))
+    def _step(self, replicas: list[Parts]) -> StepResult:
+        """Raises TransferError if it was broken off."""
+        packed = [[pack(part) for part, _ in parts] for parts in replicas]
+        for rank, other in self._others.items():
+            other.tell("step", self._number, self._attempt, packed[self._place.of(rank).data_rank])
+        own = [self._runner.launch(part).result() for part, _ in replicas[0]]
+        found = {0: own} if self._place.draws else {}
+        live = {0, *(self._place.of(rank).data_rank for rank in self._others)}
+        while missing := live - found.keys():
+            drawn = self._hear()
+            if drawn is not None and drawn.replica in missing:
+                found[drawn.replica] = [unpack_result(results) for results in drawn.results]
+        return [
+            result
+            for replica, parts in enumerate(replicas)
+            for result in (_ordered(parts, found[replica]) if replica in found else _gone(parts))
+        ]
 
-    def fail(self, error: WorkerLost) -> None:
-        """The group is broken: nothing more is launched or waited for."""
-        self._broken = error
-        self._drawn.put(error)
+    def _hear(self, timeout_s: float | None = None) -> Drawn | None:
+        """-> results of this step; None for those of an attempt before. Raises WorkerLost if the group is broken,
+        _BrokenOffError if a rank is lost, InternalError for the results of another step."""
+        heard = self._heard.get(timeout=timeout_s)
+        if isinstance(heard, WorkerLost):
+            raise heard
+        if isinstance(heard, Lost):
+            self._go_on_without(heard)
+            raise _BrokenOffError
+        if heard.attempt < self._attempt:
+            return None
+        if heard.number != self._number:
+            raise InternalError(f"rank 0 is at step {self._number}, and a rank that draws sent step {heard.number}")
+        return heard
 
-    def drawn(self, number: int) -> tuple[int, list[StepResult]]:
-        """Waits for a replica's results of a step. -> and which replica. Raises WorkerLost, or InternalError if they
-        are those of another step."""
-        found = self._drawn.get()
-        if isinstance(found, WorkerLost):
-            raise found
-        replica, theirs, results = found
-        if theirs != number:
-            raise InternalError(f"rank 0 waits for step {number}, and a rank that draws sent step {theirs}")
-        return replica, [unpack_result(packed) for packed in results]
+    def _await_loss(self, error: TransferError) -> None:
+        """This rank's step was broken off. Returns once it is known which rank is lost. Raises WorkerLost."""
+        with contextlib.suppress(_BrokenOffError):
+            try:
+                while True:
+                    self._hear(HEAR_S)
+            except queue.Empty:
+                raise WorkerLost(f"step {self._number} was broken off, and no rank is lost: {error}") from error
+
+    def _go_on_without(self, lost: Lost) -> None:
+        assert self._spread is not None
+        del self._others[lost.rank]
+        self._attempt = lost.attempt
+        self._spread.without(lost.rank, lost.attempt)
 
 
-class _GroupStep:
-    def __init__(
-        self, executor: GroupExecutor, number: int, pieces: list[list[list[int]]], own: list[StepResult] | None
-    ) -> None:
-        """pieces: of each replica, of each micro-batch, its pieces' numbers in the replica's plan. own: the first
-        replica's results, if rank 0 draws."""
-        self._executor, self._number, self._pieces, self._own = executor, number, pieces, own
+class _BrokenOffError(Exception):
+    """Of a step: a rank is lost."""
+
+
+class _Done:
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
 
     def result(self) -> StepResult:
-        found = {} if self._own is None else {0: self._own}
-        while len(found) < len(self._pieces):
-            replica, parts = self._executor.drawn(self._number)
-            found[replica] = parts
-        return [result for replica in sorted(found) for result in self._ordered(replica, found[replica])]
+        return self._result
 
-    def _ordered(self, replica: int, parts: list[StepResult]) -> StepResult:
-        numbered = {
-            number: result
-            for numbers, results in zip(self._pieces[replica], parts, strict=True)
-            for number, result in zip(numbers, results, strict=True)
-        }
-        return [numbered[number] for number in sorted(numbered)]
+
+def _ordered(parts: Parts, results: list[StepResult]) -> StepResult:
+    """A replica's results in the order of its plan's pieces."""
+    numbered = {
+        number: result
+        for (_, numbers), part in zip(parts, results, strict=True)
+        for number, result in zip(numbers, part, strict=True)
+    }
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _gone(parts: Parts) -> StepResult:
+    """Of a replica whose rank is out: its requests can go on elsewhere."""
+    error = WorkerDrained("the rank that had it is lost")
+    return [PieceResult(fault=error) for _, numbers in parts for _ in numbers]
+
+
+@dataclass(frozen=True)
+class _Step:
+    number: int
+    attempt: int
+    parts: list[bytes]
 
 
 class RankSteps:
-    """Another rank's: runs the steps that rank 0 sends, one after the other, on a thread of its own."""
+    """Another rank's: runs what rank 0 sends, one after the other, on a thread of its own."""
 
-    def __init__(self, runner: Runner, place: Place, rank_0: Talk) -> None:
-        self._runner, self._place, self._rank_0 = runner, place, rank_0
-        self._steps: queue.SimpleQueue[tuple[int, list[bytes]] | None] = queue.SimpleQueue()
-        self._last = 0
+    def __init__(self, runner: Runner, place: Place, rank_0: Talk, spread: Spread | None = None) -> None:
+        self._runner, self._place, self._rank_0, self._spread = runner, place, rank_0, spread
+        self._work: queue.SimpleQueue[_Step | Callable[[Spread], None] | None] = queue.SimpleQueue()
+        self._last: tuple[int, int] | None = None  # number and attempt of the newest step; None: it has just come
+        self._running = 0, 0  # of that which runs, or has run
 
-    def take(self, number: int, parts: list[bytes]) -> None:
-        """On the thread that reads. Tells rank 0 if this is not the step behind the last one."""
-        if number != self._last + 1:
+    def take(self, number: int, attempt: int, parts: list[bytes]) -> None:
+        """On the thread that reads. Tells rank 0 if this is neither the step behind the last one nor the same again."""
+        if (
+            self._last is not None
+            and number != self._last[0] + 1
+            and not (number == self._last[0] and attempt > self._last[1])
+        ):
             self._rank_0.tell(
-                "failed", f"rank {self._place.rank} is behind step {self._last}, and rank 0 sent step {number}"
+                "failed", f"rank {self._place.rank} is behind step {self._last[0]}, and rank 0 sent step {number}"
             )
             return
-        self._last = number
-        self._steps.put((number, parts))
+        self._last = number, attempt
+        self._work.put(_Step(number, attempt, parts))
+
+    def without(self, rank: int, attempt: int) -> None:
+        """On the thread that reads."""
+        if self._spread is not None:
+            self._spread.cut(rank)
+            self._work.put(lambda spread: spread.without(rank, attempt))
+
+    def rejoin(self, rank: int, endpoint: str, attempt: int) -> None:
+        """As above."""
+        self._work.put(lambda spread: spread.rejoin(rank, endpoint, attempt))
+
+    def join(self, ranks: list[int], attempt: int) -> None:
+        """As above."""
+        self._work.put(lambda spread: spread.join(ranks, attempt))
 
     def stop(self) -> None:
         """No step follows."""
-        self._steps.put(None)
+        self._work.put(None)
 
     def run(self) -> None:
         """Until `stop`, or a step that raises, of which rank 0 is told."""
-        while (step := self._steps.get()) is not None:
-            number, parts = step
+        while (work := self._work.get()) is not None:
             try:
-                results = [self._runner.launch(unpack(part)).result() for part in parts]
+                if isinstance(work, _Step):
+                    self._compute(work)
+                else:
+                    assert self._spread is not None, "rank 0 knows that experts are spread"
+                    work(self._spread)
+            except TransferError as error:
+                log.warning("rank %d waits for what follows: %s", self._place.rank, error)
+                self._rank_0.tell("broken_off", f"rank {self._place.rank}: {error}", *self._running)
             except Exception as error:  # whatever the model raises: rank 0 must hear
-                log.error("step %d failed", number, exc_info=error)
+                log.error("a step failed", exc_info=error)
                 why = f"{type(error).__name__}: {error}"
-                self._rank_0.tell("failed", f"step {number} failed on rank {self._place.rank}: {why}")
+                self._rank_0.tell("failed", f"step {self._running[0]} failed on rank {self._place.rank}: {why}")
                 return
-            if self._place.draws:
-                self._rank_0.tell("drawn", number, [pack_result(result) for result in results])
+
+    def _compute(self, step: _Step) -> None:
+        self._running = step.number, step.attempt
+        results = [self._runner.launch(unpack(part)).result() for part in step.parts]
+        if self._place.draws:
+            self._rank_0.tell("drawn", step.number, step.attempt, [pack_result(result) for result in results])

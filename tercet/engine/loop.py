@@ -42,11 +42,11 @@ class Engine:
         self._executor = executor
         self._on_step = on_step
         self._work = threading.Condition()
-        states = [
-            EngineState(spec, max_context, eos_token_ids, quarantine_blocks, self._work.notify, mrope=mrope)
-            for _ in range(replicas)
-        ]
-        self._state = states[0] if replicas == 1 else Replicas(states)
+
+        def state() -> EngineState:
+            return EngineState(spec, max_context, eos_token_ids, quarantine_blocks, self._work.notify, mrope=mrope)
+
+        self._state = state() if replicas == 1 else Replicas(replicas, state)
         self._stopping = False
         self.step_started: float | None = None  # time.monotonic() since which one step is awaited; health looks at it
         self.failure: BaseException | None = None  # what ended the loop, if it died
@@ -92,14 +92,13 @@ class Engine:
         """Nothing more goes to this data replica, and what it has ends."""
         assert isinstance(self._state, Replicas)
         with self._work:
-            self._state.lost.add(replica)
-            self._work.notify()
+            self._state.lose(replica)
 
     def restore(self, replica: int) -> None:
         """It is there again, with empty memory."""
         assert isinstance(self._state, Replicas)
         with self._work:
-            self._state.lost.discard(replica)
+            self._state.restore(replica)
 
     def load(self) -> Load:
         with self._work:

@@ -145,7 +145,7 @@ def pack_result(result: StepResult) -> bytes:
             (
                 [(token.token_id, token.logprob, token.top_logprobs) for token in piece.tokens],
                 piece.scores,
-                None if piece.fault is None else str(piece.fault),
+                None if piece.fault is None else str(piece.fault),  # an EngineFault: the other kind is rank 0's
             )
             for piece in result
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Sequence as Rows
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 from tercet.core import FinishReason, Load, Ticket
@@ -30,24 +30,25 @@ def replica_of(ticket: Ticket, replicas: int) -> int:
 class Replicas:
     """Not thread-safe. The verbs are those of EngineState."""
 
-    def __init__(self, states: Rows[EngineState]) -> None:
-        self._states = states
-        self.lost: set[int] = set()  # replicas whose rank is out: what they have ends with the next steps
+    def __init__(self, count: int, new: Callable[[], EngineState]) -> None:
+        """new: makes the state of a replica."""
+        self._new = new
+        self._states = [new() for _ in range(count)]  # a replica that comes back has another one: `Sequence.state`
+        self._current = list(range(count))  # replica -> its state
+        self._lost: set[int] = set()  # replicas whose rank is out
         self._in_flight: deque[list[tuple[EngineState, int]]] = deque()  # who planned, and how many pieces
 
     def add(self, sequence: Sequence, now: float) -> None:
         if sequence.hand_over:
-            sequence.replica = replica_of(sequence.ticket, len(self._states))
+            self._place(sequence, replica_of(sequence.ticket, len(self._current)))
         else:
-            loads = [state.load() for state in self._states]
-            live = [replica for replica in range(len(loads)) if replica not in self.lost]
-            sequence.replica = min(live, key=lambda r: loads[r].running + loads[r].waiting)
-        self._refuse_lost(sequence)
+            loads = [state.load() for state in self._live]
+            live = [replica for replica in range(len(loads)) if replica not in self._lost]
+            self._place(sequence, min(live, key=lambda r: loads[r].running + loads[r].waiting))
         self._of(sequence).add(sequence, now)
 
     def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
-        sequence.replica = replica_of(sequence.ticket, len(self._states))
-        self._refuse_lost(sequence)
+        self._place(sequence, replica_of(sequence.ticket, len(self._current)))
         return self._of(sequence).reserve(sequence)
 
     def join(self, sequence: Sequence, first_token: int) -> None:
@@ -78,7 +79,7 @@ class Replicas:
         return self._of(sequence).finish_after(sequence, token_id)
 
     def load(self) -> Load:
-        loads = [state.load() for state in self._states]
+        loads = [state.load() for state in self._live]
         return replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in SUMMED})
 
     def check_integrity(self) -> None:
@@ -87,11 +88,11 @@ class Replicas:
 
     def plan(self, now: float) -> StepPlan:
         """That of the first replica, with those of the others in `others`; empty if all are."""
-        plans = [state.plan(now) for state in self._states]
+        plans = [state.plan(now) for state in self._live]
         if not any(plan.pieces for plan in plans):
             return StepPlan()
         sizes = [len(plan.pieces) for plan in plans]
-        self._in_flight.append([(state, size) for state, size in zip(self._states, sizes, strict=True) if size])
+        self._in_flight.append([(state, size) for state, size in zip(self._live, sizes, strict=True) if size])
         return plans[0]._replace(others=tuple(plans[1:]))
 
     def commit(self, result: StepResult) -> StepReport:
@@ -102,10 +103,26 @@ class Replicas:
             rest = rest[size:]
         return report
 
-    def _refuse_lost(self, sequence: Sequence) -> None:
-        """Raises WorkerDrained, so that the request goes on elsewhere: as another attempt, which gets another replica."""
-        if sequence.replica in self.lost:
-            raise WorkerDrained(f"replica {sequence.replica} is out")
+    def lose(self, replica: int) -> None:
+        """Its rank is lost, with its KV. What it has ends (`evicted`), and nothing more goes there."""
+        self._lost.add(replica)
+        self._states[self._current[replica]].lose()
+
+    def restore(self, replica: int) -> None:
+        """Its rank is there again, with empty memory."""
+        self._states.append(self._new())
+        self._current[replica] = len(self._states) - 1
+        self._lost.discard(replica)
+
+    @property
+    def _live(self) -> list[EngineState]:
+        return [self._states[state] for state in self._current]
+
+    def _place(self, sequence: Sequence, replica: int) -> None:
+        """Raises WorkerDrained, so that the request goes on elsewhere: the next attempt gets another replica."""
+        if replica in self._lost:
+            raise WorkerDrained(f"the rank of replica {replica} is lost")
+        sequence.state = self._current[replica]
 
     def _of(self, sequence: Sequence) -> EngineState:
-        return self._states[sequence.replica]
+        return self._states[sequence.state]

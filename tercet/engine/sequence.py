@@ -42,7 +42,7 @@ class Sequence:
     hand_over: bool = False  # compute the prompt, hand its KV over, sample one token, be done
     images: tuple[PromptImage, ...] = ()
     joined: bool = False  # the KV of its prompt came from another worker
-    replica: int = 0  # of a group with several data replicas: which one computes it
+    state: int = 0  # of a group with several data replicas: the number of the state that it is in
 
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)

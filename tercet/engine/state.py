@@ -55,6 +55,7 @@ class EngineState:
         self._in_flight: deque[Step] = deque()  # planned, not yet committed; the oldest first
         self._unseen: list[ImageKey] = []  # images that no step to come takes, until `forgotten`
         self._landed: set[int] = set()  # blocks that transfers have written and no plan has named yet
+        self._lost: list[Sequence] = []  # ended by `lose`, until `evicted`
 
     # ---- verbs
 
@@ -143,8 +144,17 @@ class EngineState:
     def evicted(self) -> StepReport:
         """Sequences that a plan took blocks from, and that can only go on elsewhere; each once."""
         evicted, self._scheduler.evicted = self._scheduler.evicted, []
-        error = WorkerDrained("preempted, and its images are not here to compute it again")
-        return [Faulted(sequence, error) for sequence in evicted]
+        lost, self._lost = self._lost, []
+        preempted = WorkerDrained("preempted, and its images are not here to compute it again")
+        gone = WorkerDrained("the rank that had its KV is lost")
+        return [*(Faulted(each, preempted) for each in evicted), *(Faulted(each, gone) for each in lost)]
+
+    def lose(self) -> None:
+        """The memory of the KV is gone: what runs or waits ends."""
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+            self._retire(sequence)
+            self._lost.append(sequence)
+        self._on_work()
 
     def forgotten(self) -> list[ImageKey]:
         """Images whose embeddings no step to come takes, each once."""

@@ -14,6 +14,7 @@ from rich.progress import track
 from tercet.core import Role
 from tercet.devices import device_of
 from tercet.distributed.place import Place
+from tercet.distributed.talk import Talk
 from tercet.engine.executor import Executor, LocalExecutor
 from tercet.engine.graphs import CudaRecorder, default_sizes
 from tercet.engine.group import GroupExecutor
@@ -28,6 +29,7 @@ from tercet.roles.decode import Decode
 from tercet.roles.group import Group
 from tercet.roles.joint import JointReceiver, JointSender, Receiver
 from tercet.roles.legs import Handler, Legs
+from tercet.roles.losses import Hooks
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity, Part
 from tercet.roles.peers import Sender
@@ -89,6 +91,8 @@ class Computing(Part):
             replicas=spec.parallelism.data,
         )
         self._legs.engine = self.engine
+        if self._group is not None and self._group.executor is not None:
+            self._group.survive(self._group.executor, loaded.fingerprint, Hooks(self._rank_out, self._rank_back))
         self._computed = lambda: self.engine.computed
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
         self._thread.start()
@@ -97,7 +101,8 @@ class Computing(Part):
         group = self._group
         if group is None:
             return LocalExecutor(self._runner)
-        group.executor = GroupExecutor(self._runner, group.place, group.talks)
+        talks = list(group.talks.values())
+        group.executor = GroupExecutor(self._runner, group.place, talks, self._loaded.model.ranks.spread)
         return group.executor
 
     def _endpoint_of(self, own: str) -> str:
@@ -105,6 +110,20 @@ class Computing(Part):
         assert self._group is not None
         place = self._group.place
         return own and GroupEndpoint(place.tensor, place.pipeline, place.data, (own, *self._group.endpoints)).encode()
+
+    def _rank_out(self, rank: int, error: WorkerLost) -> None:
+        """On a thread of the group."""
+        assert self._group is not None
+        self.engine.lose(self._group.place.of(rank).data_rank)
+        if self._group.sender is not None:
+            self._legs.loop.call_soon_threadsafe(self._group.sender.lose, rank, error)
+
+    def _rank_back(self, talk: Talk) -> None:
+        """As above."""
+        assert self._group is not None
+        if self._group.sender is not None:
+            self._group.sender.regain(talk)
+        self.engine.restore(self._group.place.of(talk.rank).data_rank)
 
     def health(self) -> None:
         if self._group is not None and self._group.broken is not None:
@@ -149,7 +168,7 @@ class Computing(Part):
     def _sender(self, mover: _Mover, prefill: Prefill) -> Sender:
         if not self._meets_groups:
             return KvSender(*mover, prefill.on_event, self._progress)
-        talks = [] if self._group is None else self._group.talks
+        talks = [] if self._group is None else list(self._group.talks.values())
         joint = JointSender(
             lambda on_event: KvSender(*mover, on_event, self._progress),
             self._places(self._who.role),
@@ -171,7 +190,7 @@ class Computing(Part):
         senders, here = self._layouts(Role.PREFILL), self._layouts(who.role)
         theirs = [at.rank for at in self._places(Role.PREFILL) if at.data_rank == 0]  # each replica has as many
         sources = {rank: sum(meets(senders[src], dst) for src in theirs) for rank, dst in enumerate(here)}
-        talks = [] if self._group is None else self._group.talks
+        talks = [] if self._group is None else list(self._group.talks.values())
         joint = JointReceiver(
             lambda on_event: KvReceiver(config, who.epoch, region, transports, on_event),
             self._places(who.role),

@@ -25,10 +25,11 @@ from tercet.distributed.ranks import Ranks
 from tercet.distributed.setup import Setup, Venue, new_store, shared_memory
 from tercet.distributed.talk import Talk
 from tercet.engine.group import GroupExecutor
-from tercet.errors import PeerMismatch, TercetError, WorkerLost
+from tercet.errors import PeerMismatch, WorkerLost
 from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_config
 from tercet.roles.joint import JointReceiver, JointSender
+from tercet.roles.losses import Hooks, Losses
 from tercet.roles.part import Identity
 
 COLLECTIVE_S = 60.0  # as long as a step may take; a rank that dies is noticed at once, one that is stopped by its talk
@@ -55,7 +56,7 @@ class Group:
         wanted = who.role_spec.parallelism
         self.place = Place(0, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert)
         self._rendezvous = Rendezvous(who.host, who.token)
-        self.talks: list[Talk] = []
+        self.talks: dict[int, Talk] = {}  # rank -> of those that take part
         self.endpoints: list[str] = []  # of the movers of ranks 1, 2 ..., once ready
         self.broken: WorkerLost | None = None
         self._closing = False
@@ -64,6 +65,7 @@ class Group:
         self.executor: GroupExecutor | None = None
         self.sender: JointSender | None = None
         self.receiver: JointReceiver | None = None
+        self.losses: Losses | None = None
         self._ranks: Ranks | None = None
 
     @property
@@ -77,19 +79,18 @@ class Group:
         """Waits for every rank. Raises WorkerLost."""
         deadline = time.monotonic() + self._who.spec.ray.start_timeout_s
         lines = self._rendezvous.joined(range(1, self.place.ranks), deadline, lambda: self._closing)
-        self._rendezvous.close()
         setup = setup_of(self._who, 0, kernels.device)
-        venue = self._venue(setup, lines, kernels)
+        venue = self._venue = self._venue_of(setup, lines, kernels)
         memory = shared_memory(self.place, venue)
         for rank, line in sorted(lines.items()):
             line.send("setup", *astuple(venue), memory is not None)
             if memory is not None and rank in venue.together:
                 line.send_fd(memory)
-        self.talks = [self._talk(line) for _, line in sorted(lines.items())]
+        self.talks = {rank: self._talk(line) for rank, line in sorted(lines.items())}
         self._ranks = setup.ranks(venue, memory)
         return self._ranks
 
-    def _venue(self, setup: Setup, lines: Mapping[int, Line], kernels: Kernels) -> Venue:
+    def _venue_of(self, setup: Setup, lines: Mapping[int, Line], kernels: Kernels) -> Venue:
         self._store = new_store(self._who.host)
         local = (0, *(rank for rank, line in lines.items() if line.is_local)) if kernels.native else ()
         exchanges = [setup.exchange]
@@ -105,7 +106,7 @@ class Group:
     def ready(self, fingerprint: str) -> None:
         """Waits until every rank has loaded its share. Raises WorkerLost, or PeerMismatch for one of another model."""
         with self._changed:
-            self._changed.wait_for(lambda: self.broken is not None or len(self._ready) == len(self.talks))
+            self._changed.wait_for(lambda: self.broken is not None or self._ready.keys() == self.talks.keys())
             if self.broken is not None:
                 raise self.broken
         for rank, (_, theirs) in sorted(self._ready.items()):
@@ -113,24 +114,55 @@ class Group:
                 raise PeerMismatch(f"rank {rank} has other weights ({theirs:.12}) than rank 0 ({fingerprint:.12})")
         self.endpoints = [endpoint for _, (endpoint, _) in sorted(self._ready.items())]
 
+    # ---- ranks that are lost and come back
+
+    def survive(self, executor: GroupExecutor, fingerprint: str, hooks: Hooks) -> None:
+        """From now on go on without a rank that is lost, where that is possible, and take it back."""
+        place, spread = self.place, None if self._ranks is None else self._ranks.spread
+        self.executor = executor
+        alone = place.tensor == place.pipeline == 1  # else other ranks compute the same requests
+        if spread is None or not alone or self.receiver is not None:  # where KV comes to it, its senders know it
+            self._rendezvous.close()
+            return
+        self.losses = Losses(self, executor, spread, self._rendezvous, self._who.spec.ray.start_timeout_s)
+        self.losses.start(hooks, fingerprint)
+
+    def welcome(self, line: Line) -> tuple[Talk, str]:
+        match line.receive():
+            case ["here", str(exchange)]:
+                self._ready.pop(line.rank, None)
+                line.send("setup", *astuple(Venue(self._venue.store, (), self._venue.cores, ())), False)
+                return self._talk(line), exchange
+        raise WorkerLost(f"rank {line.rank} did not say that it is here")
+
+    def until_ready(self, rank: int, timeout_s: float) -> str:
+        with self._changed:
+            if not self._changed.wait_for(lambda: rank in self._ready or self.broken is not None, timeout_s):
+                raise WorkerLost(f"rank {rank} did not load its share in {timeout_s:g} s")
+            return self._ready[rank][1]
+
     def begin_stop(self) -> None:
         """The end of a rank is no fault any more."""
         self._closing = True
 
     def close(self) -> None:
         self._closing = True
+        if self.losses is not None:
+            self.losses.close()
         self._rendezvous.close()
-        for talk in self.talks:
+        for talk in list(self.talks.values()):
             talk.tell("stop")
             talk.close()
 
     # ---- what ranks tell
 
     def _talk(self, line: Line) -> Talk:
-        talk, rank = Talk(line, self._lost), line.rank
+        rank = line.rank
+        talk = Talk(line, lambda error: self._lost(error, rank))
         told: dict[str, Callable[..., Any]] = {
             "ready": lambda endpoint, fingerprint: self._is_ready(rank, endpoint, fingerprint),
-            "drawn": lambda number, results: self._engine().take(rank, number, results),
+            "drawn": lambda number, attempt, results: self._engine().take(rank, number, attempt, results),
+            "broken_off": lambda why, *which: self._engine().broken_off(why, *which),
             "failed": lambda why: self._lost(WorkerLost(why)),
             "sent": lambda fact: self._sender().take(rank, fact),
             "landed": lambda fact: self._receiver().take(rank, fact),
@@ -161,9 +193,16 @@ class Group:
             if side is not None:
                 side.counts[rank] = counts
 
-    def _lost(self, error: TercetError) -> None:
+    def _lost(self, error: WorkerLost, rank: int | None = None) -> None:
+        """rank: None: it is not known who is to blame."""
         with self._changed:
             if self._closing or self.broken is not None:
+                return
+            if (
+                rank is not None
+                and self.losses is not None
+                and (rank not in self.talks or self.losses.lose(rank, error))
+            ):
                 return
             self.broken = WorkerLost(f"{self._who.worker_id}: {error}")
             self._changed.notify_all()

@@ -111,7 +111,7 @@ class Rank:
             self._receiver = KvReceiver(config, who.epoch, self._region, usables, self._tell_landed)
             endpoint = self._receiver.start(who.host).encode()
         self._runner = Runner(loaded.model, self._region, None if self._sender is None else self._sender.push)
-        self._steps = RankSteps(self._runner, self._place, self._talk)
+        self._steps = RankSteps(self._runner, self._place, self._talk, self._ranks.spread)
         return endpoint
 
     def _run(self, kernels: Kernels) -> None:
@@ -126,6 +126,9 @@ class Rank:
     def _told(self) -> dict[str, Callable[..., Any]]:
         return {
             "step": self._step,
+            "without": self._without,
+            "rejoin": self._rejoin,
+            "join": self._join,
             "finish": lambda ticket, note: self._sending().finish(Ticket(*ticket), note),
             "stop_sending": lambda ticket, error: self._sending().cancel(Ticket(*ticket), from_wire(*error)),
             "admit": lambda ticket, *leased: self._receiving().admit(Ticket(*ticket), *leased),
@@ -134,8 +137,17 @@ class Rank:
             "stop": self._stopped.set,
         }
 
-    def _step(self, number: int, parts: list[bytes]) -> None:
-        self._steps.take(number, parts)
+    def _step(self, number: int, attempt: int, parts: list[bytes]) -> None:
+        self._steps.take(number, attempt, parts)
+
+    def _without(self, rank: int, attempt: int) -> None:
+        self._steps.without(rank, attempt)
+
+    def _rejoin(self, rank: int, endpoint: str, attempt: int) -> None:
+        self._steps.rejoin(rank, endpoint, attempt)
+
+    def _join(self, ranks: list[int], attempt: int) -> None:
+        self._steps.join(ranks, attempt)
 
     def _sending(self) -> KvSender:
         assert self._sender is not None, "not a prefill worker"
