@@ -86,6 +86,7 @@ class GroupExecutor:
     def launch(self, plan: StepPlan) -> Launched:
         """Computes it, too. Raises WorkerLost once the group is broken."""
         with self._turn:
+            self._hear_all()
             self._number += 1
             replicas = self._divided(plan)
             while True:
@@ -235,14 +236,23 @@ class _Step:
     parts: list[bytes]
 
 
+@dataclass(frozen=True)
+class _Change:
+    """Of who takes part."""
+
+    attempt: int
+    carry_out: Callable[[Spread], None]
+
+
 class RankSteps:
     """Another rank's: runs what rank 0 sends, one after the other, on a thread of its own."""
 
     def __init__(self, runner: Runner, place: Place, rank_0: Talk, spread: Spread | None = None) -> None:
         self._runner, self._place, self._rank_0, self._spread = runner, place, rank_0, spread
-        self._work: queue.SimpleQueue[_Step | Callable[[Spread], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[_Step | _Change | None] = queue.SimpleQueue()
         self._last: tuple[int, int] | None = None  # number and attempt of the newest step; None: it has just come
         self._running = 0, 0  # of that which runs, or has run
+        self._attempt = 0  # of which the exchange is
 
     def take(self, number: int, attempt: int, parts: list[bytes]) -> None:
         """On the thread that reads. Tells rank 0 if this is neither the step behind the last one nor the same again."""
@@ -262,15 +272,15 @@ class RankSteps:
         """On the thread that reads."""
         if self._spread is not None:
             self._spread.cut(rank)
-            self._work.put(lambda spread: spread.without(rank, attempt))
+            self._work.put(_Change(attempt, lambda spread: spread.without(rank, attempt)))
 
     def rejoin(self, rank: int, endpoint: str, attempt: int) -> None:
         """As above."""
-        self._work.put(lambda spread: spread.rejoin(rank, endpoint, attempt))
+        self._work.put(_Change(attempt, lambda spread: spread.rejoin(rank, endpoint, attempt)))
 
     def join(self, ranks: list[int], attempt: int) -> None:
         """As above."""
-        self._work.put(lambda spread: spread.join(ranks, attempt))
+        self._work.put(_Change(attempt, lambda spread: spread.join(ranks, attempt)))
 
     def stop(self) -> None:
         """No step follows."""
@@ -284,7 +294,8 @@ class RankSteps:
                     self._compute(work)
                 else:
                     assert self._spread is not None, "rank 0 knows that experts are spread"
-                    work(self._spread)
+                    self._attempt = work.attempt
+                    work.carry_out(self._spread)
             except TransferError as error:
                 log.warning("rank %d waits for what follows: %s", self._place.rank, error)
                 self._rank_0.tell("broken_off", f"rank {self._place.rank}: {error}", *self._running)
@@ -295,6 +306,8 @@ class RankSteps:
                 return
 
     def _compute(self, step: _Step) -> None:
+        if step.attempt < self._attempt:
+            return  # rank 0 did not know yet who is lost: the step comes again
         self._running = step.number, step.attempt
         results = [self._runner.launch(unpack(part)).result() for part in step.parts]
         if self._place.draws:

@@ -20,7 +20,7 @@ from tercet.engine.graphs import CudaRecorder, default_sizes
 from tercet.engine.group import GroupExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.runner import Runner
-from tercet.errors import ClusterError, UnsupportedSpec, WorkerLost
+from tercet.errors import ClusterError, UnsupportedSpec, WorkerDrained, WorkerLost
 from tercet.kernels.kinds import Kernels
 from tercet.models.loader import LoadedModel
 from tercet.models.shard import kv_layout
@@ -116,7 +116,8 @@ class Computing(Part):
         assert self._group is not None
         self.engine.lose(self._group.place.of(rank).data_rank)
         if self._group.sender is not None:
-            self._legs.loop.call_soon_threadsafe(self._group.sender.lose, rank, error)
+            gone = WorkerDrained(str(error))  # its requests can go on at once; this worker lives
+            self._legs.loop.call_soon_threadsafe(self._group.sender.lose, rank, gone)
 
     def _rank_back(self, talk: Talk) -> None:
         """As above."""

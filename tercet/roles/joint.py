@@ -11,6 +11,7 @@ Facts are joined on the event loop, in the order in which each rank tells them; 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,7 +22,7 @@ from tercet.core import PairState, Ticket
 from tercet.distributed.place import Place
 from tercet.distributed.talk import Talk
 from tercet.engine.replicas import replica_of
-from tercet.errors import TercetError
+from tercet.errors import TercetError, WorkerDrained, WorkerLost
 from tercet.roles.facts_wire import error_of, fact_of
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
@@ -89,10 +90,16 @@ class _Joining(ABC, Generic[Joint]):
 
     def lose(self, rank: int, error: TercetError) -> None:
         """The rank is gone with its memory: nothing can be written there any more, nor from there."""
+        self._others.pop(rank, None)
         for ticket, joint in [*self._joints.items()]:
             if rank in joint.parts:
                 for event in self._ends(ticket, error):
                     self._take(rank, event)
+
+    def _tell(self, rank: int, kind: str, *fields: Any) -> None:
+        """Nothing to one that is lost."""
+        if (talk := self._others.get(rank)) is not None:
+            talk.tell(kind, *fields)
 
     def regain(self, talk: Talk) -> None:
         """It is there again."""
@@ -173,7 +180,15 @@ class JointSender(_Joining[SendJoint]):
         if rank == 0:
             return self._own.open(ticket, endpoints, num_tokens, deadline, dial)
         left_s = max(0.0, deadline - time.monotonic())
-        return str(self._others[rank].ask("open", ticket, endpoints, num_tokens, left_s, timeout_s=DIAL_S))
+        try:
+            return str(self._ask(rank, "open", ticket, endpoints, num_tokens, left_s))
+        except WorkerLost as error:  # of this rank alone: the next attempt gets another one
+            raise WorkerDrained(str(error)) from error
+
+    def _ask(self, rank: int, kind: str, *fields: Any) -> Any:
+        if (talk := self._others.get(rank)) is None:
+            raise WorkerLost(f"rank {rank} of the group is lost")
+        return talk.ask(kind, *fields, timeout_s=DIAL_S)
 
     def finish(self, ticket: Ticket, note: bytes) -> None:
         """The note goes with the first part. A rank hears this behind the step that it ends with: rank 0 knows a step's
@@ -185,7 +200,7 @@ class JointSender(_Joining[SendJoint]):
             if rank == 0:
                 self._own.finish(ticket, its)
             else:
-                self._others[rank].tell("finish", ticket, its)
+                self._tell(rank, "finish", ticket, its)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> None:
         joint = self._joints.get(ticket)
@@ -193,10 +208,11 @@ class JointSender(_Joining[SendJoint]):
             self._cancel_part(rank, ticket, error)
 
     def connect(self, endpoint: str) -> None:
-        """Raises PeerDown or PeerMismatch of the first rank that cannot."""
+        """Of all ranks that are here. Raises PeerDown or PeerMismatch of the first that cannot."""
         for rank, endpoints in self._every_part(endpoint).items():
             if rank:
-                self._others[rank].ask("connect", endpoints, timeout_s=DIAL_S)
+                with contextlib.suppress(WorkerLost):
+                    self._ask(rank, "connect", endpoints)
             else:
                 for each in endpoints:
                     self._own.connect(each)
@@ -228,7 +244,7 @@ class JointSender(_Joining[SendJoint]):
         if rank == 0:
             self._own.cancel(ticket, error)
         else:
-            self._others[rank].tell("stop_sending", ticket, error_of(error))
+            self._tell(rank, "stop_sending", ticket, error_of(error))
 
 
 class JointReceiver(_Joining[ReceiveJoint]):
@@ -253,14 +269,14 @@ class JointReceiver(_Joining[ReceiveJoint]):
             if rank == 0:
                 self._own.admit(ticket, first_block, blocks, self._sources[rank])
             else:
-                self._others[rank].tell("admit", ticket, first_block, blocks, self._sources[rank])
+                self._tell(rank, "admit", ticket, first_block, blocks, self._sources[rank])
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
         for rank in self._ranks_of(ticket):
             if rank == 0:
                 self._own.refuse(ticket, reason)
             else:
-                self._others[rank].tell("refuse", ticket, reason)
+                self._tell(rank, "refuse", ticket, reason)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> None:
         for rank in self._ranks_of(ticket):
@@ -297,7 +313,7 @@ class JointReceiver(_Joining[ReceiveJoint]):
         if rank == 0:
             self._own.cancel(ticket, error)
         else:
-            self._others[rank].tell("stop_receiving", ticket, error_of(error))
+            self._tell(rank, "stop_receiving", ticket, error_of(error))
 
 
 def _rank_of(part: Part) -> int:

@@ -107,7 +107,7 @@ class Peers:
         try:
             self._sender.connect(endpoint)
             self._faults.pop(endpoint, None)
-        except (TransferError, OSError) as error:
+        except (TercetError, OSError) as error:
             self._faults[endpoint] = PairState(GroupEndpoint.decode(endpoint).worker_id, fault=str(error))
         again = partial(self._loop.call_later, MEET_AGAIN_S, self._look_after, endpoint)
         self._loop.call_soon_threadsafe(again)
