@@ -89,6 +89,10 @@ class WorkerActor:
     async def health(self) -> Load:
         return await self._worker.health()
 
+    async def lost_ranks(self) -> list[int]:
+        """Those that the others go on without."""
+        return self._worker.lost_ranks()
+
     async def drain(self, timeout_s: float) -> None:
         await self._worker.drain(timeout_s)
 

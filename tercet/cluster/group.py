@@ -4,31 +4,38 @@ controller --> GroupActor --start/health/drain/stop--> rank 0, a WorkerActor, wh
                           --start/stop---------------> rank 1, 2 ..., RankActors
 
 start   rank 0 listens; then it starts, the other ranks join it, and all load their parts of the model, at once
-health  of rank 0, which hears of the others all the time. The end of any rank's process is the end of the member
+health  of rank 0, which hears of the others all the time. The end of any rank's process is the end of the member, unless
+        rank 0 goes on without that rank; then another process takes its place
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from tercet.cluster.members import Running
 from tercet.cluster.race import every, first
-from tercet.errors import WorkerLost
+from tercet.errors import TercetError, WorkerLost
+
+AGAIN_S = 2.0  # before another try
+log = logging.getLogger(__name__)
 
 
 class GroupActor:
     """A running worker of several ranks (`members.Running`). A call raises the error of the first rank that fails."""
 
-    def __init__(self, worker_id: str, ranks: Sequence[Running]) -> None:
-        """ranks: their actors, in the order of their numbers; each says in its errors which one it is."""
-        self.others: Sequence[Mapping[str, Any]] = ()
-        self._worker_id = worker_id
-        self._first, self._rest = ranks[0], ranks[1:]
+    def __init__(self, worker_id: str, ranks: Sequence[Running], new: Callable[[int], Awaitable[Running]]) -> None:
+        """ranks: their actors, in the order of their numbers; each says in its errors which one it is. new: makes
+        another actor for a rank."""
+        self.others: list[Mapping[str, Any]] = []
+        self._worker_id, self._new = worker_id, new
+        self._first, self._rest = ranks[0], [*ranks[1:]]
         self._ends: list[asyncio.Task[Any]] = []  # of ranks 1, 2 ...: each fails with its process
+        self._coming: dict[int, asyncio.Task[None]] = {}  # rank -> how it comes back
 
     async def call(self, method: str, *args: object, timeout_s: float) -> Any:
         match method:
@@ -44,27 +51,49 @@ class GroupActor:
                 return await self._first.call(method, *args, timeout_s=timeout_s)
 
     async def kill(self) -> None:
-        for end in self._ends:
-            end.cancel()
-        await asyncio.gather(*self._ends, return_exceptions=True)
+        watching = [*self._ends, *self._coming.values()]
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
         await asyncio.gather(*(rank.kill() for rank in (self._first, *self._rest)))
 
     async def _start(self, timeout_s: float) -> Any:
         """-> rank 0's info. From now on the ends of the others are watched."""
         deadline = time.monotonic() + timeout_s
-        endpoint = await self._first.call("listen", timeout_s=timeout_s)
+        self._endpoint, self._start_s = await self._first.call("listen", timeout_s=timeout_s), timeout_s
         left_s = max(deadline - time.monotonic(), 0.0)
-        starts = [rank.call("start", endpoint, timeout_s=left_s) for rank in self._rest]
-        self._ends = [asyncio.create_task(rank.call("until_end", timeout_s=math.inf)) for rank in self._rest]
+        starts = [rank.call("start", self._endpoint, timeout_s=left_s) for rank in self._rest]
+        self._ends = [_until_end(rank) for rank in self._rest]
         up = every(self._first.call("start", timeout_s=left_s), *starts)
         info, *self.others = await first(up, *map(_shielded, self._ends))
         return info
 
     async def _health(self, timeout_s: float) -> Any:
-        for end in self._ends:
-            if end.done():
-                end.result()
-        return await self._first.call("health", timeout_s=timeout_s)
+        ended = [rank for rank, end in enumerate(self._ends, 1) if end.done()]
+        load, lost = await every(*(self._first.call(what, timeout_s=timeout_s) for what in ("health", "lost_ranks")))
+        for rank in ended:
+            if rank not in lost and rank not in self._coming:
+                self._ends[rank - 1].result()
+        for rank in lost:
+            if rank not in self._coming:
+                self.others[rank - 1] = {"pid": 0, "node": "", "lost": True}
+                self._coming[rank] = asyncio.create_task(self._bring_back(rank))
+        return load
+
+    async def _bring_back(self, rank: int) -> None:
+        """By another process. What fails is tried again with a later health."""
+        try:
+            await self._rest[rank - 1].kill()  # it may only be stopped
+            self._ends[rank - 1].cancel()
+            self._rest[rank - 1] = await self._new(rank)
+            self._ends[rank - 1] = _until_end(self._rest[rank - 1])
+            start = self._rest[rank - 1].call("start", self._endpoint, timeout_s=self._start_s)
+            self.others[rank - 1] = await start
+        except TercetError as error:
+            log.warning("%s rank %d did not come back: %s", self._worker_id, rank, error)
+            await asyncio.sleep(AGAIN_S)
+        finally:
+            del self._coming[rank]
 
     async def _stop(self, timeout_s: float) -> None:
         """Rank 0 first, so that the end of the others is none of its faults. Asks all, also if one does not answer."""
@@ -78,6 +107,10 @@ class GroupActor:
 
     def _calls(self, method: str, timeout_s: float) -> list[Any]:
         return [rank.call(method, timeout_s=timeout_s) for rank in (self._first, *self._rest)]
+
+
+def _until_end(rank: Running) -> asyncio.Task[Any]:
+    return asyncio.create_task(rank.call("until_end", timeout_s=math.inf))
 
 
 async def _shielded(task: asyncio.Task[Any]) -> Any:

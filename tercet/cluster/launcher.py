@@ -119,7 +119,9 @@ class Launcher:
         except BaseException:  # including a cancel: nobody else knows the group
             _give_back(group)
             raise
-        return ranks[0] if len(ranks) == 1 else GroupActor(wanted.worker_id, ranks)
+        if len(ranks) == 1:
+            return ranks[0]
+        return GroupActor(wanted.worker_id, ranks, lambda rank: self._rank(wanted, rank, epoch, spec, group))
 
     async def _rank(self, wanted: Assignment, rank: int, epoch: int, spec: ClusterSpec, group: PlacementGroup) -> Actor:
         inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)

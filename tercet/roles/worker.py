@@ -130,6 +130,11 @@ class Worker:
             part.health()
         return self.legs.load()
 
+    def lost_ranks(self) -> list[int]:
+        """Of a worker of several: those that the others go on without."""
+        losses = None if self._group is None else self._group.losses
+        return [] if losses is None else sorted(losses.out)
+
     async def drain(self, timeout_s: float) -> None:
         await self.legs.drain(timeout_s)
 
