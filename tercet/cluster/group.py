@@ -4,8 +4,8 @@ controller --> GroupActor --start/health/drain/stop--> rank 0, a WorkerActor, wh
                           --start/stop---------------> rank 1, 2 ..., RankActors
 
 start   rank 0 listens; then it starts, the other ranks join it, and all load their parts of the model, at once
-health  of rank 0, which hears of the others all the time. The end of any rank's process is the end of the member, unless
-        rank 0 goes on without that rank; then another process takes its place
+health  of rank 0, which hears of the others all the time. The end of any rank's process is the end of the member,
+        unless rank 0 goes on without that rank; then another process takes its place
 """
 
 from __future__ import annotations
