@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from tercet.core import PairState, Ticket
 from tercet.distributed.talk import Talk
-from tercet.errors import TercetError
+from tercet.errors import PeerDown, TercetError, WorkerLost
 from tercet.roles.facts_wire import error_of, fact_of
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
@@ -156,12 +156,15 @@ class JointSender(_Joining[SendJoint]):
 
     def connect(self, endpoint: str) -> None:
         """Raises PeerDown or PeerMismatch of the first rank that cannot."""
-        for rank, endpoints in self._parts(endpoint).items():
-            if rank:
-                self._others[rank].ask("connect", endpoints, timeout_s=DIAL_S)
-            else:
-                for each in endpoints:
-                    self._own.connect(each)
+        try:
+            for rank, endpoints in self._parts(endpoint).items():
+                if rank:
+                    self._others[rank].ask("connect", endpoints, timeout_s=DIAL_S)
+                else:
+                    for each in endpoints:
+                        self._own.connect(each)
+        except WorkerLost as error:
+            raise PeerDown(str(error)) from error
 
     def connected(self, endpoint: str) -> bool:
         """Only if no other rank has to be asked."""
@@ -185,9 +188,9 @@ class JointSender(_Joining[SendJoint]):
         if (cancelled := self._opening.get(ticket)) is not None:
             cancelled.append(error)
         if rank == 0:
-            self._own.cancel(ticket, error)
+            self._own.cancel(ticket, _for_peers(error))
         else:
-            self._others[rank].tell("stop_sending", ticket, error_of(error))
+            self._others[rank].tell("stop_sending", ticket, error_of(_for_peers(error)))
 
 
 class JointReceiver(_Joining[ReceiveJoint]):
@@ -241,11 +244,16 @@ class JointReceiver(_Joining[ReceiveJoint]):
 
     def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
         if rank == 0:
-            self._own.cancel(ticket, error)
+            self._own.cancel(ticket, _for_peers(error))
         else:
-            self._others[rank].tell("stop_receiving", ticket, error_of(error))
+            self._others[rank].tell("stop_receiving", ticket, error_of(_for_peers(error)))
 
 
 def _rank_of(part: Part) -> int:
     assert isinstance(part, int), "here a part is a rank"
     return part
+
+
+def _for_peers(error: TercetError) -> TercetError:
+    """What is told at the other end of a handover. A WorkerLost would be taken there for its own worker's death."""
+    return PeerDown(str(error)) if isinstance(error, WorkerLost) else error
