@@ -79,7 +79,10 @@ class Line:
         socket.send_fds(self._channel.sock, [b"f"], [fd])
 
     def receive_fd(self) -> int:
-        _, fds, _, _ = socket.recv_fds(self._channel.sock, 1, 1)
+        try:
+            _, fds, _, _ = socket.recv_fds(self._channel.sock, 1, 1)
+        except OSError as error:
+            raise WorkerLost(f"rank {self.rank} of the group is gone: {error}") from error
         if not fds:
             raise WorkerLost(f"rank {self.rank} of the group is gone: it sent no file descriptor")
         return fds[0]
