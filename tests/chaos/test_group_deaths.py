@@ -94,7 +94,7 @@ def answered() -> dict[tuple[int, ...], list[int]]:
     """Prompt -> its answer, by one worker of one rank."""
 
     async def run() -> dict[tuple[int, ...], list[int]]:
-        prompts = [prompt_of(length) for length in (LONG, 30, 500, 1) * 16]
+        prompts = [prompt_of(length) for length in (LONG, 30, 500, 2) * 16]
         async with groups(aggregated(ALONE, kv__blocks=512)) as made:
             found = await asyncio.gather(*(made.generate(p, max_tokens=TOKENS, ignore_eos=True) for p in prompts))
         return {tuple(p): [e.token_id for e in events] for p, (events, _) in zip(prompts, found, strict=True)}
@@ -141,7 +141,7 @@ class Asking:
             await asyncio.sleep({"computing": 0.04, "writing": 0.15}[phase])
 
     def victim(self, role: str) -> str:
-        """A worker of that role that has a request."""
+        """A worker of that role that has a request, if any has."""
         for running in self.made.router._decisions._running.values():
             if (attempt := running.attempt) is not None:
                 return (attempt.plan.prefill if role == "prefill" else attempt.plan.decode).info.worker_id
