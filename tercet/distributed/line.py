@@ -156,9 +156,12 @@ class Meeting:
         if len(self._greeting) >= MOST_GREETED:
             time.sleep(LOOK_EVERY_S)
             return
-        ready, _, _ = select.select([self._tcp, self._unix], [], [], LOOK_EVERY_S)
-        for listener in ready:
-            sock, _ = listener.accept()
+        poll = select.poll()  # unlike `select` it takes file descriptors of any number
+        listeners = {listener.fileno(): listener for listener in (self._tcp, self._unix)}
+        for fd in listeners:
+            poll.register(fd, select.POLLIN)
+        for fd, _ in poll.poll(LOOK_EVERY_S * 1000):
+            sock, _ = listeners[fd].accept()
             thread = threading.Thread(target=self._greet, args=(Line(sock, -1), sock), name="rank-greet", daemon=True)
             self._greeting.append(thread)
             thread.start()
