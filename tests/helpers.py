@@ -82,9 +82,12 @@ class LocalCluster:
                 if role_spec.parallelism.ranks > 1:
                     endpoint = await worker.listen()
                     for rank in range(1, role_spec.parallelism.ranks):
-                        self.ranks[name, rank] = start_rank(name, rank, role, 1, self.spec, endpoint)
+                        self._start_rank(name, rank, role, endpoint)
                 self.infos[name] = await worker.start()
         await self._publish()
+
+    def _start_rank(self, name: str, rank: int, role: Role, endpoint: str) -> None:
+        self.ranks[name, rank] = start_rank(name, rank, role, 1, self.spec, endpoint)
 
     async def switch(self, name: str, role: Role, drain_s: float = 5.0) -> WorkerInfo:
         """Give a worker another role, as the controller does."""

@@ -26,19 +26,20 @@ def tiny_model() -> str:
     return str(directory)
 
 
-def save_tiny_model(directory: Path) -> None:
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=None,
-        eos_token_id=None,
-        initializer_range=0.3,  # so that tokens vary and no two of them tie
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+def save_tiny_model(directory: Path, seed: int = 11, **changes: int) -> None:
+    """changes: of its config."""
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "initializer_range": 0.3,  # so that tokens vary and no two of them tie
+    }
+    LlamaForCausalLM(LlamaConfig(**(config | changes))).save_pretrained(directory)
     save_byte_tokenizer(directory)

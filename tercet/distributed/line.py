@@ -79,7 +79,10 @@ class Line:
         socket.send_fds(self._channel.sock, [b"f"], [fd])
 
     def receive_fd(self) -> int:
-        _, fds, _, _ = socket.recv_fds(self._channel.sock, 1, 1)
+        try:
+            _, fds, _, _ = socket.recv_fds(self._channel.sock, 1, 1)
+        except OSError as error:
+            raise WorkerLost(f"rank {self.rank} of the group is gone: {error}") from error
         if not fds:
             raise WorkerLost(f"rank {self.rank} of the group is gone: it sent no file descriptor")
         return fds[0]
@@ -153,9 +156,12 @@ class Rendezvous:
         if len(self._greeting) >= MOST_GREETED:
             time.sleep(LOOK_EVERY_S)
             return
-        ready, _, _ = select.select([self._tcp, self._unix], [], [], LOOK_EVERY_S)
-        for listener in ready:
-            sock, _ = listener.accept()
+        poll = select.poll()  # unlike `select` it takes file descriptors of any number
+        listeners = {listener.fileno(): listener for listener in (self._tcp, self._unix)}
+        for fd in listeners:
+            poll.register(fd, select.POLLIN)
+        for fd, _ in poll.poll(LOOK_EVERY_S * 1000):
+            sock, _ = listeners[fd].accept()
             thread = threading.Thread(target=self._greet, args=(Line(sock, -1), sock), name="rank-greet", daemon=True)
             self._greeting.append(thread)
             thread.start()

@@ -142,9 +142,9 @@ class Computing(Part):
 
     async def stop(self) -> None:
         loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._thread.join, 5.0)
         if self._group is not None:
             await loop.run_in_executor(None, self._group.close)
-        await loop.run_in_executor(None, self._thread.join, 5.0)
         await loop.run_in_executor(None, self._runner.close)
         self._region.close()
         del self.engine, self._runner, self._region  # a sender that has ended may hold this part a moment longer
@@ -241,3 +241,5 @@ class Computing(Part):
             if self.engine.failure is not None:
                 error = WorkerLost(f"the engine of {self._who.worker_id} died: {self.engine.failure!r}")
                 loop.call_soon_threadsafe(self._legs.die, error)
+                if self._group is not None:
+                    self._group.fail(error)

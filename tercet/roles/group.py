@@ -153,6 +153,12 @@ class Group:
         for talk in list(self.talks.values()):
             talk.tell("stop")
             talk.close()
+        if self._ranks is not None:
+            self._ranks.tensor.stop()  # a rank may wait for one that is gone
+
+    def fail(self, error: WorkerLost) -> None:
+        """Rank 0 cannot go on. Any thread."""
+        self._lost(error)
 
     # ---- what ranks tell
 

@@ -11,7 +11,6 @@ Facts are joined on the event loop, in the order in which each rank tells them; 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -22,7 +21,7 @@ from tercet.core import PairState, Ticket
 from tercet.distributed.place import Place
 from tercet.distributed.talk import Talk
 from tercet.engine.replicas import replica_of
-from tercet.errors import TercetError, WorkerDrained, WorkerLost
+from tercet.errors import PeerDown, TercetError, WorkerDrained, WorkerLost
 from tercet.roles.facts_wire import error_of, fact_of
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
@@ -209,13 +208,15 @@ class JointSender(_Joining[SendJoint]):
 
     def connect(self, endpoint: str) -> None:
         """Of all ranks that are here. Raises PeerDown or PeerMismatch of the first that cannot."""
-        for rank, endpoints in self._every_part(endpoint).items():
-            if rank:
-                with contextlib.suppress(WorkerLost):
+        try:
+            for rank, endpoints in self._every_part(endpoint).items():
+                if rank in self._others:
                     self._ask(rank, "connect", endpoints)
-            else:
-                for each in endpoints:
-                    self._own.connect(each)
+                elif rank == 0:
+                    for each in endpoints:
+                        self._own.connect(each)
+        except WorkerLost as error:
+            raise PeerDown(str(error)) from error
 
     def connected(self, endpoint: str) -> bool:
         """Only if no other rank has to be asked."""
@@ -242,9 +243,9 @@ class JointSender(_Joining[SendJoint]):
         if (cancelled := self._opening.get(ticket)) is not None:
             cancelled.append(error)
         if rank == 0:
-            self._own.cancel(ticket, error)
+            self._own.cancel(ticket, _for_peers(error))
         else:
-            self._tell(rank, "stop_sending", ticket, error_of(error))
+            self._tell(rank, "stop_sending", ticket, error_of(_for_peers(error)))
 
 
 class JointReceiver(_Joining[ReceiveJoint]):
@@ -311,11 +312,16 @@ class JointReceiver(_Joining[ReceiveJoint]):
 
     def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
         if rank == 0:
-            self._own.cancel(ticket, error)
+            self._own.cancel(ticket, _for_peers(error))
         else:
-            self._tell(rank, "stop_receiving", ticket, error_of(error))
+            self._tell(rank, "stop_receiving", ticket, error_of(_for_peers(error)))
 
 
 def _rank_of(part: Part) -> int:
     assert isinstance(part, int), "here a part is a rank"
     return part
+
+
+def _for_peers(error: TercetError) -> TercetError:
+    """What is told at the other end of a handover. A WorkerLost would be taken there for its own worker's death."""
+    return PeerDown(str(error)) if isinstance(error, WorkerLost) else error

@@ -91,12 +91,16 @@ class Rank:
         self._talk.tell("ready", moving, loaded.fingerprint)
 
     def _venue(self, line: Line) -> tuple[Venue, int | None]:
-        line.settimeout(self._who.spec.ray.start_timeout_s)  # until the others have joined
-        match line.receive():
-            case ["setup", str(store), [*together], int(cores), [*exchanges], bool(shares)]:
-                venue = Venue(store, tuple(together), cores, tuple(exchanges))
-                return venue, line.receive_fd() if shares and self._rank in together else None
-        raise WorkerLost("rank 0 sent no setup")
+        try:
+            line.settimeout(self._who.spec.ray.start_timeout_s)  # until the others have joined
+            match line.receive():
+                case ["setup", str(store), [*together], int(cores), [*exchanges], bool(shares)]:
+                    venue = Venue(store, tuple(together), cores, tuple(exchanges))
+                    return venue, line.receive_fd() if shares and self._rank in together else None
+            raise WorkerLost("rank 0 sent no setup")
+        except BaseException:
+            line.dispose()
+            raise
 
     def _load(self, loaded: LoadedModel, kernels: Kernels) -> str:
         """-> the endpoint of its receiver, if KV comes to it."""

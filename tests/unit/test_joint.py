@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tercet.core import Ticket
-from tercet.errors import PeerDown, PeerUnreachable, TercetError
+from tercet.errors import PeerDown, PeerUnreachable, TercetError, WorkerLost
 from tercet.roles.facts_wire import error_of, packed_fact
 from tercet.roles.joint import JointReceiver, JointSender
 from tercet.transfer.memory.layout import KvLayout
@@ -147,6 +147,19 @@ async def test_an_open_that_fails_cancels_what_was_opened_and_nothing_more_is_he
     for rank in range(3):
         await made.tell(rank, Granted(OTHER, 0))
     assert made.heard == [Granted(OTHER, 0)]
+
+
+async def test_the_peer_of_a_group_that_lost_a_rank_does_not_take_it_for_its_own_death():
+    made = Sending(3)
+    for question in ("open", "connect"):
+        made.talks[1].faults[question] = WorkerLost("rank 2 of the group is gone")
+    with pytest.raises(WorkerLost, match="rank 2"):
+        made.open()
+    with pytest.raises(PeerDown, match="rank 2"):
+        made.joint.connect(endpoint(2))
+    gone = error_of(PeerDown("rank 2 of the group is gone"))
+    assert error_of(made.own.told[1][2]) == gone
+    assert made.talks[0].told[1] == ("stop_sending", TICKET, gone)
 
 
 async def test_rank_0_cannot_open_and_nobody_else_is_asked():
