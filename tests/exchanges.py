@@ -25,7 +25,7 @@ from tercet.distributed.exchange import Received, Sent
 from tercet.distributed.expert_map import ExpertMap
 from tercet.distributed.meeting import Group, Meeting
 from tercet.errors import TercetError
-from tercet.kernels.moe import ELSEWHERE, Experts
+from tercet.kernels.moe import ELSEWHERE, TorchExperts
 
 INNER = 8  # I, of each expert
 
@@ -85,7 +85,7 @@ class Case:
             here = received.weights.where(received.slots != ELSEWHERE, 0).sum(-1, keepdim=True)
             return (received.x.float() * here).to(self.dtype)
         gate_up, down = self.weights()
-        return Experts(gate_up[held], down[held]).forward(received.x, received.slots, received.weights)
+        return TorchExperts(gate_up[held], down[held]).forward(received.x, received.slots, received.weights)
 
     def _draw(self, *what: int) -> torch.Generator:
         return torch.Generator().manual_seed(hash((self.seed, *what)) % (1 << 32))
@@ -145,7 +145,7 @@ class _Child:
     def dispatch(self, case: Case, layer: int = 0) -> list[Tensor]:
         rank, found = self.exchange.rank, case.map()
         x, experts, weights = case.batch(layer, rank)
-        slots = found.choose(experts, rank, layer, getattr(self.exchange, "active", None))
+        slots = found.choose(experts, rank, layer, self.exchange.active)
         received, self.handle = self.exchange.dispatch(x, slots, weights, layer)
         self.y = case.compute(received, found.experts_on(rank, layer))
         return [received.x, received.slots, received.weights]

@@ -52,11 +52,12 @@ def check_model(spec: ClusterSpec, report: Callable[[str], None]) -> None:
 
 def _shape(config: ModelConfig) -> ModelShape:
     mixture = config.mixture
+    dense = mixture is None or len(mixture.layers) < config.num_layers
     return ModelShape(
         layers=config.num_layers,
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
-        intermediate=config.intermediate_size,
+        intermediate=config.intermediate_size if dense else 0,
         experts=0 if mixture is None else mixture.experts,
         expert_intermediate=0 if mixture is None else mixture.intermediate_size,
         shared_intermediate=0 if mixture is None else mixture.shared_size,

@@ -28,9 +28,6 @@ def refuse_groups(spec: ClusterSpec, role: Role, wanted: RoleSpec) -> None:
     """What a worker of several ranks does not do yet."""
     path, parallelism = f"roles.{role}", wanted.parallelism
     ranks = parallelism.ranks
-    for kind in ("data", "expert"):
-        if (degree := getattr(parallelism, kind)) > 1:
-            raise UnsupportedSpec(f"{path}.parallelism.{kind}: {degree} is not built yet; use 1")
     if Role.ENCODE in spec.roles:
         raise UnsupportedSpec(
             f"{path}.parallelism: {parallelism.ranks} ranks take no images yet; use 1 for each degree"

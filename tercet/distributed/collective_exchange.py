@@ -25,7 +25,7 @@ from tercet.distributed.exchange import (
     check_batch,
     check_received,
     routes_of,
-    slots_within,
+    routing_on_wire,
     sum_of_ranks,
 )
 from tercet.errors import PeerDown, ProtocolViolation, UnsupportedSpec
@@ -43,6 +43,11 @@ class CollectiveExchange:
         self._group = group
         self._slots_per_rank = slots_per_rank
 
+    @property
+    def active(self) -> tuple[bool, ...]:
+        """All ranks of the group."""
+        return (True,) * self.size
+
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor, layer: int = 0) -> tuple[Received, Handle]:
         """x [T, E]; slots [T, k] int64, physical ones; weights [T, k] float32; layer: of the model. Raises PeerDown if
         the group fails, ProtocolViolation if the ranks are not at the same layer."""
@@ -54,7 +59,7 @@ class CollectiveExchange:
         away = len(wire) - routes.counts[self.rank]
         row_bytes = x.shape[1] * x.element_size()
         self.sent += Sent(away * row_bytes, away * slots.shape[1] * ROUTING_BYTES, (self.size - 1) * HEADER_BYTES)
-        return received, Handle(routes, sources, len(x), x[:0], layer)
+        return received, Handle(routes, sources, len(x), x.new_empty((0, x.shape[1])), layer)
 
     def combine(self, y: Tensor, handle: Handle) -> Tensor:
         """y [M, E] -> [T, E]. Raises PeerDown if the group fails."""
@@ -72,11 +77,8 @@ class CollectiveExchange:
 
     def _packed(self, x: Tensor, slots: Tensor, weights: Tensor, routes: Routes) -> Tensor:
         """-> [N, B] uint8, ordered by destination."""
-        counts = torch.tensor(routes.counts, device=x.device)
-        ranks = torch.arange(self.size, device=x.device).repeat_interleave(counts).unsqueeze(1)
-        within = slots_within(slots[routes.rows], ranks, self._slots_per_rank).int()
-        parts = (weights[routes.rows], within, x[routes.rows])
-        return torch.cat([_bytes_of(part) for part in parts], 1)
+        within, shares = routing_on_wire(slots, weights, routes, self._slots_per_rank)
+        return torch.cat([_bytes_of(part) for part in (shares, within, x[routes.rows])], 1)
 
     def _unpacked(self, wire: Tensor, x: Tensor, k: int) -> Received:
         """wire [M, B] uint8."""
@@ -90,7 +92,7 @@ class CollectiveExchange:
         ours = torch.tensor([[count, layer, wire.shape[1]] for count in counts], device=wire.device)
         theirs = torch.empty_like(ours)
         with self._named("counts"):
-            dist.all_to_all_single(theirs, ours, group=self._group)
+            self._group.alltoall_base(theirs, ours, [], []).wait()
         found: list[list[int]] = theirs.tolist()
         for rank, (_, *other) in enumerate(found):
             if other != [layer, wire.shape[1]]:
@@ -104,7 +106,7 @@ class CollectiveExchange:
         """out [sum of counts, bytes] uint8 -> [sum of sources, bytes]. Backends copy this rank's own rows."""
         into = out.new_empty((sum(sources), out.shape[1]))
         with self._named("rows"):
-            dist.all_to_all_single(into, out, sources, counts, group=self._group)
+            self._group.alltoall_base(into, out, sources, counts).wait()
         return into
 
     @contextlib.contextmanager

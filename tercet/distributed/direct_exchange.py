@@ -33,7 +33,7 @@ from tercet.distributed.exchange import (
     check_batch,
     check_received,
     routes_of,
-    slots_within,
+    routing_on_wire,
     sum_of_ranks,
 )
 from tercet.distributed.frames import HEADER, Frame, Kind
@@ -114,18 +114,18 @@ class DirectExchange:
         wanted = Frame(
             Kind.DISPATCH, self.number, self.attempt, layer, 0, x.shape[1], DTYPES.index(x.dtype), slots.shape[1]
         )
-        goes = [routes.rows[piece] for piece in routes.bounds]  # rank -> rows of the batch
-        within = [slots_within(slots[some], rank, self._slots_per_rank).int() for rank, some in enumerate(goes)]
-        shares = [weights[some] for some in goes]
-        out = {
-            rank: [bytes_of(within[rank]), bytes_of(shares[rank]), *row_views(rows, goes[rank])] for rank in self._links
-        }
+        within, shares = routing_on_wire(slots, weights, routes, self._slots_per_rank)
+        bounds = routes.bounds
+        out = {rank: _payload(within, shares, rows, routes.rows, bounds[rank]) for rank in self._links}
         counts = self._swap(wanted, routes.counts, out) | {self.rank: routes.counts[self.rank]}
         sources = [counts.get(rank, 0) for rank in range(self.size)]
-        own = (within[self.rank], shares[self.rank], rows[goes[self.rank]])
+        here = bounds[self.rank]
+        own = (within[here], shares[here], rows[routes.rows[here]])
         received = self._receive(wanted, sources, own)
         self.number += 1
-        return _on(received, x.device), Handle(routes, sources, len(x), x[:0], layer, wanted.number, self.attempt)
+        return _on(received, x.device), Handle(
+            routes, sources, len(x), x.new_empty((0, x.shape[1])), layer, wanted.number, self.attempt
+        )
 
     def combine(self, y: Tensor, handle: Handle) -> Tensor:
         """y [M, E] -> [T, E]. Raises as `dispatch`."""
@@ -206,6 +206,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory."""
     assert tensor.is_contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _payload(within: Tensor, shares: Tensor, x: Tensor, rows: Tensor, piece: slice) -> list[memoryview]:
+    """Of a DISPATCH: slots, weights and rows that go to one rank; rows [N]: of x; piece: of N."""
+    return [bytes_of(within[piece]), bytes_of(shares[piece]), *row_views(x, rows[piece])]
 
 
 def row_views(x: Tensor, rows: Tensor) -> list[memoryview]:

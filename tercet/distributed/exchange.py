@@ -92,7 +92,13 @@ class Sent:
 class Exchange(Protocol):
     """For one thread. Errors are TransferErrors, besides InternalError for tensors that do not fit."""
 
+    rank: int
+    size: int  # ranks of the exchange
     sent: Sent  # since it was made
+
+    @property
+    def active(self) -> tuple[bool, ...]:
+        """Which ranks take part; for `ExpertMap.choose`."""
 
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor, layer: int = 0) -> tuple[Received, Handle]:
         """x [T, E]; slots [T, k] int64, physical ones; weights [T, k] float32; layer: of the model."""
@@ -118,8 +124,9 @@ def check_batch(x: Tensor, slots: Tensor, weights: Tensor, layer: int, num_slots
             f"for {len(x)} rows dispatch takes int64 slots and float32 weights [{len(x)}, k], "
             f"not {slots.dtype} {list(slots.shape)} and {weights.dtype} {list(weights.shape)}"
         )
-    if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= num_slots):
-        raise InternalError(f"slots from {int(slots.min())} to {int(slots.max())}; there are {num_slots}")
+    first, last = _ends(slots)
+    if first < 0 or last >= num_slots:
+        raise InternalError(f"slots from {first} to {last}; there are {num_slots}")
 
 
 def routes_of(slots: Tensor, slots_per_rank: int, size: int) -> Routes:
@@ -129,16 +136,29 @@ def routes_of(slots: Tensor, slots_per_rank: int, size: int) -> Routes:
     return Routes(needed.nonzero()[:, 1], needed.sum(1).tolist())
 
 
-def slots_within(slots: Tensor, rank: int | Tensor, slots_per_rank: int) -> Tensor:
-    """Physical slots -> numbers within the rank, or that of each row, and ELSEWHERE for those of other ranks."""
-    return torch.where(slots // slots_per_rank == rank, slots % slots_per_rank, ELSEWHERE)
+def routing_on_wire(slots: Tensor, weights: Tensor, routes: Routes, slots_per_rank: int) -> tuple[Tensor, Tensor]:
+    """slots [T, k] int64, weights [T, k] -> for each row that is sent, [N, k] int32, its slots as they are numbered
+    within its destination, ELSEWHERE for those of other ranks; and [N, k] float32, its weights."""
+    counts = torch.tensor(routes.counts, device=slots.device)
+    firsts = torch.arange(0, len(counts) * slots_per_rank, slots_per_rank, device=slots.device)
+    within = slots[routes.rows] - firsts.repeat_interleave(counts).unsqueeze(1)
+    here = (within >= 0) & (within < slots_per_rank)
+    return within.where(here, ELSEWHERE).int(), weights[routes.rows]
 
 
 def check_received(slots: Tensor, slots_per_rank: int) -> None:
     """Raises ProtocolViolation for slots that this rank does not have."""
-    strange = slots[(slots < ELSEWHERE) | (slots >= slots_per_rank)]
-    if len(strange):
-        raise ProtocolViolation(f"a row came for slot {int(strange[0])} of {slots_per_rank} on this rank")
+    first, last = _ends(slots)
+    if first < ELSEWHERE or last >= slots_per_rank:
+        raise ProtocolViolation(f"rows came for slots from {first} to {last}; this rank has {slots_per_rank}")
+
+
+def _ends(slots: Tensor) -> tuple[int, int]:
+    """The lowest and the highest number; 0 and -1 if there is none."""
+    if not slots.numel():
+        return 0, -1
+    lowest, highest = slots.aminmax()
+    return int(lowest), int(highest)
 
 
 def bounds_of(counts: Sequence[int]) -> list[slice]:

@@ -17,11 +17,17 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs lack them
 
 from tercet.devices import device_of
+from tercet.distributed.collective_exchange import CollectiveExchange
 from tercet.distributed.collectives import Alone, Collectives, HostCollectives, TorchCollectives
+from tercet.distributed.direct_exchange import DirectExchange
+from tercet.distributed.exchange import Exchange
+from tercet.distributed.expert_map import ExpertMap
+from tercet.distributed.meeting import Group, Meeting
 from tercet.distributed.place import Place
 from tercet.distributed.ranks import Ranks
+from tercet.distributed.spread import Spread
 from tercet.distributed.stages import Stages
-from tercet.errors import WorkerLost
+from tercet.errors import TransferError, WorkerLost
 from tercet.kernels.native.communicator import SPINS, NativeCommunicator, communicator_bytes
 
 
@@ -30,6 +36,7 @@ class Venue:
     store: str  # host:port
     together: tuple[int, ...]  # ranks of the host of rank 0, where all kernels are native; those that share memory
     cores: int  # of that host; ranks that share a core do not spin
+    exchanges: tuple[str, ...]  # where each rank's exchange listens; empty: experts are not spread
 
 
 def tensor_area(place: Place, venue: Venue) -> tuple[int, int] | None:
@@ -59,52 +66,72 @@ def new_store(host: str) -> TCPStore:
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd, use_libuv=False)
 
 
-def ranks_of(
-    place: Place, venue: Venue, memory: int | None, host: str, device: torch.device, timeout_s: float
-) -> Ranks:
-    """memory: the file descriptor of `shared_memory`, which is closed. host: of this rank, for its sockets. Blocks
-    until the others do the same. Raises WorkerLost."""
-    area = tensor_area(place, venue)
-    try:
-        tensor: Collectives = Alone()
-        if area is not None and memory is not None:
-            tensor = _through_memory(place, venue, memory, area, timeout_s)
-        elif place.tensor > 1:
-            tensor = TorchCollectives(_group(place.tensor_group, place, venue, host, device, timeout_s))
-        whole = range(place.ranks)
-        stages = Stages(place, _group(whole, place, venue, host, device, timeout_s)) if place.pipeline > 1 else None
-    except RuntimeError as error:  # torch has no narrower one
-        raise WorkerLost(f"rank {place.rank} did not meet the others: {error}") from error
-    finally:
-        if memory is not None:
-            os.close(memory)
-    return Ranks(place, tensor, stages)
+class Setup:
+    """One rank's way into its group."""
 
+    def __init__(
+        self, place: Place, host: str, device: torch.device, timeout_s: float, experts: ExpertMap | None, group: Group
+    ) -> None:
+        """host: of this rank, for its sockets. timeout_s: of a sum, and of what else ranks wait for each other.
+        experts: where they lie, if each rank has some of them whole. group: what the ranks of its exchange agree on."""
+        self.place, self._host, self._device, self._timeout_s = place, host, device, timeout_s
+        self._experts = experts
+        self._meeting: Meeting | None = None
+        if experts is not None and device.type == "cpu":
+            self._meeting = Meeting(group, place.rank - place.stage_group.start, host)
 
-def _through_memory(
-    place: Place, venue: Venue, memory: int, area: tuple[int, int], timeout_s: float
-) -> HostCollectives:
-    offset, size = area
-    view = memoryview(mmap.mmap(memory, size, offset=offset))
-    spins = SPINS if len(venue.together) <= venue.cores else 0
-    communicator = NativeCommunicator(view, place.tensor_rank, place.tensor, timeout_s, spins=spins)
-    return HostCollectives(communicator, place.tensor_rank, place.tensor)
+    @property
+    def exchange(self) -> str:
+        """Where this rank's exchange listens; empty: it has none of its own."""
+        return "" if self._meeting is None else self._meeting.endpoint
 
+    def ranks(self, venue: Venue, memory: int | None) -> Ranks:
+        """memory: the file descriptor of `shared_memory`, which is closed. Blocks until the others do the same. Raises
+        WorkerLost."""
+        place = self.place
+        try:
+            tensor, whole = self._tensor(venue, memory), range(place.ranks)
+            stages = Stages(place, self._group(whole, venue)) if place.pipeline > 1 else None
+            spread = None if self._experts is None else Spread(place, self._experts, self._exchange(venue))
+        except (RuntimeError, TransferError) as error:  # torch has no narrower one
+            raise WorkerLost(f"rank {place.rank} did not meet the others: {error}") from error
+        finally:
+            if memory is not None:
+                os.close(memory)
+        return Ranks(place, tensor, stages, spread)
 
-def _group(
-    ranks: range, place: Place, venue: Venue, host: str, device: torch.device, timeout_s: float
-) -> dist.ProcessGroup:
-    """Raises RuntimeError."""
-    backend, limit = device_of(device).collectives, timedelta(seconds=timeout_s)
-    at, _, port = venue.store.rpartition(":")
-    store = TCPStore(at, int(port), is_master=False, timeout=limit, use_libuv=False)
-    if backend == "gloo":  # by itself it would choose an address of this host by its name
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = limit
-        own = PrefixStore(f"{ranks.start}-{ranks.stop}", store)
-        return dist.ProcessGroupGloo(own, ranks.index(place.rank), len(ranks), options)  # type: ignore[return-value]  # likewise
-    if not dist.is_initialized():
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=limit)
-    made: dist.ProcessGroup = dist.new_group([*ranks], use_local_synchronization=True)
-    return made
+    def _tensor(self, venue: Venue, memory: int | None) -> Collectives:
+        place, area = self.place, tensor_area(self.place, venue)
+        if area is None or memory is None:
+            return Alone() if place.tensor == 1 else TorchCollectives(self._group(place.tensor_group, venue))
+        offset, size = area
+        view = memoryview(mmap.mmap(memory, size, offset=offset))
+        spins = SPINS if len(venue.together) <= venue.cores else 0
+        communicator = NativeCommunicator(view, place.tensor_rank, place.tensor, self._timeout_s, spins=spins)
+        return HostCollectives(communicator, place.tensor_rank, place.tensor)
+
+    def _exchange(self, venue: Venue) -> Exchange:
+        """Links of their own between CPUs, which survive the loss of a rank; else torch's all-to-all."""
+        assert self._experts is not None
+        if self._meeting is None:
+            return CollectiveExchange(self._group(self.place.stage_group, venue), self._experts.slots_per_rank)
+        direct = DirectExchange(self._meeting, self._timeout_s)
+        there = [venue.exchanges[rank] for rank in self.place.stage_group]
+        direct.connect({rank: endpoint for rank, endpoint in enumerate(there) if rank != direct.rank})
+        return direct
+
+    def _group(self, ranks: range, venue: Venue) -> dist.ProcessGroup:
+        """Raises RuntimeError."""
+        backend, limit, place = device_of(self._device).collectives, timedelta(seconds=self._timeout_s), self.place
+        at, _, port = venue.store.rpartition(":")
+        store = TCPStore(at, int(port), is_master=False, timeout=limit, use_libuv=False)
+        if backend == "gloo":  # by itself it would choose an address of this host by its name
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
+            options._timeout = limit
+            own = PrefixStore(f"{ranks.start}-{ranks.stop}", store)
+            return dist.ProcessGroupGloo(own, ranks.index(place.rank), len(ranks), options)  # type: ignore[return-value]  # likewise
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=limit)
+        made: dist.ProcessGroup = dist.new_group([*ranks], use_local_synchronization=True)
+        return made

@@ -86,6 +86,7 @@ class Computing(Part):
             who.spec.transfer.quarantine_blocks,
             self._legs.on_step,
             mrope=bool(loaded.config.rope.sections),
+            replicas=spec.parallelism.data,
         )
         self._legs.engine = self.engine
         self._computed = lambda: self.engine.computed
@@ -103,7 +104,7 @@ class Computing(Part):
         """Of all ranks, if they have any."""
         assert self._group is not None
         place = self._group.place
-        return own and GroupEndpoint(place.tensor, place.pipeline, (own, *self._group.endpoints)).encode()
+        return own and GroupEndpoint(place.tensor, place.pipeline, place.data, (own, *self._group.endpoints)).encode()
 
     def health(self) -> None:
         if self._group is not None and self._group.broken is not None:
@@ -151,6 +152,7 @@ class Computing(Part):
         talks = [] if self._group is None else self._group.talks
         joint = JointSender(
             lambda on_event: KvSender(*mover, on_event, self._progress),
+            self._places(self._who.role),
             self._layouts(self._who.role),
             self._legs.loop,
             prefill.on_event,
@@ -167,10 +169,12 @@ class Computing(Part):
             alone = KvReceiver(config, who.epoch, region, transports, decode.on_event)
             return alone, alone.start(who.host).encode()
         senders, here = self._layouts(Role.PREFILL), self._layouts(who.role)
-        sources = {rank: sum(meets(src, dst) for src in senders) for rank, dst in enumerate(here)}
+        theirs = [at.rank for at in self._places(Role.PREFILL) if at.data_rank == 0]  # each replica has as many
+        sources = {rank: sum(meets(senders[src], dst) for src in theirs) for rank, dst in enumerate(here)}
         talks = [] if self._group is None else self._group.talks
         joint = JointReceiver(
             lambda on_event: KvReceiver(config, who.epoch, region, transports, on_event),
+            self._places(who.role),
             sources,
             self._legs.loop,
             decode.on_event,
@@ -187,10 +191,12 @@ class Computing(Part):
 
     def _layouts(self, role: Role) -> list[KvLayout]:
         """Of the ranks of a worker of this role."""
-        spec, model = self._who.spec.roles[role], self._loaded.model
-        wanted, dtype = spec.parallelism, self._region.layout.dtype
-        places = [Place(r, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert) for r in range(wanted.ranks)]
-        return [kv_layout(model.config, place, spec.kv.blocks, spec.kv.block_size, dtype) for place in places]
+        kv, config, dtype = self._who.spec.roles[role].kv, self._loaded.config, self._region.layout.dtype
+        return [kv_layout(config, place, kv.blocks, kv.block_size, dtype) for place in self._places(role)]
+
+    def _places(self, role: Role) -> list[Place]:
+        wanted = self._who.spec.roles[role].parallelism
+        return [Place(r, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert) for r in range(wanted.ranks)]
 
     def _capture(self, runner: Runner, max_context: int) -> None:
         """Capture the decode steps that the spec asks for. Raises UnsupportedSpec if none can be, and it names some."""

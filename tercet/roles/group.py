@@ -11,17 +11,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import Any
 
+import torch
+
+from tercet.distributed import meeting as exchange_group
+from tercet.distributed.expert_map import default_map
 from tercet.distributed.line import Line, Rendezvous
 from tercet.distributed.place import Place
 from tercet.distributed.ranks import Ranks
-from tercet.distributed.setup import Venue, new_store, ranks_of, shared_memory
+from tercet.distributed.setup import Setup, Venue, new_store, shared_memory
 from tercet.distributed.talk import Talk
 from tercet.engine.group import GroupExecutor
 from tercet.errors import PeerMismatch, TercetError, WorkerLost
 from tercet.kernels.kinds import Kernels
+from tercet.models.sources import load_config
 from tercet.roles.joint import JointReceiver, JointSender
 from tercet.roles.part import Identity
 
@@ -29,16 +35,25 @@ COLLECTIVE_S = 60.0  # as long as a step may take; a rank that dies is noticed a
 log = logging.getLogger(__name__)
 
 
-def place_of(who: Identity, rank: int) -> Place:
+def setup_of(who: Identity, rank: int, device: torch.device) -> Setup:
+    """Of a rank of this worker. Raises ModelError."""
     wanted = who.role_spec.parallelism
-    return Place(rank, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert)
+    place = Place(rank, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert)
+    experts, mixture = None, load_config(who.spec.model).mixture
+    if wanted.expert > 1:
+        assert mixture is not None, "a model without experts is refused before"
+        experts = default_map(mixture.experts, wanted.expert_redundancy, wanted.expert)
+    name = f"{who.worker_id} {who.epoch} stage {place.stage}"
+    exchange = exchange_group.Group(name, who.token, wanted.expert, experts.slots_per_rank if experts else 0)
+    return Setup(place, who.host, device, COLLECTIVE_S, experts, exchange)
 
 
 class Group:
     def __init__(self, who: Identity, on_broken: Callable[[WorkerLost], None]) -> None:
         """on_broken: called once, on any thread."""
         self._who, self._on_broken = who, on_broken
-        self.place = place_of(who, 0)
+        wanted = who.role_spec.parallelism
+        self.place = Place(0, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert)
         self._rendezvous = Rendezvous(who.host, who.token)
         self.talks: list[Talk] = []
         self.endpoints: list[str] = []  # of the movers of ranks 1, 2 ..., once ready
@@ -63,17 +78,29 @@ class Group:
         deadline = time.monotonic() + self._who.spec.ray.start_timeout_s
         lines = self._rendezvous.joined(range(1, self.place.ranks), deadline, lambda: self._closing)
         self._rendezvous.close()
-        self._store = new_store(self._who.host)
-        local = (0, *(rank for rank, line in lines.items() if line.is_local)) if kernels.native else ()
-        venue = Venue(f"{self._who.host}:{self._store.port}", local, len(os.sched_getaffinity(0)))
+        setup = setup_of(self._who, 0, kernels.device)
+        venue = self._venue(setup, lines, kernels)
         memory = shared_memory(self.place, venue)
         for rank, line in sorted(lines.items()):
-            line.send("setup", venue.store, venue.together, venue.cores, memory is not None)
+            line.send("setup", *astuple(venue), memory is not None)
             if memory is not None and rank in venue.together:
                 line.send_fd(memory)
         self.talks = [self._talk(line) for _, line in sorted(lines.items())]
-        self._ranks = ranks_of(self.place, venue, memory, self._who.host, kernels.device, COLLECTIVE_S)
+        self._ranks = setup.ranks(venue, memory)
         return self._ranks
+
+    def _venue(self, setup: Setup, lines: Mapping[int, Line], kernels: Kernels) -> Venue:
+        self._store = new_store(self._who.host)
+        local = (0, *(rank for rank, line in lines.items() if line.is_local)) if kernels.native else ()
+        exchanges = [setup.exchange]
+        for rank in sorted(lines):
+            match lines[rank].receive():
+                case ["here", str(exchange)]:
+                    exchanges.append(exchange)
+                case other:
+                    raise WorkerLost(f"rank {rank} said {other!r:.80} where it should say that it is here")
+        cores = len(os.sched_getaffinity(0))
+        return Venue(f"{self._who.host}:{self._store.port}", local, cores, tuple(exchanges))
 
     def ready(self, fingerprint: str) -> None:
         """Waits until every rank has loaded its share. Raises WorkerLost, or PeerMismatch for one of another model."""

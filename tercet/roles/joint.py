@@ -18,7 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from tercet.core import PairState, Ticket
+from tercet.distributed.place import Place
 from tercet.distributed.talk import Talk
+from tercet.engine.replicas import replica_of
 from tercet.errors import TercetError
 from tercet.roles.facts_wire import error_of, fact_of
 from tercet.transfer.memory.layout import KvLayout
@@ -91,19 +93,21 @@ class JointSender(_Joining[SendJoint]):
     def __init__(
         self,
         own: Callable[[Callable[[SendEvent], None]], KvSender],
+        places: Sequence[Place],
         layouts: Sequence[KvLayout],
         loop: asyncio.AbstractEventLoop,
         on_event: Callable[[SendEvent], None],
         others: Sequence[Talk],
     ) -> None:
-        """own: makes rank 0's, which tells its events to what it is given. layouts: of the ranks."""
+        """own: makes rank 0's, which tells its events to what it is given. places, layouts: of the ranks."""
         super().__init__(loop, on_event, others)
-        self._own, self._layouts = own(self._take_own), layouts
+        self._own, self._places, self._layouts = own(self._take_own), places, layouts
         self.push = self._own.push
 
     def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float, dial: bool = True) -> str:
         """As `KvSender.open`, at each rank that the worker at `endpoint` needs something from."""
-        parts = self._parts(endpoint)
+        group = GroupEndpoint.decode(endpoint)
+        parts = self._parts(group, replica_of(ticket, self._places[0].data), replica_of(ticket, group.data))
         self._joints[ticket] = SendJoint(parts)
         names: set[str] = set()
         opened: list[int] = []
@@ -118,11 +122,20 @@ class JointSender(_Joining[SendJoint]):
             raise
         return "+".join(sorted(names))
 
-    def _parts(self, endpoint: str) -> dict[int, list[str]]:
-        """Rank -> the endpoints that it sends to."""
-        group = GroupEndpoint.decode(endpoint)
-        meeting = {rank: group.meeting(layout) for rank, layout in enumerate(self._layouts)}
+    def _parts(self, group: GroupEndpoint, own: int, theirs: int) -> dict[int, list[str]]:
+        """Rank of the replica `own` -> the endpoints of their replica that it sends to."""
+        here = [place.rank for place in self._places if place.data_rank == own]
+        meeting = {rank: group.meeting(self._layouts[rank], theirs) for rank in here}
         return {rank: endpoints for rank, endpoints in meeting.items() if endpoints}
+
+    def _every_part(self, endpoint: str) -> dict[int, list[str]]:
+        """Of all replicas with all."""
+        group, found = GroupEndpoint.decode(endpoint), dict[int, list[str]]()
+        for own in range(self._places[0].data):
+            for theirs in range(group.data):
+                for rank, endpoints in self._parts(group, own, theirs).items():
+                    found[rank] = [*found.get(rank, []), *endpoints]
+        return found
 
     def _open(
         self, rank: int, ticket: Ticket, endpoints: list[str], num_tokens: int, deadline: float, dial: bool
@@ -133,14 +146,16 @@ class JointSender(_Joining[SendJoint]):
         return str(self._others[rank].ask("open", ticket, endpoints, num_tokens, left_s, timeout_s=DIAL_S))
 
     def finish(self, ticket: Ticket, note: bytes) -> None:
-        """The note goes with rank 0's part. A rank hears this behind the step that it ends with: rank 0 knows a step's
+        """The note goes with the first part. A rank hears this behind the step that it ends with: rank 0 knows a step's
         result only when every rank has computed its share."""
         joint = self._joints.get(ticket)
-        for rank in [] if joint is None else map(_rank_of, [*joint.parts]):
+        ranks = [] if joint is None else [*map(_rank_of, joint.parts)]
+        for number, rank in enumerate(ranks):
+            its = b"" if number else note
             if rank == 0:
-                self._own.finish(ticket, note)
+                self._own.finish(ticket, its)
             else:
-                self._others[rank].tell("finish", ticket)
+                self._others[rank].tell("finish", ticket, its)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> None:
         joint = self._joints.get(ticket)
@@ -149,7 +164,7 @@ class JointSender(_Joining[SendJoint]):
 
     def connect(self, endpoint: str) -> None:
         """Raises PeerDown or PeerMismatch of the first rank that cannot."""
-        for rank, endpoints in self._parts(endpoint).items():
+        for rank, endpoints in self._every_part(endpoint).items():
             if rank:
                 self._others[rank].ask("connect", endpoints, timeout_s=DIAL_S)
             else:
@@ -158,7 +173,7 @@ class JointSender(_Joining[SendJoint]):
 
     def connected(self, endpoint: str) -> bool:
         """Only if no other rank has to be asked."""
-        parts = self._parts(endpoint)
+        parts = self._every_part(endpoint)
         return parts.keys() == {0} and all(map(self._own.connected, parts[0]))
 
     def attested(self) -> list[PairState]:
@@ -185,31 +200,41 @@ class JointReceiver(_Joining[ReceiveJoint]):
     def __init__(
         self,
         own: Callable[[Callable[[ReceiveEvent], None]], KvReceiver],
+        places: Sequence[Place],
         sources: Mapping[int, int],
         loop: asyncio.AbstractEventLoop,
         on_event: Callable[[ReceiveEvent], None],
         others: Sequence[Talk],
     ) -> None:
-        """own: makes rank 0's, as above. sources: rank -> how many ranks of a prefill worker send to it."""
+        """own: makes rank 0's, as above. places: of the ranks. sources: rank -> how many ranks of a prefill worker send
+        to it."""
         super().__init__(loop, on_event, others)
-        self._own, self._sources = own(self._take_own), sources
+        self._own, self._places, self._sources = own(self._take_own), places, sources
 
     def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int]) -> None:
-        self._joints[ticket] = ReceiveJoint(self._sources)
-        for rank, sources in self._sources.items():
+        ranks = self._ranks_of(ticket)
+        self._joints[ticket] = ReceiveJoint(ranks)
+        for rank in ranks:
             if rank == 0:
-                self._own.admit(ticket, first_block, blocks, sources)
+                self._own.admit(ticket, first_block, blocks, self._sources[rank])
             else:
-                self._others[rank].tell("admit", ticket, first_block, blocks, sources)
+                self._others[rank].tell("admit", ticket, first_block, blocks, self._sources[rank])
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
-        self._own.refuse(ticket, reason)
-        for other in self._others.values():
-            other.tell("refuse", ticket, reason)
+        for rank in self._ranks_of(ticket):
+            if rank == 0:
+                self._own.refuse(ticket, reason)
+            else:
+                self._others[rank].tell("refuse", ticket, reason)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> None:
-        for rank in self._sources:
+        for rank in self._ranks_of(ticket):
             self._cancel_part(rank, ticket, error)
+
+    def _ranks_of(self, ticket: Ticket) -> list[int]:
+        """Those of the replica that it goes to."""
+        replica = replica_of(ticket, self._places[0].data)
+        return [place.rank for place in self._places if place.data_rank == replica]
 
     def dropped(self) -> Counter[str]:
         return self._own.dropped() + Counter({"ranks": self._counted("receive_dropped")})

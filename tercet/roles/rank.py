@@ -19,7 +19,7 @@ import torch
 from tercet.core import Role, Ticket
 from tercet.devices import DEVICES
 from tercet.distributed.line import Line, join
-from tercet.distributed.setup import Venue, ranks_of
+from tercet.distributed.setup import Venue
 from tercet.distributed.talk import Talk
 from tercet.engine.group import RankSteps
 from tercet.engine.runner import Runner
@@ -29,7 +29,7 @@ from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
 from tercet.placement.cores import refuse_missing_cores
 from tercet.roles.facts_wire import packed_fact
-from tercet.roles.group import COLLECTIVE_S, place_of
+from tercet.roles.group import COLLECTIVE_S, setup_of
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity
 from tercet.spec import ClusterSpec
@@ -56,7 +56,7 @@ class Rank:
     ) -> None:
         """on_end: called on any thread when rank 0 is gone, after which this process is to end."""
         self._who = Identity(worker_id, role, epoch, spec, host, cluster_token, (role,), tuple(cores))
-        self._place, self._on_end = place_of(self._who, rank), on_end
+        self._rank, self._on_end = rank, on_end
         self._stopped = threading.Event()
         self._sender: KvSender | None = None
         self._receiver: KvReceiver | None = None
@@ -76,23 +76,25 @@ class Rank:
         refuse_missing_cores(who.role, who.cores)
         kernels = choose_kernels(spec.kernels, device)
         torch.set_num_threads(spec.threads)
-        line = join(endpoint, self._place.rank, who.token)
-        venue, memory = self._setup(line)
+        line, setup = join(endpoint, self._rank, who.token), setup_of(who, self._rank, device)
+        self._place = setup.place
+        line.send("here", setup.exchange)
+        venue, memory = self._venue(line)
         self._talk = Talk(line, self._ended)
         self._talk.start(self._told(), {"open": self._open, "connect": self._connect})
-        self._ranks = ranks_of(self._place, venue, memory, who.host, device, COLLECTIVE_S)
+        self._ranks = setup.ranks(venue, memory)
         loaded = load_model(who.spec.model, kernels, self._ranks)
         moving = self._load(loaded, kernels)
         threading.Thread(target=self._run, args=(kernels,), name="rank-steps", daemon=True).start()
         threading.Thread(target=self._tell_counts, name="rank-counts", daemon=True).start()
         self._talk.tell("ready", moving, loaded.fingerprint)
 
-    def _setup(self, line: Line) -> tuple[Venue, int | None]:
+    def _venue(self, line: Line) -> tuple[Venue, int | None]:
         line.settimeout(COLLECTIVE_S)
         match line.receive():
-            case ["setup", str(store), [*together], int(cores), bool(shares)]:
-                venue = Venue(store, tuple(together), cores)
-                return venue, line.receive_fd() if shares and self._place.rank in together else None
+            case ["setup", str(store), [*together], int(cores), [*exchanges], bool(shares)]:
+                venue = Venue(store, tuple(together), cores, tuple(exchanges))
+                return venue, line.receive_fd() if shares and self._rank in together else None
         raise WorkerLost("rank 0 sent no setup")
 
     def _load(self, loaded: LoadedModel, kernels: Kernels) -> str:
@@ -123,7 +125,7 @@ class Rank:
     def _told(self) -> dict[str, Callable[..., Any]]:
         return {
             "step": self._step,
-            "finish": lambda ticket: self._sending().finish(Ticket(*ticket), b""),
+            "finish": lambda ticket, note: self._sending().finish(Ticket(*ticket), note),
             "stop_sending": lambda ticket, error: self._sending().cancel(Ticket(*ticket), from_wire(*error)),
             "admit": lambda ticket, *leased: self._receiving().admit(Ticket(*ticket), *leased),
             "refuse": lambda ticket, reason: self._receiving().refuse(Ticket(*ticket), reason),
@@ -178,7 +180,7 @@ class Rank:
     def _ended(self, error: WorkerLost) -> None:
         if self._stopped.is_set():
             return
-        log.error("%s rank %d: %s", self._who.worker_id, self._place.rank, error)
+        log.error("%s rank %d: %s", self._who.worker_id, self._rank, error)
         self._on_end(error)
 
     def _stop(self) -> None:

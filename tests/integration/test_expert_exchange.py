@@ -183,6 +183,32 @@ def test_survivors_of_a_killed_rank_name_it_go_on_and_take_a_new_one_in(ranks, v
     assert ask_all(everyone, "look", "number", "active") == [[8, (True,) * 3]] * 3
 
 
+def test_two_ranks_that_die_at_once_are_taken_out_one_after_the_other(ranks):
+    case = Case((3, 2, 4, 1), experts=4, spare=7, k=3, seed=6)
+    direct(ranks, case.slots_per_rank)
+    survivors = {0: ranks[0], 2: ranks[2]}
+    for rank in survivors.values():
+        rank.ask("prepare", case)
+    for lost in (1, 3):
+        ranks[lost].signal(signal.SIGKILL)
+    named: dict[int, set[int]] = {number: set() for number in survivors}
+    for attempt in (1, 2):
+        for number, rank in survivors.items():
+            error = rank.answer()
+            assert isinstance(error, RankLost), error
+            named[number].add(error.rank)
+            rank.ask("call", "without", [error.rank])
+            assert rank.answer() is None
+        ask_all(list(survivors.values()), "call", "resume", attempt, 0)
+        for rank in survivors.values():
+            rank.ask("prepare", case)
+    assert named == {0: {1, 3}, 2: {1, 3}}
+    assert [rank.answer() for rank in survivors.values()] == [None, None]
+    found = ask_all(list(survivors.values()), "combine")
+    for number, y in zip(survivors, found, strict=True):
+        assert np.allclose(y, case.expected(0, number).numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_rank_killed_amid_its_payload_is_lost_and_frames_that_were_cut_short_are_ended_and_dropped(ranks):
     direct(ranks[:3], LARGE.slots_per_rank)
     for rank in (ranks[0], ranks[2]):  # both are stuck: rank 1 does not read
@@ -211,7 +237,7 @@ def test_a_stopped_rank_is_lost_after_the_timeout_and_hears_of_it_when_it_wakes_
     for rank in survivors.values():
         rank.ask(*(["combine"] if verb == "combine" else ["prepare", SURVIVABLE]))
     try:
-        check_lost(survivors, 1, began, (1.0, 2.0))
+        check_lost(survivors, 1, began, (1.0, 3.0))
         go_on(survivors, 1, attempt=1, number=1)
         check_without(SURVIVABLE, survivors)
     finally:

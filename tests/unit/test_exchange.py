@@ -15,7 +15,7 @@ from tercet.distributed.exchange import (
     check_received,
     expected_bytes,
     routes_of,
-    slots_within,
+    routing_on_wire,
     sum_of_ranks,
 )
 from tercet.errors import InternalError, ProtocolViolation, RankLost, from_wire
@@ -41,14 +41,17 @@ def ranks_of(row: list[int]) -> set[int]:
 @given(routings())
 def test_each_row_goes_once_to_each_distinct_rank(slots):
     for each in slots:
-        routes = routes_of(each, SLOTS_PER_RANK, len(slots))
+        routes, weights = routes_of(each, SLOTS_PER_RANK, len(slots)), torch.rand(each.shape)
+        within, shares = routing_on_wire(each, weights, routes, SLOTS_PER_RANK)
         for rank, piece in enumerate(routes.bounds):
             rows = [row for row, numbers in enumerate(each.tolist()) if rank in ranks_of(numbers)]
             assert routes.rows[piece].tolist() == rows
-            within = slots_within(each, rank, SLOTS_PER_RANK).tolist()
-            assert within == [
-                [n % SLOTS_PER_RANK if n // SLOTS_PER_RANK == rank else ELSEWHERE for n in row] for row in each.tolist()
+            assert within[piece].tolist() == [
+                [n % SLOTS_PER_RANK if n // SLOTS_PER_RANK == rank else ELSEWHERE for n in each[row].tolist()]
+                for row in rows
             ]
+            assert torch.equal(shares[piece], weights[rows])
+        assert (within.dtype, shares.dtype) == (torch.int32, torch.float32)
 
 
 @given(routings())
@@ -64,10 +67,10 @@ def test_expected_bytes_are_those_of_rows_that_leave_and_of_their_way_back(slots
 
 def test_the_sum_is_in_float32_in_the_order_of_ranks():
     """In bfloat16, or from the last rank to the first, it would be another number."""
-    back = torch.tensor([[1e8], [1.0], [-1e8]])
+    back = torch.tensor([[1e8], [-1e8], [1.0]])  # float32 has 24 bits: 1e8 + 1 is 1e8
     handle = Handle(Routes(torch.tensor([1, 1, 1]), [1, 1, 1]), [0], 2, back[:0], 0)
-    assert sum_of_ranks(back, handle).tolist() == [[0.0], [(torch.tensor(1e8) + 1 - 1e8).item()]]
-    assert sum_of_ranks(back.flip(0) * torch.tensor([[1.0], [1.0], [1.0]]), handle).tolist()[1] == [0.0]
+    assert sum_of_ranks(back, handle).tolist() == [[0.0], [1.0]]
+    assert sum_of_ranks(back.flip(0), handle).tolist() == [[0.0], [0.0]]
     fine = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # bfloat16 has 8 bits: 256 + 1 is 256
     assert sum_of_ranks(fine, handle).tolist()[1] == [258.0]
     assert sum_of_ranks(fine, handle).dtype == torch.bfloat16
@@ -109,7 +112,8 @@ def test_what_is_combined_must_be_a_row_for_each_that_came(y):
 @pytest.mark.parametrize("slot", [-2, 3])
 def test_a_slot_that_is_not_here_is_refused(slot):
     check_received(torch.tensor([[ELSEWHERE, 0, 2]]), SLOTS_PER_RANK)
-    with pytest.raises(ProtocolViolation, match=f"slot {slot} of 3"):
+    ends = sorted((0, slot))
+    with pytest.raises(ProtocolViolation, match=f"slots from {ends[0]} to {ends[1]}; this rank has 3"):
         check_received(torch.tensor([[0, slot]]), SLOTS_PER_RANK)
 
 

@@ -16,10 +16,13 @@ class GroupEndpoint:
 
     tensor: int  # ranks that share a layer's heads
     pipeline: int  # stages
-    ranks: tuple[str, ...]  # an encoded Endpoint each; rank = stage * tensor + tensor rank
+    data: int  # replicas of each stage, with KV of their own
+    ranks: tuple[str, ...]  # an encoded Endpoint each; rank = (stage * data + replica) * tensor + tensor rank
 
     def encode(self) -> str:
-        return self.ranks[0] if len(self.ranks) == 1 else json.dumps([self.tensor, self.pipeline, self.ranks])
+        return (
+            self.ranks[0] if len(self.ranks) == 1 else json.dumps([self.tensor, self.pipeline, self.data, self.ranks])
+        )
 
     @classmethod
     def decode(cls, text: str) -> GroupEndpoint:
@@ -29,20 +32,23 @@ class GroupEndpoint:
         except ValueError as error:
             raise PeerMismatch(f"no transfer endpoint: {text!r:.80}") from error
         match found:
-            case [int(tensor), int(pipeline), [*ranks]] if len(ranks) == tensor * pipeline:
-                return cls(tensor, pipeline, tuple(map(str, ranks)))
+            case [int(tensor), int(pipeline), int(data), [*ranks]] if len(ranks) == tensor * pipeline * data:
+                return cls(tensor, pipeline, data, tuple(map(str, ranks)))
         Endpoint.decode(text)
-        return cls(1, 1, (text,))
+        return cls(1, 1, 1, (text,))
 
     @property
     def worker_id(self) -> str:
         return Endpoint.decode(self.ranks[0]).worker_id
 
-    def meeting(self, src: KvLayout) -> list[str]:
-        """The endpoints of those ranks that need layers or heads from the rank of this layout."""
-        places = ((stage, rank) for stage in range(self.pipeline) for rank in range(self.tensor))
-        layouts = [_at(src, stage, self.pipeline, rank, self.tensor) for stage, rank in places]
-        return [at for at, dst in zip(self.ranks, layouts, strict=True) if meets(src, dst)]
+    def meeting(self, src: KvLayout, replica: int) -> list[str]:
+        """The endpoints of those ranks of a replica that need layers or heads from the rank of this layout."""
+        return [
+            self.ranks[(stage * self.data + replica) * self.tensor + rank]
+            for stage in range(self.pipeline)
+            for rank in range(self.tensor)
+            if meets(src, _at(src, stage, self.pipeline, rank, self.tensor))
+        ]
 
 
 def meets(src: KvLayout, dst: KvLayout) -> bool:
