@@ -252,3 +252,13 @@ def test_all_experts_in_one_tensor(family, tmp_path):
     assert fused == (load_config(ModelSpec(source=str(tmp_path))).mixture is not None)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     same_logits(tmp_path, reference)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_step_of_no_rows(family, kernels):
+    """As a rank has that has nothing to do while others of its group do."""
+    directory, _ = family
+    model, none = loaded(directory, kernels).model, torch.zeros(0, dtype=torch.int64)
+    batch, told = StepBatch(none, none, none, 0, none.view(0, 0), none, (), none), []
+    assert model.forward(batch, empty_cache(model), told.append).shape == (0, VOCAB)
+    assert told == [0, 1, 2]
