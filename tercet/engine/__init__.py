@@ -1,1 +1,2 @@
-"""What the roles share: blocks, sequences, scheduler, runner, sampler, and the loop that drives them."""
+"""What the roles share: blocks, sequences, scheduler, runner, sampler, the loop that drives them, and how a group of
+ranks runs a step."""

@@ -1,4 +1,4 @@
-"""Execute a plan: by one runner in this process today. A group of ranks would be another executor.
+"""Execute a plan by one runner, in this process; by those of a group of ranks: group.py.
 
 One sequence's fault must not fail the whole batch: a step that fails is run again, one sequence at a time. That is
 safe, since the same KV goes to the same slots, and the mover accepts the same blocks twice.

@@ -80,6 +80,9 @@ RUN_BY = {
         "tests/unit/test_engine_benchmark.py:test_the_command_measures_both_with_the_same_tokens"
     ),
     "python -m benchmarks.rivals": "tests/unit/test_rivals_benchmark.py:test_the_command_measures_real_servers",
+    "python -m benchmarks.moe": "tests/unit/test_moe_benchmark.py:test_rows",
+    "python -m benchmarks.latents": "tests/unit/test_latents_benchmark.py:test_figures",
+    "python -m benchmarks.exchange": ("tests/unit/test_exchange_benchmark.py:test_the_command_measures_both_exchanges"),
     "python -m benchmarks.transfer": (
         "tests/unit/test_transfer_benchmark.py:test_the_command_moves_and_compares_every_byte"
     ),
