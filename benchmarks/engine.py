@@ -30,7 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.machine import DECODE, PREFILL, RATES, Cost, Figures, Machine, facts, resident_mb
 from tercet.core import SamplingParams, Ticket
-from tercet.engine.executor import LocalExecutor
+from tercet.engine.executor import Executor, LocalExecutor
 from tercet.engine.loop import Engine
 from tercet.engine.report import Sampled
 from tercet.engine.runner import Runner
@@ -82,18 +82,21 @@ SPEEDS: dict[str, Callable[[Workload, Outcome], float]] = {  # tokens per second
 }
 
 
-class Tercet:
-    """Engine and runner as a worker has them, on their own thread, without the wires around them."""
+class Driver:
+    """An engine as a worker has it, on its own thread, without the wires around it."""
 
-    def __init__(self, spec: ModelSpec, threads: int, kernels: Wanted = "auto") -> None:
-        chosen = choose_kernels(kernels)
-        chosen.set_threads(threads)
-        self.kernels = str(chosen)
-        loaded, role = load_model(spec, chosen), RoleSpec(threads=threads)
-        self.config = loaded.config
-        region = Region(loaded.model.kv_layout(role.kv.blocks, role.kv.block_size))
-        executor = LocalExecutor(Runner(loaded.model, region))
-        self._engine = Engine(executor, role, self.config.max_context, self.config.eos_token_ids, 1, self._on_sampled)
+    def __init__(self, executor: Executor, role: RoleSpec, config: ModelConfig) -> None:
+        self.config = config
+        self.stamps: list[float] = []  # of the last `generate`: when each step had ended
+        self._engine = Engine(
+            executor,
+            role,
+            config.max_context,
+            config.eos_token_ids,
+            1,
+            self._on_sampled,
+            replicas=role.parallelism.data,
+        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -101,7 +104,7 @@ class Tercet:
         """Raises WorkerLost if the engine dies of it."""
         params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True)
         sequences = [EngineSequence(Ticket(str(i), 0, 0), [*ids], len(ids), params) for i, ids in enumerate(prompts)]
-        self._stamps: list[float] = []
+        self.stamps = []
         self._left, self._idle = len(sequences), threading.Event()
         start = time.perf_counter()
         for sequence in sequences:
@@ -110,7 +113,7 @@ class Tercet:
         if self._engine.failure is not None:
             raise WorkerLost(f"the engine died: {self._engine.failure!r}") from self._engine.failure
         tokens = [s.token_ids[s.num_prompt :] for s in sequences]
-        return Outcome(self._stamps[0] - start, self._stamps[-1] - start, tokens)
+        return Outcome(self.stamps[0] - start, self.stamps[-1] - start, tokens)
 
     def stop(self) -> None:
         self._engine.stop()
@@ -124,10 +127,22 @@ class Tercet:
 
     def _on_sampled(self, sampled: list[Sampled]) -> None:
         if sampled:
-            self._stamps.append(time.perf_counter())
+            self.stamps.append(time.perf_counter())
             self._left -= sum(item.token.finish is not None for item in sampled)
             if not self._left:
                 self._idle.set()
+
+
+class Tercet(Driver):
+    """Engine and runner in this process."""
+
+    def __init__(self, spec: ModelSpec, threads: int, kernels: Wanted = "auto") -> None:
+        chosen = choose_kernels(kernels)
+        chosen.set_threads(threads)
+        self.kernels = str(chosen)
+        loaded, role = load_model(spec, chosen), RoleSpec(threads=threads)
+        region = Region(loaded.model.kv_layout(role.kv.blocks, role.kv.block_size))
+        super().__init__(LocalExecutor(Runner(loaded.model, region)), role, loaded.config)
 
 
 class _Stamps(BaseStreamer):

@@ -32,6 +32,12 @@ class Traffic:
     num_bytes: int = 0  # that it gave
     seconds: float = 0.0  # its waiting for others included
 
+    def add(self, num_bytes: int, began: float) -> None:
+        """An operation has ended that began at `began`, time.monotonic()."""
+        self.calls += 1
+        self.num_bytes += num_bytes
+        self.seconds += time.monotonic() - began
+
 
 class Collectives(ABC):
     """rank, size: in the group that sums."""
@@ -61,9 +67,7 @@ class Collectives(ABC):
     def _counted(self, operation: Callable[[Tensor], Result], x: Tensor) -> Result:
         began = time.monotonic()
         result = operation(x)
-        self.traffic.calls += 1
-        self.traffic.num_bytes += x.nbytes
-        self.traffic.seconds += time.monotonic() - began
+        self.traffic.add(x.nbytes, began)
         return result
 
 

@@ -82,6 +82,10 @@ class Sent:
     routing: int = 0  # slots and weights
     headers: int = 0  # and counts
 
+    @property
+    def total(self) -> int:
+        return self.rows + self.routing + self.headers
+
     def __add__(self, other: Sent) -> Sent:
         return Sent(self.rows + other.rows, self.routing + other.routing, self.headers + other.headers)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tercet.distributed.collectives import Alone, Collectives
+from tercet.distributed.collectives import Alone, Collectives, Traffic
 from tercet.distributed.place import Place
 from tercet.distributed.spread import Spread
 from tercet.distributed.stages import Stages
@@ -16,3 +16,10 @@ class Ranks:
     tensor: Collectives = field(default_factory=Alone)  # of the ranks that share each layer's heads and columns
     stages: Stages | None = None  # of a pipeline
     spread: Spread | None = None  # of experts
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        """Of each kind of parallelism that this rank takes part in."""
+        sums = self.tensor if self.tensor.size > 1 else None
+        parts = {"tensor": sums, "pipeline": self.stages, "expert": self.spread}
+        return {kind: part.traffic for kind, part in parts.items() if part is not None}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from tercet.distributed.collectives import Traffic
 from tercet.distributed.direct_exchange import DirectExchange
 from tercet.distributed.exchange import Exchange
 from tercet.distributed.expert_map import ExpertMap
@@ -20,6 +23,7 @@ class Spread:
         self.rank = place.rank - place.stage_group.start  # within the stage
         self.active = (True,) * experts.ranks  # ranks that take part
         self.computed = torch.zeros(experts.slots_per_rank + 1, dtype=torch.int64)  # rows of each slot; last: ELSEWHERE
+        self.traffic = Traffic()  # of dispatches and combines
         self._place = place
 
     def survives(self, ranks: Collection[int]) -> bool:
@@ -74,14 +78,23 @@ class Spread:
         rows = share(len(x), self._place.tensor_rank, self._place.tensor)
         own = slice(rows.start, rows.stop)
         slots = self.map.choose(experts[own], self.rank, layer, self.active)
-        received, handle = self.exchange.dispatch(x[own], slots, weights[own].contiguous(), layer)
+        with self._timed():
+            received, handle = self.exchange.dispatch(x[own], slots, weights[own].contiguous(), layer)
         self._count(received.slots)
-        made = self.exchange.combine(here.forward(received.x, received.slots, received.weights), handle)
+        computed = here.forward(received.x, received.slots, received.weights)
+        with self._timed():
+            made = self.exchange.combine(computed, handle)
         if self._place.tensor == 1:
             return made
         out = torch.zeros_like(x)
         out[own] = made
         return out
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began, before = time.monotonic(), self.exchange.sent
+        yield
+        self.traffic.add((self.exchange.sent - before).total, began)
 
     def _count(self, slots: Tensor) -> None:
         flat = slots.flatten().cpu()

@@ -3,13 +3,14 @@ for, so a stage begins with its next micro-batch while the next stage computes t
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tercet.distributed.collectives import waited
+from tercet.distributed.collectives import Traffic, waited
 from tercet.distributed.place import Place
 
 TAG = 0
@@ -22,6 +23,7 @@ class Stages:
     def __init__(self, place: Place, group: dist.ProcessGroup) -> None:
         """group: of all ranks, by their numbers."""
         self._place, self._group = place, group
+        self.traffic = Traffic()  # seconds: mostly those that a stage waits for the one before
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # a tensor stays until it has been taken
 
     def receive(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -29,14 +31,18 @@ class Stages:
         x = torch.empty(rows, width, dtype=dtype, device=device)
         if not rows:  # a replica without work
             return x
+        began = time.monotonic()
         waited(self._group.recv([x], self._place.at_stage(self._place.stage - 1), TAG))
+        self.traffic.add(0, began)
         return x
 
     def send(self, x: Tensor) -> None:
         """Raises WorkerLost."""
         if not len(x):
             return
+        began = time.monotonic()
         self._sent.append((self._group.send([x], self._place.at_stage(self._place.stage + 1), TAG), x))
+        self.traffic.add(x.nbytes, began)
         while len(self._sent) > MOST_SENT or self._sent[0][0].is_completed():
             waited(self._sent.popleft()[0])
             if not self._sent:

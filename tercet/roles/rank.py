@@ -30,6 +30,7 @@ from tercet.models.sources import load_model
 from tercet.placement.cores import refuse_missing_cores
 from tercet.roles.facts_wire import packed_fact
 from tercet.roles.group import setup_of
+from tercet.roles.measure import measured
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity
 from tercet.spec import ClusterSpec
@@ -82,7 +83,7 @@ class Rank:
         line.send("here", setup.exchange)
         venue, memory = self._venue(line)
         self._talk = Talk(line, self._ended)
-        self._talk.start(self._told(), {"open": self._open, "connect": self._connect})
+        self._talk.start(self._told(), {"open": self._open, "connect": self._connect, "measure": self._measure})
         self._ranks = setup.ranks(venue, memory)
         loaded = load_model(who.spec.model, kernels, self._ranks)
         moving = self._load(loaded, kernels)
@@ -167,6 +168,10 @@ class Rank:
     def _connect(self, endpoints: list[str]) -> None:
         for endpoint in endpoints:
             self._sending().connect(endpoint)
+
+    def _measure(self) -> dict[str, Any]:
+        """Only behind `ready`."""
+        return measured(self._ranks)
 
     # ---- what rank 0 is told
 
