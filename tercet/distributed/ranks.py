@@ -17,6 +17,12 @@ class Ranks:
     stages: Stages | None = None  # of a pipeline
     spread: Spread | None = None  # of experts
 
+    def close(self) -> None:
+        """Nobody waits for another rank any more. Any thread."""
+        self.tensor.stop()
+        if self.spread is not None:
+            self.spread.cut_all()
+
     @property
     def traffic(self) -> dict[str, Traffic]:
         """Of each kind of parallelism that this rank takes part in."""

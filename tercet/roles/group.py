@@ -154,7 +154,7 @@ class Group:
             talk.tell("stop")
             talk.close()
         if self._ranks is not None:
-            self._ranks.tensor.stop()  # a rank may wait for one that is gone
+            self._ranks.close()  # a rank may wait for one that is gone
 
     def fail(self, error: WorkerLost) -> None:
         """Rank 0 cannot go on. Any thread."""
@@ -214,7 +214,7 @@ class Group:
             self._changed.notify_all()
         log.error("%s", self.broken)
         if self._ranks is not None:
-            self._ranks.tensor.stop()
+            self._ranks.close()
         if self.executor is not None:
             self.executor.fail(self.broken)
         self._on_broken(self.broken)

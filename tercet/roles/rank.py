@@ -39,6 +39,7 @@ from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.transports.table import usable
 
 COUNT_EVERY_S = 1.0
+STOP_S = 5.0  # for a step to end
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +62,7 @@ class Rank:
         self._stopped = threading.Event()
         self._sender: KvSender | None = None
         self._receiver: KvReceiver | None = None
+        self._running: threading.Thread | None = None  # what computes, once it serves
 
     async def start(self, endpoint: str) -> None:
         """Returns when it has joined rank 0 there and loaded its share. Raises ModelError, SpecError, WorkerLost."""
@@ -87,7 +89,8 @@ class Rank:
         self._ranks = setup.ranks(venue, memory)
         loaded = load_model(who.spec.model, kernels, self._ranks)
         moving = self._load(loaded, kernels)
-        threading.Thread(target=self._run, args=(kernels,), name="rank-steps", daemon=True).start()
+        self._running = threading.Thread(target=self._run, args=(kernels,), name="rank-steps", daemon=True)
+        self._running.start()
         threading.Thread(target=self._tell_counts, name="rank-counts", daemon=True).start()
         self._talk.tell("ready", moving, loaded.fingerprint)
 
@@ -207,8 +210,15 @@ class Rank:
 
     def _stop(self) -> None:
         self._stopped.set()
-        self._steps.stop()
         for mover in (self._sender, self._receiver):
             if mover is not None:
                 mover.stop()
+        if self._running is None:
+            return  # it never served, and ends with its process
+        self._steps.stop()
         self._talk.close()
+        self._ranks.close()
+        self._running.join(STOP_S)
+        if not self._running.is_alive():  # else it waits for a rank that is gone, and ends with the process
+            self._runner.close()
+            self._region.close()

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tercet.core import Role
-from tercet.distributed.line import Meeting, join
+from tercet.distributed.line import Rendezvous, join
 from tercet.errors import PeerMismatch, TercetError, WorkerLost
-from tercet.roles import group, rank
+from tercet.roles import group
 from tercet.roles.rank import Rank
 from tercet.roles.worker import Worker
 from tercet.spec import ClusterSpec
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 def _short_collectives(monkeypatch):
     """A sum by gloo ends with a process, or after its time limit; here all ranks share a process, which lives on."""
     monkeypatch.setattr(group, "COLLECTIVE_S", 2.0)
-    monkeypatch.setattr(rank, "COLLECTIVE_S", 2.0)
 
 
 @contextlib.asynccontextmanager
@@ -142,7 +141,7 @@ async def test_rank_0_that_dies_while_the_group_starts_ends_the_start_of_the_oth
     ended: list[WorkerLost] = []
     spec = aggregated((1, 2))
     made = Rank("aggregated-0", 1, Role.AGGREGATED, 1, spec, "127.0.0.1", TOKEN, (), ended.append)
-    meeting = Meeting("127.0.0.1", TOKEN)
+    meeting = Rendezvous("127.0.0.1", TOKEN)
     starting = asyncio.create_task(made.start(meeting.endpoint))
     lines = await asyncio.to_thread(meeting.joined, [1], time.monotonic() + 10, lambda: False)
     if at == "set up":

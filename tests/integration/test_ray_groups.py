@@ -49,6 +49,9 @@ class FakeWorker:
     async def health(self) -> str:
         return "its load"
 
+    def lost_ranks(self) -> list[int]:
+        return []
+
     async def stop(self) -> None:
         pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -94,11 +95,13 @@ def test_results_come_back_as_they_were(results):
 
 
 class FakeTalk:
-    def __init__(self) -> None:
-        self.told: list[tuple[object, ...]] = []
+    def __init__(self, rank: int = 0) -> None:
+        self.rank, self.told = rank, list[tuple[object, ...]]()
+        self.meanwhile: Callable[[tuple[object, ...]], None] = lambda _: None
 
     def tell(self, *message: object) -> None:
         self.told.append(message)
+        self.meanwhile(message)
 
 
 class FakeRunner:
@@ -129,7 +132,7 @@ PLAN = StepPlan((piece(1, 1), piece(2, 1)), (piece(3, 40), piece(4, 2), piece(5,
 
 @pytest.mark.parametrize("place", [Place(0, 2, 1), Place(0, 1, 1)])
 def test_rank_0_draws_itself_if_it_has_the_last_layer(place):
-    talks = [FakeTalk() for _ in range(place.ranks - 1)]
+    talks = [FakeTalk(rank) for rank in range(1, place.ranks)]
     executor = GroupExecutor(FakeRunner(), place, talks)
     assert [tokens(executor.launch(PLAN).result()) for _ in range(2)] == [[1, 2, 3, 4, 5]] * 2
     for talk in talks:
@@ -137,37 +140,54 @@ def test_rank_0_draws_itself_if_it_has_the_last_layer(place):
 
 
 def test_results_of_another_rank_come_in_the_order_of_the_plan():
-    rank_0, talk, steps_talk = FakeRunner(), FakeTalk(), FakeTalk()
-    executor = GroupExecutor(rank_0, Place(0, 1, 3), [talk])
+    talk, steps_talk, other = FakeTalk(2), FakeTalk(), FakeTalk(1)
+    executor = GroupExecutor(FakeRunner(), Place(0, 1, 3), [other, talk])
     steps = RankSteps(FakeRunner(), Place(2, 1, 3), steps_talk)
-    launched = executor.launch(PLAN)
-    for _, *fields in talk.told:
-        steps.take(*fields)
-    steps.stop()
-    steps.run()
-    [(kind, number, results)] = steps_talk.told
-    assert (kind, number, len(results)) == ("drawn", 1, 3)
-    executor.take(number, results)
-    assert tokens(launched.result()) == [1, 2, 3, 4, 5]
+
+    def run(message):
+        steps.take(*message[1:])
+        steps.stop()
+        steps.run()
+        executor.take(2, *steps_talk.told.pop()[1:])
+
+    talk.meanwhile = run
+    assert tokens(executor.launch(PLAN).result()) == [1, 2, 3, 4, 5]
+    assert [len(message[3]) for message in other.told] == [3]  # micro-batches
+
+
+def test_replicas_compute_together_and_each_gets_its_own_results():
+    talk, steps_talk = FakeTalk(1), FakeTalk()
+    executor = GroupExecutor(FakeRunner(), Place(0, 1, 1, 2, 2), [talk])
+    steps = RankSteps(FakeRunner(), Place(1, 1, 1, 2, 2), steps_talk)
+
+    def run(message):
+        steps.take(*message[1:])
+        steps.stop()
+        steps.run()
+        executor.take(1, *steps_talk.told.pop()[1:])
+
+    talk.meanwhile = run
+    both = PLAN._replace(others=(StepPlan((piece(7, 1),)),))
+    assert tokens(executor.launch(both).result()) == [1, 2, 3, 4, 5, 7]
+    assert tokens(executor.launch(PLAN).result()) == [1, 2, 3, 4, 5]  # the other takes part with an empty plan
+    assert tokens(executor.launch(StepPlan(others=(PLAN,))).result()) == [1, 2, 3, 4, 5]
 
 
 def test_results_of_another_step_are_refused_with_both_numbers():
-    executor = GroupExecutor(FakeRunner(), Place(0, 1, 2), [FakeTalk()])
-    launched = executor.launch(PLAN)
-    executor.take(2, [])
-    with pytest.raises(InternalError, match="waits for step 1, and the rank that draws sent step 2"):
-        launched.result()
+    talk = FakeTalk(1)
+    executor = GroupExecutor(FakeRunner(), Place(0, 1, 2), [talk])
+    talk.meanwhile = lambda _: executor.take(1, 2, 0, [])
+    with pytest.raises(InternalError, match="rank 0 is at step 1, and a rank that draws sent step 2"):
+        executor.launch(PLAN)
 
 
 def test_a_broken_group_launches_nothing_and_waits_for_nothing():
-    talk = FakeTalk()
+    talk = FakeTalk(1)
     executor = GroupExecutor(FakeRunner(), Place(0, 1, 2), [talk])
-    launched = executor.launch(PLAN)
-    executor.fail(WorkerLost("rank 1 died"))
-    with pytest.raises(WorkerLost, match="rank 1 died"):
-        launched.result()
-    with pytest.raises(WorkerLost, match="rank 1 died"):
-        executor.launch(PLAN)
+    talk.meanwhile = lambda _: executor.fail(WorkerLost("rank 1 died"))
+    for _ in range(2):
+        with pytest.raises(WorkerLost, match="rank 1 died"):
+            executor.launch(PLAN)
     assert len(talk.told) == 1
 
 
@@ -175,8 +195,8 @@ def test_a_broken_group_launches_nothing_and_waits_for_nothing():
 def test_a_step_out_of_order_is_told_with_both_numbers_and_not_run(wrong):
     talk = FakeTalk()
     steps = RankSteps(FakeRunner(), Place(1, 2), talk)
-    steps.take(1, [pack(PLAN)])
-    steps.take(wrong, [pack(PLAN)])
+    steps.take(1, 0, [pack(PLAN)])
+    steps.take(wrong, 0, [pack(PLAN)])
     steps.stop()
     steps.run()
     assert talk.told == [("failed", f"rank 1 is behind step 1, and rank 0 sent step {wrong}")]
@@ -186,6 +206,6 @@ def test_a_step_that_raises_is_told_and_ends_the_thread():
     talk = FakeTalk()
     steps = RankSteps(FakeRunner(fails_at=2), Place(1, 2), talk)
     for number in (1, 2, 3):
-        steps.take(number, [pack(PLAN)])
+        steps.take(number, 0, [pack(PLAN)])
     steps.run()  # returns without `stop`
     assert talk.told == [("failed", "step 2 failed on rank 1: ArithmeticError: no such number")]

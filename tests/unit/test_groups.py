@@ -47,6 +47,7 @@ class FakeRank:
         self.hangs: set[str] = set()
         self.cancelled: list[str] = []
         self.died = asyncio.Event()
+        self.lost: list[int] = []  # ranks that the others go on without
         self._number = number
 
     async def call(self, method: str, *args: object, timeout_s: float) -> Any:
@@ -55,7 +56,7 @@ class FakeRank:
             raise self.faults[method]
         if method == "until_end" or method in self.hangs:
             await self._until_death(method)
-        answers = {"listen": "127.0.0.1:9", "health": f"load of {self._number}"}
+        answers = {"listen": "127.0.0.1:9", "health": f"load of {self._number}", "lost_ranks": self.lost}
         started = INFO if self._number == 0 else {"pid": 10 + self._number, "node": "vm"}
         return started if method == "start" else answers.get(method)
 
@@ -73,7 +74,12 @@ class FakeRank:
 
 def group_of(count: int = 3) -> tuple[GroupActor, list[FakeRank]]:
     ranks = [FakeRank(number) for number in range(count)]
-    return GroupActor("worker-0", ranks), ranks
+
+    async def new(number: int) -> FakeRank:
+        ranks[number] = FakeRank(number)
+        return ranks[number]
+
+    return GroupActor("worker-0", ranks, new), ranks
 
 
 async def test_it_listens_then_all_start_and_the_others_join():
@@ -131,6 +137,45 @@ async def test_health_is_rank_0s_and_fails_once_any_rank_has_ended():
     ranks[0].faults["health"] = WorkerLost("worker-0: rank 1 of the group is gone")
     with pytest.raises(WorkerLost, match="rank 1 of the group is gone"):
         await group.call("health", timeout_s=5.0)
+
+
+async def test_a_rank_that_the_others_go_on_without_comes_back_as_another_process():
+    group, ranks = group_of()
+    await group.call("start", timeout_s=5.0)
+    before = ranks[1]
+    before.died.set()
+    ranks[0].lost = [1]
+    assert await group.call("health", timeout_s=5.0) == "load of 0"
+    assert group.others[0] == {"pid": 0, "node": "", "lost": True}
+    await until(lambda: ranks[1] is not before and not group._coming)
+    assert before.killed
+    assert sorted(ranks[1].asked) == [("start", "127.0.0.1:9"), ("until_end",)]
+    assert group.others[0] == {"pid": 11, "node": "vm"}
+    ranks[0].lost = []
+    assert await group.call("health", timeout_s=5.0) == "load of 0"
+    await group.kill()
+
+
+async def test_one_that_cannot_come_back_is_tried_again(monkeypatch):
+    monkeypatch.setattr("tercet.cluster.group.AGAIN_S", 0.01)
+    group, ranks = group_of()
+    await group.call("start", timeout_s=5.0)
+    ranks[0].lost, made = [2], []
+
+    async def new(number: int) -> FakeRank:
+        ranks[number] = FakeRank(number)
+        made.append(ranks[number])
+        if len(made) == 1:
+            ranks[number].faults["start"] = WorkerLost("it died at once")
+        return ranks[number]
+
+    group._new = new
+    for _ in range(2):
+        await group.call("health", timeout_s=5.0)
+        await until(lambda: not group._coming)
+    assert [rank.killed for rank in made] == [True, False]
+    assert group.others[1] == {"pid": 12, "node": "vm"}
+    await group.kill()
 
 
 async def test_legs_are_drained_by_rank_0_alone():

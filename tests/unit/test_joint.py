@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tercet.core import Ticket
-from tercet.errors import PeerDown, PeerUnreachable, TercetError, WorkerLost
+from tercet.distributed.place import Place
+from tercet.errors import PeerDown, PeerUnreachable, TercetError, WorkerDrained, WorkerLost
 from tercet.roles.facts_wire import error_of, packed_fact
 from tercet.roles.joint import JointReceiver, JointSender
 from tercet.transfer.memory.layout import KvLayout
@@ -43,7 +44,7 @@ def layouts(ranks: int) -> list[KvLayout]:
 def endpoint(ranks: int) -> str:
     """Of a decode worker of so many tensor ranks."""
     each = [Endpoint(f"decode-0/{rank}", 3, "host", "unix", "tcp", ["shm"]).encode() for rank in range(ranks)]
-    return each[0] if ranks == 1 else json.dumps([ranks, 1, each])
+    return each[0] if ranks == 1 else json.dumps([ranks, 1, 1, each])
 
 
 class Sending:
@@ -51,7 +52,8 @@ class Sending:
         self.heard: list[Any] = []
         self.talks = [FakeTalk(rank) for rank in range(1, ranks)]
         loop = asyncio.get_running_loop()
-        self.joint = JointSender(self._own, layouts(ranks), loop, self.heard.append, self.talks)
+        places = [Place(rank, ranks) for rank in range(ranks)]
+        self.joint = JointSender(self._own, places, layouts(ranks), loop, self.heard.append, self.talks)
 
     def _own(self, on_event: Callable[[Any], None]) -> FakeMover:
         self.own = FakeMover(on_event)
@@ -73,7 +75,8 @@ class Receiving(Sending):
         self.heard: list[Any] = []
         self.talks = [FakeTalk(rank) for rank in sources if rank]
         loop = asyncio.get_running_loop()
-        self.joint = JointReceiver(self._own, sources, loop, self.heard.append, self.talks)
+        places = [Place(rank, len(sources)) for rank in sources]
+        self.joint = JointReceiver(self._own, places, sources, loop, self.heard.append, self.talks)
 
 
 # ---- sending
@@ -99,7 +102,7 @@ async def test_a_rank_that_holds_what_another_one_sends_has_no_part():
     assert await made.tell(2, Granted(TICKET, 0)) == [Granted(TICKET, 0)]
     made.joint.finish(TICKET, b"note")
     assert made.own.told[1:] == [("finish", TICKET, b"note")]
-    assert [talk.told[1:] for talk in made.talks] == [[], [("finish", TICKET)], []]
+    assert [talk.told[1:] for talk in made.talks] == [[], [("finish", TICKET, b"")], []]
 
 
 async def test_granted_released_and_done_once_all_ranks_are():
@@ -153,11 +156,11 @@ async def test_the_peer_of_a_group_that_lost_a_rank_does_not_take_it_for_its_own
     made = Sending(3)
     for question in ("open", "connect"):
         made.talks[1].faults[question] = WorkerLost("rank 2 of the group is gone")
-    with pytest.raises(WorkerLost, match="rank 2"):
+    with pytest.raises(WorkerDrained, match="rank 2"):  # this worker may go on without it
         made.open()
     with pytest.raises(PeerDown, match="rank 2"):
         made.joint.connect(endpoint(2))
-    gone = error_of(PeerDown("rank 2 of the group is gone"))
+    gone = error_of(WorkerDrained("rank 2 of the group is gone"))
     assert error_of(made.own.told[1][2]) == gone
     assert made.talks[0].told[1] == ("stop_sending", TICKET, gone)
 
@@ -279,3 +282,30 @@ async def test_counts_of_all_ranks_are_added_up():
     sending = Sending(2)
     sending.joint.counts[1] = {"send_dropped": 7}
     assert sending.joint.dropped().total() == 9
+
+
+# ---- a rank that is lost
+
+
+async def test_what_a_lost_rank_had_ends_and_the_rest_goes_on():
+    made = Sending(2)
+    made.open()
+    gone = WorkerDrained("rank 1 is lost")
+    made.joint.lose(1, gone)
+    assert [packed_fact(event) for event in made.heard] == [packed_fact(SendFailed(TICKET, gone))]
+    await made.tell(0, SendFailed(TICKET, LATER), OpDone(TICKET))
+    assert made.heard[1:] == [OpDone(TICKET)]
+    with pytest.raises(WorkerDrained, match="rank 1 of the group is lost"):
+        made.open(OTHER)  # goes on elsewhere, and this worker is none the worse
+    made.joint.regain(made.talks[0])
+    assert made.open(OTHER) == "shm+tcp"
+
+
+async def test_blocks_of_a_lost_rank_are_quiet():
+    made = Receiving({0: 1, 1: 1})
+    made.joint.admit(TICKET, 0, [1])
+    await made.tell(0, Complete(TICKET, 10, 0.1))
+    made.joint.lose(1, PeerDown("rank 1 is lost"))
+    assert [type(event) for event in made.heard] == [ReceiveFailed, Quiesced]
+    made.joint.lose(1, PeerDown("again"))
+    assert len(made.heard) == 2
