@@ -33,6 +33,7 @@ from tercet.roles.losses import Hooks, Losses
 from tercet.roles.part import Identity
 
 COLLECTIVE_S = 60.0  # as long as a step may take; a rank that dies is noticed at once, one that is stopped by its talk
+HERE_S = 10.0  # after it has joined, for a rank to say where its exchange listens
 log = logging.getLogger(__name__)
 
 
@@ -95,11 +96,13 @@ class Group:
         local = (0, *(rank for rank, line in lines.items() if line.is_local)) if kernels.native else ()
         exchanges = [setup.exchange]
         for rank in sorted(lines):
+            lines[rank].set_deadline(time.monotonic() + HERE_S)
             match lines[rank].receive():
                 case ["here", str(exchange)]:
                     exchanges.append(exchange)
                 case other:
                     raise WorkerLost(f"rank {rank} said {other!r:.80} where it should say that it is here")
+            lines[rank].set_deadline(None)
         cores = len(os.sched_getaffinity(0))
         return Venue(f"{self._who.host}:{self._store.port}", local, cores, tuple(exchanges))
 

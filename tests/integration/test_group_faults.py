@@ -128,6 +128,7 @@ async def test_a_rank_that_dies_while_the_group_starts_ends_the_start(shape):
     endpoint = await worker.listen()
     starting = asyncio.create_task(worker.start())
     line = await asyncio.to_thread(join, endpoint, 1, TOKEN, 10.0)
+    line.send("here", "")
     assert (await asyncio.to_thread(line.receive))[0] == "setup"
     line.dispose()
     async with asyncio.timeout(5):
@@ -145,7 +146,7 @@ async def test_rank_0_that_dies_while_the_group_starts_ends_the_start_of_the_oth
     starting = asyncio.create_task(made.start(meeting.endpoint))
     lines = await asyncio.to_thread(meeting.joined, [1], time.monotonic() + 10, lambda: False)
     if at == "set up":
-        lines[1].send("setup", "127.0.0.1:1", (0, 1), 2, False)
+        lines[1].send("setup", "127.0.0.1:1", (0, 1), 2, (), False)
     lines[1].dispose()
     meeting.close()
     async with asyncio.timeout(10):
