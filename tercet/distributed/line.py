@@ -89,8 +89,14 @@ class Line:
         self._channel.settimeout(seconds)
 
     def close(self) -> None:
-        """End it, which wakes who waits at either end."""
+        """End it, which wakes who waits at either end. Any thread."""
         self._channel.shutdown()
+
+    def dispose(self) -> None:
+        """End it and free the socket; for the thread that receives, or where none does."""
+        self._channel.shutdown()
+        with self._sending:
+            self._channel.close()
 
     def _take(self, num_bytes: int) -> bytes:
         data = bytearray(num_bytes)

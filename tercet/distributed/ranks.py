@@ -16,3 +16,8 @@ class Ranks:
     tensor: Collectives = field(default_factory=Alone)  # of the ranks that share each layer's heads and columns
     stages: Stages | None = None  # of a pipeline
     spread: Spread | None = None  # of experts
+
+    def close(self) -> None:
+        """Once no step runs: the exchange ends, and with it those of the other ranks."""
+        if self.spread is not None:
+            self.spread.exchange.close()

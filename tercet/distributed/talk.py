@@ -86,6 +86,8 @@ class Talk:
             self._end(error)
         except (TercetError, TypeError, ValueError, KeyError) as error:  # a message that no handler takes
             self._end(WorkerLost(f"rank {self.rank} of the group sent what is not understood: {error!r}"))
+        finally:
+            self._line.dispose()
 
     def _hear(self, message: Message) -> None:
         kind, *fields = message

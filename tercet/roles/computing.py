@@ -125,6 +125,8 @@ class Computing(Part):
         if self._group is not None:
             await loop.run_in_executor(None, self._group.close)
         await loop.run_in_executor(None, self._thread.join, 5.0)
+        if self._group is not None:
+            self._group.leave()
         await loop.run_in_executor(None, self._runner.close)
         self._region.close()
         del self.engine, self._runner, self._region  # a sender that has ended may hold this part a moment longer

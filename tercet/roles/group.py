@@ -124,6 +124,11 @@ class Group:
             talk.tell("stop")
             talk.close()
 
+    def leave(self) -> None:
+        """After `close`, once no step runs."""
+        if self._ranks is not None:
+            self._ranks.close()
+
     # ---- what ranks tell
 
     def _talk(self, line: Line) -> Talk:
