@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tercet.core import ExpertRows
 from tercet.distributed import meeting as exchange_group
 from tercet.distributed.expert_map import default_map
 from tercet.distributed.line import Line, Rendezvous
@@ -59,6 +60,7 @@ class Group:
         self.endpoints: list[str] = []  # of the movers of ranks 1, 2 ..., once ready
         self.broken: WorkerLost | None = None
         self._closing = False
+        self.experts: dict[int, ExpertRows] = {}  # rank 1, 2 ... -> what it has computed, if it has experts
         self._ready: dict[int, tuple[str, str]] = {}  # rank -> (endpoint, fingerprint)
         self._changed = threading.Condition()
         self.executor: GroupExecutor | None = None
@@ -140,6 +142,7 @@ class Group:
             "sent": lambda fact: self._sender().take(rank, fact),
             "landed": lambda fact: self._receiver().take(rank, fact),
             "counts": lambda counts: self._count(rank, counts),
+            "experts": lambda *rows: self.experts.update({rank: ExpertRows(rank, *map(tuple, rows))}),
         }
         talk.start(told, {})
         return talk

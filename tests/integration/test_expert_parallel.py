@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -139,3 +140,40 @@ async def test_requests_that_are_cancelled_leave_nothing(made, shape):
             assert await whole == expected[:4]
         await workers.settled()
         assert await tokens_of(workers, PROMPTS) == expected
+
+
+async def told(workers: LocalCluster, shape: ParallelSpec) -> tuple[Counter[int], Counter[int]]:
+    """Rows that were computed by each expert, and that were routed to it, of all ranks that have told."""
+    rows, routed = Counter[int](), Counter[int]()
+    for rank in (await workers.workers["aggregated-0"].health()).experts:
+        for expert, count in zip(rank.experts, rank.rows, strict=True):
+            rows[expert] += count
+        if rank.rank % shape.tensor == 0:
+            routed.update(dict(enumerate(rank.routed)))
+    return rows, routed
+
+
+@pytest.mark.parametrize("shape", ["tensor", "stages of replicas"])
+async def test_a_worker_says_how_much_each_rank_has_computed_of_which_experts(made, shape):
+    source, _ = made(Family.MIXTRAL)
+    layers, k, found = 4, 2, []
+    wanted = (sum(LENGTHS) + len(LENGTHS) * (TOKENS - 1)) * layers * k
+    for parallel in (SINGLE, SHAPES[shape][0]):
+        async with cluster(shaped(source, (parallel,))) as workers:
+            before, _ = await told(workers, parallel)  # by a model that an earlier test in this process has used
+            await tokens_of(workers, PROMPTS)
+            async with asyncio.timeout(20):
+                rows, routed = await told(workers, parallel)
+                while rows.total() - before.total() < wanted or rows != routed:
+                    await asyncio.sleep(0.1)
+                    rows, routed = await told(workers, parallel)
+            found.append({expert: rows[expert] - before[expert] for expert in range(EXPERTS)})
+    assert found[0] == found[1]
+    assert sum(found[0].values()) == wanted
+
+
+async def test_ranks_that_share_every_expert_say_nothing_of_them(made):
+    source, _ = made(Family.MIXTRAL)
+    async with cluster(shaped(source, (ParallelSpec(tensor=2),))) as workers:
+        await tokens_of(workers, PROMPTS[:3])
+        assert (await workers.workers["aggregated-0"].health()).experts == ()
