@@ -50,7 +50,7 @@ class LatentStep:
         if layer.query_down is not None and layer.query_norm is not None:
             x = layer.query_norm(layer.query_down.linear(x))
         heads, rank = len(layer.key_up), self.config.rank
-        made = layer.query.linear(x).unflatten(1, (heads, -1))
+        made = layer.query.linear(x).view(len(x), heads, self.config.plain_dim + self.config.rotary_dim)
         plain, rotary = torch.split(made, [self.config.plain_dim, self.config.rotary_dim], -1)
         query = x.new_empty(len(x), heads, rank + self.config.rotary_dim)
         query[..., :rank] = torch.einsum("thn,hnr->thr", plain, layer.key_up)
