@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SPEC ?= configs/local.yaml
+TINY_MOE := build/tiny-deepseek-v3
 # Transport libraries, without what their metadata would pull (docs/decisions/009). The tests run with them.
 EXTRAS := ucxx-cu12==0.52.0 libucxx-cu12==0.52.0 'libucx-cu12<1.22' nixl==1.5.1 nixl-cu12==1.5.1
 
@@ -13,7 +14,7 @@ GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack mu
   hypothesis iniconfig pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vision serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench gpu-check gpu-wheels clean setup extras
+.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench gpu-check gpu-wheels clean setup extras
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,6 +25,12 @@ demo: setup  ## Start a cluster, ask it one question, show what each stage took,
 demo-vision: setup  ## The same with a model that sees, about two pictures that its training did not see
 	$(BIN)/python -m examples.shapes.pictures build/pictures
 	$(BIN)/tercet demo configs/local-vision.yaml --image build/pictures/1.png --image build/pictures/2.png $(ARGS)
+
+# Without replicas of experts, so that one request needs both ranks.
+demo-moe: setup  ## The same with a tiny random mixture of experts, and which rank computed which experts
+	@test -d $(TINY_MOE) || $(BIN)/python -m examples.make_tiny_model deepseek-v3 $(TINY_MOE)
+	@echo "The weights are random, so the answer means nothing; see who computed which experts."
+	$(BIN)/tercet demo configs/local-experts.yaml --set roles.decode.parallelism.expert_redundancy=0 $(ARGS)
 
 serve: setup  ## Serve until Ctrl-C; ARGS="--set gateway.http.port=18000" for another port, SPEC=... for another spec
 	@exec $(BIN)/tercet serve $(SPEC) $(ARGS)

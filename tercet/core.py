@@ -250,6 +250,17 @@ class PairState:
 
 
 @dataclass(frozen=True)
+class ExpertRows:
+    """What a rank has computed of a mixture of experts since its start, over all layers that are there. A row is one
+    token at one of its experts in one layer."""
+
+    rank: int
+    experts: tuple[int, ...]  # the expert in each slot
+    rows: tuple[int, ...]  # computed in each slot, for requests of all ranks
+    routed: tuple[int, ...]  # to each expert of the model, of the rank's own requests; tensor ranks share theirs
+
+
+@dataclass(frozen=True)
 class Load:
     """A worker's load, sent with every report; an input to routing decisions."""
 
@@ -274,6 +285,7 @@ class Load:
     embedding_blocks_quarantined: int = 0
     embedding_bytes: int = 0  # that have come from encode workers
     pairs: tuple[PairState, ...] = ()  # with workers for the next stage
+    experts: tuple[ExpertRows, ...] = ()  # of each rank that has some; for the controller, and on no wire
 
 
 @dataclass(frozen=True)

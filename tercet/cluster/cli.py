@@ -153,10 +153,11 @@ def demo(
         list[Path] | None, typer.Option(help="Ask what is in this picture instead; again for more.")
     ] = None,
 ) -> None:
-    """Start a cluster, ask it one question, show the answer and what each stage took, and stop it."""
-    from tercet.cluster.demo import ask
+    """Start a cluster, ask it one question, show the answer and who computed it, and stop it."""
+    from tercet.cluster.demo import show
 
-    _serve(load_spec(spec, settings or ()), _announce, partial(ask, images=image or ()))
+    checked = load_spec(spec, settings or ())
+    _serve(checked, _announce, partial(show, cluster=checked.name, images=image or ()))
 
 
 @app.command()
@@ -182,7 +183,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a running cluster's members and their loads."""
-    from tercet.cluster.tables import pairs_table, status_table
+    from tercet.cluster.tables import experts_table, pairs_table, status_table
 
     name, address = _where(name, address)
     from tercet.cluster import remote
@@ -192,8 +193,9 @@ def status(
         typer.echo(json.dumps(found))
     else:
         Console().print(status_table(found))
-        if (pairs := pairs_table(found)).row_count:
-            Console().print(pairs)
+        for table in (pairs_table(found), experts_table(found)):
+            if table.row_count:
+                Console().print(table)
 
 
 @app.command()

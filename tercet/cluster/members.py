@@ -133,6 +133,8 @@ def _told_of(slot: Slot) -> dict[str, Any]:
         told |= {"pid": slot.info.pid, "node": slot.info.node}
         if slot.actor is not None and slot.actor.others:
             told |= {"ranks": [dict(place) for place in slot.actor.others]}
+    if isinstance(slot.status, Load) and slot.status.experts:  # with the health alone, not in the gateway's reports
+        told |= {"experts": [asdict(rows) for rows in slot.status.experts]}
     if member.state is State.DRAINING and isinstance(slot.status, Load):  # the gateway no longer gets its reports
         told |= {"load": asdict(slot.status)}
     return told

@@ -90,6 +90,32 @@ def pairs_table(status: Mapping[str, Any]) -> Table:
     return table
 
 
+def experts_table(status: Mapping[str, Any]) -> Table:
+    """Which rank has computed how much of which experts, since its start; no row if the model has none."""
+    table = Table(title="experts", caption="one row: one token, one expert, one layer")
+    for column in ("worker", "rank", "experts", "rows", "share"):
+        table.add_column(column, overflow="fold", justify="right" if column in {"rows", "share"} else "left")
+    for worker_id, member in sorted(status["members"].items()):
+        ranks = member.get("experts", ())
+        total = sum(sum(rank["rows"]) for rank in ranks)
+        for rank in ranks:
+            rows = sum(rank["rows"])
+            share = f"{rows / total:.0%}" if total else ""
+            table.add_row(worker_id, str(rank["rank"]), _runs(sorted(rank["experts"])), f"{rows:,}", share)
+    return table
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """0-3, 8, 8: in ascending order."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def status_table(status: Mapping[str, Any]) -> Table:
     """status: what `remote.status` gives. A worker's requests: running + waiting. It fits into 80 columns."""
     ready = "ready" if status["ready"] else f"not ready: {status['reason']}"

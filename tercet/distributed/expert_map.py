@@ -128,7 +128,7 @@ def default_map(experts: int, redundancy: int, ranks: int) -> ExpertMap:
     held = [[*range(rank * experts // ranks, (rank + 1) * experts // ranks)] for rank in range(ranks)]
     copies = [1] * experts
     for rank, here in enumerate(held):
-        after = held[(rank + 1) % ranks][0]  # so that what a rank holds is replicated by the one before it
+        after = (rank + 1) * experts // ranks  # so that what a rank holds is replicated by the one before it
         while len(here) < total // ranks:
             turn = [(after + step) % experts for step in range(experts)]
             chosen = min(turn, key=lambda expert: (expert in here, copies[expert]))

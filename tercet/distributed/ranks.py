@@ -17,7 +17,7 @@ class Ranks:
     stages: Stages | None = None  # of a pipeline
     spread: Spread | None = None  # of experts
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Nobody waits for another rank any more. Any thread."""
         self.tensor.stop()
         if self.spread is not None:
@@ -29,3 +29,8 @@ class Ranks:
         sums = self.tensor if self.tensor.size > 1 else None
         parts = {"tensor": sums, "pipeline": self.stages, "expert": self.spread}
         return {kind: part.traffic for kind, part in parts.items() if part is not None}
+
+    def close(self) -> None:
+        """Once no step runs: the exchange ends, and with it those of the other ranks."""
+        if self.spread is not None:
+            self.spread.exchange.close()

@@ -6,12 +6,13 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import track
 
-from tercet.core import Role
+from tercet.core import Load, Role
 from tercet.devices import device_of
 from tercet.distributed.place import Place
 from tercet.distributed.talk import Talk
@@ -26,6 +27,7 @@ from tercet.models.loader import LoadedModel
 from tercet.models.shard import kv_layout
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
+from tercet.roles.expert_rows import expert_rows
 from tercet.roles.group import Group
 from tercet.roles.joint import JointReceiver, JointSender, Receiver
 from tercet.roles.legs import Handler, Legs
@@ -137,6 +139,13 @@ class Computing(Part):
         if started is not None and time.monotonic() - started > STUCK_S:
             raise ClusterError(f"the engine of {self._who.worker_id} is stuck in one step for over {STUCK_S:g} s")
 
+    def counted(self, load: Load) -> Load:
+        own = expert_rows(self._loaded.model)
+        if own is None:
+            return load
+        others = {} if self._group is None else self._group.experts
+        return replace(load, experts=(own, *(others[rank] for rank in sorted(others))))
+
     def begin_stop(self) -> None:
         self.engine.stop()
 
@@ -145,6 +154,7 @@ class Computing(Part):
         await loop.run_in_executor(None, self._thread.join, 5.0)
         if self._group is not None:
             await loop.run_in_executor(None, self._group.close)
+            self._group.leave()
         await loop.run_in_executor(None, self._runner.close)
         self._region.close()
         del self.engine, self._runner, self._region  # a sender that has ended may hold this part a moment longer

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tercet.core import ExpertRows
 from tercet.distributed import meeting as exchange_group
 from tercet.distributed.expert_map import default_map
 from tercet.distributed.line import Line, Rendezvous
@@ -61,6 +62,7 @@ class Group:
         self.endpoints: list[str] = []  # of the movers of ranks 1, 2 ..., once ready
         self.broken: WorkerLost | None = None
         self._closing = False
+        self.experts: dict[int, ExpertRows] = {}  # rank 1, 2 ... -> what it has computed, if it has experts
         self._ready: dict[int, tuple[str, str]] = {}  # rank -> (endpoint, fingerprint)
         self._changed = threading.Condition()
         self.executor: GroupExecutor | None = None
@@ -157,11 +159,16 @@ class Group:
             talk.tell("stop")
             talk.close()
         if self._ranks is not None:
-            self._ranks.close()  # a rank may wait for one that is gone
+            self._ranks.stop()  # a rank may wait for one that is gone
 
     def fail(self, error: WorkerLost) -> None:
         """Rank 0 cannot go on. Any thread."""
         self._lost(error)
+
+    def leave(self) -> None:
+        """After `close`, once no step runs."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     # ---- what ranks tell
 
@@ -176,6 +183,7 @@ class Group:
             "sent": lambda fact: self._sender().take(rank, fact),
             "landed": lambda fact: self._receiver().take(rank, fact),
             "counts": lambda counts: self._count(rank, counts),
+            "experts": lambda *rows: self.experts.update({rank: ExpertRows(rank, *map(tuple, rows))}),
         }
         talk.start(told, {})
         return talk
@@ -217,7 +225,7 @@ class Group:
             self._changed.notify_all()
         log.error("%s", self.broken)
         if self._ranks is not None:
-            self._ranks.close()
+            self._ranks.stop()
         if self.executor is not None:
             self.executor.fail(self.broken)
         self._on_broken(self.broken)

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from tercet.core import Role
+from tercet.core import Load, Role
 from tercet.kernels.kinds import Kernels
 from tercet.spec import ClusterSpec, RoleSpec
 from tercet.transfer.transports.contract import MoverConfig
@@ -57,6 +57,10 @@ class Part(ABC):
 
     def health(self) -> None:  # noqa: B027  # some cannot fail
         """Raises ClusterError."""
+
+    def counted(self, load: Load) -> Load:
+        """With what only the controller is told. May wait for a device."""
+        return load
 
     def begin_stop(self) -> None:  # noqa: B027  # some have nothing that goes on
         """Begin nothing new; the ports are closed and the legs ended between this and `stop`."""

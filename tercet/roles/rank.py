@@ -28,6 +28,7 @@ from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
 from tercet.placement.cores import refuse_missing_cores
+from tercet.roles.expert_rows import expert_rows
 from tercet.roles.facts_wire import packed_fact
 from tercet.roles.group import setup_of
 from tercet.roles.measure import measured
@@ -118,6 +119,7 @@ class Rank:
         elif who.role is Role.DECODE:
             self._receiver = KvReceiver(config, who.epoch, self._region, usables, self._tell_landed)
             endpoint = self._receiver.start(who.host).encode()
+        self._model = loaded.model
         self._runner = Runner(loaded.model, self._region, None if self._sender is None else self._sender.push)
         self._steps = RankSteps(self._runner, self._place, self._talk, self._ranks.spread)
         return endpoint
@@ -187,6 +189,8 @@ class Rank:
     def _tell_counts(self) -> None:
         while not self._stopped.wait(COUNT_EVERY_S):
             self._talk.tell("counts", self._counts())
+            if (rows := expert_rows(self._model)) is not None:
+                self._talk.tell("experts", rows.experts, rows.rows, rows.routed)
 
     def _counts(self) -> dict[str, int]:
         counts = {}
@@ -217,8 +221,9 @@ class Rank:
             return  # it never served, and ends with its process
         self._steps.stop()
         self._talk.close()
-        self._ranks.close()
+        self._ranks.stop()
         self._running.join(STOP_S)
         if not self._running.is_alive():  # else it waits for a rank that is gone, and ends with the process
+            self._ranks.close()
             self._runner.close()
             self._region.close()

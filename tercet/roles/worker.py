@@ -128,7 +128,12 @@ class Worker:
         """Raises ClusterError when a part is dead or stuck, or the KV's memory is broken."""
         for part in self._parts:
             part.health()
-        return self.legs.load()
+        return await asyncio.get_running_loop().run_in_executor(None, self._counted, self.legs.load())
+
+    def _counted(self, load: Load) -> Load:
+        for part in self._parts:
+            load = part.counted(load)
+        return load
 
     def lost_ranks(self) -> list[int]:
         """Of a worker of several: those that the others go on without."""

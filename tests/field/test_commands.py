@@ -45,6 +45,7 @@ RUN_BY = {
     "make proto": f"{HERE}:test_make_proto_writes_what_is_committed",
     "make demo": f"{HERE}:test_make_demo_answers_and_says_what_each_stage_took",
     "make demo-vision": f"{HERE}:test_make_demo_vision_says_what_is_in_each_picture",
+    "make demo-moe": f"{HERE}:test_make_demo_moe_says_who_computed_which_experts",
     **dict.fromkeys(
         ("tercet serve configs/local-vision.yaml", 'tercet chat "What is in the picture?" --image a.png'), SEEING
     ),
@@ -237,6 +238,25 @@ def test_make_demo_vision_says_what_is_in_each_picture(machine):
     for told in ("There is a purple circle in the lower left.", "There is the digit 2 in blue."):
         assert told in done.stdout
     assert done.stdout.count("attempts") == 2  # a table for each
+    assert not machine.left()
+
+
+def test_make_demo_moe_says_who_computed_which_experts(machine):
+    made = machine.folder / "tiny"
+    done = machine.run(*MAKE, "demo-moe", f"TINY_MOE={made}", f"ARGS={ANYWHERE} --set model.source={made}", seconds=150)
+    assert done.returncode == 0, done.stderr
+    assert "the answer means nothing" in done.stdout
+    table = [line.replace("│", " ").split() for line in done.stdout.splitlines() if "worker-" in line and "%" in line]
+    assert [row[:-2] for row in table] == [
+        ["worker-0", "0", "0-7"],
+        ["worker-1", "0", "0-3"],
+        ["worker-1", "1", "4-7"],
+    ]
+    rows = [int(row[-2].replace(",", "")) for row in table]
+    layers, k, prompt, answer = 3, 2, 30, 64  # and a request of the readiness check
+    assert rows[0] >= prompt * layers * k
+    assert min(rows[1:]) > 0
+    assert sum(rows[1:]) >= (answer - 1) * layers * k
     assert not machine.left()
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tercet.distributed.expert_map import NO_SLOT, ExpertMap
+from tercet.distributed.expert_map import NO_SLOT, ExpertMap, default_map
 from tercet.errors import ClusterError, InternalError, NoWorkers
 
 
@@ -49,7 +49,7 @@ def test_log2phy_names_every_slot_of_every_expert_once(found):
             assert found.experts_on(rank, layer) == row[rank * found.slots_per_rank :][: found.slots_per_rank]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(questions())
 def test_each_assignment_takes_a_replica_by_turns_on_an_active_rank_and_its_own_one_first(question):
     found, layer, rank, active, experts = question
@@ -118,3 +118,26 @@ def test_a_map_of_another_shape_or_dtype_is_refused(phy2log):
 def test_a_rank_or_a_mask_that_does_not_fit_is_refused(rank, active):
     with pytest.raises(InternalError, match="there are 2 ranks"):
         ExpertMap(torch.tensor([[0, 1]]), 2, 1).choose(torch.tensor([[0]]), rank, active=active)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(0, 80), st.integers(1, 8))
+def test_the_default_map_has_every_expert_and_replicas_on_other_ranks(experts, redundancy, ranks):
+    if (experts + redundancy) % ranks:
+        with pytest.raises(ClusterError, match=f"are no multiple of {ranks} ranks"):
+            default_map(experts, redundancy, ranks)
+        return
+    found = default_map(experts, redundancy, ranks)
+    assert (found.ranks, found.slots_per_rank) == (ranks, (experts + redundancy) // ranks)
+    held = [set(found.experts_on(rank)) for rank in range(ranks)]
+    holders = [sum(expert in its for its in held) for expert in range(experts)]
+    assert min(holders) >= 1
+    if ranks > 1 and redundancy >= experts:
+        assert min(holders) >= 2
+    assert found.phy2log.equal(default_map(experts, redundancy, ranks).phy2log)  # at all ranks alike
+
+
+@pytest.mark.parametrize(("redundancy", "held"), [(0, [[0, 1], [2, 3]]), (4, [[0, 1, 2, 3], [2, 3, 0, 1]])])
+def test_the_default_map_of_two_ranks(redundancy, held):
+    found = default_map(4, redundancy, 2)
+    assert [found.experts_on(rank) for rank in range(2)] == held

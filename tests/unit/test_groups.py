@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 from dataclasses import replace
@@ -21,8 +22,8 @@ from tercet.cluster.group import GroupActor
 from tercet.cluster.members import Slot, Target, overview
 from tercet.cluster.reconcile import Member, State
 from tercet.cluster.spec_file import load_spec
-from tercet.cluster.tables import plan_table, status_table
-from tercet.core import Role, WorkerInfo
+from tercet.cluster.tables import experts_table, plan_table, status_table
+from tercet.core import ExpertRows, Load, Role, WorkerInfo
 from tercet.errors import ClusterError, ModelFileMissing, SpecError, TercetError, UnsupportedSpec, WorkerLost
 from tercet.models.config import MixtureConfig
 from tercet.models.sources import load_config
@@ -343,6 +344,26 @@ def test_status_shows_a_rank_a_line():
     lines = shown(status_table(status | {"target": {}, "workers": {}, "members": members})).splitlines()
     rows = [line.split() for line in lines if "rank" in line]
     assert rows == [["rank", "1", "11", "vm"], ["rank", "2", "12", "other"]]
+
+
+def test_status_shows_who_computed_which_experts():
+    target = Target(spec_of(), plan(spec_of(), nodes_of(4.0)))
+    load = Load(experts=(ExpertRows(0, (0, 1, 2, 5), (9000, 0, 0, 345), (1, 2)), ExpertRows(2, (3, 4), (0, 3115), ())))
+    slots = {
+        name: Slot(name, Member(1, State.LIVE, 0.0, role="decode"), info=INFO, status=status)
+        for name, status in (("worker-0", load), ("worker-1", Load()), ("worker-2", {}))
+    }
+    members = json.loads(json.dumps(overview(target, slots)["members"]))
+    assert members["worker-0"]["experts"][0] == {
+        "rank": 0, "experts": [0, 1, 2, 5], "rows": [9000, 0, 0, 345], "routed": [1, 2],
+    }  # fmt: skip
+    assert not any("experts" in members[name] for name in ("worker-1", "worker-2"))
+    lines = shown(experts_table({"members": members})).splitlines()
+    assert [line.replace("│", " ").split() for line in lines if "worker-0" in line] == [
+        ["worker-0", "0", "0-2,", "5", "9,345", "75%"],
+        ["worker-0", "2", "3-4", "3,115", "25%"],
+    ]
+    assert experts_table({"members": {"worker-1": members["worker-1"]}}).row_count == 0
 
 
 @pytest.mark.parametrize(

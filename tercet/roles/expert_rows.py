@@ -1,0 +1,20 @@
+"""Who computed which experts, as ranks tell it to rank 0, and a worker with its health to the controller."""
+
+from __future__ import annotations
+
+from tercet.core import ExpertRows
+from tercet.models.transformer import Transformer
+
+
+def expert_rows(model: Transformer) -> ExpertRows | None:
+    """Of this rank; None where there are no experts, or only columns of each. May wait for the device."""
+    if model.routing is None:
+        return None
+    ranks, routed = model.ranks, model.routing.read().load.sum(0).tolist()
+    spread = ranks.spread
+    if spread is not None:
+        computed = spread.computed[:-1].tolist()
+        return ExpertRows(ranks.place.rank, tuple(spread.map.experts_on(spread.rank)), tuple(computed), tuple(routed))
+    if ranks.place.ranks > 1:
+        return None
+    return ExpertRows(0, tuple(range(len(routed))), tuple(routed), tuple(routed))

@@ -1,0 +1,179 @@
+"""Attention replicas with experts spread over their ranks, each rank a process: the tokens of one process, whatever the
+shape of the group, however many replicas are idle, and whichever requests are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from examples import make_tiny_model
+from examples.make_tiny_model import Family
+from tercet.spec import ClusterSpec, ParallelSpec
+from tests.helpers import LocalCluster, cluster, next_token, request_of, spec_of
+
+TOKENS = 12
+LENGTHS = (1, 2, 3, 15, 16, 17, 40, 64, 75, 100, 130, 300)
+FAMILIES = (Family.MIXTRAL, Family.QWEN3_MOE, Family.DEEPSEEK_V3)
+EXPERTS = 8  # of each of them
+SINGLE = ParallelSpec()
+REPLICAS = ParallelSpec(data=2, expert=2)
+TENSOR = ParallelSpec(tensor=2, expert=2)
+SHAPES = {  # one: an aggregated worker; two: prefill and decode
+    "replicas": (REPLICAS,),
+    "tensor": (TENSOR,),
+    "every expert twice": (ParallelSpec(data=4, expert=4, expert_redundancy=EXPERTS),),
+    "stages of replicas": (ParallelSpec(pipeline=2, data=2, expert=2),),
+    "to replicas": (SINGLE, REPLICAS),
+    "from replicas to tensor": (REPLICAS, TENSOR),
+}
+KERNELS = ("native", "torch")
+EVERY = [(family, shape, kernels) for family in FAMILIES for shape in SHAPES for kernels in KERNELS]
+FEW = [  # each shape with both kernels and two families
+    (FAMILIES[(number + step) % len(FAMILIES)], shape, kernels)
+    for number, shape in enumerate(SHAPES)
+    for step, kernels in enumerate(KERNELS)
+]
+SAMPLINGS = (
+    {"temperature": 0.9, "seed": 7, "top_p": 0.95},
+    {"temperature": 1.3, "seed": 8, "top_k": 50, "min_p": 0.01},
+    {"temperature": 0.7, "seed": 9, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+)
+_rng = random.Random(5)
+PROMPTS = [[_rng.randrange(256) for _ in range(length)] for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Family -> its directory, and the greedy tokens of transformers for each prompt; made once."""
+    found = {}
+
+    def make(family: Family):
+        if family not in found:
+            directory = tmp_path_factory.mktemp(family)
+            model = make_tiny_model.make(family, directory, seed=3)
+            found[family] = str(directory), [greedy(model, prompt) for prompt in PROMPTS]
+        return found[family]
+
+    return make
+
+
+def greedy(model, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def shaped(source: str, shapes: Sequence[ParallelSpec], kernels: str = "native") -> ClusterSpec:
+    """Chunks of 64 tokens, so that long prompts take several steps."""
+    spec = spec_of("pd" if len(shapes) == 2 else "aggregated", 1, source=source, scheduler__token_budget=64)
+    roles = {
+        role: its.model_copy(update={"parallelism": shape, "kernels": kernels})
+        for (role, its), shape in zip(spec.roles.items(), shapes, strict=True)
+    }
+    return spec.model_copy(update={"roles": roles})
+
+
+async def tokens_of(workers: LocalCluster, prompts: Sequence[list[int]], **params: object) -> list[list[int]]:
+    """All asked at once."""
+    asked = [workers.generate(prompt, max_tokens=TOKENS, ignore_eos=True, **params) for prompt in prompts]
+    return [[event.token_id for event in events] for events, _ in await asyncio.gather(*asked)]
+
+
+async def check(made, family: Family, shape: str, kernels: str) -> None:
+    source, expected = made(family)
+    async with cluster(shaped(source, SHAPES[shape], kernels)) as workers:
+        alone = await tokens_of(workers, PROMPTS[-2:-1])  # all replicas but one compute no rows
+        assert alone == expected[-2:-1]
+        assert await tokens_of(workers, PROMPTS) == expected
+    assert len({token for answer in expected for token in answer}) > 20
+
+
+@pytest.mark.parametrize(("family", "shape", "kernels"), FEW)
+async def test_one_request_and_many_have_the_greedy_tokens_of_transformers(made, family, shape, kernels):
+    await check(made, family, shape, kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "shape", "kernels"), [case for case in EVERY if case not in FEW])
+async def test_every_family_in_every_shape(made, family, shape, kernels):
+    await check(made, family, shape, kernels)
+
+
+@pytest.mark.parametrize("shape", ["every expert twice", "from replicas to tensor"])
+async def test_sampled_tokens_are_those_of_a_single_process(made, shape):
+    source, _ = made(Family.QWEN3_MOE)
+    async with cluster(shaped(source, (SINGLE,))) as workers:
+        expected = [await tokens_of(workers, PROMPTS, **sampling) for sampling in SAMPLINGS]
+    async with cluster(shaped(source, SHAPES[shape])) as workers:
+        for sampling, wanted in zip(SAMPLINGS, expected, strict=True):
+            assert await tokens_of(workers, PROMPTS, **sampling) == wanted, sampling
+    assert len({str(rows) for rows in expected}) == len(SAMPLINGS)
+
+
+@pytest.mark.parametrize("shape", ["replicas", "from replicas to tensor"])
+async def test_requests_that_are_cancelled_leave_nothing(made, shape):
+    """Before their first token or behind any, some while others go on; `cluster` checks for leaks at the end."""
+    source, expected = made(Family.DEEPSEEK_V3)
+    rng = random.Random(shape)
+
+    async def cancelled(workers: LocalCluster) -> None:
+        request = request_of(rng.choice(PROMPTS), max_tokens=200, ignore_eos=True)
+        stream = workers.router.generate(request)
+        try:
+            async with asyncio.timeout(rng.random() * 0.3):
+                for _ in range(rng.randrange(1, 20)):
+                    await next_token(stream)
+        except TimeoutError:
+            pass
+        finally:
+            await stream.aclose()
+
+    async with cluster(shaped(source, SHAPES[shape])) as workers:
+        for _ in range(3):
+            whole = asyncio.create_task(tokens_of(workers, PROMPTS[:4]))
+            await asyncio.gather(*(cancelled(workers) for _ in range(8)))
+            assert await whole == expected[:4]
+        await workers.settled()
+        assert await tokens_of(workers, PROMPTS) == expected
+
+
+async def told(workers: LocalCluster, shape: ParallelSpec) -> tuple[Counter[int], Counter[int]]:
+    """Rows that were computed by each expert, and that were routed to it, of all ranks that have told."""
+    rows, routed = Counter[int](), Counter[int]()
+    for rank in (await workers.workers["aggregated-0"].health()).experts:
+        for expert, count in zip(rank.experts, rank.rows, strict=True):
+            rows[expert] += count
+        if rank.rank % shape.tensor == 0:
+            routed.update(dict(enumerate(rank.routed)))
+    return rows, routed
+
+
+@pytest.mark.parametrize("shape", ["tensor", "stages of replicas"])
+async def test_a_worker_says_how_much_each_rank_has_computed_of_which_experts(made, shape):
+    source, _ = made(Family.MIXTRAL)
+    layers, k, found = 4, 2, []
+    wanted = (sum(LENGTHS) + len(LENGTHS) * (TOKENS - 1)) * layers * k
+    for parallel in (SINGLE, SHAPES[shape][0]):
+        async with cluster(shaped(source, (parallel,))) as workers:
+            before, _ = await told(workers, parallel)  # by a model that an earlier test in this process has used
+            await tokens_of(workers, PROMPTS)
+            async with asyncio.timeout(20):
+                rows, routed = await told(workers, parallel)
+                while rows.total() - before.total() < wanted or rows != routed:
+                    await asyncio.sleep(0.1)
+                    rows, routed = await told(workers, parallel)
+            found.append({expert: rows[expert] - before[expert] for expert in range(EXPERTS)})
+    assert found[0] == found[1]
+    assert sum(found[0].values()) == wanted
+
+
+async def test_ranks_that_share_every_expert_say_nothing_of_them(made):
+    source, _ = made(Family.MIXTRAL)
+    async with cluster(shaped(source, (ParallelSpec(tensor=2),))) as workers:
+        await tokens_of(workers, PROMPTS[:3])
+        assert (await workers.workers["aggregated-0"].health()).experts == ()

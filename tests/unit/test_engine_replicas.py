@@ -1,0 +1,205 @@
+"""Data replicas as one state, with a random order of its verbs: every sequence gets the tokens that it would get alone,
+on one replica from its beginning to its end."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tercet.core import SamplingParams, Ticket
+from tercet.engine.plan import PieceResult, StepPlan, StepResult, pack, unpack
+from tercet.engine.replicas import SUMMED, Replicas, replica_of
+from tercet.engine.report import StepReport
+from tercet.engine.sequence import Sequence
+from tercet.engine.state import EngineState
+from tercet.errors import Overloaded
+from tercet.spec import KvSpec, RoleSpec, SchedulerSpec
+from tests.fakes.runner import VOCAB, FakeRunner, contents, next_token
+from tests.unit.test_engine_plan import piece_of, plain
+
+SIZE = 8
+
+
+class Simulation:
+    """Each replica has a runner of its own, as it has ranks of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        count = rng.choice([1, 2, 3, 4])
+        spec = RoleSpec(
+            kv=KvSpec(blocks=20, block_size=SIZE),
+            scheduler=SchedulerSpec(token_budget=rng.choice([3, 16, 64]), max_running=4, max_waiting=4),
+        )
+        self.states = [EngineState(spec, 90, (), 2, lambda: None) for _ in range(count)]
+        self.runners = [FakeRunner(SIZE) for _ in range(count)]
+        self.replicas = Replicas(self.states)
+        self.made: list[Sequence] = []
+        self.reserved: list[Sequence] = []
+        self.handed_over: list[Sequence] = []
+        self.aborted: set[Sequence] = set()
+        self.got: dict[Sequence, list[int]] = {}
+        self.replica_at_first: dict[Sequence, int] = {}
+        self.idle_steps = 0  # of replicas, while others computed
+
+    def new(self, *, hand_over: bool = False) -> Sequence:
+        prompt = [self.rng.randrange(VOCAB) for _ in range(self.rng.choice([1, 7, 8, 17, 40]))]
+        params = SamplingParams(max_tokens=self.rng.choice([1, 2, 9]), ignore_eos=True)
+        ticket = Ticket(f"r{len(self.made)}", 0, 1)
+        return Sequence(ticket, prompt, len(prompt), params, hand_over=hand_over)
+
+    def met(self, sequence: Sequence) -> None:
+        self.made.append(sequence)
+        self.got[sequence] = []
+        self.replica_at_first[sequence] = sequence.replica
+        self.runners[sequence.replica].meet(sequence)
+
+    def add(self) -> None:
+        self._try(self.new(), lambda sequence: self.replicas.add(sequence, 0.0))
+
+    def hand_over(self) -> None:
+        sequence = self.new(hand_over=True)
+        if self._try(sequence, lambda sequence: self.replicas.add(sequence, 0.0)):
+            assert sequence.replica == replica_of(sequence.ticket, len(self.states))
+            self.handed_over.append(sequence)
+
+    def reserve(self) -> None:
+        sequence = self.new()
+        if self._try(sequence, self.replicas.reserve):
+            assert sequence.replica == replica_of(sequence.ticket, len(self.states))
+            self.reserved.append(sequence)
+
+    def _try(self, sequence: Sequence, verb: Callable[[Sequence], object]) -> bool:
+        try:
+            verb(sequence)
+        except Overloaded:
+            return False
+        self.met(sequence)
+        return True
+
+    def join(self) -> None:
+        if self.reserved:
+            sequence = self.reserved.pop(self.rng.randrange(len(self.reserved)))
+            for at, content in enumerate(contents(sequence.token_ids)):
+                self.runners[sequence.replica].memory[sequence.blocks[at // SIZE], at % SIZE] = content
+            self.got[sequence].append(next_token(sequence.token_ids))
+            self.replicas.join(sequence, self.got[sequence][0])
+
+    def abort(self) -> None:
+        running = [s for s in self.made if not s.over and s not in self.reserved and s not in self.handed_over]
+        if running:
+            sequence = self.rng.choice(running)
+            self.replicas.abort(sequence)
+            self.aborted.add(sequence)
+
+    def step(self) -> bool:
+        plan = self.replicas.plan(0.0)
+        if not plan.pieces:
+            return False
+        result: StepResult = []
+        for runner, its in zip(self.runners, plan.replicas, strict=True):
+            self.idle_steps += not its.pieces
+            if its.pieces:
+                result += runner.launch(its).result()
+        self.report(self.replicas.commit(result))
+        return True
+
+    def report(self, report: StepReport) -> None:
+        for item in report:
+            self.got[item.sequence].append(item.token.token_id)
+            if item.sequence in self.handed_over:
+                self.handed_over.remove(item.sequence)
+                self.replicas.op_done(item.sequence)
+
+    def check(self) -> None:
+        self.replicas.check_integrity()
+        load, loads = self.replicas.load(), [state.load() for state in self.states]
+        for name in SUMMED:
+            assert getattr(load, name) == sum(getattr(each, name) for each in loads), name
+
+    def run(self) -> None:
+        for _ in range(60):
+            self.rng.choice((self.step, self.step, self.add, self.hand_over, self.reserve, self.join, self.abort))()
+            self.check()
+        while self.step() or self.reserved:
+            self.join()
+        self.check()
+        load = self.replicas.load()
+        assert (load.blocks_free, load.running, load.waiting) == (load.blocks_total, 0, 0)
+        for sequence in self.made:
+            assert sequence.replica == self.replica_at_first[sequence]
+            if sequence not in self.aborted:
+                assert self.got[sequence] == self.expected(sequence), sequence.ticket
+
+    @staticmethod
+    def expected(sequence: Sequence) -> list[int]:
+        tokens = sequence.token_ids[: sequence.num_prompt]
+        for _ in range(1 if sequence.hand_over else sequence.params.max_tokens):
+            tokens.append(next_token(tokens))
+        return tokens[sequence.num_prompt :]
+
+
+def test_every_result_reaches_the_sequence_that_it_belongs_to():
+    idle = finished = 0
+    for seed in range(80):
+        simulation = Simulation(seed)
+        simulation.run()
+        idle += simulation.idle_steps
+        finished += len(simulation.made) - len(simulation.aborted)
+    assert idle > 200
+    assert finished > 300
+
+
+def test_results_in_another_order_are_noticed(monkeypatch):
+    """So that the test above can fail."""
+    real = Replicas.commit
+    monkeypatch.setattr(Replicas, "commit", lambda self, result: real(self, result[::-1]))
+    several = next(seed for seed in range(30) if len(Simulation(seed).states) > 2)
+    with pytest.raises((AssertionError, KeyError, IndexError)):
+        Simulation(several).run()
+
+
+def test_a_request_that_is_not_handed_over_goes_where_fewest_are():
+    simulation = Simulation(0)
+    simulation.replicas = Replicas(simulation.states)
+    count = len(simulation.states)
+    assert count > 1
+    for _ in range(3 * count):
+        simulation.add()
+    assert set(Counter(sequence.replica for sequence in simulation.made).values()) == {3}
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 7])
+def test_tickets_are_spread_evenly(replicas):
+    counts = Counter(replica_of(Ticket(f"request-{number}", 0, 1), replicas) for number in range(1000))
+    assert counts.keys() == {*range(replicas)}
+    assert max(counts.values()) - min(counts.values()) <= 0.4 * 1000 / replicas
+
+
+def test_a_ticket_goes_to_the_same_replica_whichever_epoch_decodes_it():
+    for number in range(100):
+        assert replica_of(Ticket(f"r{number}", 2, 1), 5) == replica_of(Ticket(f"r{number}", 2, 9), 5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_of_several_replicas_goes_through_a_pipe(seed):
+    rng = random.Random(seed)
+
+    def some() -> StepPlan:
+        decodes, chunks = ([piece_of(rng) for _ in range(rng.randrange(3))] for _ in range(2))
+        return StepPlan(decodes, chunks, [1, 2][: rng.randrange(3)])
+
+    plan = some()._replace(others=[some() for _ in range(rng.randrange(4))])
+    back = unpack(pack(plan))
+    assert plain(back) == plain(plan)
+    assert plain(back.replicas) == plain(plan.replicas)
+    assert len(back.pieces) == sum(len(its.decodes) + len(its.chunks) for its in plan.replicas)
+
+
+def test_no_plan_is_in_flight_where_no_replica_has_a_piece():
+    replicas = Simulation(1).replicas
+    assert replicas.plan(0.0) == StepPlan()
+    with pytest.raises(IndexError):
+        replicas.commit([PieceResult()])

@@ -1,0 +1,103 @@
+"""Experts spread over ranks that are threads of this process: what each rank gets back is what one process computes."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tercet.distributed.exchange import Received
+from tercet.distributed.expert_map import default_map
+from tercet.distributed.place import Place
+from tercet.distributed.spread import Spread
+from tercet.kernels.moe import ELSEWHERE, TorchExperts
+
+EXPERTS, K, WIDTH, INNER, LAYER = 8, 2, 16, 8, 3
+
+
+class Desk:
+    """Where the ranks' fake exchanges lay what they send."""
+
+    def __init__(self, ranks: int) -> None:
+        self.sent: list = [None] * ranks
+        self.made: list = [None] * ranks
+        self.barrier = threading.Barrier(ranks)
+
+
+class FakeExchange:
+    """Every rank gets the rows of all, with ELSEWHERE in place of slots that it does not have."""
+
+    def __init__(self, desk: Desk, rank: int, slots_per_rank: int) -> None:
+        self._desk, self._rank, self._slots_per_rank = desk, rank, slots_per_rank
+        self.layers: list[int] = []
+
+    def dispatch(self, x, slots, weights, layer=0):
+        self.layers.append(layer)
+        self._desk.sent[self._rank] = x, slots, weights
+        self._desk.barrier.wait(20)
+        xs, every, shares = (torch.cat(parts) for parts in zip(*self._desk.sent, strict=True))
+        here = every // self._slots_per_rank == self._rank
+        return Received(xs, torch.where(here, every % self._slots_per_rank, ELSEWHERE), shares), None
+
+    def combine(self, y, handle):
+        self._desk.made[self._rank] = y
+        self._desk.barrier.wait(20)
+        first = sum(len(x) for x, *_ in self._desk.sent[: self._rank])
+        own = sum(self._desk.made)[first : first + len(self._desk.sent[self._rank][0])]
+        self._desk.barrier.wait(20)  # all have read it
+        return own
+
+
+def weights_of(experts: list[int]) -> TorchExperts:
+    draw = torch.Generator().manual_seed(1)
+    gate_up, down = (torch.randn(EXPERTS, *shape, generator=draw) for shape in ((2 * INNER, WIDTH), (WIDTH, INNER)))
+    return TorchExperts(gate_up[experts], down[experts])
+
+
+def batch_of(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    weights, experts = torch.rand(rows, EXPERTS, generator=draw).topk(K, -1)
+    return torch.randn(rows, WIDTH, generator=draw), experts, weights
+
+
+@pytest.mark.parametrize("redundancy", [0, EXPERTS])
+@pytest.mark.parametrize("rows", [(5, 3), (0, 7), (1, 0), (0, 0), (40, 1)])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_rows_come_back_as_one_process_computes_them(tensor, rows, redundancy):
+    """tensor 2: both ranks of a replica have the same rows, and their results sum up."""
+    ranks = tensor * len(rows)
+    experts = default_map(EXPERTS, redundancy, ranks)
+    desk, batches = Desk(ranks), [batch_of(seed, count) for seed, count in enumerate(rows)]
+    places = [Place(rank, tensor=tensor, data=len(rows), expert=ranks) for rank in range(ranks)]
+    exchanges = [FakeExchange(desk, rank, experts.slots_per_rank) for rank in range(ranks)]
+    spreads = [Spread(place, experts, exchange) for place, exchange in zip(places, exchanges, strict=True)]
+
+    def forward(rank: int) -> torch.Tensor:
+        here = weights_of(experts.experts_on(rank))
+        return spreads[rank].forward(here, LAYER, *batches[places[rank].data_rank])
+
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(forward, range(ranks)))
+    for replica, batch in enumerate(batches):
+        out = sum(found[rank] for rank in range(ranks) if places[rank].data_rank == replica)
+        torch.testing.assert_close(out, weights_of([*range(EXPERTS)]).forward(*batch))
+    assert all(exchange.layers == [LAYER] for exchange in exchanges)
+    check_counts(spreads, batches)
+
+
+def check_counts(spreads: list[Spread], batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    """Every assignment was computed once, in a slot of its expert."""
+    wanted = torch.cat([experts.flatten() for _, experts, _ in batches]).bincount(minlength=EXPERTS)
+    found = torch.zeros(EXPERTS, dtype=torch.int64)
+    for spread in spreads:
+        held = torch.tensor(spread.map.experts_on(spread.rank))
+        found.index_add_(0, held, spread.computed[:-1])
+    assert found.equal(wanted)
+
+
+def test_a_rank_of_a_later_stage_has_its_number_within_the_stage():
+    experts = default_map(EXPERTS, 0, 2)
+    spread = Spread(Place(3, pipeline=2, data=2, expert=2), experts, FakeExchange(Desk(2), 1, experts.slots_per_rank))
+    assert spread.rank == 1
