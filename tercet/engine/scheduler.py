@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from tercet.engine.blocks import BlockPool, Hold
 from tercet.engine.policy import Policy
 from tercet.engine.prefix import PrefixIndex
+from tercet.engine.report import Faulted, StepReport
 from tercet.engine.sequence import Phase, Sequence
+from tercet.errors import WorkerDrained
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Scheduler:
     running: list[Sequence] = field(default_factory=list)  # in order of arrival
     waiting: deque[Sequence] = field(default_factory=deque)
     preemptions: int = 0
-    evicted: list[Sequence] = field(default_factory=list)  # preempted, and cannot be computed again here
+    evicted: StepReport = field(default_factory=list)  # those that ended here, and can go on elsewhere
 
     def schedule(self, *, behind: bool = False) -> Step:
         """Choose the next step and allocate its blocks.
@@ -70,6 +72,9 @@ class Scheduler:
             self.running.remove(sequence)
         if sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    def evict(self, sequence: Sequence, why: str) -> None:
+        self.evicted.append(Faulted(sequence, WorkerDrained(why)))
 
     @property
     def claims(self) -> int:
@@ -173,7 +178,7 @@ class Scheduler:
             self.waiting.appendleft(victim)
         else:
             victim.phase = Phase.OVER
-            self.evicted.append(victim)
+            self.evict(victim, "preempted, and its images are not here to compute it again")
         self.preemptions += 1
         return True
 

@@ -20,7 +20,7 @@ from tercet.engine.prefix import PrefixIndex
 from tercet.engine.report import Faulted, Sampled, Scored, StepReport
 from tercet.engine.scheduler import Scheduler, Step
 from tercet.engine.sequence import Phase, Sequence
-from tercet.errors import Overloaded, WorkerDrained
+from tercet.errors import Overloaded
 from tercet.spec import RoleSpec
 
 
@@ -38,14 +38,11 @@ class EngineState:
         mrope: bool = False,
     ) -> None:
         """on_work: called whenever `plan` may find more to do than the last time. mrope: the model has M-RoPE."""
-        self._mrope = mrope
+        self._mrope, self._on_work = mrope, on_work
         self._max_running = spec.scheduler.max_running
         self._max_active = spec.scheduler.max_running + spec.scheduler.max_waiting
-        self._block_size = spec.kv.block_size
-        self._max_context = max_context
-        self._eos = eos_token_ids
-        self._quarantine_blocks = quarantine_blocks
-        self._on_work = on_work
+        self._block_size, self._quarantine_blocks = spec.kv.block_size, quarantine_blocks
+        self._max_context, self._eos = max_context, eos_token_ids
         self._index = PrefixIndex(enabled=spec.kv.prefix_cache)
         self._pool = BlockPool(spec.kv.blocks, self._index, on_work)
         policy = FirstComeFirstServed(spec.scheduler.token_budget)
@@ -55,7 +52,6 @@ class EngineState:
         self._in_flight: deque[Step] = deque()  # planned, not yet committed; the oldest first
         self._unseen: list[ImageKey] = []  # images that no step to come takes, until `forgotten`
         self._landed: set[int] = set()  # blocks that transfers have written and no plan has named yet
-        self._lost: list[Sequence] = []  # ended by `lose`, until `evicted`
 
     # ---- verbs
 
@@ -142,19 +138,15 @@ class EngineState:
         return takes
 
     def evicted(self) -> StepReport:
-        """Sequences that a plan took blocks from, and that can only go on elsewhere; each once."""
-        evicted, self._scheduler.evicted = self._scheduler.evicted, []
-        lost, self._lost = self._lost, []
-        preempted = WorkerDrained("preempted, and its images are not here to compute it again")
-        gone = WorkerDrained("the rank that had its KV is lost")
-        return [*(Faulted(each, preempted) for each in evicted), *(Faulted(each, gone) for each in lost)]
+        """Sequences that can only go on elsewhere, each once: a plan took their blocks, or `lose` ended them."""
+        report, self._scheduler.evicted = self._scheduler.evicted, []
+        return report
 
     def lose(self) -> None:
         """The memory of the KV is gone: what runs or waits ends."""
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             self._retire(sequence)
-            self._lost.append(sequence)
-        self._on_work()
+            self._scheduler.evict(sequence, "the rank that had its KV is lost")
 
     def forgotten(self) -> list[ImageKey]:
         """Images whose embeddings no step to come takes, each once."""
@@ -229,10 +221,8 @@ class EngineState:
             chunk.sequence.computed += chunk.length
         for sequence in step.drawing:
             sequence.drawing -= 1
-        report: StepReport = []
-        for sequence, piece in zip(step.sequences, result, strict=True):
-            report += self._take(sequence, piece)
-        return report
+        taken = zip(step.sequences, result, strict=True)
+        return [item for sequence, piece in taken for item in self._take(sequence, piece)]
 
     def _take(self, sequence: Sequence, piece: PieceResult) -> StepReport:
         """Apply a step's result to a sequence, which may have ended meanwhile."""

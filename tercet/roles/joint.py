@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from tercet.core import PairState, Ticket
 from tercet.distributed.place import Place
 from tercet.distributed.talk import Talk
 from tercet.engine.replicas import replica_of
 from tercet.errors import PeerDown, TercetError, WorkerDrained, WorkerLost
-from tercet.roles.facts_wire import error_of, fact_of
+from tercet.roles.facts_wire import error_of
+from tercet.roles.joining import Joining, for_peers, rank_of
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
@@ -35,12 +35,11 @@ from tercet.transfer.protocol.facts import (
     SendEvent,
     SendFailed,
 )
-from tercet.transfer.protocol.shards import Cancel, Part, ReceiveJoint, SendJoint
+from tercet.transfer.protocol.shards import ReceiveJoint, SendJoint
 from tercet.transfer.transports.contract import Endpoint
 from tercet.transfer.transports.group_endpoint import GroupEndpoint
 
 DIAL_S = 30.0  # for a rank to connect and offer
-Joint = TypeVar("Joint", SendJoint, ReceiveJoint)
 
 
 class Receiver(Protocol):
@@ -55,70 +54,7 @@ class Receiver(Protocol):
     def stop(self) -> None: ...
 
 
-class _Joining(ABC, Generic[Joint]):
-    """Of both sides. Ticket -> its parts' facts so far, until the last one is told."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, on_event: Callable[[Any], None], others: Sequence[Talk]
-    ) -> None:
-        """on_event: called on the event loop. others: ranks 1, 2 ..."""
-        self._loop, self._on_event = loop, on_event
-        self._others = {talk.rank: talk for talk in others}
-        self._joints: dict[Ticket, Joint] = {}
-        self.counts: dict[int, dict[str, int]] = {}  # rank -> name -> messages that it dropped, and the like
-
-    def _take_own(self, event: SendEvent | ReceiveEvent) -> None:
-        """On a thread of rank 0's mover."""
-        self._loop.call_soon_threadsafe(self._take, 0, event)
-
-    def take(self, rank: int, packed: list[Any]) -> None:
-        """On the thread that reads from the rank."""
-        self._loop.call_soon_threadsafe(self._take, rank, fact_of(packed))
-
-    def _take(self, rank: int, event: Any) -> None:
-        joint = self._joints.get(event.ticket)
-        if joint is None:
-            return  # it could not be opened everywhere
-        for effect in joint.take(rank, event):
-            if isinstance(effect, Cancel):
-                self._cancel_part(_rank_of(effect.part), event.ticket, effect.error)
-                continue
-            if self._is_last(effect):
-                del self._joints[event.ticket]
-            self._on_event(effect)
-
-    def lose(self, rank: int, error: TercetError) -> None:
-        """The rank is gone with its memory: nothing can be written there any more, nor from there."""
-        self._others.pop(rank, None)
-        for ticket, joint in [*self._joints.items()]:
-            if rank in joint.parts:
-                for event in self._ends(ticket, error):
-                    self._take(rank, event)
-
-    def _tell(self, rank: int, kind: str, *fields: Any) -> None:
-        """Nothing to one that is lost."""
-        if (talk := self._others.get(rank)) is not None:
-            talk.tell(kind, *fields)
-
-    def regain(self, talk: Talk) -> None:
-        """It is there again."""
-        self._others[talk.rank] = talk
-
-    @abstractmethod
-    def _ends(self, ticket: Ticket, error: TercetError) -> list[Any]:
-        """The facts that are left of a part that is gone."""
-
-    def _counted(self, name: str) -> int:
-        return sum(counts.get(name, 0) for counts in self.counts.values())
-
-    @abstractmethod
-    def _is_last(self, event: Any) -> bool: ...
-
-    @abstractmethod
-    def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None: ...
-
-
-class JointSender(_Joining[SendJoint]):
+class JointSender(Joining[SendJoint]):
     def __init__(
         self,
         own: Callable[[Callable[[SendEvent], None]], KvSender],
@@ -193,7 +129,7 @@ class JointSender(_Joining[SendJoint]):
         """The note goes with the first part. A rank hears this behind the step that it ends with: rank 0 knows a step's
         result only when every rank has computed its share."""
         joint = self._joints.get(ticket)
-        ranks = [] if joint is None else [*map(_rank_of, joint.parts)]
+        ranks = [] if joint is None else [*map(rank_of, joint.parts)]
         for number, rank in enumerate(ranks):
             its = b"" if number else note
             if rank == 0:
@@ -203,7 +139,7 @@ class JointSender(_Joining[SendJoint]):
 
     def cancel(self, ticket: Ticket, error: TercetError) -> None:
         joint = self._joints.get(ticket)
-        for rank in [] if joint is None else map(_rank_of, [*joint.parts]):
+        for rank in [] if joint is None else map(rank_of, [*joint.parts]):
             self._cancel_part(rank, ticket, error)
 
     def connect(self, endpoint: str) -> None:
@@ -243,12 +179,12 @@ class JointSender(_Joining[SendJoint]):
         if (cancelled := self._opening.get(ticket)) is not None:
             cancelled.append(error)
         if rank == 0:
-            self._own.cancel(ticket, _for_peers(error))
+            self._own.cancel(ticket, for_peers(error))
         else:
-            self._tell(rank, "stop_sending", ticket, error_of(_for_peers(error)))
+            self._tell(rank, "stop_sending", ticket, error_of(for_peers(error)))
 
 
-class JointReceiver(_Joining[ReceiveJoint]):
+class JointReceiver(Joining[ReceiveJoint]):
     def __init__(
         self,
         own: Callable[[Callable[[ReceiveEvent], None]], KvReceiver],
@@ -312,16 +248,6 @@ class JointReceiver(_Joining[ReceiveJoint]):
 
     def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
         if rank == 0:
-            self._own.cancel(ticket, _for_peers(error))
+            self._own.cancel(ticket, for_peers(error))
         else:
-            self._tell(rank, "stop_receiving", ticket, error_of(_for_peers(error)))
-
-
-def _rank_of(part: Part) -> int:
-    assert isinstance(part, int), "here a part is a rank"
-    return part
-
-
-def _for_peers(error: TercetError) -> TercetError:
-    """What is told at the other end of a handover. A WorkerLost would be taken there for its own worker's death."""
-    return PeerDown(str(error)) if isinstance(error, WorkerLost) else error
+            self._tell(rank, "stop_receiving", ticket, error_of(for_peers(error)))

@@ -21,7 +21,7 @@ from tercet.devices import DEVICES
 from tercet.distributed.line import Line, join
 from tercet.distributed.setup import Venue
 from tercet.distributed.talk import Talk
-from tercet.engine.group import RankSteps
+from tercet.engine.rank_steps import RankSteps
 from tercet.engine.runner import Runner
 from tercet.errors import WorkerLost, from_wire
 from tercet.kernels.kinds import Kernels, choose_kernels

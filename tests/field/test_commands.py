@@ -83,6 +83,7 @@ RUN_BY = {
     "python -m benchmarks.rivals": "tests/unit/test_rivals_benchmark.py:test_the_command_measures_real_servers",
     "python -m benchmarks.moe": "tests/unit/test_moe_benchmark.py:test_rows",
     "python -m benchmarks.latents": "tests/unit/test_latents_benchmark.py:test_figures",
+    "python -m benchmarks.groups": "tests/unit/test_groups_benchmark.py:test_the_command_measures_groups",
     "python -m benchmarks.exchange": ("tests/unit/test_exchange_benchmark.py:test_the_command_measures_both_exchanges"),
     "python -m benchmarks.transfer": (
         "tests/unit/test_transfer_benchmark.py:test_the_command_moves_and_compares_every_byte"

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tercet.core import SamplingParams, Ticket
+from tercet.core import SamplingParams, Ticket, TokenEvent
 from tercet.engine.plan import PieceResult, StepPlan, StepResult, pack, unpack
 from tercet.engine.replicas import SUMMED, Replicas, replica_of
 from tercet.engine.report import StepReport
 from tercet.engine.sequence import Sequence
 from tercet.engine.state import EngineState
-from tercet.errors import Overloaded
+from tercet.errors import Overloaded, WorkerDrained
 from tercet.spec import KvSpec, RoleSpec, SchedulerSpec
 from tests.fakes.runner import VOCAB, FakeRunner, contents, next_token
 from tests.unit.test_engine_plan import piece_of, plain
@@ -35,7 +35,7 @@ class Simulation:
         )
         self.states = [EngineState(spec, 90, (), 2, lambda: None) for _ in range(count)]
         self.runners = [FakeRunner(SIZE) for _ in range(count)]
-        self.replicas = Replicas(self.states)
+        self.replicas = Replicas(count, iter(self.states).__next__)
         self.made: list[Sequence] = []
         self.reserved: list[Sequence] = []
         self.handed_over: list[Sequence] = []
@@ -53,8 +53,8 @@ class Simulation:
     def met(self, sequence: Sequence) -> None:
         self.made.append(sequence)
         self.got[sequence] = []
-        self.replica_at_first[sequence] = sequence.replica
-        self.runners[sequence.replica].meet(sequence)
+        self.replica_at_first[sequence] = sequence.state
+        self.runners[sequence.state].meet(sequence)
 
     def add(self) -> None:
         self._try(self.new(), lambda sequence: self.replicas.add(sequence, 0.0))
@@ -62,13 +62,13 @@ class Simulation:
     def hand_over(self) -> None:
         sequence = self.new(hand_over=True)
         if self._try(sequence, lambda sequence: self.replicas.add(sequence, 0.0)):
-            assert sequence.replica == replica_of(sequence.ticket, len(self.states))
+            assert sequence.state == replica_of(sequence.ticket, len(self.states))
             self.handed_over.append(sequence)
 
     def reserve(self) -> None:
         sequence = self.new()
         if self._try(sequence, self.replicas.reserve):
-            assert sequence.replica == replica_of(sequence.ticket, len(self.states))
+            assert sequence.state == replica_of(sequence.ticket, len(self.states))
             self.reserved.append(sequence)
 
     def _try(self, sequence: Sequence, verb: Callable[[Sequence], object]) -> bool:
@@ -83,7 +83,7 @@ class Simulation:
         if self.reserved:
             sequence = self.reserved.pop(self.rng.randrange(len(self.reserved)))
             for at, content in enumerate(contents(sequence.token_ids)):
-                self.runners[sequence.replica].memory[sequence.blocks[at // SIZE], at % SIZE] = content
+                self.runners[sequence.state].memory[sequence.blocks[at // SIZE], at % SIZE] = content
             self.got[sequence].append(next_token(sequence.token_ids))
             self.replicas.join(sequence, self.got[sequence][0])
 
@@ -129,7 +129,7 @@ class Simulation:
         load = self.replicas.load()
         assert (load.blocks_free, load.running, load.waiting) == (load.blocks_total, 0, 0)
         for sequence in self.made:
-            assert sequence.replica == self.replica_at_first[sequence]
+            assert sequence.state == self.replica_at_first[sequence]
             if sequence not in self.aborted:
                 assert self.got[sequence] == self.expected(sequence), sequence.ticket
 
@@ -163,12 +163,12 @@ def test_results_in_another_order_are_noticed(monkeypatch):
 
 def test_a_request_that_is_not_handed_over_goes_where_fewest_are():
     simulation = Simulation(0)
-    simulation.replicas = Replicas(simulation.states)
+    simulation.replicas = Replicas(len(simulation.states), iter(simulation.states).__next__)
     count = len(simulation.states)
     assert count > 1
     for _ in range(3 * count):
         simulation.add()
-    assert set(Counter(sequence.replica for sequence in simulation.made).values()) == {3}
+    assert set(Counter(sequence.state for sequence in simulation.made).values()) == {3}
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4, 7])
@@ -203,3 +203,49 @@ def test_no_plan_is_in_flight_where_no_replica_has_a_piece():
     assert replicas.plan(0.0) == StepPlan()
     with pytest.raises(IndexError):
         replicas.commit([PieceResult()])
+
+
+def test_a_lost_replica_ends_what_it_has_and_comes_back_empty():
+    simulation = Simulation(1)
+    spec = RoleSpec(kv=KvSpec(blocks=20, block_size=SIZE), scheduler=SchedulerSpec(max_running=4, max_waiting=4))
+    replicas = Replicas(2, lambda: EngineState(spec, 90, (), 2, lambda: None))
+    made = [simulation.new() for _ in range(6)]
+    for sequence in made[:4]:
+        replicas.add(sequence, 0.0)
+    lost = [sequence for sequence in made[:4] if sequence.state == 1]
+    plan = replicas.plan(0.0)
+    replicas.lose(1)
+    assert [item.sequence for item in replicas.evicted()] == lost
+    assert replicas.evicted() == []
+    for sequence in made[4:]:
+        replicas.add(sequence, 0.0)
+        assert sequence.state == 0
+    tokens = [PieceResult((TokenEvent(1),)) for _ in plan.replicas[0].pieces]
+    faults = [PieceResult(fault=WorkerDrained("gone")) for _ in plan.replicas[1].pieces]
+    report = replicas.commit([*tokens, *faults])
+    assert not {item.sequence for item in report} & {*lost}
+    replicas.restore(1)
+    back = simulation.new()
+    replicas.add(back, 0.0)
+    assert back.state == 2  # its memory is new: nothing of what its blocks held is found
+    replicas.check_integrity()
+    load = replicas.load()
+    assert load.blocks_total == 40
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_the_next_attempt_gets_another_replica(attempt):
+    for number in range(50):
+        now, then = (Ticket(f"r{number}", each, 1) for each in (attempt, attempt + 1))
+        assert replica_of(now, 3) != replica_of(then, 3)
+
+
+def test_what_would_go_to_a_lost_replica_goes_on_elsewhere():
+    simulation = Simulation(1)
+    spec = RoleSpec(kv=KvSpec(blocks=20, block_size=SIZE))
+    replicas = Replicas(2, lambda: EngineState(spec, 90, (), 2, lambda: None))
+    replicas.lose(0)
+    sequence = simulation.new()
+    sequence.ticket = next(t for t in (Ticket("r", each, 1) for each in (0, 1)) if replica_of(t, 2) == 0)
+    with pytest.raises(WorkerDrained, match="the rank of replica 0 is lost"):
+        replicas.reserve(sequence)

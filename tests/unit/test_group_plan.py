@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tercet.core import Ticket, TokenEvent
 from tercet.distributed.place import Place
-from tercet.engine.group import GroupExecutor, RankSteps
+from tercet.engine.group import GroupExecutor
 from tercet.engine.plan import Piece, PieceResult, StepPlan, pack, pack_result, unpack_result
+from tercet.engine.rank_steps import RankSteps
 from tercet.errors import EngineFault, InternalError, WorkerLost
 
 

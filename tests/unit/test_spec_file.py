@@ -144,7 +144,6 @@ def test_graphs_are_captured_as_set(tmp_path, given, got):
 @pytest.mark.parametrize(
     ("setting", "want"),
     [
-        ("roles.prefill.parallelism={data: 2, expert: 2}", "roles.prefill.parallelism.data: 2 is not built yet"),
         ("roles.decode.scheduler.max_waiting=4", "roles.decode.scheduler.max_waiting: has no effect"),
         ("roles.prefill.cuda_graphs=[1]", "roles.prefill.cuda_graphs: has no effect, since a prefill worker decodes"),
         ("pools.cpu.gpus=8", "pools.cpu.gpus: has no effect in a pool whose accelerator is cpu"),
