@@ -22,6 +22,7 @@ from tercet.cluster.race import every, first
 from tercet.errors import TercetError, WorkerLost
 
 AGAIN_S = 2.0  # before another try
+SOON_S = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +71,7 @@ class GroupActor:
 
     async def _health(self, timeout_s: float) -> Any:
         ended = [rank for rank, end in enumerate(self._ends, 1) if end.done()]
-        load, lost = await every(*(self._first.call(what, timeout_s=timeout_s) for what in ("health", "lost_ranks")))
+        load, lost = await self._answer(timeout_s)
         for rank in ended:
             if rank not in lost and rank not in self._coming:
                 self._ends[rank - 1].result()
@@ -79,6 +80,20 @@ class GroupActor:
                 self.others[rank - 1] = {"pid": 0, "node": "", "lost": True}
                 self._coming[rank] = asyncio.create_task(self._bring_back(rank))
         return load
+
+    async def _answer(self, timeout_s: float) -> Any:
+        """Rank 0's health, and which ranks are lost. If another one ends meanwhile, rank 0 must answer soon: they end
+        themselves if it is stopped."""
+        questions = (self._first.call(what, timeout_s=timeout_s) for what in ("health", "lost_ranks"))
+        answer, ends = asyncio.create_task(every(*questions)), [end for end in self._ends if not end.done()]
+        try:
+            await asyncio.wait([answer, *ends], return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(SOON_S):
+                return await answer
+        except TimeoutError as error:
+            raise WorkerLost(f"{self._worker_id}: a rank has ended, and rank 0 does not answer") from error
+        finally:
+            answer.cancel()
 
     async def _bring_back(self, rank: int) -> None:
         """By another process. What fails is tried again with a later health."""

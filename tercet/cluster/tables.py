@@ -137,7 +137,8 @@ def status_table(status: Mapping[str, Any]) -> Table:
         row = [worker[key] for key in ("role", "state", "epoch", "pid", "node")]
         table.add_row(worker_id, *map(str, row), requests, blocks)
         for rank, place in enumerate(worker.get("ranks", ()), 1):
-            table.add_row(f"  rank {rank}", "", "", "", str(place["pid"]), str(place["node"]), "", "")
+            state, pid = ("lost", "") if place.get("lost") else ("", str(place["pid"]))
+            table.add_row(f"  rank {rank}", "", state, "", pid, str(place["node"]), "", "")
     return table
 
 

@@ -142,16 +142,19 @@ class Group:
 
     def until_ready(self, rank: int, timeout_s: float) -> str:
         with self._changed:
-            if not self._changed.wait_for(lambda: rank in self._ready or self.broken is not None, timeout_s):
+            self._changed.wait_for(lambda: rank in self._ready or self.broken or self._closing, timeout_s)
+            if rank not in self._ready:
                 raise WorkerLost(f"rank {rank} did not load its share in {timeout_s:g} s")
             return self._ready[rank][1]
 
     def begin_stop(self) -> None:
-        """The end of a rank is no fault any more."""
-        self._closing = True
+        """The end of a rank is no fault any more, and nobody waits for one."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
 
     def close(self) -> None:
-        self._closing = True
+        self.begin_stop()
         if self.losses is not None:
             self.losses.close()
         self._rendezvous.close()

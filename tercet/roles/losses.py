@@ -25,6 +25,7 @@ from tercet.engine.group import GroupExecutor
 from tercet.errors import PeerMismatch, TercetError, TransferError, WorkerLost
 
 WAIT_S = 1.0  # between two looks at who is out
+STOP_S = 5.0  # for the threads to end
 log = logging.getLogger(__name__)
 
 
@@ -63,8 +64,10 @@ class Losses:
 
     def start(self, hooks: Hooks, fingerprint: str) -> None:
         self._hooks, self._fingerprint = hooks, fingerprint
-        for work, name in ((self._take_out_all, "lost"), (self._take_back_all, "rejoin")):
-            threading.Thread(target=work, name=f"ranks-{name}", daemon=True).start()
+        works = ((self._take_out_all, "lost"), (self._take_back_all, "rejoin"))
+        self._threads = [threading.Thread(target=work, name=f"ranks-{name}", daemon=True) for work, name in works]
+        for thread in self._threads:
+            thread.start()
 
     def lose(self, rank: int, error: WorkerLost) -> bool:
         """Whether the others go on without it; they will be told. Any thread."""
@@ -76,8 +79,11 @@ class Losses:
         return True
 
     def close(self) -> None:
+        """No hook is called after this. Once the owner wakes who waits in `until_ready`."""
         self._over.set()
         self._lost.put(None)
+        for thread in self._threads:
+            thread.join(STOP_S)
 
     # ---- out
 
@@ -90,7 +96,8 @@ class Losses:
                 self._attempt += 1
                 self._tell("without", rank, self._attempt)
                 self._executor.lose(rank, self._attempt)
-            self._hooks.out(rank, error)
+            if not self._over.is_set():
+                self._hooks.out(rank, error)
 
     def _tell(self, *message: object) -> None:
         for talk in list(self._owner.talks.values()):
@@ -106,7 +113,8 @@ class Losses:
                 try:
                     self._take_back(out[0])
                 except (TercetError, OSError) as error:
-                    log.warning("rank %d did not come back: %s", out[0], error)
+                    if not self._over.is_set():
+                        log.warning("rank %d did not come back: %s", out[0], error)
 
     def _take_back(self, rank: int) -> None:
         """Raises WorkerLost, PeerMismatch, TransferError."""
@@ -120,7 +128,8 @@ class Losses:
             talk.close()
             raise
         log.warning("rank %d is back", rank)
-        self._hooks.back(talk)
+        if not self._over.is_set():
+            self._hooks.back(talk)
 
     def _tell_all(self, rank: int, talk: Talk, endpoint: str, drain: Callable[[], None]) -> tuple[str, int]:
         with self._telling:

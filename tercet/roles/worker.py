@@ -100,7 +100,8 @@ class Worker:
         log.info("%s computes with kernels %s, threads: %d", who.worker_id, kernels, spec.threads)
         torch.set_num_threads(spec.threads)
         alone, row = {who.role: 1}, device_of(device)
-        await loop.run_in_executor(None, refuse_too_large, who.spec, alone, row, row.memory_bytes())
+        if self._group is None or row.kind == "cpu":  # a device holds a rank's share, which is not known before
+            await loop.run_in_executor(None, refuse_too_large, who.spec, alone, row, row.memory_bytes())
         self.legs = Legs(loop)
         for part in await loop.run_in_executor(None, self._loaded, kernels):
             await part.start()

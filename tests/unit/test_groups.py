@@ -157,6 +157,19 @@ async def test_a_rank_that_the_others_go_on_without_comes_back_as_another_proces
     await group.kill()
 
 
+async def test_a_rank_0_that_does_not_answer_while_others_end_is_lost(monkeypatch):
+    monkeypatch.setattr("tercet.cluster.group.SOON_S", 0.05)
+    group, ranks = group_of()
+    await group.call("start", timeout_s=5.0)
+    ranks[0].hangs = {"health"}
+    asking = asyncio.create_task(group.call("health", timeout_s=30.0))
+    await asyncio.sleep(0.02)
+    ranks[1].died.set()
+    with pytest.raises(WorkerLost, match="a rank has ended, and rank 0 does not answer"):
+        await asking
+    await group.kill()
+
+
 async def test_one_that_cannot_come_back_is_tried_again(monkeypatch):
     monkeypatch.setattr("tercet.cluster.group.AGAIN_S", 0.01)
     group, ranks = group_of()
@@ -344,6 +357,11 @@ def test_status_shows_a_rank_a_line():
     lines = shown(status_table(status | {"target": {}, "workers": {}, "members": members})).splitlines()
     rows = [line.split() for line in lines if "rank" in line]
     assert rows == [["rank", "1", "11", "vm"], ["rank", "2", "12", "other"]]
+    group.others[1] = {"pid": 0, "node": "", "lost": True}
+    slot.actor = group
+    members = overview(target, {"worker-0": slot})["members"]
+    lines = shown(status_table(status | {"target": {}, "workers": {}, "members": members})).splitlines()
+    assert [line.split() for line in lines if "rank 2" in line] == [["rank", "2", "lost"]]
 
 
 def test_status_shows_who_computed_which_experts():
