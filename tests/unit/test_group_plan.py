@@ -140,18 +140,24 @@ def test_rank_0_draws_itself_if_it_has_the_last_layer(place):
         assert [message[:2] for message in talk.told] == [("step", 1), ("step", 2)]
 
 
+def answering(executor, steps, talk):
+    """What another rank does with a step: run it at once, and send the result."""
+
+    def answer(message):
+        steps.take(*message[1:])
+        steps.stop()
+        steps.run()
+        executor.take(steps._place.rank, *talk.told.pop()[1:])
+
+    return answer
+
+
 def test_results_of_another_rank_come_in_the_order_of_the_plan():
     talk, steps_talk, other = FakeTalk(2), FakeTalk(), FakeTalk(1)
     executor = GroupExecutor(FakeRunner(), Place(0, 1, 3), [other, talk])
     steps = RankSteps(FakeRunner(), Place(2, 1, 3), steps_talk)
 
-    def run(message):
-        steps.take(*message[1:])
-        steps.stop()
-        steps.run()
-        executor.take(2, *steps_talk.told.pop()[1:])
-
-    talk.meanwhile = run
+    talk.meanwhile = answering(executor, steps, steps_talk)
     assert tokens(executor.launch(PLAN).result()) == [1, 2, 3, 4, 5]
     assert [len(message[3]) for message in other.told] == [3]  # micro-batches
 
@@ -161,13 +167,7 @@ def test_replicas_compute_together_and_each_gets_its_own_results():
     executor = GroupExecutor(FakeRunner(), Place(0, 1, 1, 2, 2), [talk])
     steps = RankSteps(FakeRunner(), Place(1, 1, 1, 2, 2), steps_talk)
 
-    def run(message):
-        steps.take(*message[1:])
-        steps.stop()
-        steps.run()
-        executor.take(1, *steps_talk.told.pop()[1:])
-
-    talk.meanwhile = run
+    talk.meanwhile = answering(executor, steps, steps_talk)
     both = PLAN._replace(others=(StepPlan((piece(7, 1),)),))
     assert tokens(executor.launch(both).result()) == [1, 2, 3, 4, 5, 7]
     assert tokens(executor.launch(PLAN).result()) == [1, 2, 3, 4, 5]  # the other takes part with an empty plan
