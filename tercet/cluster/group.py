@@ -23,6 +23,8 @@ from tercet.errors import TercetError, WorkerLost
 
 AGAIN_S = 2.0  # before another try
 SOON_S = 1.0
+ANSWER_S = 10.0
+LOOK_S = 0.1  # between two looks whether a rank is back
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +39,7 @@ class GroupActor:
         self._first, self._rest = ranks[0], [*ranks[1:]]
         self._ends: list[asyncio.Task[Any]] = []  # of ranks 1, 2 ...: each fails with its process
         self._coming: dict[int, asyncio.Task[None]] = {}  # rank -> how it comes back
+        self._came: dict[int, float] = {}  # rank -> time.monotonic() at which it had
 
     async def call(self, method: str, *args: object, timeout_s: float) -> Any:
         match method:
@@ -71,15 +74,23 @@ class GroupActor:
 
     async def _health(self, timeout_s: float) -> Any:
         ended = [rank for rank, end in enumerate(self._ends, 1) if end.done()]
+        asked = time.monotonic()
         load, lost = await self._answer(timeout_s)
         for rank in ended:
             if rank not in lost and rank not in self._coming:
                 self._ends[rank - 1].result()
         for rank in lost:
-            if rank not in self._coming:
+            if rank not in self._coming and self._came.get(rank, asked) <= asked:  # else the answer is older
                 self.others[rank - 1] = {"pid": 0, "node": "", "lost": True}
                 self._coming[rank] = asyncio.create_task(self._bring_back(rank))
         return load
+
+    async def _until_back(self, rank: int, deadline: float) -> None:
+        """Until it takes part: rank 0 takes it back between two steps."""
+        while rank in await self._first.call("lost_ranks", timeout_s=ANSWER_S):
+            if self._ends[rank - 1].done() or time.monotonic() > deadline:
+                raise WorkerLost(f"rank {rank} has loaded, but was not taken back")
+            await asyncio.sleep(LOOK_S)
 
     async def _answer(self, timeout_s: float) -> Any:
         """Rank 0's health, and which ranks are lost. If another one ends meanwhile, rank 0 must answer soon: they end
@@ -103,7 +114,9 @@ class GroupActor:
             self._rest[rank - 1] = await self._new(rank)
             self._ends[rank - 1] = _until_end(self._rest[rank - 1])
             start = self._rest[rank - 1].call("start", self._endpoint, timeout_s=self._start_s)
-            self.others[rank - 1] = await start
+            place = await start
+            await self._until_back(rank, time.monotonic() + self._start_s)
+            self.others[rank - 1], self._came[rank] = place, time.monotonic()
         except TercetError as error:
             log.warning("%s rank %d did not come back: %s", self._worker_id, rank, error)
             await asyncio.sleep(AGAIN_S)
@@ -112,6 +125,8 @@ class GroupActor:
 
     async def _stop(self, timeout_s: float) -> None:
         """Rank 0 first, so that the end of the others is none of its faults. Asks all, also if one does not answer."""
+        for coming in self._coming.values():
+            coming.cancel()
         rank_0, *rest = self._calls("stop", timeout_s)
         outcomes = [
             *await asyncio.gather(rank_0, return_exceptions=True),

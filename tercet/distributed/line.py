@@ -18,7 +18,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgpack
@@ -142,6 +142,17 @@ class Rendezvous:
                 line.dispose()
             raise
         return lines
+
+    def one_of(self, ranks: Callable[[], Collection[int]], deadline: float, give_up: Callable[[], bool]) -> Line:
+        """Waits for the first of these ranks, which may change meanwhile. Raises WorkerLost."""
+        while time.monotonic() < deadline and not give_up():
+            self._accept()
+            while not self._come.empty():
+                line = self._come.get()
+                if line.rank in ranks():
+                    return line
+                line.dispose()
+        raise WorkerLost(f"none of the ranks {sorted(ranks())} of the group joined in time")
 
     @staticmethod
     def _take(line: Line, missing: list[int], lines: dict[int, Line]) -> None:

@@ -54,13 +54,17 @@ class Spread:
 
     def rejoin(self, rank: int, endpoint: str, attempt: int) -> None:
         """Take it back, which waits for that in `join`. Between two steps. Raises RankLost."""
-        self._direct.rejoin(rank, endpoint)
-        self._resume(attempt)
+        try:
+            self._direct.rejoin(rank, endpoint)
+        finally:  # the others are at this attempt
+            self._resume(attempt)
 
     def join(self, ranks: Sequence[int], attempt: int) -> None:
         """Come back to these ranks. Raises RankLost."""
-        self._direct.join(ranks)
-        self._resume(attempt)
+        try:
+            self._direct.join(ranks)
+        finally:
+            self._resume(attempt)
 
     def _resume(self, attempt: int) -> None:
         self._direct.resume(attempt, 0)

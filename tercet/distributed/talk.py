@@ -37,6 +37,11 @@ class Talk:
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(ANSWERS, thread_name_prefix=f"rank-{line.rank}-answers")
 
+    @property
+    def over(self) -> bool:
+        """The other end is gone, or this one was closed."""
+        return self._over.is_set()
+
     def start(self, told: Mapping[str, Handler], asked: Mapping[str, Handler]) -> None:
         """told: kind of message -> who hears it, on the reading thread; must be quick. asked: kind of question -> whose
         result answers it, on a thread of a pool; what it raises is raised where it was asked."""

@@ -124,8 +124,8 @@ class GroupExecutor:
         assert self._spread is not None
         with self._turn:
             endpoint, self._attempt = tell(self._hear_all)
-            self._spread.rejoin(talk.rank, endpoint, self._attempt)
             self._others[talk.rank] = talk
+            self._spread.rejoin(talk.rank, endpoint, self._attempt)
 
     def broken_off(self, why: str, number: int, attempt: int) -> None:
         """A rank's step was. If no loss is known before long that explains it, the group is broken."""
@@ -196,7 +196,7 @@ class GroupExecutor:
 
     def _go_on_without(self, lost: Lost) -> None:
         assert self._spread is not None
-        del self._others[lost.rank]
+        self._others.pop(lost.rank, None)
         self._attempt = lost.attempt
         self._spread.without(lost.rank, lost.attempt)
 

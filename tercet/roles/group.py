@@ -26,7 +26,7 @@ from tercet.distributed.ranks import Ranks
 from tercet.distributed.setup import Setup, Venue, new_store, shared_memory
 from tercet.distributed.talk import Talk
 from tercet.engine.group import GroupExecutor
-from tercet.errors import PeerMismatch, WorkerLost
+from tercet.errors import PeerMismatch, TercetError, WorkerLost
 from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_config
 from tercet.roles.joint import JointReceiver, JointSender
@@ -64,6 +64,7 @@ class Group:
         self._closing = False
         self.experts: dict[int, ExpertRows] = {}  # rank 1, 2 ... -> what it has computed, if it has experts
         self._ready: dict[int, tuple[str, str]] = {}  # rank -> (endpoint, fingerprint)
+        self._gone: set[int] = set()  # ranks that ended while they came back
         self._changed = threading.Condition()
         self.executor: GroupExecutor | None = None
         self.sender: JointSender | None = None
@@ -133,18 +134,27 @@ class Group:
         self.losses.start(hooks, fingerprint)
 
     def welcome(self, line: Line) -> tuple[Talk, str]:
-        match line.receive():
-            case ["here", str(exchange)]:
-                self._ready.pop(line.rank, None)
-                line.send("setup", *astuple(Venue(self._venue.store, (), self._venue.cores, ())), False)
-                return self._talk(line), exchange
-        raise WorkerLost(f"rank {line.rank} did not say that it is here")
+        try:
+            line.set_deadline(time.monotonic() + HERE_S)
+            match line.receive():
+                case ["here", str(exchange)]:
+                    line.set_deadline(None)
+                    self._ready.pop(line.rank, None)
+                    self._gone.discard(line.rank)
+                    line.send("setup", *astuple(Venue(self._venue.store, (), self._venue.cores, ())), False)
+                    return self._talk(line), exchange
+            raise WorkerLost(f"rank {line.rank} did not say that it is here")
+        except TercetError:
+            line.dispose()
+            raise
 
     def until_ready(self, rank: int, timeout_s: float) -> str:
         with self._changed:
-            self._changed.wait_for(lambda: rank in self._ready or self.broken or self._closing, timeout_s)
+            self._changed.wait_for(
+                lambda: rank in self._ready or rank in self._gone or self.broken or self._closing, timeout_s
+            )
             if rank not in self._ready:
-                raise WorkerLost(f"rank {rank} did not load its share in {timeout_s:g} s")
+                raise WorkerLost(f"rank {rank} did not load its share")
             return self._ready[rank][1]
 
     def begin_stop(self) -> None:
@@ -213,16 +223,20 @@ class Group:
             if side is not None:
                 side.counts[rank] = counts
 
+    def _goes_on_without(self, rank: int, error: WorkerLost) -> bool:
+        assert self.losses is not None
+        if rank in self.talks:
+            return self.losses.lose(rank, error)
+        self._gone.add(rank)  # it was coming back
+        self._changed.notify_all()
+        return True
+
     def _lost(self, error: WorkerLost, rank: int | None = None) -> None:
         """rank: None: it is not known who is to blame."""
         with self._changed:
             if self._closing or self.broken is not None:
                 return
-            if (
-                rank is not None
-                and self.losses is not None
-                and (rank not in self.talks or self.losses.lose(rank, error))
-            ):
+            if rank is not None and self.losses is not None and self._goes_on_without(rank, error):
                 return
             self.broken = WorkerLost(f"{self._who.worker_id}: {error}")
             self._changed.notify_all()

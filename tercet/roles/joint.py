@@ -84,7 +84,7 @@ class JointSender(Joining[SendJoint]):
                 names.add(self._open(rank, ticket, endpoints, num_tokens, deadline, dial))
                 opened.append(rank)
         except TercetError as error:
-            del self._joints[ticket]
+            self._joints.pop(ticket, None)
             for rank in opened:
                 self._cancel_part(rank, ticket, error)
             raise

@@ -22,7 +22,7 @@ from tercet.distributed.line import Line, Rendezvous
 from tercet.distributed.spread import Spread
 from tercet.distributed.talk import Talk
 from tercet.engine.group import GroupExecutor
-from tercet.errors import PeerMismatch, TercetError, TransferError, WorkerLost
+from tercet.errors import PeerMismatch, TercetError, WorkerLost
 
 WAIT_S = 1.0  # between two looks at who is out
 STOP_S = 5.0  # for the threads to end
@@ -39,6 +39,9 @@ class Owner(Protocol):
 
     def until_ready(self, rank: int, timeout_s: float) -> str:
         """-> the fingerprint of what it has loaded. Raises WorkerLost."""
+
+    def fail(self, error: WorkerLost) -> None:
+        """The group is broken."""
 
 
 @dataclass(frozen=True)
@@ -58,85 +61,111 @@ class Losses:
         self._rendezvous, self._load_s = rendezvous, load_s
         self.out: dict[int, WorkerLost] = {}  # rank -> why
         self._attempt = 0
-        self._telling = threading.Lock()
+        self._telling = threading.Lock()  # numbers attempts, and tells them
+        self._changing = threading.Lock()  # who is out; a leaf: nothing is sent under it
         self._over = threading.Event()
-        self._lost: queue.SimpleQueue[tuple[int, WorkerLost] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def start(self, hooks: Hooks, fingerprint: str) -> None:
         self._hooks, self._fingerprint = hooks, fingerprint
-        works = ((self._take_out_all, "lost"), (self._take_back_all, "rejoin"))
+        works = ((self._do_all, "lost"), (self._take_back_all, "rejoin"))
         self._threads = [threading.Thread(target=work, name=f"ranks-{name}", daemon=True) for work, name in works]
         for thread in self._threads:
             thread.start()
 
     def lose(self, rank: int, error: WorkerLost) -> bool:
-        """Whether the others go on without it; they will be told. Any thread."""
-        with self._telling:
+        """Whether the others go on without it; they will be told. Any thread; it sends nothing."""
+        with self._changing:
+            if rank in self.out:
+                return True
             if not self._spread.survives({*self.out, rank}):
                 return False
             self.out[rank] = error
-        self._lost.put((rank, error))
+        self._work.put(lambda: self._take_out(rank, error))
         return True
 
     def close(self) -> None:
         """No hook is called after this. Once the owner wakes who waits in `until_ready`."""
         self._over.set()
-        self._lost.put(None)
+        self._work.put(None)
         for thread in self._threads:
             thread.join(STOP_S)
 
-    # ---- out
+    # ---- out, and what others have to know, in the order in which it happens
 
-    def _take_out_all(self) -> None:
-        while (lost := self._lost.get()) is not None:
-            rank, error = lost
-            log.warning("goes on without rank %d: %s", rank, error)
-            with self._telling:
-                self._owner.talks.pop(rank).close()
-                self._attempt += 1
-                self._tell("without", rank, self._attempt)
-                self._executor.lose(rank, self._attempt)
+    def _do_all(self) -> None:
+        while (work := self._work.get()) is not None:
             if not self._over.is_set():
-                self._hooks.out(rank, error)
+                self._try(work)
 
-    def _tell(self, *message: object) -> None:
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # without this thread nobody would hear of a loss
+            log.error("ranks that are lost can no longer be taken out", exc_info=error)
+            self._owner.fail(WorkerLost(f"a lost rank could not be taken out: {error!r}"))
+
+    def _take_out(self, rank: int, error: WorkerLost) -> None:
+        log.warning("goes on without rank %d: %s", rank, error)
+        with self._telling:
+            self._owner.talks.pop(rank).close()
+            self._attempt += 1
+            self._tell("without", rank, self._attempt)
+            self._executor.lose(rank, self._attempt)
+        self._hooks.out(rank, error)
+
+    def _tell(self, kind: str, *fields: object) -> None:
         for talk in list(self._owner.talks.values()):
-            kind, *fields = message
-            talk.tell(str(kind), *fields)
+            talk.tell(kind, *fields)
 
     # ---- back
 
     def _take_back_all(self) -> None:
         while not self._over.wait(WAIT_S):
-            out = sorted(self.out.keys() - self._owner.talks.keys())
-            if out:
-                try:
-                    self._take_back(out[0])
-                except (TercetError, OSError) as error:
-                    if not self._over.is_set():
-                        log.warning("rank %d did not come back: %s", out[0], error)
+            if self._absent():
+                self._try(self._take_one_back)
 
-    def _take_back(self, rank: int) -> None:
-        """Raises WorkerLost, PeerMismatch, TransferError."""
-        lines = self._rendezvous.joined([rank], time.monotonic() + self._load_s, self._over.is_set)
-        talk, endpoint = self._owner.welcome(lines[rank])
+    def _absent(self) -> set[int]:
+        return self.out.keys() - self._owner.talks.keys()
+
+    def _take_one_back(self) -> None:
         try:
-            if self._owner.until_ready(rank, self._load_s) != self._fingerprint:
-                raise PeerMismatch(f"rank {rank} has come back with other weights")
-            self._executor.rejoin(talk, lambda drain: self._tell_all(rank, talk, endpoint, drain))
-        except (TercetError, TransferError):
-            talk.close()
-            raise
-        log.warning("rank %d is back", rank)
-        if not self._over.is_set():
-            self._hooks.back(talk)
+            line = self._rendezvous.one_of(self._absent, time.monotonic() + self._load_s, self._over.is_set)
+            talk, endpoint = self._owner.welcome(line)
+            try:
+                self._take_back(talk, endpoint)
+            except TercetError:
+                talk.close()
+                raise
+        except (TercetError, OSError) as error:
+            if not self._over.is_set():
+                log.warning("no rank came back: %s", error)
 
-    def _tell_all(self, rank: int, talk: Talk, endpoint: str, drain: Callable[[], None]) -> tuple[str, int]:
+    def _take_back(self, talk: Talk, endpoint: str) -> None:
+        """Raises WorkerLost, PeerMismatch, TransferError."""
+        if self._owner.until_ready(talk.rank, self._load_s) != self._fingerprint:
+            raise PeerMismatch(f"rank {talk.rank} has come back with other weights")
+        try:
+            self._executor.rejoin(talk, lambda drain: self._tell_all(talk, endpoint, drain))
+        except TercetError as error:
+            if talk.rank in self._owner.talks:  # the others know of it
+                self.lose(talk.rank, WorkerLost(str(error)))
+            raise
+        if talk.over:  # it may have ended when it was not yet one of those that can be lost
+            self.lose(talk.rank, WorkerLost(f"rank {talk.rank} of the group is gone"))
+        log.warning("rank %d is back", talk.rank)
+
+    def _tell_all(self, talk: Talk, endpoint: str, drain: Callable[[], None]) -> tuple[str, int]:
+        """Raises WorkerLost."""
         with self._telling:
             drain()  # what rank 0 has not heard yet has a lower number
+            if talk.over:
+                raise WorkerLost(f"rank {talk.rank} of the group is gone again")
             self._attempt += 1
-            self._tell("rejoin", rank, endpoint, self._attempt)
+            self._tell("rejoin", talk.rank, endpoint, self._attempt)
             talk.tell("join", [0, *self._owner.talks], self._attempt)
-            self._owner.talks[rank] = talk
-            self.out.pop(rank, None)
+            self._owner.talks[talk.rank] = talk
+            with self._changing:
+                del self.out[talk.rank]
+            self._work.put(lambda: self._hooks.back(talk))  # before it can be lost again
             return endpoint, self._attempt

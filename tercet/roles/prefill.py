@@ -15,7 +15,7 @@ from functools import partial
 from tercet.core import Done, FinishReason, Load, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
-from tercet.errors import Overloaded, TercetError
+from tercet.errors import Overloaded, TercetError, WorkerDrained
 from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import ActiveLeg, Handler, Legs
 from tercet.roles.peers import Peers, Sender
@@ -117,7 +117,7 @@ class Prefill(Handler):
         active.sequence.pushed_blocks = first_block
         try:
             self.engine.add(active.sequence)
-        except Overloaded as error:
+        except (Overloaded, WorkerDrained) as error:  # the latter: its replica's rank has just been lost
             self.sender.cancel(active.ticket, error)
 
     # ---- the engine

@@ -174,5 +174,5 @@ def test_the_wheels_are_few_and_all_that_is_missing(repository):
     # What libraries try to import, and go on without.
     optional = {"grpc-tools", "grpc-health", "grpc-reflection", "accelerate", "psutil", "sentencepiece", "sniffio"}
     optional |= {"nixl", "nixl-cu12", "ucxx", "libucx", "libucxx"}  # transports that are asked whether they are there
-    missing = wanted - carried - there - optional - {"tercet", "tests", "benchmarks", "cython-runtime"}
+    missing = wanted - carried - there - optional - {"tercet", "tests", "benchmarks", "examples", "cython-runtime"}
     assert not missing, f"neither carried nor there: {missing}"

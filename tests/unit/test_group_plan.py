@@ -14,7 +14,7 @@ from tercet.distributed.place import Place
 from tercet.engine.group import GroupExecutor
 from tercet.engine.plan import Piece, PieceResult, StepPlan, pack, pack_result, unpack_result
 from tercet.engine.rank_steps import RankSteps
-from tercet.errors import EngineFault, InternalError, WorkerLost
+from tercet.errors import EngineFault, InternalError, WorkerDrained, WorkerLost
 
 
 def piece(number: int, length: int) -> Piece:
@@ -180,6 +180,57 @@ def test_results_of_another_step_are_refused_with_both_numbers():
     talk.meanwhile = lambda _: executor.take(1, 2, 0, [])
     with pytest.raises(InternalError, match="rank 0 is at step 1, and a rank that draws sent step 2"):
         executor.launch(PLAN)
+
+
+class FakeSpread:
+    """Remembers who is in and out."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def __getattr__(self, verb: str) -> Callable[..., None]:
+        return lambda *fields: self.told.append((verb, *fields))
+
+
+def test_a_step_that_a_loss_breaks_off_is_computed_once_more_without_the_lost_rank():
+    left, lost, spread = FakeTalk(1), FakeTalk(2), FakeSpread()
+    executor = GroupExecutor(FakeRunner(), Place(0, 1, 1, 3, 3), [left, lost], spread)
+    results = pack_result([PieceResult((TokenEvent(7),))])
+
+    def answer(message):
+        _, number, attempt, _ = message
+        if attempt == 0:
+            executor.take(1, number, 0, [results])  # this one had ended it, and rank 2 had not
+            executor.lose(2, 1)
+        else:
+            executor.take(1, number, 1, [results])
+
+    left.meanwhile = answer
+    plan = PLAN._replace(others=(StepPlan((piece(7, 1),)), StepPlan((piece(8, 1),))))
+    found = executor.launch(plan).result()
+    assert tokens(found[:6]) == [1, 2, 3, 4, 5, 7]
+    assert isinstance(found[6].fault, WorkerDrained)
+    assert [message[1:3] for message in left.told] == [(1, 0), (1, 1)]
+    assert len(lost.told) == 1
+    assert spread.told == [("cut", 2), ("without", 2, 1)]
+    executor.rejoin(lost, lambda drain: (drain(), ("there", 2))[1])
+    assert spread.told[2:] == [("rejoin", 2, "there", 2)]
+    lost.meanwhile = lambda message: executor.take(2, message[1], message[2], [results])
+    left.meanwhile = lambda message: executor.take(1, message[1], message[2], [results])
+    assert tokens(executor.launch(plan).result()) == [1, 2, 3, 4, 5, 7, 7]
+    assert left.told[-1][1:3] == (2, 2)
+
+
+def test_a_rank_drops_a_step_of_before_a_loss():
+    talk, spread, runner = FakeTalk(), FakeSpread(), FakeRunner()
+    steps = RankSteps(runner, Place(1, 1, 1, 3, 3), talk, spread)
+    steps.without(2, 1)
+    steps.take(1, 0, [pack(PLAN)])
+    steps.take(1, 1, [pack(PLAN)])
+    steps.stop()
+    steps.run()
+    assert [message[:3] for message in talk.told] == [("drawn", 1, 1)]
+    assert runner._launched == 1
 
 
 def test_a_broken_group_launches_nothing_and_waits_for_nothing():

@@ -77,7 +77,7 @@ def group_of(count: int = 3) -> tuple[GroupActor, list[FakeRank]]:
     ranks = [FakeRank(number) for number in range(count)]
 
     async def new(number: int) -> FakeRank:
-        ranks[number] = FakeRank(number)
+        ranks[number], ranks[0].lost = FakeRank(number), []
         return ranks[number]
 
     return GroupActor("worker-0", ranks, new), ranks
@@ -179,6 +179,7 @@ async def test_one_that_cannot_come_back_is_tried_again(monkeypatch):
     async def new(number: int) -> FakeRank:
         ranks[number] = FakeRank(number)
         made.append(ranks[number])
+        ranks[0].lost = [2] if len(made) == 1 else []
         if len(made) == 1:
             ranks[number].faults["start"] = WorkerLost("it died at once")
         return ranks[number]
