@@ -54,7 +54,8 @@ proto-check: setup
 	$(BIN)/python proto/generate.py --check
 
 APART = tests/chaos tests/integration/test_lengths.py tests/integration/test_devices.py \
-  tests/integration/test_token_exact.py tests/unit/test_gpu_check.py
+  tests/integration/test_token_exact.py tests/unit/test_gpu_check.py \
+  tests/integration/test_group_faults.py
 
 pytest: setup extras  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest

@@ -152,7 +152,8 @@ class _Rank0(Driver):
     def _executor(self, runner: Runner, fingerprint: str) -> Executor:
         if self._group is None:
             return LocalExecutor(runner)
-        self._group.executor = GroupExecutor(runner, self._group.place, self._group.talks)
+        talks = list(self._group.talks.values())
+        self._group.executor = GroupExecutor(runner, self._group.place, talks, self._ranks.spread)
         self._group.ready(fingerprint)
         return self._group.executor
 
@@ -166,7 +167,7 @@ class _Rank0(Driver):
 
     def measure(self) -> list[dict[str, Any]]:
         """Of each rank."""
-        talks = [] if self._group is None else self._group.talks
+        talks = [] if self._group is None else self._group.talks.values()
         return [measured(self._ranks), *(talk.ask("measure", timeout_s=ANSWER_S) for talk in talks)]
 
     def bare(self) -> int:

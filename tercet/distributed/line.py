@@ -76,7 +76,10 @@ class Line:
         return message
 
     def send_fd(self, fd: int) -> None:
-        socket.send_fds(self._channel.sock, [b"f"], [fd])
+        try:
+            socket.send_fds(self._channel.sock, [b"f"], [fd])
+        except OSError as error:
+            raise WorkerLost(f"rank {self.rank} of the group is gone: {error}") from error
 
     def receive_fd(self) -> int:
         try:

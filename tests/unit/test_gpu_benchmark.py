@@ -77,7 +77,8 @@ def model():
 def weight_bytes(model):
     """Of all matrices that a step multiplies by."""
     layers = model._weights.layers
-    products = [getattr(layer, name) for layer in layers for name in ("qkv", "output", "gate_up", "down")]
+    halves = [(layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down) for layer in layers]
+    products = [product for half in halves for product in half]
     return sum(product.weight.nbytes for product in [*products, model._weights.head])
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tercet.distributed.exchange import Received
+from tercet.distributed.exchange import Received, Sent
 from tercet.distributed.expert_map import default_map
 from tercet.distributed.place import Place
 from tercet.distributed.spread import Spread
@@ -32,6 +32,7 @@ class FakeExchange:
     def __init__(self, desk: Desk, rank: int, slots_per_rank: int) -> None:
         self._desk, self._rank, self._slots_per_rank = desk, rank, slots_per_rank
         self.layers: list[int] = []
+        self.sent = Sent()
 
     def dispatch(self, x, slots, weights, layer=0):
         self.layers.append(layer)
