@@ -54,8 +54,9 @@ proto-check: setup
 	$(BIN)/python proto/generate.py --check
 
 APART = tests/chaos tests/integration/test_lengths.py tests/integration/test_devices.py \
-  tests/integration/test_token_exact.py tests/unit/test_gpu_check.py \
-  tests/integration/test_group_faults.py
+  tests/integration/test_token_exact.py tests/unit/test_gpu_check.py
+RANKS = tests/integration/test_groups.py tests/integration/test_group_requests.py \
+  tests/integration/test_group_faults.py tests/integration/test_expert_parallel.py
 
 pytest: setup extras  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest
@@ -63,9 +64,10 @@ pytest: setup extras  # in two halves, one a core, that take about as long
 pytest-clusters:
 	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
 	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(APART)
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(RANKS)
 
 pytest-rest:
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(addprefix --ignore=,$(APART))
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(addprefix --ignore=,$(APART) $(RANKS))
 
 slow: setup extras  ## The tests that take many minutes and are no part of `test`
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -81,7 +81,7 @@ def _rank_0(pipe: Connection, ranks: int, rounds: int) -> None:
 
 def _other(endpoint: str, number: int, ranks: int, rounds: int) -> None:
     """The process of rank 1, 2 ...; it ends with rank 0."""
-    line, ended = join(endpoint, number, TOKEN), threading.Event()
+    line, ended = join(endpoint, number, TOKEN, ANSWER_S), threading.Event()
     _, store = line.receive()
     line.send("seconds", _sums(Place(number, ranks), store, line.receive_fd(), rounds))
     talk = Talk(line, lambda _: ended.set())

@@ -33,10 +33,9 @@ SHAPES = {  # one: an aggregated worker; two: prefill and decode
 }
 KERNELS = ("native", "torch")
 EVERY = [(family, shape, kernels) for family in FAMILIES for shape in SHAPES for kernels in KERNELS]
-FEW = [  # each shape with both kernels and two families
-    (FAMILIES[(number + step) % len(FAMILIES)], shape, kernels)
+FEW = [  # each shape, families and kernels by turns
+    (FAMILIES[number % len(FAMILIES)], shape, KERNELS[number // len(FAMILIES) % 2])
     for number, shape in enumerate(SHAPES)
-    for step, kernels in enumerate(KERNELS)
 ]
 SAMPLINGS = (
     {"temperature": 0.9, "seed": 7, "top_p": 0.95},
