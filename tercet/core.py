@@ -102,10 +102,7 @@ PromptScore = tuple[float, TopLogprobs]  # logprob of one prompt token, and the 
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """The logprob of each prompt token but the first, with the k most likely tokens at its position.
-
-    Comes before the first token if the params have `prompt_logprobs`; once, however many attempts the request takes.
-    """
+    """Logprobs of a prompt but its first token. If asked for: once over all attempts, before the first new token."""
 
     entries: tuple[PromptScore, ...]  # [prompt tokens - 1]
 
@@ -251,8 +248,7 @@ class PairState:
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """What a rank has computed of a mixture of experts since its start, over all layers that are there. A row is one
-    token at one of its experts in one layer."""
+    """What a rank has computed of a mixture since its start. A row is one token at one expert in one layer."""
 
     rank: int
     experts: tuple[int, ...]  # the expert in each slot

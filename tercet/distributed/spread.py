@@ -21,7 +21,6 @@ class Spread:
     def __init__(self, place: Place, experts: ExpertMap, exchange: Exchange) -> None:
         self.map, self.exchange = experts, exchange
         self.rank = place.rank - place.stage_group.start  # within the stage
-        self.active = (True,) * experts.ranks  # ranks that take part
         self.computed = torch.zeros(experts.slots_per_rank + 1, dtype=torch.int64)  # rows of each slot; last: ELSEWHERE
         self.traffic = Traffic()  # of dispatches and combines
         self._place = place
@@ -50,25 +49,21 @@ class Spread:
     def without(self, rank: int, attempt: int) -> None:
         """Go on without it, as every other rank does under the same number of attempt. Between two steps."""
         self._direct.without([rank])
-        self._resume(attempt)
+        self._direct.resume(attempt, 0)
 
     def rejoin(self, rank: int, endpoint: str, attempt: int) -> None:
         """Take it back, which waits for that in `join`. Between two steps. Raises RankLost."""
         try:
             self._direct.rejoin(rank, endpoint)
         finally:  # the others are at this attempt
-            self._resume(attempt)
+            self._direct.resume(attempt, 0)
 
     def join(self, ranks: Sequence[int], attempt: int) -> None:
         """Come back to these ranks. Raises RankLost."""
         try:
             self._direct.join(ranks)
         finally:
-            self._resume(attempt)
-
-    def _resume(self, attempt: int) -> None:
-        self._direct.resume(attempt, 0)
-        self.active = self._direct.active
+            self._direct.resume(attempt, 0)
 
     @property
     def _direct(self) -> DirectExchange:
@@ -81,7 +76,7 @@ class Spread:
         zeros for the others, so that their sum is the result."""
         rows = share(len(x), self._place.tensor_rank, self._place.tensor)
         own = slice(rows.start, rows.stop)
-        slots = self.map.choose(experts[own], self.rank, layer, self.active)
+        slots = self.map.choose(experts[own], self.rank, layer, self.exchange.active)
         with self._timed():
             received, handle = self.exchange.dispatch(x[own], slots, weights[own].contiguous(), layer)
         self._count(received.slots)

@@ -128,7 +128,7 @@ class LocalExecutor(Generic[Tokens]):
         drawn = [result for piece, result in zip(plan.pieces, results, strict=True) if piece.draw is not None]
         # A sequence at fault is over; whatever the next step computes for it is dropped.
         self._before = self._runner.tokens_of([r.tokens[0].token_id if r.tokens else 0 for r in drawn])
-        return _Done(results)
+        return Done(results)
 
     def _alone(self, part: StepPlan) -> PieceResult:
         try:
@@ -138,7 +138,9 @@ class LocalExecutor(Generic[Tokens]):
         return result
 
 
-class _Done:
+class Done:
+    """A step whose result is known."""
+
     def __init__(self, result: StepResult) -> None:
         self._result = result
 

@@ -31,7 +31,7 @@ from typing import Any
 from tercet.distributed.place import Place
 from tercet.distributed.spread import Spread
 from tercet.distributed.talk import Talk
-from tercet.engine.executor import Launched
+from tercet.engine.executor import Done, Launched
 from tercet.engine.plan import ImageKey, PieceResult, StepPlan, StepResult, pack, unpack_result
 from tercet.engine.runner import Runner
 from tercet.errors import InternalError, TransferError, WorkerDrained, WorkerLost
@@ -93,7 +93,7 @@ class GroupExecutor:
                 if self._broken is not None:
                     raise self._broken
                 try:
-                    return _Done(self._step(replicas))
+                    return Done(self._step(replicas))
                 except TransferError as error:
                     self._await_loss(error)
                 except _BrokenOffError:
@@ -203,14 +203,6 @@ class GroupExecutor:
 
 class _BrokenOffError(Exception):
     """Of a step: a rank is lost."""
-
-
-class _Done:
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def result(self) -> StepResult:
-        return self._result
 
 
 def _ordered(parts: Parts, results: list[StepResult]) -> StepResult:

@@ -14,7 +14,7 @@ from tercet.distributed.place import Place, share
 from tercet.distributed.spread import Spread
 from tercet.kernels.routing_counts import RoutingCounts
 from tercet.models.config import ModelConfig
-from tercet.transfer.memory.layout import KvLayout
+from tercet.transfer.memory.layout import KvLayout, heads_at
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,7 @@ class Shard:
 
     @property
     def kv_heads(self) -> range:
-        """With fewer of them than ranks, a head has several holders, as in KvLayout."""
-        first, kv_heads = (
-            self.place.tensor_rank * self.config.num_kv_heads // self.place.tensor,
-            self.config.num_kv_heads,
-        )
-        return range(first, max(first + 1, (self.place.tensor_rank + 1) * kv_heads // self.place.tensor))
+        return heads_at(self.config.num_kv_heads, self.place.tensor_rank, self.place.tensor)
 
     def columns(self, count: int) -> range:
         """Of `count` in a row that the tensor ranks share: a vocabulary, an MLP's intermediate values."""

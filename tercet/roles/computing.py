@@ -28,7 +28,7 @@ from tercet.models.shard import kv_layout
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
 from tercet.roles.expert_rows import expert_rows
-from tercet.roles.group import Group
+from tercet.roles.group import Group, place_of
 from tercet.roles.joint import JointReceiver, JointSender, Receiver
 from tercet.roles.legs import Handler, Legs
 from tercet.roles.losses import Hooks
@@ -93,8 +93,8 @@ class Computing(Part):
             replicas=spec.parallelism.data,
         )
         self._legs.engine = self.engine
-        if self._group is not None and self._group.executor is not None:
-            self._group.survive(self._group.executor, loaded.fingerprint, Hooks(self._rank_out, self._rank_back))
+        if self._group is not None:
+            self._group.survive(loaded.fingerprint, Hooks(self._rank_out, self._rank_back))
         self._computed = lambda: self.engine.computed
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
         self._thread.start()
@@ -226,7 +226,7 @@ class Computing(Part):
 
     def _places(self, role: Role) -> list[Place]:
         wanted = self._who.spec.roles[role].parallelism
-        return [Place(r, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert) for r in range(wanted.ranks)]
+        return [place_of(wanted, rank) for rank in range(wanted.ranks)]
 
     def _capture(self, runner: Runner, max_context: int) -> None:
         """Capture the decode steps that the spec asks for. Raises UnsupportedSpec if none can be, and it names some."""

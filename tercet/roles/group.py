@@ -32,16 +32,21 @@ from tercet.models.sources import load_config
 from tercet.roles.joint import JointReceiver, JointSender
 from tercet.roles.losses import Hooks, Losses
 from tercet.roles.part import Identity
+from tercet.spec import ParallelSpec
 
 COLLECTIVE_S = 60.0  # as long as a step may take; a rank that dies is noticed at once, one that is stopped by its talk
 HERE_S = 10.0  # after it has joined, for a rank to say where its exchange listens
 log = logging.getLogger(__name__)
 
 
+def place_of(wanted: ParallelSpec, rank: int = 0) -> Place:
+    return Place(rank, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert)
+
+
 def setup_of(who: Identity, rank: int, device: torch.device) -> Setup:
     """Of a rank of this worker. Raises ModelError."""
     wanted = who.role_spec.parallelism
-    place = Place(rank, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert)
+    place = place_of(wanted, rank)
     experts, mixture = None, load_config(who.spec.model).mixture
     if wanted.expert > 1:
         assert mixture is not None, "a model without experts is refused before"
@@ -55,8 +60,7 @@ class Group:
     def __init__(self, who: Identity, on_broken: Callable[[WorkerLost], None]) -> None:
         """on_broken: called once, on any thread."""
         self._who, self._on_broken = who, on_broken
-        wanted = who.role_spec.parallelism
-        self.place = Place(0, wanted.tensor, wanted.pipeline, wanted.data, wanted.expert)
+        self.place = place_of(who.role_spec.parallelism)
         self._rendezvous = Rendezvous(who.host, who.token)
         self.talks: dict[int, Talk] = {}  # rank -> of those that take part
         self.endpoints: list[str] = []  # of the movers of ranks 1, 2 ..., once ready
@@ -122,15 +126,14 @@ class Group:
 
     # ---- ranks that are lost and come back
 
-    def survive(self, executor: GroupExecutor, fingerprint: str, hooks: Hooks) -> None:
+    def survive(self, fingerprint: str, hooks: Hooks) -> None:
         """From now on go on without a rank that is lost, where that is possible, and take it back."""
         place, spread = self.place, None if self._ranks is None else self._ranks.spread
-        self.executor = executor
         alone = place.tensor == place.pipeline == 1  # else other ranks compute the same requests
         if spread is None or not alone or self.receiver is not None:  # where KV comes to it, its senders know it
             self._rendezvous.close()
             return
-        self.losses = Losses(self, executor, spread, self._rendezvous, self._who.spec.ray.start_timeout_s)
+        self.losses = Losses(self, self._engine(), spread, self._rendezvous, self._who.spec.ray.start_timeout_s)
         self.losses.start(hooks, fingerprint)
 
     def welcome(self, line: Line) -> tuple[Talk, str]:

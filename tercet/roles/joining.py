@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from tercet.core import Ticket
 from tercet.distributed.talk import Talk
 from tercet.errors import PeerDown, TercetError, WorkerLost
-from tercet.roles.facts_wire import fact_of
+from tercet.roles.facts_wire import error_of, fact_of
 from tercet.transfer.protocol.facts import ReceiveEvent, SendEvent
 from tercet.transfer.protocol.shards import Cancel, Part, ReceiveJoint, SendJoint
 
@@ -20,6 +20,9 @@ Joint = TypeVar("Joint", SendJoint, ReceiveJoint)
 
 class Joining(ABC, Generic[Joint]):
     """Of both sides. Ticket -> its parts' facts so far, until the last one is told."""
+
+    _verbs: Mapping[str, Callable[..., None]]  # what a rank is told -> what rank 0's mover does
+    _cancel_kind: str  # of these, what gives a ticket up
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, on_event: Callable[[Any], None], others: Sequence[Talk]
@@ -59,9 +62,16 @@ class Joining(ABC, Generic[Joint]):
                     self._take(rank, event)
 
     def _tell(self, rank: int, kind: str, *fields: Any) -> None:
-        """Nothing to one that is lost."""
-        if (talk := self._others.get(rank)) is not None:
-            talk.tell(kind, *fields)
+        """Rank 0's mover does it at once; one that is lost is told nothing."""
+        if rank == 0:
+            self._verbs[kind](*fields)
+        elif (talk := self._others.get(rank)) is not None:
+            talk.tell(kind, *(error_of(field) if isinstance(field, TercetError) else field for field in fields))
+
+    def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
+        """A WorkerLost would be taken at the other end of the handover for its own worker's death."""
+        told = PeerDown(str(error)) if isinstance(error, WorkerLost) else error
+        self._tell(rank, self._cancel_kind, ticket, told)
 
     def regain(self, talk: Talk) -> None:
         """It is there again."""
@@ -77,15 +87,7 @@ class Joining(ABC, Generic[Joint]):
     @abstractmethod
     def _is_last(self, event: Any) -> bool: ...
 
-    @abstractmethod
-    def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None: ...
-
 
 def rank_of(part: Part) -> int:
     assert isinstance(part, int), "here a part is a rank"
     return part
-
-
-def for_peers(error: TercetError) -> TercetError:
-    """What is told at the other end of a handover. A WorkerLost would be taken there for its own worker's death."""
-    return PeerDown(str(error)) if isinstance(error, WorkerLost) else error

@@ -21,8 +21,7 @@ from tercet.distributed.place import Place
 from tercet.distributed.talk import Talk
 from tercet.engine.replicas import replica_of
 from tercet.errors import PeerDown, TercetError, WorkerDrained, WorkerLost
-from tercet.roles.facts_wire import error_of
-from tercet.roles.joining import Joining, for_peers, rank_of
+from tercet.roles.joining import Joining, rank_of
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
@@ -66,10 +65,11 @@ class JointSender(Joining[SendJoint]):
     ) -> None:
         """own: makes rank 0's, which tells its events to what it is given. places, layouts: of the ranks."""
         super().__init__(loop, on_event, others)
-        self._opening: dict[
-            Ticket, list[TercetError]
-        ] = {}  # why parts were cancelled, of those that may not be open yet
+        # Ticket -> why parts were cancelled, of those that may not be open yet
+        self._opening: dict[Ticket, list[TercetError]] = {}
         self._own, self._places, self._layouts = own(self._take_own), places, layouts
+        self._verbs = {"finish": self._own.finish, "stop_sending": self._own.cancel}
+        self._cancel_kind = "stop_sending"
         self.push = self._own.push
 
     def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float, dial: bool = True) -> str:
@@ -131,11 +131,7 @@ class JointSender(Joining[SendJoint]):
         joint = self._joints.get(ticket)
         ranks = [] if joint is None else [*map(rank_of, joint.parts)]
         for number, rank in enumerate(ranks):
-            its = b"" if number else note
-            if rank == 0:
-                self._own.finish(ticket, its)
-            else:
-                self._tell(rank, "finish", ticket, its)
+            self._tell(rank, "finish", ticket, b"" if number else note)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> None:
         joint = self._joints.get(ticket)
@@ -178,10 +174,7 @@ class JointSender(Joining[SendJoint]):
     def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
         if (cancelled := self._opening.get(ticket)) is not None:
             cancelled.append(error)
-        if rank == 0:
-            self._own.cancel(ticket, for_peers(error))
-        else:
-            self._tell(rank, "stop_sending", ticket, error_of(for_peers(error)))
+        super()._cancel_part(rank, ticket, error)
 
 
 class JointReceiver(Joining[ReceiveJoint]):
@@ -198,22 +191,18 @@ class JointReceiver(Joining[ReceiveJoint]):
         to it."""
         super().__init__(loop, on_event, others)
         self._own, self._places, self._sources = own(self._take_own), places, sources
+        self._verbs = {"admit": self._own.admit, "refuse": self._own.refuse, "stop_receiving": self._own.cancel}
+        self._cancel_kind = "stop_receiving"
 
     def admit(self, ticket: Ticket, first_block: int, blocks: Sequence[int]) -> None:
         ranks = self._ranks_of(ticket)
         self._joints[ticket] = ReceiveJoint(ranks)
         for rank in ranks:
-            if rank == 0:
-                self._own.admit(ticket, first_block, blocks, self._sources[rank])
-            else:
-                self._tell(rank, "admit", ticket, first_block, blocks, self._sources[rank])
+            self._tell(rank, "admit", ticket, first_block, blocks, self._sources[rank])
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
         for rank in self._ranks_of(ticket):
-            if rank == 0:
-                self._own.refuse(ticket, reason)
-            else:
-                self._tell(rank, "refuse", ticket, reason)
+            self._tell(rank, "refuse", ticket, reason)
 
     def cancel(self, ticket: Ticket, error: TercetError) -> None:
         for rank in self._ranks_of(ticket):
@@ -245,9 +234,3 @@ class JointReceiver(Joining[ReceiveJoint]):
 
     def _ends(self, ticket: Ticket, error: TercetError) -> list[Any]:
         return [ReceiveFailed(ticket, error), Quiesced(ticket)]
-
-    def _cancel_part(self, rank: int, ticket: Ticket, error: TercetError) -> None:
-        if rank == 0:
-            self._own.cancel(ticket, for_peers(error))
-        else:
-            self._tell(rank, "stop_receiving", ticket, error_of(for_peers(error)))

@@ -32,7 +32,7 @@ class FakeExchange:
     def __init__(self, desk: Desk, rank: int, slots_per_rank: int) -> None:
         self._desk, self._rank, self._slots_per_rank = desk, rank, slots_per_rank
         self.layers: list[int] = []
-        self.sent = Sent()
+        self.sent, self.active = Sent(), (True,) * len(desk.sent)
 
     def dispatch(self, x, slots, weights, layer=0):
         self.layers.append(layer)

@@ -53,8 +53,7 @@ class KvLayout:
     @cached_property
     def heads(self) -> range:
         """The model's KV heads that are held here. With fewer heads than ranks, a head has several holders."""
-        first = self.tp_rank * self.kv_heads // self.tp_size
-        return range(first, max(first + 1, (self.tp_rank + 1) * self.kv_heads // self.tp_size))
+        return heads_at(self.kv_heads, self.tp_rank, self.tp_size)
 
     @cached_property
     def window(self) -> range:
@@ -95,6 +94,12 @@ class KvLayout:
         row = token * heads + head if self.order == "NHD" else head * self.block_size + token
         start = ((layer - self.first_layer) * self.blocks + block) * self.block_bytes
         return start + (part * self.block_size * heads + row) * self.row_bytes
+
+
+def heads_at(count: int, rank: int, ranks: int) -> range:
+    """Of a model's KV heads. With fewer of them than ranks, a head has several holders."""
+    first = rank * count // ranks
+    return range(first, max(first + 1, (rank + 1) * count // ranks))
 
 
 def window(layers: int, stage: int, stages: int) -> range:
