@@ -10,6 +10,7 @@ descriptors go too; else TCP. A message is a msgpack list behind its length; the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -18,7 +19,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -119,6 +120,17 @@ class Line:
         return bytes(data)
 
 
+@contextlib.contextmanager
+def disposed_on_error(lines: Collection[Line]) -> Iterator[None]:
+    """Of lines that nobody else holds yet."""
+    try:
+        yield
+    except BaseException:
+        for line in lines:
+            line.dispose()
+        raise
+
+
 class Rendezvous:
     """Where rank 0 listens until every other rank has joined. Each who connects is greeted on a thread of its own, so
     that a stranger holds nobody up."""
@@ -129,21 +141,18 @@ class Rendezvous:
         self.endpoint = json.dumps([host_id(), unix, tcp])
         self._come: queue.SimpleQueue[Line] = queue.SimpleQueue()  # those that have proved who they are
         self._greeting: list[threading.Thread] = []
+        self._closed = False
 
     def joined(self, ranks: Sequence[int], deadline: float, give_up: Callable[[], bool]) -> dict[int, Line]:
         """Waits for all of them. deadline: time.monotonic(). Raises WorkerLost naming those that did not come."""
         lines: dict[int, Line] = {}
-        try:
+        with disposed_on_error(lines.values()):
             while missing := [rank for rank in ranks if rank not in lines]:
                 if time.monotonic() >= deadline or give_up():
                     raise WorkerLost(f"ranks {missing} of the group did not join in time")
                 self._accept()
                 while not self._come.empty():
                     self._take(self._come.get(), missing, lines)
-        except BaseException:
-            for line in lines.values():
-                line.dispose()
-            raise
         return lines
 
     def one_of(self, ranks: Callable[[], Collection[int]], deadline: float, give_up: Callable[[], bool]) -> Line:
@@ -191,6 +200,8 @@ class Rendezvous:
             line.dispose()  # a stranger, or one that died; who is missing is named in the end
         else:
             self._come.put(line)
+            if self._closed:
+                self._dispose_all()
 
     def _welcome(self, line: Line) -> None:
         """Sets the line's rank."""
@@ -208,8 +219,16 @@ class Rendezvous:
         raise ProtocolViolation("no rank of this cluster")
 
     def close(self) -> None:
+        self._closed = True
         self._tcp.close()
         self._unix.close()
+        self._dispose_all()
+
+    def _dispose_all(self) -> None:
+        """Of those that nobody has taken. Any thread."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._come.get_nowait().dispose()
 
 
 def join(endpoint: str, rank: int, token: str, timeout_s: float) -> Line:
@@ -218,7 +237,7 @@ def join(endpoint: str, rank: int, token: str, timeout_s: float) -> Line:
     sock = dial_unix(unix, DIAL_S) if host == host_id() else dial_tcp(tcp, DIAL_S)
     line, ours = Line(sock, 0), nonce()
     line.set_deadline(time.monotonic() + timeout_s)
-    try:
+    with disposed_on_error([line]):
         match line.receive(MOST_STRANGE_BYTES):
             case ["challenge", bytes(challenge)]:
                 line.send("join", rank, ours, proof(token, RANK, challenge, rank.to_bytes(4, "big")))
@@ -227,6 +246,3 @@ def join(endpoint: str, rank: int, token: str, timeout_s: float) -> Line:
                 line.set_deadline(None)
                 return line
         raise ProtocolViolation("what listens there is no rank 0 of this cluster")
-    except BaseException:
-        line.dispose()
-        raise

@@ -20,13 +20,13 @@ import torch
 from tercet.core import ExpertRows
 from tercet.distributed import meeting as exchange_group
 from tercet.distributed.expert_map import default_map
-from tercet.distributed.line import Line, Rendezvous
+from tercet.distributed.line import Line, Rendezvous, disposed_on_error
 from tercet.distributed.place import Place
 from tercet.distributed.ranks import Ranks
 from tercet.distributed.setup import Setup, Venue, new_store, shared_memory
 from tercet.distributed.talk import Talk
 from tercet.engine.group import GroupExecutor
-from tercet.errors import PeerMismatch, TercetError, WorkerLost
+from tercet.errors import PeerMismatch, WorkerLost
 from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_config
 from tercet.roles.joint import JointReceiver, JointSender
@@ -87,13 +87,14 @@ class Group:
         """Waits for every rank. Raises WorkerLost."""
         deadline = time.monotonic() + self._who.spec.ray.start_timeout_s
         lines = self._rendezvous.joined(range(1, self.place.ranks), deadline, lambda: self._closing)
-        setup = setup_of(self._who, 0, kernels.device)
-        venue = self._venue = self._venue_of(setup, lines, kernels)
-        memory = shared_memory(self.place, venue)
-        for rank, line in sorted(lines.items()):
-            line.send("setup", *astuple(venue), memory is not None)
-            if memory is not None and rank in venue.together:
-                line.send_fd(memory)
+        with disposed_on_error(lines.values()):
+            setup = setup_of(self._who, 0, kernels.device)
+            venue = self._venue = self._venue_of(setup, lines, kernels)
+            memory = shared_memory(self.place, venue)
+            for rank, line in sorted(lines.items()):
+                line.send("setup", *astuple(venue), memory is not None)
+                if memory is not None and rank in venue.together:
+                    line.send_fd(memory)
         self.talks = {rank: self._talk(line) for rank, line in sorted(lines.items())}
         self._ranks = setup.ranks(venue, memory)
         return self._ranks
@@ -137,7 +138,7 @@ class Group:
         self.losses.start(hooks, fingerprint)
 
     def welcome(self, line: Line) -> tuple[Talk, str]:
-        try:
+        with disposed_on_error([line]):
             line.set_deadline(time.monotonic() + HERE_S)
             match line.receive():
                 case ["here", str(exchange)]:
@@ -147,9 +148,6 @@ class Group:
                     line.send("setup", *astuple(Venue(self._venue.store, (), self._venue.cores, ())), False)
                     return self._talk(line), exchange
             raise WorkerLost(f"rank {line.rank} did not say that it is here")
-        except TercetError:
-            line.dispose()
-            raise
 
     def until_ready(self, rank: int, timeout_s: float) -> str:
         with self._changed:

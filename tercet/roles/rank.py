@@ -18,7 +18,7 @@ import torch
 
 from tercet.core import Role, Ticket
 from tercet.devices import DEVICES
-from tercet.distributed.line import Line, join
+from tercet.distributed.line import Line, disposed_on_error, join
 from tercet.distributed.setup import Venue
 from tercet.distributed.talk import Talk
 from tercet.engine.rank_steps import RankSteps
@@ -81,10 +81,11 @@ class Rank:
         kernels = choose_kernels(spec.kernels, device)
         torch.set_num_threads(spec.threads)
         line = join(endpoint, self._rank, who.token, who.spec.ray.start_timeout_s)
-        setup = setup_of(who, self._rank, device)
+        with disposed_on_error([line]):
+            setup = setup_of(who, self._rank, device)
+            line.send("here", setup.exchange)
+            venue, memory = self._venue(line)
         self._place = setup.place
-        line.send("here", setup.exchange)
-        venue, memory = self._venue(line)
         self._talk = Talk(line, self._ended)
         self._talk.start(self._told(), {"open": self._open, "connect": self._connect, "measure": self._measure})
         self._ranks = setup.ranks(venue, memory)
@@ -96,16 +97,12 @@ class Rank:
         self._talk.tell("ready", moving, loaded.fingerprint)
 
     def _venue(self, line: Line) -> tuple[Venue, int | None]:
-        try:
-            line.settimeout(self._who.spec.ray.start_timeout_s)  # until the others have joined
-            match line.receive():
-                case ["setup", str(store), [*together], int(cores), [*exchanges], bool(shares)]:
-                    venue = Venue(store, tuple(together), cores, tuple(exchanges))
-                    return venue, line.receive_fd() if shares and self._rank in together else None
-            raise WorkerLost("rank 0 sent no setup")
-        except BaseException:
-            line.dispose()
-            raise
+        line.settimeout(self._who.spec.ray.start_timeout_s)  # until the others have joined
+        match line.receive():
+            case ["setup", str(store), [*together], int(cores), [*exchanges], bool(shares)]:
+                venue = Venue(store, tuple(together), cores, tuple(exchanges))
+                return venue, line.receive_fd() if shares and self._rank in together else None
+        raise WorkerLost("rank 0 sent no setup")
 
     def _load(self, loaded: LoadedModel, kernels: Kernels) -> str:
         """-> the endpoint of its receiver, if KV comes to it."""

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tercet.core import Role
-from tercet.distributed.line import Rendezvous, join
+from tercet.distributed.line import Line, Rendezvous, join
 from tercet.errors import PeerMismatch, TercetError, WorkerLost
-from tercet.roles import group
+from tercet.roles import group, rank
 from tercet.roles.rank import Rank
 from tercet.roles.worker import Worker
 from tercet.spec import ClusterSpec
@@ -135,6 +135,44 @@ async def test_a_rank_that_dies_while_the_group_starts_ends_the_start(shape):
         with pytest.raises(WorkerLost, match=r"rank 1 of the group is gone|did not meet the others"):
             await starting
     worker._group.close()
+
+
+def assert_let_go(line: Line) -> None:
+    line.settimeout(5)
+    with pytest.raises(WorkerLost, match=r"closed|reset"):
+        line.receive()
+    line.dispose()
+
+
+async def test_a_start_that_fails_lets_every_rank_go():
+    """Also those that have done nothing wrong."""
+    worker = Worker("aggregated-0", Role.AGGREGATED, 1, aggregated((1, 3)), "127.0.0.1", TOKEN)
+    endpoint = await worker.listen()
+    starting = asyncio.create_task(worker.start())
+    lines = [await asyncio.to_thread(join, endpoint, rank, TOKEN, 10.0) for rank in (1, 2)]
+    lines[0].send("here", "")
+    lines[1].send("there")
+    async with asyncio.timeout(5):
+        with pytest.raises(WorkerLost, match=r"rank 2 said .*there.* where it should say that it is here"):
+            await starting
+    for line in lines:
+        await asyncio.to_thread(assert_let_go, line)
+    worker._group.close()
+
+
+async def test_a_rank_that_cannot_set_up_lets_rank_0_go(monkeypatch):
+    def no_setup(*_):
+        raise WorkerLost("no socket is left")
+
+    monkeypatch.setattr(rank, "setup_of", no_setup)
+    made = Rank("aggregated-0", 1, Role.AGGREGATED, 1, aggregated((1, 2)), "127.0.0.1", TOKEN, (), lambda _: None)
+    meeting = Rendezvous("127.0.0.1", TOKEN)
+    starting = asyncio.create_task(made.start(meeting.endpoint))
+    lines = await asyncio.to_thread(meeting.joined, [1], time.monotonic() + 10, lambda: False)
+    with pytest.raises(WorkerLost, match="no socket is left"):
+        await starting
+    await asyncio.to_thread(assert_let_go, lines[1])
+    meeting.close()
 
 
 @pytest.mark.parametrize("at", ["joined", "set up"])

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -88,6 +89,27 @@ def test_dials_that_fail_leave_nothing_behind(pair, monkeypatch):
     pair.sender.connect(pair.endpoint)  # its HELLO ends what a GOODBYE that came too late has left
     assert eventually(lambda: len(pair.mover._peers) == 1)
     assert eventually(lambda: pair.mover._acceptor._num_connections == 1 + cls.links)
+
+
+def test_a_pair_that_connects_while_its_sender_stops_does_not_begin(pair, monkeypatch):
+    real, dialled, stopped = pair.sender._dialer.dial, threading.Event(), threading.Event()
+
+    def slow(endpoint: str):
+        peer = real(endpoint)
+        dialled.set()
+        stopped.wait()
+        return peer
+
+    monkeypatch.setattr(pair.sender._dialer, "dial", slow)
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(pair.sender.connect, pair.endpoint)
+        dialled.wait()
+        pair.sender.stop()
+        stopped.set()
+        with pytest.raises(PeerDown, match="stops"):
+            connecting.result()
+    assert not pair.sender.connected(pair.endpoint)
+    assert eventually(lambda: not pair.mover._peers)
 
 
 def test_all_who_wait_share_one_failed_handshake(pair, monkeypatch):

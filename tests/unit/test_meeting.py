@@ -286,3 +286,18 @@ def test_more_strangers_than_are_greeted_at_once_only_wait(met, monkeypatch):
     dispose(line, *waiting.result(5).values())
     for sock in strangers:
         sock.close()
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_who_has_joined_and_is_not_taken_is_let_go_by_the_end(met, number):
+    """Also one whose handshake ends after that."""
+    came = met.joins(1)
+    while not met.meeting._greeting:
+        met.meeting._accept()
+    time.sleep(number * 0.0001)
+    met.meeting.close()
+    line = came.result()
+    line.settimeout(5)
+    with pytest.raises(WorkerLost, match=r"closed|reset"):
+        line.receive()
+    line.dispose()

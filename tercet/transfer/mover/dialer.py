@@ -69,7 +69,7 @@ class DecodePeer:
             channel.shutdown()
 
     def close(self) -> None:
-        """Close a pair whose threads were never started."""
+        """Before its threads are started."""
         for _, outlet in self.links:
             outlet.close()
         with contextlib.suppress(PeerDown):  # then the next HELLO says so
@@ -117,10 +117,11 @@ class Dialer:
         best = max(made, key=lambda peer: peer.attested.bandwidth if peer.attested else 0.0)
         for other in made:
             if other is not best:
-                self._drop(other)
+                self.drop(other)
         return best
 
-    def _drop(self, peer: DecodePeer) -> None:
+    def drop(self, peer: DecodePeer) -> None:
+        """End a pair whose threads were never started."""
         peer.close()
         self.quiet(peer)
 
@@ -135,7 +136,7 @@ class Dialer:
             for each in (channel, *(link for link, _ in peer.links)):
                 each.settimeout(None)
         except (TransferError, OSError) as error:
-            self._drop(peer)
+            self.drop(peer)
             if isinstance(error, TransferError):
                 raise
             raise PeerDown(f"the handshake with {endpoint.tcp} broke: {error}") from error

@@ -172,17 +172,20 @@ class KvSender:
                 del self._dialing[endpoint]
 
     def _begin(self, peer: DecodePeer) -> DecodePeer:
-        peer.mailbox = Mailbox(peer.channel, peer.worker_id)
-        peer.threads = [
-            threading.Thread(target=self._write_loop, args=(peer, *link), name="kv-link", daemon=True)
-            for link in peer.links
-        ]
-        peer.reader = threading.Thread(target=self._read_loop, args=(peer,), name="kv-read", daemon=True)
-        with self._lock:  # `stop` joins the threads of the peers that it finds
-            self._peers[peer.endpoint] = peer
-            for thread in (*peer.threads, peer.reader):
-                thread.start()
-        return peer
+        with self._lock:  # `stop` ends the peers that it finds, and none is added behind it
+            if not self._stopping.is_set():
+                peer.mailbox = Mailbox(peer.channel, peer.worker_id)
+                peer.threads = [
+                    threading.Thread(target=self._write_loop, args=(peer, *link), name="kv-link", daemon=True)
+                    for link in peer.links
+                ]
+                peer.reader = threading.Thread(target=self._read_loop, args=(peer,), name="kv-read", daemon=True)
+                self._peers[peer.endpoint] = peer
+                for thread in (*peer.threads, peer.reader):
+                    thread.start()
+                return peer
+        self._dialer.drop(peer)
+        raise PeerDown("the prefill worker stops")
 
     # ---- threads
 
