@@ -280,8 +280,11 @@ class Load:
     embedding_blocks_free: int = 0
     embedding_blocks_quarantined: int = 0
     embedding_bytes: int = 0  # that have come from encode workers
+    ranks_lost: int = 0  # that a worker of several goes on without
     pairs: tuple[PairState, ...] = ()  # with workers for the next stage
-    experts: tuple[ExpertRows, ...] = ()  # of each rank that has some; for the controller, and on no wire
+    # For the controller, and on no wire:
+    experts: tuple[ExpertRows, ...] = ()  # of each rank that has some
+    transfer_endpoint: str = ""  # as in WorkerInfo, as it is now
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ class WorkerGauges(Collector):
         embeddings = GaugeMetricFamily(
             "tercet_embedding_blocks", "Blocks that embeddings cross by, by owner", labels=["worker", "state"]
         )
+        lost = GaugeMetricFamily("tercet_ranks_lost", "Ranks that a worker goes on without", labels=["worker"])
         for worker, load in self._loads().items():
+            lost.add_metric([worker], load.ranks_lost)
             images.add_metric([worker], load.encoder_waiting)
             if load.embedding_blocks_total:
                 free, quarantined = load.embedding_blocks_free, load.embedding_blocks_quarantined
@@ -67,7 +69,7 @@ class WorkerGauges(Collector):
             usage.add_metric([worker], 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0)
             for state in ("free", "owned", "leased", "in_flight", "quarantined"):
                 blocks.add_metric([worker, state], getattr(load, f"blocks_{state}"))
-        yield from (info, running, waiting, usage, blocks, images, embeddings, self._pairs(), *self._counters())
+        yield from (info, running, waiting, usage, blocks, images, embeddings, lost, self._pairs(), *self._counters())
 
     def _pairs(self) -> GaugeMetricFamily:
         labels = ["worker", "peer", "transport"]

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from tercet.core import Done, GenerateRequest, Role, SamplingParams, TokenEvent, WorkerInfo
 from tercet.roles.router.attempt import RequestEvent
@@ -97,6 +98,12 @@ class LocalCluster:
         self.infos[name] = await worker.switch(role, before.epoch + 1)
         await self._publish()
         return self.infos[name]
+
+    async def announce(self, name: str) -> None:
+        """Tell the router where a worker's ranks are reached now, as the controller does."""
+        endpoint = (await self.workers[name].health()).transfer_endpoint
+        self.infos[name] = replace(self.infos[name], transfer_endpoint=endpoint)
+        await self._publish()
 
     async def _publish(self) -> None:
         await self.router.set_workers(list(self.infos.values()))

@@ -174,11 +174,11 @@ class Controller:
                 slot.task = asyncio.create_task(self._end(slot, slot.task, was_drained))
             case Drop(member_id):
                 self._leaves(member_id, State.GONE)
-            case Publish(epochs):  # always the last action, so that the others were decided on one state
-                infos = [self._slots[worker_id].info for worker_id in epochs]
+            case Publish(told):  # always the last action, so that the others were decided on one state
+                infos = [self._slots[worker_id].info for worker_id in told]
                 gateway = self._gateway
                 if await self._tell(gateway, "set_workers", infos):
-                    gateway.told = epochs
+                    gateway.told = told
 
     def _begin(self, slot: Slot) -> None:
         self._slots[slot.member_id] = slot
@@ -246,7 +246,7 @@ class Controller:
     async def _watch_health(self, slot: Slot, actor: Running, deadline_s: float) -> None:
         """Never returns. Raises TercetError."""
         while True:
-            slot.status = await actor.call("health", timeout_s=deadline_s)
+            slot.hear(await actor.call("health", timeout_s=deadline_s))
             self._changed.set()
             await asyncio.sleep(LOOK_EVERY_S)
 

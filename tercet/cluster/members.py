@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from tercet.cluster.reconcile import GATEWAY, Member, State
+from tercet.cluster.reconcile import GATEWAY, Member, State, Told, moved
 from tercet.core import Load, WorkerInfo
 from tercet.errors import TercetError
 from tercet.placement.roles import Assignment, Placement
@@ -71,9 +71,17 @@ class Slot:
     info: Any = None  # WorkerInfo or GatewayInfo, once LIVE
     task: asyncio.Task[None] | None = None  # its start, then its watch and its drain; then its end
     leave: asyncio.Event = field(default_factory=asyncio.Event)  # set when it is to drain
-    told: Mapping[str, int] | None = None  # gateway only: the workers that it was last told of
+    told: Told | None = None  # gateway only: the workers that it was last told of
     noted: Mapping[str, Any] | None = None  # gateway only: the `overview` that it was last sent
     status: Any = field(default_factory=dict)  # the last `health`: a Load, or what `GatewayActor.health` gives
+
+    def hear(self, status: Any) -> None:
+        """What it answers to `health`."""
+        self.status = status
+        here = isinstance(status, Load) and isinstance(self.info, WorkerInfo)  # one that switches has no info yet
+        if here and status.transfer_endpoint != self.info.transfer_endpoint:
+            self.info = replace(self.info, transfer_endpoint=status.transfer_endpoint)
+            self.member = moved(self.member)
 
     @property
     def title(self) -> str:
@@ -109,7 +117,7 @@ def serving(slots: Mapping[str, Slot]) -> dict[str, str]:
     """Worker id -> role, of those that the gateway uses."""
     told = (slots[GATEWAY].told if GATEWAY in slots else None) or {}
     members = {worker_id: slots[worker_id].member for worker_id in told}
-    return {m: each.role for m, each in members.items() if each.state is State.LIVE and each.epoch == told[m]}
+    return {m: each.role for m, each in members.items() if each.state is State.LIVE and each.epoch == told[m][0]}
 
 
 def overview(target: Target, slots: Mapping[str, Slot]) -> dict[str, Any]:

@@ -54,6 +54,10 @@ class Member:
     retry_at: float = 0.0
     reason: str = ""  # why it was lost
     role: str = ""  # of a worker
+    revision: int = 0  # of where it is reached, which changes when it loses a rank or takes one back
+
+
+Told = Mapping[str, tuple[int, int]]  # worker id -> epoch and revision
 
 
 @dataclass(frozen=True)
@@ -93,17 +97,15 @@ class Drop:
 
 @dataclass(frozen=True)
 class Publish:
-    """Tell the gateway which workers live and are wanted: worker id -> epoch."""
+    """Tell the gateway which workers live and are wanted."""
 
-    epochs: Mapping[str, int]
+    told: Told
 
 
 Action = Start | Drain | Switch | Stop | Drop | Publish
 
 
-def diff(
-    target: Mapping[str, str], actual: Mapping[str, Member], told: Mapping[str, int] | None, now: float
-) -> tuple[Action, ...]:
+def diff(target: Mapping[str, str], actual: Mapping[str, Member], told: Told | None, now: float) -> tuple[Action, ...]:
     """What to do so that `actual` becomes `target`; nothing if it already is, or if something must end first.
 
     target: member id -> role. told: the workers that the gateway was last told of; None if it was not told yet.
@@ -120,9 +122,9 @@ def diff(
         if action is not None:
             actions.append(action)
     serve = [m for m in sorted(actual) if m != GATEWAY and _live(actual[m]) and actual[m].role == target.get(m)]
-    epochs = {m: actual[m].epoch for m in serve}
-    if GATEWAY in actual and _live(actual[GATEWAY]) and told != epochs:
-        actions.append(Publish(epochs))
+    found = {m: (actual[m].epoch, actual[m].revision) for m in serve}
+    if GATEWAY in actual and _live(actual[GATEWAY]) and told != found:
+        actions.append(Publish(found))
     return tuple(actions)
 
 
@@ -141,7 +143,7 @@ def _of_unwanted(member_id: str, member: Member | None) -> Action | None:
     return Drop(member_id) if state is State.LOST else None
 
 
-def _leave(member_id: str, told: Mapping[str, int] | None) -> Action | None:
+def _leave(member_id: str, told: Told | None) -> Action | None:
     """None: the gateway must hear of it first."""
     return Drain(member_id) if told is not None and member_id not in told else None
 
@@ -156,6 +158,11 @@ def switching(role: str, epoch: int, now: float) -> Member:
 
 def up(member: Member, now: float) -> Member:
     return replace(member, state=State.LIVE, since=now)
+
+
+def moved(member: Member) -> Member:
+    """It is reached elsewhere."""
+    return replace(member, revision=member.revision + 1)
 
 
 def leaving(member: Member, state: State, now: float) -> Member:

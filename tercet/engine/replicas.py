@@ -33,54 +33,55 @@ class Replicas:
     def __init__(self, count: int, new: Callable[[], EngineState]) -> None:
         """new: makes the state of a replica."""
         self._new = new
-        self._states = [new() for _ in range(count)]  # a replica that comes back has another one: `Sequence.state`
-        self._current = list(range(count))  # replica -> its state
+        self._states = [new() for _ in range(count)]  # of each replica; one that comes back has another one
         self._lost: set[int] = set()  # replicas whose rank is out
+        self._left: list[EngineState] = []  # of those that came back: they may have sequences to report
         self._in_flight: deque[list[tuple[EngineState, int]]] = deque()  # who planned, and how many pieces
 
     def add(self, sequence: Sequence, now: float) -> None:
         if sequence.hand_over:
-            self._place(sequence, replica_of(sequence.ticket, len(self._current)))
+            self._place(sequence, replica_of(sequence.ticket, len(self._states)))
         else:
-            loads = [state.load() for state in self._live]
-            live = [replica for replica in range(len(loads)) if replica not in self._lost]
-            self._place(sequence, min(live, key=lambda r: loads[r].running + loads[r].waiting))
-        self._of(sequence).add(sequence, now)
+            loads = {replica: self._states[replica].load() for replica in self._live}
+            self._place(sequence, min(loads, key=lambda r: loads[r].running + loads[r].waiting))
+        _of(sequence).add(sequence, now)
 
     def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
-        self._place(sequence, replica_of(sequence.ticket, len(self._current)))
-        return self._of(sequence).reserve(sequence)
+        self._place(sequence, replica_of(sequence.ticket, len(self._states)))
+        return _of(sequence).reserve(sequence)
 
     def join(self, sequence: Sequence, first_token: int) -> None:
-        self._of(sequence).join(sequence, first_token)
+        _of(sequence).join(sequence, first_token)
 
     def quarantine(self, sequence: Sequence) -> None:
-        self._of(sequence).quarantine(sequence)
+        _of(sequence).quarantine(sequence)
 
     def release(self, sequence: Sequence, verified: int = 0) -> None:
-        self._of(sequence).release(sequence, verified)
+        _of(sequence).release(sequence, verified)
 
     def see(self, sequence: Sequence, image: int) -> bool:
-        return self._of(sequence).see(sequence, image)
+        return _of(sequence).see(sequence, image)
 
     def evicted(self) -> StepReport:
-        return [item for state in self._states for item in state.evicted()]
+        left, self._left = self._left, []
+        return [item for state in (*left, *self._states) for item in state.evicted()]
 
     def forgotten(self) -> list[ImageKey]:
         return [key for state in self._states for key in state.forgotten()]
 
     def abort(self, sequence: Sequence) -> None:
-        self._of(sequence).abort(sequence)
+        _of(sequence).abort(sequence)
 
     def op_done(self, sequence: Sequence) -> None:
-        self._of(sequence).op_done(sequence)
+        _of(sequence).op_done(sequence)
 
     def finish_after(self, sequence: Sequence, token_id: int) -> tuple[FinishReason, int | None] | None:
-        return self._of(sequence).finish_after(sequence, token_id)
+        return _of(sequence).finish_after(sequence, token_id)
 
     def load(self) -> Load:
-        loads = [state.load() for state in self._live]
-        return replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in SUMMED})
+        loads = [self._states[replica].load() for replica in self._live]
+        total = replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in SUMMED})
+        return replace(total, ranks_lost=len(self._lost))  # a replica that can be lost has one rank
 
     def check_integrity(self) -> None:
         for state in self._states:
@@ -88,11 +89,11 @@ class Replicas:
 
     def plan(self, now: float) -> StepPlan:
         """That of the first replica, with those of the others in `others`; empty if all are."""
-        plans = [state.plan(now) for state in self._live]
+        plans = [state.plan(now) for state in self._states]
         if not any(plan.pieces for plan in plans):
             return StepPlan()
         sizes = [len(plan.pieces) for plan in plans]
-        self._in_flight.append([(state, size) for state, size in zip(self._live, sizes, strict=True) if size])
+        self._in_flight.append([(state, size) for state, size in zip(self._states, sizes, strict=True) if size])
         return plans[0]._replace(others=tuple(plans[1:]))
 
     def commit(self, result: StepResult) -> StepReport:
@@ -106,23 +107,25 @@ class Replicas:
     def lose(self, replica: int) -> None:
         """Its rank is lost, with its KV. What it has ends (`evicted`), and nothing more goes there."""
         self._lost.add(replica)
-        self._states[self._current[replica]].lose()
+        self._states[replica].lose()
 
     def restore(self, replica: int) -> None:
         """Its rank is there again, with empty memory."""
-        self._states.append(self._new())
-        self._current[replica] = len(self._states) - 1
+        self._left.append(self._states[replica])
+        self._states[replica] = self._new()
         self._lost.discard(replica)
 
     @property
-    def _live(self) -> list[EngineState]:
-        return [self._states[state] for state in self._current]
+    def _live(self) -> list[int]:
+        return [replica for replica in range(len(self._states)) if replica not in self._lost]
 
     def _place(self, sequence: Sequence, replica: int) -> None:
         """Raises WorkerDrained, so that the request goes on elsewhere: the next attempt gets another replica."""
         if replica in self._lost:
             raise WorkerDrained(f"the rank of replica {replica} is lost")
-        sequence.state = self._current[replica]
+        sequence.state = self._states[replica]
 
-    def _of(self, sequence: Sequence) -> EngineState:
-        return self._states[sequence.state]
+
+def _of(sequence: Sequence) -> EngineState:
+    assert sequence.state is not None, "it has been added or reserved"
+    return sequence.state

@@ -17,10 +17,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tercet.core import FinishReason, PromptImage, PromptScore, Role, SamplingParams, Ticket
 from tercet.engine.images import computable, told_apart
 from tercet.engine.prefix import chain_hash
+
+if TYPE_CHECKING:
+    from tercet.engine.state import EngineState
 
 
 class Phase(enum.Enum):
@@ -42,7 +46,7 @@ class Sequence:
     hand_over: bool = False  # compute the prompt, hand its KV over, sample one token, be done
     images: tuple[PromptImage, ...] = ()
     joined: bool = False  # the KV of its prompt came from another worker
-    state: int = 0  # of a group with several data replicas: the number of the state that it is in
+    state: EngineState | None = None  # of a group with several data replicas: that of its own
 
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)

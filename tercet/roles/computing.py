@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import track
@@ -80,8 +81,7 @@ class Computing(Part):
         executor = self._executor()
         if self._group is not None:
             await loop.run_in_executor(None, self._group.ready, loaded.fingerprint)
-            for handler in handlers:
-                handler.endpoint = self._endpoint_of(handler.endpoint)
+            self._tell_endpoint()
         self.engine = Engine(
             executor,
             spec,
@@ -94,7 +94,10 @@ class Computing(Part):
         )
         self._legs.engine = self.engine
         if self._group is not None:
-            self._group.survive(loaded.fingerprint, Hooks(self._rank_out, self._rank_back))
+            hooks = Hooks(
+                partial(self._wait, self._rank_out, self._group), partial(self._wait, self._rank_back, self._group)
+            )
+            self._group.survive(loaded.fingerprint, hooks)
         self._computed = lambda: self.engine.computed
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
         self._thread.start()
@@ -107,26 +110,30 @@ class Computing(Part):
         group.executor = GroupExecutor(self._runner, group.place, talks, self._loaded.model.ranks.spread)
         return group.executor
 
-    def _endpoint_of(self, own: str) -> str:
-        """Of all ranks, if they have any."""
+    def _tell_endpoint(self) -> None:
+        """Where the receivers of all ranks are reached now, if KV comes to this worker."""
         assert self._group is not None
         place = self._group.place
-        return own and GroupEndpoint(place.tensor, place.pipeline, place.data, (own, *self._group.endpoints)).encode()
+        for handler in filter(lambda handler: handler.endpoint, self._legs.handlers.values()):
+            own = GroupEndpoint.decode(handler.endpoint).ranks[0]
+            ranks = own, *self._group.endpoints
+            handler.endpoint = GroupEndpoint(place.tensor, place.pipeline, place.data, ranks).encode()
 
-    def _rank_out(self, rank: int, error: WorkerLost) -> None:
-        """On a thread of the group."""
-        assert self._group is not None
-        self.engine.lose(self._group.place.of(rank).data_rank)
-        if self._group.sender is not None:
-            gone = WorkerDrained(str(error))  # its requests can go on at once; this worker lives
-            self._legs.loop.call_soon_threadsafe(self._group.sender.lose, rank, gone)
+    def _wait(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        """On a thread of the group: do it on the event loop, between two legs."""
+        asyncio.run_coroutine_threadsafe(work(*args), self._legs.loop).result(STUCK_S)
 
-    def _rank_back(self, talk: Talk) -> None:
-        """As above."""
-        assert self._group is not None
-        if self._group.sender is not None:
-            self._group.sender.regain(talk)
-        self.engine.restore(self._group.place.of(talk.rank).data_rank)
+    async def _rank_out(self, group: Group, rank: int, error: WorkerLost) -> None:
+        self.engine.lose(group.place.of(rank).data_rank)
+        for mover in group.movers:
+            mover.lose(rank, WorkerDrained(str(error)))  # its requests can go on at once; this worker lives
+        self._tell_endpoint()
+
+    async def _rank_back(self, group: Group, talk: Talk) -> None:
+        for mover in group.movers:
+            mover.regain(talk)
+        self.engine.restore(group.place.of(talk.rank).data_rank)
+        self._tell_endpoint()
 
     def health(self) -> None:
         if self._group is not None and self._group.broken is not None:

@@ -63,7 +63,6 @@ class Group:
         self.place = place_of(who.role_spec.parallelism)
         self._rendezvous = Rendezvous(who.host, who.token)
         self.talks: dict[int, Talk] = {}  # rank -> of those that take part
-        self.endpoints: list[str] = []  # of the movers of ranks 1, 2 ..., once ready
         self.broken: WorkerLost | None = None
         self._closing = False
         self.experts: dict[int, ExpertRows] = {}  # rank 1, 2 ... -> what it has computed, if it has experts
@@ -123,7 +122,11 @@ class Group:
         for rank, (_, theirs) in sorted(self._ready.items()):
             if theirs != fingerprint:
                 raise PeerMismatch(f"rank {rank} has other weights ({theirs:.12}) than rank 0 ({fingerprint:.12})")
-        self.endpoints = [endpoint for _, (endpoint, _) in sorted(self._ready.items())]
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Of the receivers of ranks 1, 2 ..., once ready; empty for one that is lost."""
+        return [self._ready[rank][0] if rank in self.talks else "" for rank in range(1, self.place.ranks)]
 
     # ---- ranks that are lost and come back
 
@@ -131,7 +134,7 @@ class Group:
         """From now on go on without a rank that is lost, where that is possible, and take it back."""
         place, spread = self.place, None if self._ranks is None else self._ranks.spread
         alone = place.tensor == place.pipeline == 1  # else other ranks compute the same requests
-        if spread is None or not alone or self.receiver is not None:  # where KV comes to it, its senders know it
+        if spread is None or not alone:
             self._rendezvous.close()
             return
         self.losses = Losses(self, self._engine(), spread, self._rendezvous, self._who.spec.ray.start_timeout_s)
@@ -206,6 +209,10 @@ class Group:
         assert self.executor is not None, "a rank draws only what it was told to"
         return self.executor
 
+    @property
+    def movers(self) -> list[JointSender | JointReceiver]:
+        return [mover for mover in (self.sender, self.receiver) if mover is not None]
+
     def _sender(self) -> JointSender:
         assert self.sender is not None, "a rank sends only what it was told to"
         return self.sender
@@ -220,9 +227,8 @@ class Group:
             self._changed.notify_all()
 
     def _count(self, rank: int, counts: dict[str, int]) -> None:
-        for side in (self.sender, self.receiver):
-            if side is not None:
-                side.counts[rank] = counts
+        for mover in self.movers:
+            mover.counts[rank] = counts
 
     def _goes_on_without(self, rank: int, error: WorkerLost) -> bool:
         assert self.losses is not None

@@ -73,9 +73,13 @@ class JointSender(Joining[SendJoint]):
         self.push = self._own.push
 
     def open(self, ticket: Ticket, endpoint: str, num_tokens: int, deadline: float, dial: bool = True) -> str:
-        """As `KvSender.open`, at each rank that the worker at `endpoint` needs something from."""
+        """As `KvSender.open`, at each rank that the worker at `endpoint` needs something from. Raises WorkerDrained,
+        too: a rank that it comes from or goes to is lost."""
         group = GroupEndpoint.decode(endpoint)
-        parts = self._parts(group, replica_of(ticket, self._places[0].data), replica_of(ticket, group.data))
+        theirs = replica_of(ticket, group.data)
+        if not group.stands(theirs):
+            raise WorkerDrained(f"the rank of replica {theirs} of {group.worker_id} is lost")
+        parts = self._parts(group, replica_of(ticket, self._places[0].data), theirs)
         self._joints[ticket], self._opening[ticket] = SendJoint(parts), []
         names: set[str] = set()
         opened: list[int] = []
@@ -101,10 +105,10 @@ class JointSender(Joining[SendJoint]):
         return {rank: endpoints for rank, endpoints in meeting.items() if endpoints}
 
     def _every_part(self, endpoint: str) -> dict[int, list[str]]:
-        """Of all replicas with all."""
+        """Of all replicas with all that stand."""
         group, found = GroupEndpoint.decode(endpoint), dict[int, list[str]]()
         for own in range(self._places[0].data):
-            for theirs in range(group.data):
+            for theirs in filter(group.stands, range(group.data)):
                 for rank, endpoints in self._parts(group, own, theirs).items():
                     found[rank] = [*found.get(rank, []), *endpoints]
         return found

@@ -112,7 +112,7 @@ class Losses:
             self._attempt += 1
             self._tell("without", rank, self._attempt)
             self._executor.lose(rank, self._attempt)
-        self._hooks.out(rank, error)
+            self._hooks.out(rank, error)  # before it can come back
 
     def _tell(self, kind: str, *fields: object) -> None:
         for talk in list(self._owner.talks.values()):

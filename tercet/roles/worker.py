@@ -129,7 +129,8 @@ class Worker:
         """Raises ClusterError when a part is dead or stuck, or the KV's memory is broken."""
         for part in self._parts:
             part.health()
-        return await asyncio.get_running_loop().run_in_executor(None, self._counted, self.legs.load())
+        load = await asyncio.get_running_loop().run_in_executor(None, self._counted, self.legs.load())
+        return replace(load, transfer_endpoint=self._endpoint())
 
     def _counted(self, load: Load) -> Load:
         for part in self._parts:

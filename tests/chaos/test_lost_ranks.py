@@ -72,16 +72,24 @@ class Clients:
         await asyncio.gather(*self._tasks)
 
 
+async def attempts(made: LocalCluster, family: str) -> int:
+    prompt, wanted = answers(family)[3]
+    events, done = await made.generate(prompt, max_tokens=TOKENS, ignore_eos=True)
+    assert [event.token_id for event in events] == wanted
+    return done.attempts
+
+
 @pytest.mark.parametrize(
-    ("topology", "family", "degrees", "number", "victims"),
+    ("role", "family", "degrees", "number", "victims"),
     [
-        ("aggregated", "qwen3-moe", {"data": 3, "expert": 3, "expert_redundancy": 10}, signal.SIGKILL, (1, 2)),
-        ("pd", "deepseek-v3", {"data": 2, "expert": 2, "expert_redundancy": 8}, signal.SIGSTOP, (1,)),
+        (Role.AGGREGATED, "qwen3-moe", {"data": 3, "expert": 3, "expert_redundancy": 10}, signal.SIGKILL, (1, 2)),
+        (Role.PREFILL, "deepseek-v3", {"data": 2, "expert": 2, "expert_redundancy": 8}, signal.SIGSTOP, (1,)),
+        (Role.DECODE, "deepseek-v3", {"data": 3, "expert": 3, "expert_redundancy": 10}, signal.SIGKILL, (2, 1)),
+        (Role.DECODE, "qwen3-moe", {"data": 2, "expert": 2, "expert_redundancy": 8}, signal.SIGSTOP, (1,)),
     ],
 )
-async def test_the_others_go_on_and_it_comes_back(topology, family, degrees, number, victims):
-    spec = spec_of(topology, decoders=1, source=model(family))
-    role = Role.AGGREGATED if topology == "aggregated" else Role.PREFILL
+async def test_the_others_go_on_and_it_comes_back(role, family, degrees, number, victims):
+    spec = spec_of("aggregated" if role is Role.AGGREGATED else "pd", decoders=1, source=model(family))
     grouped = spec.roles[role].model_copy(update={"parallelism": ParallelSpec(**degrees)})
     spec = spec.model_copy(update={"roles": spec.roles | {role: grouped}})
     name = f"{role.value}-0"
@@ -93,6 +101,8 @@ async def test_the_others_go_on_and_it_comes_back(topology, family, degrees, num
             process.send_signal(number)
             await clients.go_on(NOTICED_S[number])
             assert worker.lost_ranks() == [victim]
+            await made.announce(name)
+            await clients.go_on(0.5)
             process.kill()
             process.wait()
             process.stdin.close()
@@ -101,8 +111,10 @@ async def test_the_others_go_on_and_it_comes_back(topology, family, degrees, num
             while worker.lost_ranks() and time.monotonic() < deadline:
                 await clients.go_on(0.5, answered=False)
             assert worker.lost_ranks() == []
+            await made.announce(name)
             await clients.go_on(1.0)
         await clients.stop()
+        assert [await attempts(made, family) for _ in range(12)] == [1] * 12  # also those that go to a new rank
 
 
 async def test_without_replicas_the_group_ends():

@@ -15,9 +15,9 @@ from ray.exceptions import RayActorError
 from tercet.cluster import launcher, reconcile
 from tercet.cluster.controller import Controller
 from tercet.cluster.launcher import Actor
-from tercet.cluster.members import Target
+from tercet.cluster.members import Slot, Target
 from tercet.cluster.reconcile import GATEWAY, Drain, Drop, Member, Publish, Start, State, Stop, Switch, diff
-from tercet.core import Role
+from tercet.core import Load, Role, WorkerInfo
 from tercet.errors import ClusterError, ModelFileMissing, RayLost, TercetError, WorkerLost
 from tercet.placement.roles import Node, Placement, plan
 from tercet.spec import ClusterSpec, RaySpec, RoleSpec
@@ -40,20 +40,41 @@ def test_an_empty_cluster_starts_everything():
 
 
 def test_a_cluster_as_it_should_be_needs_nothing():
-    assert diff(TARGET, live(), {"worker-1": 1, "worker-0": 1}, 0.0) == ()
+    assert diff(TARGET, live(), {"worker-1": (1, 0), "worker-0": (1, 0)}, 0.0) == ()
 
 
 def test_a_lost_worker_is_unpublished_and_started_with_the_next_epoch():
     actual = live() | {"worker-1": reconcile.lost(of("worker-1", epoch=4), "died", 10.0)}
-    told = {"worker-1": 4, "worker-0": 1}
-    assert diff(TARGET, actual, told, 10.0) == (Start("worker-1", 5), Publish({"worker-0": 1}))
+    told = {"worker-1": (4, 0), "worker-0": (1, 0)}
+    assert diff(TARGET, actual, told, 10.0) == (Start("worker-1", 5), Publish({"worker-0": (1, 0)}))
 
 
 def test_a_new_gateway_is_told_even_if_nothing_changed():
-    assert diff(TARGET, live(), None, 0.0) == (Publish({"worker-1": 1, "worker-0": 1}),)
+    assert diff(TARGET, live(), None, 0.0) == (Publish({"worker-1": (1, 0), "worker-0": (1, 0)}),)
 
 
-BOTH = {"worker-0": 1, "worker-1": 3}
+def test_a_worker_that_is_reached_elsewhere_is_published_again():
+    actual = live() | {"worker-1": reconcile.moved(of("worker-1"))}
+    told = {"worker-1": (1, 0), "worker-0": (1, 0)}
+    assert diff(TARGET, actual, told, 0.0) == (Publish(told | {"worker-1": (1, 1)}),)
+    assert diff(TARGET, actual, told | {"worker-1": (1, 1)}, 0.0) == ()
+
+
+def test_a_slot_hears_where_its_worker_is_reached():
+    info = WorkerInfo("worker-1", Role.DECODE, 1, "127.0.0.1:1", "here", "same")
+    slot = Slot("worker-1", of("worker-1"))
+    slot.hear(Load(transfer_endpoint="nobody knows it yet"))  # while it switches
+    assert (slot.info, slot.member.revision) == (None, 0)
+    slot.info = info
+    slot.hear(Load(running=1, transfer_endpoint="here"))
+    assert (slot.info, slot.member.revision, slot.status.running) == (info, 0, 1)
+    slot.hear(Load(transfer_endpoint="there"))
+    assert (slot.info.transfer_endpoint, slot.member.revision) == ("there", 1)
+    assert reconcile.up(slot.member, 5.0).revision == 1
+    assert reconcile.starting("decode", 2, slot.member, 5.0).revision == 0
+
+
+BOTH = {"worker-0": (1, 0), "worker-1": (3, 0)}
 
 
 def with_worker_1(state: State) -> dict[str, Member]:
@@ -63,16 +84,16 @@ def with_worker_1(state: State) -> dict[str, Member]:
 @pytest.mark.parametrize(
     ("state", "told", "want"),
     [  # of a worker that is not wanted any more
-        (State.STARTING, {"worker-0": 1}, (Stop("worker-1"),)),
-        (State.LIVE, BOTH, (Publish({"worker-0": 1}),)),
-        (State.LIVE, None, (Publish({"worker-0": 1}),)),
-        (State.LIVE, {"worker-0": 1}, (Drain("worker-1"),)),
-        (State.DRAINING, {"worker-0": 1}, ()),
-        (State.DRAINED, {"worker-0": 1}, (Stop("worker-1"),)),
-        (State.SWITCHING, {"worker-0": 1}, (Stop("worker-1"),)),
-        (State.STOPPING, {"worker-0": 1}, ()),
-        (State.LOST, {"worker-0": 1}, (Drop("worker-1"),)),
-        (State.GONE, {"worker-0": 1}, ()),
+        (State.STARTING, {"worker-0": (1, 0)}, (Stop("worker-1"),)),
+        (State.LIVE, BOTH, (Publish({"worker-0": (1, 0)}),)),
+        (State.LIVE, None, (Publish({"worker-0": (1, 0)}),)),
+        (State.LIVE, {"worker-0": (1, 0)}, (Drain("worker-1"),)),
+        (State.DRAINING, {"worker-0": (1, 0)}, ()),
+        (State.DRAINED, {"worker-0": (1, 0)}, (Stop("worker-1"),)),
+        (State.SWITCHING, {"worker-0": (1, 0)}, (Stop("worker-1"),)),
+        (State.STOPPING, {"worker-0": (1, 0)}, ()),
+        (State.LOST, {"worker-0": (1, 0)}, (Drop("worker-1"),)),
+        (State.GONE, {"worker-0": (1, 0)}, ()),
     ],
 )
 def test_who_is_not_wanted_any_more_goes_step_by_step(state, told, want):
@@ -89,22 +110,22 @@ def test_who_is_not_wanted_any_more_goes_step_by_step(state, told, want):
     ],
 )
 def test_who_is_wanted_again_while_it_goes_begins_anew_behind_its_drain_or_its_end(state, want):
-    assert diff(TARGET, with_worker_1(state), {"worker-0": 1}, 0.0) == want
+    assert diff(TARGET, with_worker_1(state), {"worker-0": (1, 0)}, 0.0) == want
 
 
 @pytest.mark.parametrize(
     ("state", "told", "want"),
     [  # of a worker that is wanted in another role than it has
-        (State.STARTING, {"worker-0": 1}, ()),
-        (State.LIVE, BOTH, (Publish({"worker-0": 1}),)),
-        (State.LIVE, None, (Publish({"worker-0": 1}),)),
-        (State.LIVE, {"worker-0": 1}, (Drain("worker-1"),)),
-        (State.DRAINING, {"worker-0": 1}, ()),
-        (State.DRAINED, {"worker-0": 1}, (Switch("worker-1", 4),)),
-        (State.SWITCHING, {"worker-0": 1}, ()),  # to a role that is no longer wanted: it drains behind that
-        (State.STOPPING, {"worker-0": 1}, ()),
-        (State.LOST, {"worker-0": 1}, (Start("worker-1", 4),)),
-        (State.GONE, {"worker-0": 1}, (Start("worker-1", 4),)),
+        (State.STARTING, {"worker-0": (1, 0)}, ()),
+        (State.LIVE, BOTH, (Publish({"worker-0": (1, 0)}),)),
+        (State.LIVE, None, (Publish({"worker-0": (1, 0)}),)),
+        (State.LIVE, {"worker-0": (1, 0)}, (Drain("worker-1"),)),
+        (State.DRAINING, {"worker-0": (1, 0)}, ()),
+        (State.DRAINED, {"worker-0": (1, 0)}, (Switch("worker-1", 4),)),
+        (State.SWITCHING, {"worker-0": (1, 0)}, ()),  # to a role that is no longer wanted: it drains behind that
+        (State.STOPPING, {"worker-0": (1, 0)}, ()),
+        (State.LOST, {"worker-0": (1, 0)}, (Start("worker-1", 4),)),
+        (State.GONE, {"worker-0": (1, 0)}, (Start("worker-1", 4),)),
     ],
 )
 def test_who_is_wanted_in_another_role_switches_step_by_step(state, told, want):
@@ -154,8 +175,8 @@ def test_no_member_is_started_while_it_lives_and_epochs_grow(actual, now):
             case Switch(member_id, epoch):
                 assert actual[member_id].state is State.DRAINED
                 assert epoch > actual[member_id].epoch
-            case Publish(epochs):
-                assert all(actual[m].state is State.LIVE and actual[m].role == TARGET[m] for m in epochs)
+            case Publish(told):
+                assert all(actual[m].state is State.LIVE and actual[m].role == TARGET[m] for m in told)
 
 
 class FakeMember:

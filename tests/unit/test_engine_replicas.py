@@ -4,6 +4,7 @@ on one replica from its beginning to its end."""
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable
 
@@ -42,6 +43,7 @@ class Simulation:
         self.aborted: set[Sequence] = set()
         self.got: dict[Sequence, list[int]] = {}
         self.replica_at_first: dict[Sequence, int] = {}
+        self.replica_of = {id(state): number for number, state in enumerate(self.states)}
         self.idle_steps = 0  # of replicas, while others computed
 
     def new(self, *, hand_over: bool = False) -> Sequence:
@@ -50,11 +52,14 @@ class Simulation:
         ticket = Ticket(f"r{len(self.made)}", 0, 1)
         return Sequence(ticket, prompt, len(prompt), params, hand_over=hand_over)
 
+    def at(self, sequence: Sequence) -> int:
+        return self.replica_of[id(sequence.state)]
+
     def met(self, sequence: Sequence) -> None:
         self.made.append(sequence)
         self.got[sequence] = []
-        self.replica_at_first[sequence] = sequence.state
-        self.runners[sequence.state].meet(sequence)
+        self.replica_at_first[sequence] = self.at(sequence)
+        self.runners[self.at(sequence)].meet(sequence)
 
     def add(self) -> None:
         self._try(self.new(), lambda sequence: self.replicas.add(sequence, 0.0))
@@ -62,13 +67,13 @@ class Simulation:
     def hand_over(self) -> None:
         sequence = self.new(hand_over=True)
         if self._try(sequence, lambda sequence: self.replicas.add(sequence, 0.0)):
-            assert sequence.state == replica_of(sequence.ticket, len(self.states))
+            assert self.at(sequence) == replica_of(sequence.ticket, len(self.states))
             self.handed_over.append(sequence)
 
     def reserve(self) -> None:
         sequence = self.new()
         if self._try(sequence, self.replicas.reserve):
-            assert sequence.state == replica_of(sequence.ticket, len(self.states))
+            assert self.at(sequence) == replica_of(sequence.ticket, len(self.states))
             self.reserved.append(sequence)
 
     def _try(self, sequence: Sequence, verb: Callable[[Sequence], object]) -> bool:
@@ -83,7 +88,7 @@ class Simulation:
         if self.reserved:
             sequence = self.reserved.pop(self.rng.randrange(len(self.reserved)))
             for at, content in enumerate(contents(sequence.token_ids)):
-                self.runners[sequence.state].memory[sequence.blocks[at // SIZE], at % SIZE] = content
+                self.runners[self.at(sequence)].memory[sequence.blocks[at // SIZE], at % SIZE] = content
             self.got[sequence].append(next_token(sequence.token_ids))
             self.replicas.join(sequence, self.got[sequence][0])
 
@@ -129,7 +134,7 @@ class Simulation:
         load = self.replicas.load()
         assert (load.blocks_free, load.running, load.waiting) == (load.blocks_total, 0, 0)
         for sequence in self.made:
-            assert sequence.state == self.replica_at_first[sequence]
+            assert self.at(sequence) == self.replica_at_first[sequence]
             if sequence not in self.aborted:
                 assert self.got[sequence] == self.expected(sequence), sequence.ticket
 
@@ -168,7 +173,7 @@ def test_a_request_that_is_not_handed_over_goes_where_fewest_are():
     assert count > 1
     for _ in range(3 * count):
         simulation.add()
-    assert set(Counter(sequence.state for sequence in simulation.made).values()) == {3}
+    assert set(Counter(map(simulation.at, simulation.made)).values()) == {3}
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4, 7])
@@ -208,18 +213,20 @@ def test_no_plan_is_in_flight_where_no_replica_has_a_piece():
 def test_a_lost_replica_ends_what_it_has_and_comes_back_empty():
     simulation = Simulation(1)
     spec = RoleSpec(kv=KvSpec(blocks=20, block_size=SIZE), scheduler=SchedulerSpec(max_running=4, max_waiting=4))
-    replicas = Replicas(2, lambda: EngineState(spec, 90, (), 2, lambda: None))
+    states = [EngineState(spec, 90, (), 2, lambda: None) for _ in range(3)]
+    replicas = Replicas(2, iter(states).__next__)
     made = [simulation.new() for _ in range(6)]
     for sequence in made[:4]:
         replicas.add(sequence, 0.0)
-    lost = [sequence for sequence in made[:4] if sequence.state == 1]
+    lost = [sequence for sequence in made[:4] if sequence.state is states[1]]
     plan = replicas.plan(0.0)
     replicas.lose(1)
+    assert (replicas.load().blocks_total, replicas.load().ranks_lost) == (20, 1)
     assert [item.sequence for item in replicas.evicted()] == lost
     assert replicas.evicted() == []
     for sequence in made[4:]:
         replicas.add(sequence, 0.0)
-        assert sequence.state == 0
+        assert sequence.state is states[0]
     tokens = [PieceResult((TokenEvent(1),)) for _ in plan.replicas[0].pieces]
     faults = [PieceResult(fault=WorkerDrained("gone")) for _ in plan.replicas[1].pieces]
     report = replicas.commit([*tokens, *faults])
@@ -227,10 +234,26 @@ def test_a_lost_replica_ends_what_it_has_and_comes_back_empty():
     replicas.restore(1)
     back = simulation.new()
     replicas.add(back, 0.0)
-    assert back.state == 2  # its memory is new: nothing of what its blocks held is found
+    assert back.state is states[2]  # its memory is new: nothing of what its blocks held is found
     replicas.check_integrity()
     load = replicas.load()
-    assert load.blocks_total == 40
+    assert (load.blocks_total, load.ranks_lost) == (40, 0)
+
+
+def test_what_a_lost_replica_had_is_told_also_once_it_is_back():
+    simulation = Simulation(1)
+    spec = RoleSpec(kv=KvSpec(blocks=20, block_size=SIZE))
+    replicas = Replicas(2, lambda: EngineState(spec, 90, (), 2, lambda: None))
+    made = [simulation.new() for _ in range(2)]
+    for sequence in made:
+        replicas.add(sequence, 0.0)
+    replicas.lose(1)
+    replicas.restore(1)
+    assert [item.sequence for item in replicas.evicted()] == made[1:]
+    assert replicas.evicted() == []
+    old = weakref.ref(made.pop().state)
+    del sequence, simulation
+    assert old() is None  # many comebacks leave nothing behind
 
 
 @pytest.mark.parametrize("attempt", range(4))

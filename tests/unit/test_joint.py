@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tercet.core import Ticket
 from tercet.distributed.place import Place
+from tercet.engine.replicas import replica_of
 from tercet.errors import PeerDown, PeerUnreachable, TercetError, WorkerDrained, WorkerLost
 from tercet.roles.facts_wire import error_of, packed_fact
 from tercet.roles.joint import JointReceiver, JointSender
@@ -30,6 +31,7 @@ from tercet.transfer.protocol.facts import (
     SendFailed,
 )
 from tercet.transfer.transports.contract import Endpoint
+from tercet.transfer.transports.group_endpoint import GroupEndpoint
 from tests.fakes.ranks import FakeMover, FakeTalk
 
 TICKET, OTHER = Ticket("r0", 0, 3), Ticket("r1", 2, 3)
@@ -309,3 +311,31 @@ async def test_blocks_of_a_lost_rank_are_quiet():
     assert [type(event) for event in made.heard] == [ReceiveFailed, Quiesced]
     made.joint.lose(1, PeerDown("again"))
     assert len(made.heard) == 2
+
+
+def of_replicas(*ranks: str) -> str:
+    return json.dumps([1, 1, len(ranks), ranks])
+
+
+async def test_nothing_goes_to_a_replica_whose_rank_is_lost():
+    """Neither is it dialled; the next attempt at a request gets another one."""
+    made, here = Sending(1), endpoint(1)
+    first = Ticket("r", 0, 3)._replace(attempt=replica_of(Ticket("r", 0, 3), 2))  # goes to replica 0
+    degraded = of_replicas(here, "")
+    assert made.joint.open(first, degraded, 100, time.monotonic() + 5) == "shm"
+    made.joint.connect(degraded)
+    assert [told[0] for told in made.own.told] == ["open", "connect"]
+    with pytest.raises(WorkerDrained, match="replica 1 of decode-0/0 is lost"):
+        made.joint.open(first._replace(attempt=first.attempt + 1), degraded, 100, time.monotonic() + 5)
+    assert len(made.own.told) == 2
+    assert made.joint.open(first._replace(attempt=first.attempt + 1), of_replicas(here, here), 100, 9e9) == "shm"
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "data"), [(1, 1, 3), (2, 1, 2), (2, 3, 2), (1, 2, 1)])
+def test_a_replica_stands_while_all_its_ranks_do(tensor, pipeline, data):
+    each = Endpoint("decode-0", 3, "host", "unix", "tcp", ["shm"]).encode()
+    for lost in range(tensor * pipeline * data):
+        ranks = tuple("" if rank == lost else each for rank in range(tensor * pipeline * data))
+        group = GroupEndpoint.decode(GroupEndpoint(tensor, pipeline, data, ranks).encode())
+        own = Place(lost, tensor, pipeline, data).data_rank
+        assert [group.stands(replica) for replica in range(data)] == [replica != own for replica in range(data)]

@@ -63,10 +63,12 @@ class HttpApi:
         return entry | {"max_model_len": model.max_context}
 
     async def _health(self, request: web.Request) -> web.Response:
-        """200 while every role has a live worker and new requests are taken."""
+        """200 while every role has a live worker and new requests are taken. It says which workers lack ranks."""
         missing = ", ".join(self._backend.missing_roles())
         fault = self._readiness.closed or (f"no live worker of role {missing}" if missing else "")
-        return _state(not fault, fault)
+        lost = [(worker_id, load.ranks_lost) for worker_id, load in sorted(self._backend.loads().items())]
+        degraded = ", ".join(f"{worker_id} goes on without {count} of its ranks" for worker_id, count in lost if count)
+        return _state(not fault, fault, degraded)
 
     async def _ready(self, request: web.Request) -> web.Response:
         """200 once a real request has passed through a live pair, and while one such pair lives."""
@@ -76,7 +78,7 @@ class HttpApi:
         return web.Response(body=self._frontend.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _state(good: bool, reason: str) -> web.Response:
+def _state(good: bool, reason: str, degraded: str = "") -> web.Response:
     if good:
-        return web.json_response({"status": "ok"})
+        return web.json_response({"status": "degraded", "reason": degraded} if degraded else {"status": "ok"})
     return web.json_response({"status": "unavailable", "reason": reason}, status=503)

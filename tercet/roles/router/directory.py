@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tercet.core import Load, PairState, Role, WorkerInfo
 
@@ -44,9 +44,13 @@ class Directory:
     def replace(self, workers: Iterable[WorkerInfo]) -> list[WorkerView]:
         """Make `workers` the live set. -> those that are new."""
         wanted = {info.worker_id: info for info in workers}
-        gone = [view for view in self.views.values() if wanted.get(view.info.worker_id) != view.info]
-        for view in gone:
-            del self.views[view.info.worker_id]
+        gone = []
+        for worker_id, view in [*self.views.items()]:
+            info = wanted.get(worker_id)
+            if info is not None and replace(info, transfer_endpoint=view.info.transfer_endpoint) == view.info:
+                view.info = info  # a rank of it may be reached elsewhere
+            else:
+                gone.append(self.views.pop(worker_id))
         self._leaving += gone
         new = [WorkerView(info) for worker_id, info in wanted.items() if worker_id not in self.views]
         self.views |= {view.info.worker_id: view for view in new}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,8 @@ class GroupEndpoint:
     tensor: int  # ranks that share a layer's heads
     pipeline: int  # stages
     data: int  # replicas of each stage, with KV of their own
-    ranks: tuple[str, ...]  # an encoded Endpoint each; rank = (stage * data + replica) * tensor + tensor rank
+    # An encoded Endpoint each, empty for one that is lost; rank = (stage * data + replica) * tensor + tensor rank.
+    ranks: tuple[str, ...]
 
     def encode(self) -> str:
         return (
@@ -44,11 +46,19 @@ class GroupEndpoint:
     def meeting(self, src: KvLayout, replica: int) -> list[str]:
         """The endpoints of those ranks of a replica that need layers or heads from the rank of this layout."""
         return [
-            self.ranks[(stage * self.data + replica) * self.tensor + rank]
-            for stage in range(self.pipeline)
-            for rank in range(self.tensor)
+            self.ranks[number]
+            for number, (stage, rank) in self._of(replica).items()
             if meets(src, _at(src, stage, self.pipeline, rank, self.tensor))
         ]
+
+    def stands(self, replica: int) -> bool:
+        """Whether none of its ranks is lost."""
+        return all(self.ranks[number] for number in self._of(replica))
+
+    def _of(self, replica: int) -> dict[int, tuple[int, int]]:
+        """Its ranks -> stage, and rank there."""
+        places = itertools.product(range(self.pipeline), range(self.tensor))
+        return {(stage * self.data + replica) * self.tensor + rank: (stage, rank) for stage, rank in places}
 
 
 def meets(src: KvLayout, dst: KvLayout) -> bool:
