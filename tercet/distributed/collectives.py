@@ -46,29 +46,17 @@ class Collectives(ABC):
         self.rank, self.size = rank, size
         self.traffic = Traffic()
 
+    @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
         """-> the sum over the ranks, with the same bits everywhere; x, of one shape everywhere, may be overwritten. It
         is added up in float32."""
-        return x if self.size == 1 else self._counted(self._all_reduce, x)
 
+    @abstractmethod
     def gather(self, x: Tensor) -> Tensor | None:
         """x of one shape everywhere, [R, n] -> [ranks, R, n] at rank 0, None elsewhere."""
-        return x.unsqueeze(0) if self.size == 1 else self._counted(self._gather, x)
-
-    @abstractmethod
-    def _all_reduce(self, x: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def _gather(self, x: Tensor) -> Tensor | None: ...
 
     def stop(self) -> None:  # noqa: B027  # what ends with the process's connections needs none
         """End what any rank of this host waits for. Any thread."""
-
-    def _counted(self, operation: Callable[[Tensor], Result], x: Tensor) -> Result:
-        began = time.monotonic()
-        result = operation(x)
-        self.traffic.add(x.nbytes, began)
-        return result
 
 
 class Alone(Collectives):
@@ -77,14 +65,34 @@ class Alone(Collectives):
     def __init__(self) -> None:
         super().__init__(0, 1)
 
-    def _all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
-    def _gather(self, x: Tensor) -> Tensor | None:
+    def gather(self, x: Tensor) -> Tensor | None:
         return x.unsqueeze(0)
 
 
-class TorchCollectives(Collectives):
+class _Counted(Collectives):
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._counted(self._all_reduce, x)
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        return self._counted(self._gather, x)
+
+    @abstractmethod
+    def _all_reduce(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _gather(self, x: Tensor) -> Tensor | None: ...
+
+    def _counted(self, operation: Callable[[Tensor], Result], x: Tensor) -> Result:
+        began = time.monotonic()
+        result = operation(x)
+        self.traffic.add(x.nbytes, began)
+        return result
+
+
+class TorchCollectives(_Counted):
     """By torch.distributed: gloo, nccl or hccl, as the device says."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -110,7 +118,7 @@ def waited(work: dist.Work) -> None:
         raise WorkerLost(f"a rank of the group is gone: {str(error).partition('This is')[0][:300]}") from error
 
 
-class HostCollectives(Collectives):
+class HostCollectives(_Counted):
     """Through memory that the ranks of one host share."""
 
     def __init__(self, communicator: NativeCommunicator, rank: int, size: int) -> None:
