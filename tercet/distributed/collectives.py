@@ -9,12 +9,15 @@ for the time limit of a collective, since whoever notices a death calls `stop`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,6 +25,7 @@ from tercet.errors import WorkerLost
 from tercet.kernels.native.communicator import CommunicatorError, NativeCommunicator
 
 Result = TypeVar("Result")
+NEVER_SENT = 1  # a tag
 
 
 @dataclass
@@ -55,8 +59,11 @@ class Collectives(ABC):
     def gather(self, x: Tensor) -> Tensor | None:
         """x of one shape everywhere, [R, n] -> [ranks, R, n] at rank 0, None elsewhere."""
 
-    def stop(self) -> None:  # noqa: B027  # what ends with the process's connections needs none
-        """End what any rank of this host waits for. Any thread."""
+    def stop(self) -> None:  # noqa: B027  # one that is alone waits for nobody
+        """End what this rank waits for. Any thread."""
+
+    def close(self) -> None:  # noqa: B027  # nor does it hold anything
+        """Once nothing runs: let go of what leads to the other ranks."""
 
 
 class Alone(Collectives):
@@ -109,6 +116,21 @@ class TorchCollectives(_Counted):
         waited(self._group.allgather([list(parts)], [x.contiguous()]))
         return parts if self.rank == 0 else None
 
+    def stop(self) -> None:
+        break_off(self._group)
+
+    def close(self) -> None:
+        del self._group  # it ends here, with its sockets and threads
+
+
+def break_off(group: dist.ProcessGroup) -> None:
+    """Whoever waits in it gets WorkerLost. Any thread. gloo has no call for this, but lets every wait of a group fail
+    once one has run out of time. What waits on a GPU ends with the process."""
+    if isinstance(group, dist.ProcessGroupGloo):
+        other = (group.rank() + 1) % group.size()
+        with contextlib.suppress(RuntimeError):
+            group.recv([torch.empty(1)], other, NEVER_SENT).wait(timedelta(milliseconds=1))
+
 
 def waited(work: dist.Work) -> None:
     """Raises WorkerLost if a rank is gone."""
@@ -136,6 +158,9 @@ class HostCollectives(_Counted):
 
     def stop(self) -> None:
         self._communicator.stop()
+
+    def close(self) -> None:
+        del self._communicator  # the memory ends here
 
     @staticmethod
     def _run(operation: Callable[[Tensor], Result], x: Tensor) -> Result:

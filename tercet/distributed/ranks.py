@@ -20,6 +20,8 @@ class Ranks:
     def stop(self) -> None:
         """Nobody waits for another rank any more. Any thread."""
         self.tensor.stop()
+        if self.stages is not None:
+            self.stages.stop()
         if self.spread is not None:
             self.spread.cut_all()
 
@@ -31,6 +33,9 @@ class Ranks:
         return {kind: part.traffic for kind, part in parts.items() if part is not None}
 
     def close(self) -> None:
-        """Once no step runs: the exchange ends, and with it those of the other ranks."""
+        """Once no step runs: what leads to the other ranks ends, and with the exchange those of the other ranks."""
+        self.tensor.close()
+        if self.stages is not None:
+            self.stages.close()
         if self.spread is not None:
             self.spread.exchange.close()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tercet.distributed.collectives import Traffic, waited
+from tercet.distributed.collectives import Traffic, break_off, waited
 from tercet.distributed.place import Place
 
 TAG = 0
@@ -47,3 +47,12 @@ class Stages:
             waited(self._sent.popleft()[0])
             if not self._sent:
                 return
+
+    def stop(self) -> None:
+        """End what this rank waits for. Any thread."""
+        break_off(self._group)
+
+    def close(self) -> None:
+        """Once nothing runs: let go of the group, with its sockets and threads."""
+        self._sent.clear()
+        del self._group

@@ -186,6 +186,8 @@ class Group:
         """After `close`, once no step runs."""
         if self._ranks is not None:
             self._ranks.close()
+            self._ranks = None
+            del self._store
 
     # ---- what ranks tell
 

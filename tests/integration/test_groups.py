@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import itertools
 import math
 import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +129,32 @@ async def test_kv_is_handed_over_between_groups_of_all_shapes(kv_heads):
     for number, (prefill, decode) in enumerate(itertools.product(possible, possible)):
         transport, kernels = ("shm", "tcp")[number % 2], ("native", "torch")[number // 2 % 2]
         await assert_handed_over(prefill, decode, kernels, kv_heads, transfer__transport=transport)
+
+
+@pytest.fixture
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def sockets() -> int:
+    return sum(fd.is_socket() for fd in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.usefixtures("_no_garbage_collection")
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+async def test_a_group_that_has_stopped_holds_no_socket(shape):
+    """Those of torch's process groups lay about until a collection of garbage, which ends a thread for each."""
+    before, deadline = sockets(), time.monotonic() + 10
+    async with groups(aggregated(shape, "torch")) as made:
+        await made.generate(PROMPTS[0])
+        assert sockets() > before
+    del made
+    while sockets() > before and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert sockets() == before
 
 
 async def test_ranks_in_processes_of_their_own():
