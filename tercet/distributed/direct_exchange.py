@@ -78,9 +78,16 @@ class DirectExchange:
         self.join([rank for rank in endpoints if rank > self.rank])
 
     def join(self, ranks: Sequence[int]) -> None:
-        """Wait until these ranks have linked up with this one. Raises RankLost as `connect`."""
+        """Wait until these ranks have linked up with this one. Raises RankLost as `connect`, and for one that is cut
+        meanwhile, once the others are there."""
+        lost: RankLost | None = None
         for rank in sorted(ranks):
-            self._add(self._meeting.arrival(rank, self._timeout_s))
+            try:
+                self._add(self._meeting.arrival(rank, self._timeout_s))
+            except RankLost as error:
+                lost = error
+        if lost is not None:
+            raise lost
 
     def rejoin(self, rank: int, endpoint: str) -> None:
         """Link up with a rank that is in `connect` or `join`. Raises RankLost if it cannot be reached, PeerMismatch if
@@ -97,6 +104,7 @@ class DirectExchange:
         """From any thread: whoever waits for this rank gets RankLost."""
         if (link := self._links.get(rank)) is not None:
             link.cut()
+        self._meeting.give_up(rank)
 
     def resume(self, attempt: int, number: int) -> None:
         """Go on with exchange `number`, after a loss or with a new rank, at all ranks alike."""

@@ -41,6 +41,7 @@ class Meeting:
         self.group, self.rank = group, rank
         self._changed = threading.Condition()
         self._arrived: dict[int, Link] = {}  # rank -> link that no one has asked for yet
+        self._given_up: set[int] = set()  # ranks that nobody waits for
         self._host_id = host_id()
         config = MoverConfig(str(rank), group.name, group.token, HANDSHAKE_S, HANDSHAKE_S, integrity=False)
         self._acceptor = Acceptor(config, self._serve)
@@ -64,11 +65,19 @@ class Meeting:
         return Link(rank, channel)
 
     def arrival(self, rank: int, timeout_s: float) -> Link:
-        """The link on which this rank has dialled. Raises RankLost if it does not in time."""
+        """The link on which this rank has dialled. Raises RankLost if it does not in time, or is given up."""
         with self._changed:
-            if not self._changed.wait_for(lambda: rank in self._arrived, timeout_s):
+            if not self._changed.wait_for(lambda: rank in self._arrived or rank in self._given_up, timeout_s):
                 raise RankLost(f"rank {rank} did not link up with rank {self.rank} within {timeout_s:g} s", rank)
+            if rank in self._given_up:
+                raise RankLost(f"rank {rank} is lost, and was to link up with rank {self.rank}", rank)
             return self._arrived.pop(rank)
+
+    def give_up(self, rank: int) -> None:
+        """Nobody waits for it, until it dials again."""
+        with self._changed:
+            self._given_up.add(rank)
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """Accept no more links. Those that stand are their owners'."""
@@ -115,6 +124,7 @@ class Meeting:
             if rank in self._arrived:
                 self._arrived[rank].close()
             self._arrived[rank] = link
+            self._given_up.discard(rank)
             self._changed.notify_all()
         link.ended.wait()
 

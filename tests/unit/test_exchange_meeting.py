@@ -104,6 +104,26 @@ def test_a_rank_that_is_not_there_is_lost(meetings):
         first.dial(0, "nonsense")
 
 
+def test_who_waits_for_a_rank_that_is_lost_is_told_and_has_the_others(meetings):
+    """At once, whether it is lost before the wait or meanwhile."""
+    exchange, other = DirectExchange(meetings(rank=0), 60.0), meetings(rank=2)
+    with ThreadPoolExecutor() as pool:
+        joining = pool.submit(exchange.join, [1, 2])
+        link = other.dial(0, exchange._meeting.endpoint)
+        exchange.cut(1)
+        with pytest.raises(RankLost, match="rank 1 is lost") as caught:
+            joining.result(20)
+    assert (caught.value.rank, exchange.active) == (1, (True, False, True))
+    with pytest.raises(RankLost, match="rank 1 is lost"):
+        exchange.join([1])
+    again = meetings(rank=1).dial(0, exchange._meeting.endpoint)
+    exchange.join([1])
+    assert exchange.active == (True, True, True)
+    exchange.close()
+    link.close()
+    again.close()
+
+
 def test_a_newer_link_of_a_rank_takes_the_place_of_one_that_nobody_took(meetings):
     listening = meetings()
     links = [meetings(rank=1).dial(0, listening.endpoint) for _ in range(2)]
