@@ -184,7 +184,11 @@ class Rendezvous:
         for fd in listeners:
             poll.register(fd, select.POLLIN)
         for fd, _ in poll.poll(LOOK_EVERY_S * 1000):
-            sock, _ = listeners[fd].accept()
+            try:
+                sock, _ = listeners[fd].accept()
+            except OSError:  # for now there is no descriptor left
+                time.sleep(LOOK_EVERY_S)
+                continue
             thread = threading.Thread(target=self._greet, args=(Line(sock, -1), sock), name="rank-greet", daemon=True)
             self._greeting.append(thread)
             thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -149,6 +150,20 @@ def test_waiting_ends_when_the_worker_closes(met):
     met.closing = True
     with pytest.raises(WorkerLost, match=r"ranks \[1\]"):
         waiting.result(1)
+
+
+def test_rank_0_that_has_no_descriptor_left_waits_for_one(met, monkeypatch):
+    refusals, accept = [OSError(errno.EMFILE, "Too many open files")] * 3, socket.socket.accept
+
+    def accepts(listener: socket.socket) -> tuple[socket.socket, object]:
+        if refusals:
+            raise refusals.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", accepts)
+    waiting = met.waits(1)
+    dispose(met.joins(1).result(5), *waiting.result(5).values())
+    assert not refusals
 
 
 def test_strangers_that_say_nothing_or_too_little_hold_nobody_up(met):
