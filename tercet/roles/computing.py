@@ -45,6 +45,7 @@ from tercet.transfer.transports.contract import MoverConfig, Transport
 from tercet.transfer.transports.group_endpoint import GroupEndpoint, meets
 from tercet.transfer.transports.table import usable
 
+STOP_S = 5.0  # for the last step to end
 STUCK_S = 60.0  # a step that runs longer than any step should: the worker is unhealthy
 
 
@@ -158,7 +159,7 @@ class Computing(Part):
 
     async def stop(self) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self._thread.join, 5.0)
+        await loop.run_in_executor(None, self._thread.join, STOP_S)
         if self._group is not None:
             await loop.run_in_executor(None, self._group.close)
             self._group.leave()

@@ -7,6 +7,7 @@ with it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -86,14 +87,17 @@ class Group:
         """Waits for every rank. Raises WorkerLost."""
         deadline = time.monotonic() + self._who.spec.ray.start_timeout_s
         lines = self._rendezvous.joined(range(1, self.place.ranks), deadline, lambda: self._closing)
-        with disposed_on_error(lines.values()):
+        with disposed_on_error(lines.values()), contextlib.ExitStack() as on_error:
             setup = setup_of(self._who, 0, kernels.device)
             venue = self._venue = self._venue_of(setup, lines, kernels)
             memory = shared_memory(self.place, venue)
+            if memory is not None:
+                on_error.callback(os.close, memory)
             for rank, line in sorted(lines.items()):
                 line.send("setup", *astuple(venue), memory is not None)
                 if memory is not None and rank in venue.together:
                     line.send_fd(memory)
+            on_error.pop_all()
         self.talks = {rank: self._talk(line) for rank, line in sorted(lines.items())}
         self._ranks = setup.ranks(venue, memory)
         return self._ranks
@@ -243,15 +247,22 @@ class Group:
     def _lost(self, error: WorkerLost, rank: int | None = None) -> None:
         """rank: None: it is not known who is to blame."""
         with self._changed:
-            if self._closing or self.broken is not None:
+            if self.broken is not None:
+                return
+            if self._closing:
+                self._break_off(error)
                 return
             if rank is not None and self.losses is not None and self._goes_on_without(rank, error):
                 return
             self.broken = WorkerLost(f"{self._who.worker_id}: {error}")
             self._changed.notify_all()
         log.error("%s", self.broken)
+        self._on_broken(self.broken)  # before the engine ends: legs hear of the cause
+        self._break_off(self.broken)
+
+    def _break_off(self, error: WorkerLost) -> None:
+        """Nobody here waits for another rank any more."""
         if self._ranks is not None:
             self._ranks.stop()
         if self.executor is not None:
-            self.executor.fail(self.broken)
-        self._on_broken(self.broken)
+            self.executor.fail(error)

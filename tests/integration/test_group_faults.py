@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tercet.core import Role
 from tercet.distributed.line import Line, Rendezvous, join
+from tercet.engine.runner import Runner
 from tercet.errors import PeerMismatch, TercetError, WorkerLost
-from tercet.roles import group, rank
+from tercet.roles import computing, group, rank
 from tercet.roles.rank import Rank
 from tercet.roles.worker import Worker
 from tercet.spec import ClusterSpec
@@ -24,9 +27,9 @@ from tests.helpers import TOKEN
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-@pytest.fixture(autouse=True)
-def _short_collectives(monkeypatch):
-    """A sum by gloo ends with a process, or after its time limit; here all ranks share a process, which lives on."""
+@pytest.fixture
+def _short_meetings(monkeypatch):
+    """A meeting by gloo ends with a process, or after its time limit; here all ranks share a process, which lives on."""
     monkeypatch.setattr(group, "COLLECTIVE_S", 2.0)
 
 
@@ -38,9 +41,6 @@ async def broken(spec: ClusterSpec, kind: type[Groups] = Groups) -> AsyncIterato
         yield made
     finally:
         await made.stop()
-        for thread in threading.enumerate():
-            if thread.name == "rank-steps":  # inside a library it would not survive the end of this process
-                thread.join(5)
 
 
 async def assert_ends(made: Groups, match: str) -> None:
@@ -121,6 +121,7 @@ async def test_other_weights_at_a_rank_are_refused_at_the_start():
     await made.router.close()
 
 
+@pytest.mark.usefixtures("_short_meetings")
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
 async def test_a_rank_that_dies_while_the_group_starts_ends_the_start(shape):
     spec = aggregated(shape)
@@ -175,6 +176,76 @@ async def test_a_rank_that_cannot_set_up_lets_rank_0_go(monkeypatch):
     meeting.close()
 
 
+@contextlib.contextmanager
+def held(steps: Runner, monkeypatch) -> Iterator[threading.Event]:
+    """What this runner launches waits until the end. -> set once it does."""
+    waits, end, launch = threading.Event(), threading.Event(), steps.launch
+
+    def hold(plan):
+        waits.set()
+        end.wait()
+        return launch(plan)
+
+    monkeypatch.setattr(steps, "launch", hold)
+    yield waits
+    end.set()
+
+
+@pytest.mark.parametrize(("shape", "kernels"), [((2, 1), "native"), ((2, 1), "torch"), ((1, 2), "torch")])
+async def test_rank_0_stops_though_a_rank_dies_that_its_step_waits_for(shape, kernels, monkeypatch):
+    monkeypatch.setattr(computing, "STOP_S", 60.0)
+    async with broken(aggregated(shape, kernels, limits__retries=0)) as made:
+        await made.start()
+        other, worker = made.members[0], made.workers["aggregated-0"]
+        with held(other._runner, monkeypatch) as waits:
+            asking = asyncio.create_task(made.generate([1, 2, 3], max_tokens=4))
+            await asyncio.to_thread(waits.wait)
+            stopping = asyncio.create_task(worker.stop())
+            while not worker._group._closing:
+                await asyncio.sleep(0.01)
+            other._stopped.set()
+            other._talk.close()
+            async with asyncio.timeout(20):
+                await stopping
+        await asyncio.gather(asking, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("shape", "kernels"), [((2, 1), "native"), ((2, 1), "torch"), ((1, 2), "torch")])
+async def test_a_rank_stops_though_its_step_waits_for_rank_0(shape, kernels, monkeypatch):
+    monkeypatch.setattr(rank, "STOP_S", 60.0)
+    async with broken(aggregated(shape, kernels, limits__retries=0)) as made:
+        await made.start()
+        with held(made.workers["aggregated-0"].engine._executor._runner, monkeypatch) as waits:
+            asking = asyncio.create_task(made.generate([1, 2, 3], max_tokens=4))
+            await asyncio.to_thread(waits.wait)
+            async with asyncio.timeout(20):
+                await made.members.pop().stop()
+        await asyncio.gather(asking, return_exceptions=True)
+
+
+def shared() -> int:
+    """Descriptors of memory for ranks."""
+    return sum("tercet-ranks" in os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink())
+
+
+async def test_a_start_that_fails_holds_no_memory_for_ranks(monkeypatch):
+    def gone(*_):
+        raise WorkerLost("rank 1 of the group is gone")
+
+    monkeypatch.setattr(Line, "send_fd", gone)
+    worker, before = Worker("aggregated-0", Role.AGGREGATED, 1, aggregated((2, 1)), "127.0.0.1", TOKEN), shared()
+    endpoint = await worker.listen()
+    starting = asyncio.create_task(worker.start())
+    line = await asyncio.to_thread(join, endpoint, 1, TOKEN, 10.0)
+    line.send("here", "")
+    with pytest.raises(WorkerLost, match="rank 1 of the group is gone"):
+        await starting
+    assert shared() == before
+    line.dispose()
+    worker._group.close()
+
+
+@pytest.mark.usefixtures("_short_meetings")
 @pytest.mark.parametrize("at", ["joined", "set up"])
 async def test_rank_0_that_dies_while_the_group_starts_ends_the_start_of_the_others(at):
     ended: list[WorkerLost] = []

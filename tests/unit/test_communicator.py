@@ -10,6 +10,8 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as done
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 from tercet.distributed.collectives import Alone, Collectives, HostCollectives, TorchCollectives
+from tercet.distributed.place import Place
 from tercet.distributed.setup import new_store
+from tercet.distributed.stages import Stages
 from tercet.errors import WorkerLost
 from tercet.kernels.native.communicator import CAPACITY, SPINS, NativeCommunicator, communicator_bytes
 
@@ -246,6 +250,27 @@ def test_a_rank_that_dies_ends_a_sum_by_gloo_at_once():
         os.kill(started[1][0].pid, signal.SIGKILL)
         assert "a rank of the group is gone" in str(told(started[0][1]))
         assert told(started[0][1]) - began < 1.0
+
+
+@pytest.mark.parametrize("waits", ["to sum", "to receive"])
+def test_stop_wakes_who_waits_by_gloo(waits):
+    """For a rank that is there, but does not come."""
+    store = new_store("127.0.0.1")
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda rank: gloo(store, rank, 2), range(2)))
+        stages = Stages(Place(1, pipeline=2), made[1]._group)
+        waiting = {
+            "to sum": (made[1], lambda: made[1].all_reduce(torch.ones(1))),
+            "to receive": (stages, lambda: stages.receive(1, 4, torch.float32, torch.device("cpu"))),
+        }
+        who, wait = waiting[waits]
+        stuck = pool.submit(wait)
+        assert not done([stuck], timeout=0.2).done
+        who.stop()
+        with pytest.raises(WorkerLost, match="a rank of the group is gone"):
+            stuck.result(10)
+        who.stop()  # again
+        who.close()
 
 
 def test_alone_there_is_nothing_to_add():
