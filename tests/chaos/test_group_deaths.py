@@ -4,6 +4,7 @@ other group or in a named error, the group ends as one, and the other groups lea
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -205,3 +206,14 @@ async def test_ranks_die_and_requests_live(made, answered):
     last = Asking(made, prompts[60:])
     assert [(await task)[0] for task in last.tasks.values()] == [answered[prompt] for prompt in prompts[60:]]
     await made.all_free()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_rank_dies_in_every_phase(made, answered, role, rank):
+    prompts = list(answered)
+    deaths = itertools.product((signal.SIGKILL, signal.SIGSTOP), ("computing", "writing", "decoding"))
+    for at, (number, phase) in enumerate(deaths):
+        await dies(made, answered, prompts[4 * at : 4 * at + 4], role, rank, number, phase)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 
 @pytest.fixture
 def _short_meetings(monkeypatch):
-    """A meeting by gloo ends with a process, or after its time limit; here all ranks share a process, which lives on."""
+    """A meeting by gloo ends with a process, or after its time limit; here a process is that of all ranks."""
     monkeypatch.setattr(group, "COLLECTIVE_S", 2.0)
 
 
