@@ -55,8 +55,8 @@ class Talk:
         nothing raised."""
         try:
             self._line.send(kind, *fields)
-        except WorkerLost as error:
-            self._end(error)
+        except WorkerLost:
+            self._line.close()  # the reading thread hears of the end behind what came before, which may be "stop"
 
     def ask(self, kind: str, *fields: Any, timeout_s: float) -> Any:
         """-> the answer. Raises what the handler raises, WorkerLost if the other end is gone or does not answer."""

@@ -113,6 +113,7 @@ async def test_kv_is_handed_over_between_groups_of_any_shape(prefill, decode, ke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("kv_heads", [12, 2])
 async def test_every_shape_gives_the_tokens_of_transformers(kernels, kv_heads):

@@ -39,7 +39,12 @@ class End:
         self.over = threading.Event()
         self.resume = threading.Event()  # lets go who asks to "wait"
         self.talk = Talk(Line(sock, rank), self._on_end)
-        told = {"say": self.heard.append, "fail": self._fail, "die": lambda: os._exit(0)}
+        told = {
+            "say": self.heard.append,
+            "fail": self._fail,
+            "hold": lambda: self.resume.wait(10),
+            "die": lambda: os._exit(0),
+        }
         asked = {"double": lambda x: 2 * x, "fail": self._fail, "wait": self._wait, "set": lambda: {1, 2}}
         self.talk.start(told, asked)
 
@@ -214,6 +219,17 @@ def test_a_message_that_is_not_understood_ends_the_talk(raw, data):
 def test_an_answer_to_no_question_is_passed_over(raw):
     raw[1].sendall(framed(msgpack.packb(["answer", 99, 1, None])) + framed(msgpack.packb(["say", 1])))
     until(lambda: raw[0].heard == [1])
+
+
+def test_the_end_is_heard_behind_what_came_before_though_nothing_can_be_told(raw):
+    for message in (["hold"], ["say", 1]):
+        raw[1].sendall(framed(msgpack.packb(message)))
+    raw[1].close()
+    time.sleep(3 * BEAT_S)
+    assert not raw[0].ended
+    raw[0].resume.set()
+    until(lambda: raw[0].heard == [1])
+    raw[0].assert_ended("rank 1 of the group is gone")
 
 
 def test_half_a_message_and_then_nothing_ends_the_talk(raw):
