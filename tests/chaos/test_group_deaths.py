@@ -27,7 +27,7 @@ rng = random.Random(9)
 LONG = 1200  # tokens of a prompt that takes some tenths of a second
 TOKENS = 60
 LEASE = {"transfer__lease_s": 2.0, "transfer__heartbeat_s": 0.5}
-ENDS_S = {signal.SIGKILL: 1.0, signal.SIGSTOP: 4.0}
+ENDS_S = {signal.SIGKILL: 5.0, signal.SIGSTOP: 8.0}  # at once, and after 3 s of silence; generous, for a busy machine
 
 
 class GroupProcesses(Processes):
@@ -170,7 +170,7 @@ async def dies(made: GroupProcesses, answered, prompts, role, rank, number, phas
     await asking.reach(phase)
     victim, began = asking.victim(role), time.monotonic()
     made.signal_rank(victim, rank, number)
-    most = 7.0 if (rank, number) == (0, signal.SIGSTOP) else ENDS_S[number]  # then the router notices its silence
+    most = 11.0 if (rank, number) == (0, signal.SIGSTOP) else ENDS_S[number]  # then the router notices its silence
     if made.spec.limits.retries == 0:
         hurt = [task for task in asking.tasks.values() if not task.done()]
         await asyncio.wait(hurt, timeout=most + 0.5)
