@@ -124,19 +124,18 @@ class GroupActor:
             del self._coming[rank]
 
     async def _stop(self, timeout_s: float) -> None:
-        """Rank 0 first, so that the end of the others is none of its faults. Asks all, also if one does not answer."""
+        """Rank 0 first, so that the end of the others is none of its faults. Asks all that have not ended, also if one
+        does not answer."""
         for coming in self._coming.values():
             coming.cancel()
-        rank_0, *rest = self._calls("stop", timeout_s)
+        there = [rank for rank, end in zip(self._rest, self._ends, strict=True) if not end.done()]
+        rank_0, *rest = (rank.call("stop", timeout_s=timeout_s) for rank in (self._first, *there))
         outcomes = [
             *await asyncio.gather(rank_0, return_exceptions=True),
             *await asyncio.gather(*rest, return_exceptions=True),
         ]
         for failed in (outcome for outcome in outcomes if isinstance(outcome, BaseException)):
             raise failed
-
-    def _calls(self, method: str, timeout_s: float) -> list[Any]:
-        return [rank.call(method, timeout_s=timeout_s) for rank in (self._first, *self._rest)]
 
 
 def _until_end(rank: Running) -> asyncio.Task[Any]:

@@ -42,7 +42,7 @@ def _ports(info: WorkerInfo | GatewayInfo) -> Iterator[Asked]:
         from tercet.transfer.transports.contract import Endpoint  # only now: numpy
         from tercet.transfer.transports.group_endpoint import GroupEndpoint
 
-        for rank in GroupEndpoint.decode(info.transfer_endpoint).ranks:
+        for rank in filter(None, GroupEndpoint.decode(info.transfer_endpoint).ranks):  # none of one that is lost
             for address in Endpoint.decode(rank).tcp:
                 yield "transfer", _tcp, address
 

@@ -36,6 +36,7 @@ class Replicas:
         self._states = [new() for _ in range(count)]  # of each replica; one that comes back has another one
         self._lost: set[int] = set()  # replicas whose rank is out
         self._left: list[EngineState] = []  # of those that came back: they may have sequences to report
+        self._preemptions = 0  # of states that are no more
         self._in_flight: deque[list[tuple[EngineState, int]]] = deque()  # who planned, and how many pieces
 
     def add(self, sequence: Sequence, now: float) -> None:
@@ -44,23 +45,23 @@ class Replicas:
         else:
             loads = {replica: self._states[replica].load() for replica in self._live}
             self._place(sequence, min(loads, key=lambda r: loads[r].running + loads[r].waiting))
-        _of(sequence).add(sequence, now)
+        self._of(sequence).add(sequence, now)
 
     def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
         self._place(sequence, replica_of(sequence.ticket, len(self._states)))
-        return _of(sequence).reserve(sequence)
+        return self._of(sequence).reserve(sequence)
 
     def join(self, sequence: Sequence, first_token: int) -> None:
-        _of(sequence).join(sequence, first_token)
+        self._of(sequence).join(sequence, first_token)
 
     def quarantine(self, sequence: Sequence) -> None:
-        _of(sequence).quarantine(sequence)
+        self._of(sequence).quarantine(sequence)
 
     def release(self, sequence: Sequence, verified: int = 0) -> None:
-        _of(sequence).release(sequence, verified)
+        self._of(sequence).release(sequence, verified)
 
     def see(self, sequence: Sequence, image: int) -> bool:
-        return _of(sequence).see(sequence, image)
+        return self._of(sequence).see(sequence, image)
 
     def evicted(self) -> StepReport:
         left, self._left = self._left, []
@@ -70,18 +71,19 @@ class Replicas:
         return [key for state in self._states for key in state.forgotten()]
 
     def abort(self, sequence: Sequence) -> None:
-        _of(sequence).abort(sequence)
+        self._of(sequence).abort(sequence)
 
     def op_done(self, sequence: Sequence) -> None:
-        _of(sequence).op_done(sequence)
+        self._of(sequence).op_done(sequence)
 
     def finish_after(self, sequence: Sequence, token_id: int) -> tuple[FinishReason, int | None] | None:
-        return _of(sequence).finish_after(sequence, token_id)
+        return self._of(sequence).finish_after(sequence, token_id)
 
     def load(self) -> Load:
         loads = [self._states[replica].load() for replica in self._live]
         total = replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in SUMMED})
-        return replace(total, ranks_lost=len(self._lost))  # a replica that can be lost has one rank
+        preemptions = self._preemptions + sum(state.load().preemptions for state in self._states)
+        return replace(total, preemptions=preemptions, ranks_lost=len(self._lost))  # one that can be lost has one rank
 
     def check_integrity(self) -> None:
         for state in self._states:
@@ -112,6 +114,7 @@ class Replicas:
     def restore(self, replica: int) -> None:
         """Its rank is there again, with empty memory."""
         self._left.append(self._states[replica])
+        self._preemptions += self._states[replica].load().preemptions
         self._states[replica] = self._new()
         self._lost.discard(replica)
 
@@ -125,7 +128,6 @@ class Replicas:
             raise WorkerDrained(f"the rank of replica {replica} is lost")
         sequence.state = self._states[replica]
 
-
-def _of(sequence: Sequence) -> EngineState:
-    assert sequence.state is not None, "it has been added or reserved"
-    return sequence.state
+    def _of(self, sequence: Sequence) -> EngineState:
+        """One that ends before it is added has no state, and holds nothing in any."""
+        return sequence.state or self._states[0]

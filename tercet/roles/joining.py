@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +33,7 @@ class Joining(ABC, Generic[Joint]):
         self._others = {talk.rank: talk for talk in others}
         self._joints: dict[Ticket, Joint] = {}
         self.counts: dict[int, dict[str, int]] = {}  # rank -> name -> messages that it dropped, and the like
+        self._past = Counter[str]()  # what ranks that are lost had counted
 
     def _take_own(self, event: SendEvent | ReceiveEvent) -> None:
         """On a thread of rank 0's mover."""
@@ -56,6 +58,7 @@ class Joining(ABC, Generic[Joint]):
     def lose(self, rank: int, error: TercetError) -> None:
         """The rank is gone with its memory: nothing can be written there any more, nor from there."""
         self._others.pop(rank, None)
+        self._past.update(self.counts.pop(rank, {}))
         for ticket, joint in [*self._joints.items()]:
             if rank in joint.parts:
                 for event in self._ends(ticket, error):
@@ -82,7 +85,7 @@ class Joining(ABC, Generic[Joint]):
         """The facts that are left of a part that is gone."""
 
     def _counted(self, name: str) -> int:
-        return sum(counts.get(name, 0) for counts in self.counts.values())
+        return self._past[name] + sum(counts.get(name, 0) for counts in [*self.counts.values()])
 
     @abstractmethod
     def _is_last(self, event: Any) -> bool: ...

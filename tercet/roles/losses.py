@@ -165,7 +165,7 @@ class Losses:
             self._tell("rejoin", talk.rank, endpoint, self._attempt)
             talk.tell("join", [0, *self._owner.talks], self._attempt)
             self._owner.talks[talk.rank] = talk
+            self._work.put(lambda: self._hooks.back(talk))  # before it can be lost again
             with self._changing:
                 del self.out[talk.rank]
-            self._work.put(lambda: self._hooks.back(talk))  # before it can be lost again
             return endpoint, self._attempt

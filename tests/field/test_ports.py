@@ -15,6 +15,7 @@ from tercet.errors import WorkerLost
 from tercet.roles.gateway.gateway import GatewayInfo
 from tercet.transfer.mover.acceptor import Acceptor
 from tercet.transfer.transports.contract import Endpoint, MoverConfig
+from tercet.transfer.transports.group_endpoint import GroupEndpoint
 from tercet.wire.worker_server import WorkerServer
 from tests.fakes.gateway import running
 from tests.fakes.router import FakeRouter
@@ -64,6 +65,8 @@ async def test_members_that_serve_answer(gateway, worker, acceptor):
     await ask_ports(gateway, 5.0)
     await ask_ports(worker, 5.0)
     await ask_ports(dataclasses.replace(worker, transfer_endpoint=""), 5.0)
+    degraded = GroupEndpoint(1, 1, 2, (worker.transfer_endpoint, "")).encode()  # one rank is lost
+    await ask_ports(dataclasses.replace(worker, transfer_endpoint=degraded), 5.0)
     assert not acceptor.refused()
 
 

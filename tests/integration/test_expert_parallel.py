@@ -13,8 +13,11 @@ import torch
 
 from examples import make_tiny_model
 from examples.make_tiny_model import Family
+from tercet.core import Leg, Outcome, Role, SamplingParams, Ticket
+from tercet.errors import LeaseExpired
 from tercet.spec import ClusterSpec, ParallelSpec
-from tests.helpers import LocalCluster, cluster, next_token, request_of, spec_of
+from tercet.wire.worker_client import WorkerLink
+from tests.helpers import TOKEN, LocalCluster, cluster, next_token, request_of, spec_of
 
 TOKENS = 12
 LENGTHS = (1, 2, 3, 15, 16, 17, 40, 64, 75, 100, 130, 300)
@@ -112,6 +115,30 @@ async def test_sampled_tokens_are_those_of_a_single_process(made, shape):
         for sampling, wanted in zip(SAMPLINGS, expected, strict=True):
             assert await tokens_of(workers, PROMPTS, **sampling) == wanted, sampling
     assert len({str(rows) for rows in expected}) == len(SAMPLINGS)
+
+
+async def test_a_prompt_that_no_decode_worker_takes_ends(made):
+    """The prefill worker alone knows of it, and it has no place in a replica yet."""
+    spec = shaped(made(Family.QWEN3_MOE)[0], (REPLICAS, SINGLE))
+    spec = spec.model_copy(update={"transfer": spec.transfer.model_copy(update={"lease_s": 2.0, "heartbeat_s": 0.5})})
+    ends, up = list[Outcome](), asyncio.Event()
+    async with cluster(spec) as workers:
+        link = WorkerLink(
+            workers.infos["prefill-0"],
+            TOKEN,
+            lambda reports: ends.extend(outcome for _, outcome in reports),
+            lambda load: None,
+            lambda fault: up.set(),
+        )
+        await asyncio.wait_for(up.wait(), 10)
+        peer = workers.infos["decode-0"].transfer_endpoint
+        for number in range(4):  # at both replicas
+            link.start(Leg(Ticket(f"r{number}", 0, 1), Role.PREFILL, (1, 2, 3), 3, SamplingParams(), 30.0, peer=peer))
+        async with asyncio.timeout(15):
+            while len(ends) < 4:
+                await asyncio.sleep(0.02)
+        await link.close()
+    assert {type(end) for end in ends} == {LeaseExpired}
 
 
 @pytest.mark.parametrize("shape", ["replicas", "from replicas to tensor"])

@@ -72,6 +72,7 @@ def test_a_killed_rank_costs_no_request_and_comes_back(machine):
     make(Family("deepseek-v3"), source)
     ranks = "roles.decode.parallelism={data: 2, expert: 2, expert_redundancy: 8}"
     shape = ("roles.decode.replicas=1", "roles.decode.cpus=0.25", "roles.prefill.cpus=0.5", ranks)
+    shape += ("ray.health_deadline_s=3",)  # the rank needs longer to come back: its worker is none the less well
     served = serve(
         machine, "experts", f"model.source={source}", "model.dtype=float32", "model.max_context=1024", *shape
     )

@@ -240,6 +240,28 @@ def test_a_lost_replica_ends_what_it_has_and_comes_back_empty():
     assert (load.blocks_total, load.ranks_lost) == (40, 0)
 
 
+def test_a_request_that_ends_before_it_is_added_holds_nothing():
+    """Its offer was refused, say."""
+    simulation = Simulation(3)
+    sequence = simulation.new(hand_over=True)
+    simulation.replicas.abort(sequence)
+    simulation.replicas.op_done(sequence)
+    assert sequence.over
+    simulation.check()
+
+
+def test_counters_do_not_fall_when_a_replica_is_lost_or_comes_back():
+    spec = RoleSpec(kv=KvSpec(blocks=4, block_size=SIZE))
+    states = [EngineState(spec, 90, (), 2, lambda: None) for _ in range(3)]
+    replicas = Replicas(2, iter(states).__next__)
+    states[1]._scheduler.preemptions = 5
+    found = [replicas.load().preemptions]
+    for verb in (replicas.lose, replicas.restore, replicas.lose):
+        verb(1)
+        found.append(replicas.load().preemptions)
+    assert found == [5, 5, 5, 5]
+
+
 def test_what_a_lost_replica_had_is_told_also_once_it_is_back():
     simulation = Simulation(1)
     spec = RoleSpec(kv=KvSpec(blocks=20, block_size=SIZE))

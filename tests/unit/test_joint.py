@@ -317,6 +317,14 @@ def of_replicas(*ranks: str) -> str:
     return json.dumps([1, 1, len(ranks), ranks])
 
 
+async def test_counts_of_a_lost_rank_are_kept():
+    made = Receiving({0: 1, 1: 1})
+    made.joint.counts[1] = {"corrupt": 5}
+    made.joint.lose(1, PeerDown("rank 1 is lost"))
+    made.joint.counts[1] = {"corrupt": 2}  # its successor begins anew
+    assert made.joint.corrupt() == 1 + 5 + 2
+
+
 async def test_nothing_goes_to_a_replica_whose_rank_is_lost():
     """Neither is it dialled; the next attempt at a request gets another one."""
     made, here = Sending(1), endpoint(1)
