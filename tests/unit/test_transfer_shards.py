@@ -48,6 +48,18 @@ def test_the_first_failure_of_a_destination_cancels_the_others_that_are_not_done
     assert heard(joint, ("b", OpDone(TICKET))) == [OpDone(TICKET)]
 
 
+def test_behind_a_failure_nothing_is_heard_but_the_end():
+    """Other parts may have been granted, or have got the note, before they hear that they are given up."""
+    joint = SendJoint("ab")
+    heard(joint, ("a", Granted(TICKET, 0)), ("a", SendFailed(TICKET, ERROR)))
+    late = Granted(TICKET, 0), SendFailed(TICKET, LATER), OpDone(TICKET)
+    assert heard(joint, *(("b", event) for event in late), ("a", OpDone(TICKET))) == [OpDone(TICKET)]
+    joint = ReceiveJoint("ab")
+    heard(joint, ("a", ReceiveFailed(TICKET, ERROR)), ("a", Quiesced(TICKET, 1)))
+    late = Noted(TICKET, b"x"), Complete(TICKET, 10, 0.1)
+    assert heard(joint, *(("b", event) for event in late)) == [Quiesced(TICKET, 1)]
+
+
 def test_a_group_is_complete_when_every_rank_is():
     joint = ReceiveJoint("ab")
     assert heard(joint, ("b", Noted(TICKET, b"x")), ("a", Noted(TICKET, b"x"))) == [Noted(TICKET, b"x")]

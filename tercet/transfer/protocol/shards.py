@@ -4,7 +4,7 @@
     ReceiveJoint   the parts of one destination, one for each rank, whose receivers lease the same blocks
 
 What all parts must do (grant, release, complete, become quiet) is reported when the last one has; a failure or a note,
-with the first. A failure cancels the other parts.
+with the first. A failure cancels the other parts; behind it nothing is reported but the end.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class SendJoint:
             case Granted(ticket, first_block):
                 self._first_blocks[part] = first_block
                 granted = [first for first in self._first_blocks.values() if first is not None]
-                return [Granted(ticket, min(granted))] if len(granted) == len(self._first_blocks) else []
+                whole = len(granted) == len(self._first_blocks) and not self._failed
+                return [Granted(ticket, min(granted))] if whole else []
             case Released():
                 self._unreleased.discard(part)
                 return [] if self._unreleased else [event]
@@ -71,7 +72,7 @@ class ReceiveJoint:
 
     def take(self, part: Part, event: ReceiveEvent) -> list[ReceiveEvent | Cancel]:
         match event:
-            case Noted() if not self._noted:
+            case Noted() if not self._noted and not self._failed:
                 self._noted = True
                 return [event]
             case ReceiveFailed(_, error) if not self._failed:
