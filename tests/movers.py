@@ -132,16 +132,35 @@ class Pair(Receiving):
         granted = self.sent.get(timeout=10)
         assert isinstance(granted, facts.Granted), granted
 
+    def push(self, ticket: Ticket, layer: int, blocks: list[int]) -> None:
+        self.sender.push(ticket, layer, 0, blocks)
+
     def push_all(self, ticket: Ticket, blocks: list[int]) -> None:
         for layer in self.source.layout.window:
-            self.sender.push(ticket, layer, 0, blocks)
+            self.push(ticket, layer, blocks)
         self.sender.finish(ticket, NOTE)
+
+    def leave(self) -> None:
+        self.sender.stop()
 
     def move(self, ticket: Ticket, source: list[int], destination: list[int]) -> facts.Complete:
         self.grant(ticket, 0, destination, len(source))
         self.push_all(ticket, source)
         self.next(facts.Noted)
         return self.next(facts.Complete)
+
+    def wipe(self) -> None:
+        self.region.view[:] = bytes(len(self.region.view))
+
+    def untouched(self) -> bool:
+        return not any(self.region.view)
+
+    def live(self) -> list[Ticket]:
+        return [*self.sender.live(), *self.mover.live()]
+
+    def stall(self) -> None:
+        """The engine does nothing from now on."""
+        self.sender._computed = lambda: 7
 
     def same(self, source: int, destination: int) -> bool:
         return all(
@@ -228,7 +247,7 @@ def flipping(name: str, flips: list[int]) -> Transport:
     return transport
 
 
-class _Halting(Outlet):
+class Halting(Outlet):
     """Says `half` before each write's second half and waits there for the word to go on."""
 
     def __init__(self, real: Outlet, on: threading.Event) -> None:
@@ -255,7 +274,7 @@ def main() -> None:
     transport, on = CLASSES[sys.argv[1]](), threading.Event()
     on.set()
     real = transport.outlet
-    transport.outlet = lambda ask: _Halting(real(ask), on)  # type: ignore[method-assign]
+    transport.outlet = lambda ask: Halting(real(ask), on)  # type: ignore[method-assign]
     layout = KvLayout(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else LAYOUT
     region = region_of(transport.name, layout)
     fill(region, 1)
