@@ -29,6 +29,7 @@ from tests.group_ranks import WHOLE, Seat, Side, content_of, layout_at, rows_of,
 from tests.movers import CLASSES, NOTE, Pair, names
 
 MARK = 0xEE  # of memory that is nobody's
+LONG = 60.0  # a lease that nothing waits for
 # WHOLE has two heads: of four tensor ranks two hold each.
 SHAPES = {
     "TP 2 to 1": (Place(tensor=2), Place()),
@@ -49,7 +50,7 @@ COMBINATIONS = [
 ]
 
 
-def eventually(true: Callable[[], Any], seconds: float = 20.0) -> bool:
+def eventually(true: Callable[[], Any], seconds: float = 10.0) -> bool:
     until = time.monotonic() + seconds
     while not (held := bool(true())) and time.monotonic() < until:
         time.sleep(0.005)
@@ -69,6 +70,7 @@ class GroupPair(Pair):
     ) -> None:
         """ways: rank of the source -> how it moves KV, if not as usual. apart: of the source (True) and of the
         destination, ranks that get a process of their own."""
+        changes = {"lease_s": LONG} | changes
         self.loop, ways, apart, usual = asyncio.new_event_loop(), ways or {}, apart or {}, CLASSES[transport]
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()

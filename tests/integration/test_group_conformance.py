@@ -201,7 +201,7 @@ def groups():
 
     def get(name: str, shape: str, layout: str) -> GroupPair:
         if (name, shape, layout) not in made:
-            made[name, shape, layout] = GroupPair(name, *SHAPES[shape], LAYOUTS[layout], lease_s=30.0)
+            made[name, shape, layout] = GroupPair(name, *SHAPES[shape], LAYOUTS[layout])
             made[name, shape, layout].wipe(MARK)
         return made[name, shape, layout]
 

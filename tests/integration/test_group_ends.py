@@ -3,9 +3,11 @@ that are lost. Every part ends then, and no block is free before every rank is q
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import queue
 import random
+import re
 import signal
 import threading
 import time
@@ -26,20 +28,21 @@ from tests.integration.test_transfer_conformance import (  # noqa: F401  # the l
     test_a_ticket_without_a_sender_fails_within_its_lease,
     test_heartbeats_alone_keep_no_ticket_alive,
 )
-from tests.movers import CLASSES, ticket_of
+from tests.movers import CLASSES, NOTE, ticket_of
 
 # Of what takes as long as a lease.
 PAIRS = [("tcp", "TP 2 to 1"), ("shm", "PP 2 to TP 2"), ("tcp", "1 to TP 4"), ("shm", "data 2 to TP 2")]
-# Those in which another rank than rank 0 sends, too.
-SEVERAL = [("shm", "TP 2 to 1"), ("tcp", "PP 2 to TP 2"), ("ucx", "PP 2 to TP 2")]
+# Those in which other ranks than rank 0 send, too: to the same rank, each to each, and each to one of its own.
+SEVERAL = [("shm", "TP 2 to 1"), ("tcp", "PP 2 to TP 2"), ("ucx", "PP 2 to TP 2"), ("tcp", "TP 4 to TP 4")]
 each = pytest.mark.parametrize(("name", "shape"), SEVERAL)
+SHORT = 1.0  # a lease
 SOURCE, LEASED = [3, 6, 7, 0], [5, 2, 4, 1]
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
 def pair(request) -> Iterator[GroupPair]:
     name, shape = request.param
-    made = GroupPair(name, *SHAPES[shape])
+    made = GroupPair(name, *SHAPES[shape], lease_s=SHORT)
     yield made
     made.stop()
 
@@ -79,49 +82,54 @@ def assert_nothing_left(made: GroupPair) -> None:
 # ---- parts that are not open
 
 
-@pytest.fixture
-def opening(group, name, shape) -> Iterator[GroupPair]:
+@contextlib.contextmanager
+def opening(name: str, shape: str, **changes: object) -> Iterator[GroupPair]:
     """Its rank 1 is slow to open the ticket; rank 0 has opened it."""
-    made = group(name, *SHAPES[shape])
+    made = GroupPair(name, *SHAPES[shape], **changes)
     made.mover.admit(ticket_of(), 0, LEASED)
     made.p.members[1].gate.clear()
     thread = threading.Thread(target=made.open, args=(ticket_of(), 4))
     thread.start()
-    assert eventually(lambda: all(mover._inbound._tickets[ticket_of()].sources for mover in made.d.movers.values()))
-    yield made
-    made.p.members[1].gate.set()
-    thread.join()
+    try:
+        assert eventually(lambda: made.d.movers[0]._inbound._tickets[ticket_of()].sources)
+        yield made
+    finally:
+        made.p.members[1].gate.set()
+        thread.join()
+        made.stop()
 
 
 @each
 @pytest.mark.parametrize("at", ["sender", "mover"])
-def test_a_ticket_that_is_given_up_while_some_parts_are_open_ends_at_all(opening, name, shape, at):
-    getattr(opening, at).cancel(ticket_of(), TercetError("given up"))
-    assert "given up" in str(opening.next(facts.ReceiveFailed).error)
-    opening.next(facts.Quiesced)
-    failed = opening.sent.get(timeout=10)
-    assert isinstance(failed, facts.SendFailed)
-    assert "given up" in str(failed.error)
-    time.sleep(0.1)
-    assert opening.sent.empty()  # rank 1 may still open it, and push
-    opening.p.members[1].gate.set()
-    assert opening.sent.get(timeout=10) == facts.OpDone(ticket_of())
-    assert_nothing_left(opening)
+def test_a_ticket_that_is_given_up_while_some_parts_are_open_ends_at_all(name, shape, at):
+    with opening(name, shape) as made:
+        getattr(made, at).cancel(ticket_of(), TercetError("given up"))
+        assert "given up" in str(made.next(facts.ReceiveFailed).error)
+        made.next(facts.Quiesced)
+        failed = made.sent.get(timeout=10)
+        assert isinstance(failed, facts.SendFailed)
+        assert "given up" in str(failed.error)
+        time.sleep(0.1)
+        assert made.sent.empty()  # rank 1 may still open it, and push
+        made.p.members[1].gate.set()
+        assert made.sent.get(timeout=10) == facts.OpDone(ticket_of())
+        assert_nothing_left(made)
 
 
 @each
-def test_a_ticket_with_one_of_its_senders_fails_within_its_lease_and_names_the_lack(opening, name, shape):
+def test_a_ticket_with_one_of_its_senders_fails_within_its_lease_and_names_the_lack(name, shape):
     """However lively the other one is."""
-    error = opening.next(facts.ReceiveFailed).error
-    assert isinstance(error, LeaseExpired)
-    assert "no word of r0 from 1 of its 2 sources for 1 s" in str(error)
-    opening.next(facts.Quiesced)
-    opening.p.members[1].gate.set()
-    assert [type(event) for event in opening.until(opening.sent, facts.OpDone)] == [facts.SendFailed, facts.OpDone]
-    assert_nothing_left(opening)
+    with opening(name, shape, lease_s=SHORT) as made:
+        error = made.next(facts.ReceiveFailed).error
+        assert isinstance(error, LeaseExpired)
+        assert re.search("no word of r0 from (1 of its 2 sources|its prefill worker) for 1 s", str(error))
+        made.next(facts.Quiesced)
+        made.p.members[1].gate.set()
+        assert [type(event) for event in made.until(made.sent, facts.OpDone)] == [facts.SendFailed, facts.OpDone]
+        assert_nothing_left(made)
 
 
-@pytest.mark.parametrize("shape", ["TP 2 to 1", "PP 2 to TP 2"])
+@pytest.mark.parametrize("shape", ["TP 2 to 1", "PP 2 to TP 2", "TP 4 to TP 4"])
 def test_a_rank_that_cannot_open_fails_the_open_by_name_and_ends_the_other_parts(group, shape):
     made = group("tcp", *SHAPES[shape], ways={1: CLASSES["shm"]()})
     made.mover.admit(ticket_of(), 0, LEASED)
@@ -132,17 +140,32 @@ def test_a_rank_that_cannot_open_fails_the_open_by_name_and_ends_the_other_parts
     assert_nothing_left(made)
 
 
-@pytest.mark.parametrize(("name", "shape"), PAIRS)
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_refused_ticket_ends_at_every_rank(group, name, shape):
     made = group(name, *SHAPES[shape])
-    made.open(ticket_of(), 4)
-    ranks = made.d.ranks_of(ticket_of())
-    assert eventually(lambda: all(ticket_of() in made.d.movers[rank]._inbound._offers for rank in ranks))
-    made.mover.refuse(ticket_of(), "no room")
-    failed, _ = made.until(made.sent, facts.OpDone)
-    assert isinstance(failed.error, Overloaded)
-    assert str(failed.error) == "no room"
-    assert_nothing_left(made)
+    for ticket in (ticket_of(), ticket_of()._replace(attempt=1)):  # of other replicas, if there are any
+        made.open(ticket, 4)
+        offers = [made.d.movers[rank]._inbound._offers for rank in made.d.ranks_of(ticket)]
+        assert eventually(lambda offers=offers, ticket=ticket: all(ticket in each for each in offers))
+        made.mover.refuse(ticket, "no room")
+        failed, _ = made.until(made.sent, facts.OpDone)
+        assert isinstance(failed.error, Overloaded)
+        assert str(failed.error) == "no room"
+        assert_nothing_left(made)
+
+
+@pytest.mark.parametrize(("name", "shape"), SEVERAL[:2])
+def test_a_slow_rank_keeps_alive_what_the_others_have_done(group, name, shape):
+    made = group(name, *SHAPES[shape], lease_s=SHORT)
+    made.grant(ticket_of(), 0, LEASED, 4)
+    made.push_all_at(0, ticket_of(), SOURCE)
+    made.sender._tell(0, "finish", ticket_of(), NOTE)
+    time.sleep(2 * SHORT)
+    made.push_all_at(1, ticket_of(), SOURCE)
+    made.sender._tell(1, "finish", ticket_of(), b"")
+    made.next(facts.Noted)
+    made.next(facts.Complete)
 
 
 # ---- a rank that dies, or stops
@@ -178,7 +201,7 @@ def assert_lost(made: GroupPair, sends: bool) -> None:
 
 @pytest.mark.parametrize(("name", "sends"), [("shm", True), ("tcp", True), ("tcp", False)])
 def test_a_rank_that_is_killed_ends_the_parts_of_the_others(group, name, sends):
-    made = midway(group, name, sends, lease_s=20.0)  # it is noticed without it
+    made = midway(group, name, sends)
     made.side(sends).apart[1].process.kill()
     assert_ended(made, "rank 1", "is gone")
     assert_free(made)
@@ -188,7 +211,7 @@ def test_a_rank_that_is_killed_ends_the_parts_of_the_others(group, name, sends):
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_a_rank_of_the_source_that_stops_cannot_change_a_block_that_is_free(group, name):
     """Where its writes cannot be fenced off, no block is free until it is dead."""
-    made = midway(group, name, sends=True)
+    made = midway(group, name, sends=True, lease_s=SHORT)
     process = made.p.apart[1].process
     process.send_signal(signal.SIGSTOP)
     made.next(facts.ReceiveFailed)
@@ -203,7 +226,7 @@ def test_a_rank_of_the_source_that_stops_cannot_change_a_block_that_is_free(grou
 
 
 def test_a_rank_of_the_destination_that_stops_ends_the_parts_of_the_others(group):
-    made = midway(group, "shm", sends=False)
+    made = midway(group, "shm", sends=False, lease_s=SHORT)
     made.d.apart[1].process.send_signal(signal.SIGSTOP)
     assert_ended(made, "no word of r0 from its decode worker", "rank 1 of the group is gone")
     assert_free(made)
@@ -215,7 +238,7 @@ def test_a_rank_of_the_destination_that_stops_ends_the_parts_of_the_others(group
 @pytest.mark.parametrize(("name", "shape"), [("shm", "PP 2 to TP 2"), ("tcp", "TP 2 to 1")])
 def test_lost_doubled_and_late_messages_leak_nothing_at_any_rank(name, shape, monkeypatch):
     monkeypatch.setattr(Mailbox, "post", chaotic(random.Random(5), 0.06))
-    made = GroupPair(name, *SHAPES[shape])
+    made = GroupPair(name, *SHAPES[shape], lease_s=SHORT)
     try:
         for ticket, block in come_through(made, 6):
             assert made.holds(ticket, 8, [block], 0, [block])
