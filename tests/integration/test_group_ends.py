@@ -251,13 +251,18 @@ def test_lost_doubled_and_late_messages_leak_nothing_at_any_rank(name, shape, mo
 
 @pytest.mark.parametrize("name", ["shm", "tcp", "ucx"])
 def test_no_file_descriptor_and_no_thread_is_left(name):
-    counts: list[tuple[int, int]] = []
-    for shape in ["PP 2 to TP 2"] * 2 + [*SHAPES]:  # what the libraries keep is there after the first ones
-        live_a_little(GroupPair(name, *SHAPES[shape]))
-        gc.collect()  # a cache is mapped until nothing refers to it
-        counts.append((num_fds(), threading.active_count()))
-    fds, threads = counts[1]
-    assert eventually(lambda: num_fds() <= fds and threading.active_count() <= threads), counts
+    for _ in range(2):  # what the libraries keep is there after that
+        live_a_little(GroupPair(name, *SHAPES["PP 2 to TP 2"]))
+    fds, threads = held()
+    for shape in SHAPES.values():
+        live_a_little(GroupPair(name, *shape))
+    assert eventually(lambda: held()[0] <= fds and held()[1] <= threads), (fds, threads, held())
+
+
+def held() -> tuple[int, int]:
+    """File descriptors and threads. A cache is mapped until nothing refers to it, and threads on their way out do."""
+    gc.collect()
+    return num_fds(), threading.active_count()
 
 
 def live_a_little(made: GroupPair) -> None:
