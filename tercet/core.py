@@ -281,6 +281,7 @@ class Load:
     embedding_blocks_quarantined: int = 0
     embedding_bytes: int = 0  # that have come from encode workers
     ranks_lost: int = 0  # that a worker of several goes on without
+    rank_losses: int = 0  # since its start, those that are back included
     pairs: tuple[PairState, ...] = ()  # with workers for the next stage
     # For the controller, and on no wire:
     experts: tuple[ExpertRows, ...] = ()  # of each rank that has some

@@ -31,6 +31,7 @@ _WORKER_COUNTERS = {  # field of Load -> help
     "encoder_cache_queries": "Images that embeddings were wanted of",
     "encoder_cache_hits": "Images whose embeddings were there, or on their way",
     "encoder_patches": "Patches of images that went through the vision tower",
+    "rank_losses": "Ranks that a worker went on without",
     "embedding_bytes": "Bytes of embeddings that came from encode workers",
 }
 

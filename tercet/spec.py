@@ -71,8 +71,8 @@ class ParallelSpec(Frozen):
             )
         if self.data > 1 and self.expert == 1:
             raise ValueError(
-                f"data: {self.data} ranks that share no experts are workers of their own; use replicas: {self.data}, "
-                f"or expert: {stage} (tensor * data)"
+                f"data: {self.data} ranks that share no experts are workers of their own; use replicas: {self.data}; "
+                f"of a mixture of experts, expert: {stage} (tensor * data) makes them share"
             )
         if self.expert_redundancy and self.expert == 1:
             raise ValueError(f"expert_redundancy: {self.expert_redundancy} has no effect where expert is 1; use 0")

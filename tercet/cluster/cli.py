@@ -78,7 +78,13 @@ def validate(spec: SpecPath, settings: Settings = None) -> None:
     if checked.ray.address == "local":
         _refuse_missing_transport(checked)
     roles = ", ".join(f"{role.replicas} {name}" for name, role in checked.roles.items())
-    typer.echo(f"{spec} is valid: cluster {checked.name}, topology {checked.topology}, {roles}")
+    unread = ""
+    if any(role.parallelism.ranks > 1 for role in checked.roles.values()):
+        from tercet.cluster import preflight
+
+        if not preflight.check_degrees_if_here(checked):
+            unread = "; the model is not here, so whether the degrees divide it was not checked"
+    typer.echo(f"{spec} is valid: cluster {checked.name}, topology {checked.topology}, {roles}{unread}")
 
 
 @app.command("spec")

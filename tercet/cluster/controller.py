@@ -246,7 +246,8 @@ class Controller:
     async def _watch_health(self, slot: Slot, actor: Running, deadline_s: float) -> None:
         """Never returns. Raises TercetError."""
         while True:
-            slot.hear(await actor.call("health", timeout_s=deadline_s))
+            for line in slot.hear(await actor.call("health", timeout_s=deadline_s)):
+                self._report(line)
             self._changed.set()
             await asyncio.sleep(LOOK_EVERY_S)
 

@@ -69,7 +69,8 @@ class GroupActor:
         starts = [rank.call("start", self._endpoint, timeout_s=left_s) for rank in self._rest]
         self._ends = [_until_end(rank) for rank in self._rest]
         up = every(self._first.call("start", timeout_s=left_s), *starts)
-        info, *self.others = await first(up, *map(_shielded, self._ends))
+        info, *places = await first(up, *map(_shielded, self._ends))
+        self.others = [{"rank": rank} | place for rank, place in enumerate(places, 1)]
         return info
 
     async def _health(self, timeout_s: float) -> Any:
@@ -81,7 +82,7 @@ class GroupActor:
                 self._ends[rank - 1].result()
         for rank in lost:
             if rank not in self._coming and self._came.get(rank, asked) <= asked:  # else the answer is older
-                self.others[rank - 1] = {"pid": 0, "node": "", "lost": True}
+                self.others[rank - 1] = {"rank": rank, "pid": 0, "node": "", "lost": True}
                 self._coming[rank] = asyncio.create_task(self._bring_back(rank))
         return load
 
@@ -116,7 +117,7 @@ class GroupActor:
             start = self._rest[rank - 1].call("start", self._endpoint, timeout_s=self._start_s)
             place = await start
             await self._until_back(rank, time.monotonic() + self._start_s)
-            self.others[rank - 1], self._came[rank] = place, time.monotonic()
+            self.others[rank - 1], self._came[rank] = {"rank": rank} | place, time.monotonic()
         except TercetError as error:
             log.warning("%s rank %d did not come back: %s", self._worker_id, rank, error)
             await asyncio.sleep(AGAIN_S)
@@ -128,7 +129,8 @@ class GroupActor:
         does not answer."""
         for coming in self._coming.values():
             coming.cancel()
-        there = [rank for rank, end in zip(self._rest, self._ends, strict=True) if not end.done()]
+        ended = [end.done() for end in self._ends] or [False] * len(self._rest)  # before the start none is watched
+        there = [rank for rank, over in zip(self._rest, ended, strict=True) if not over]
         rank_0, *rest = (rank.call("stop", timeout_s=timeout_s) for rank in (self._first, *there))
         outcomes = [
             *await asyncio.gather(rank_0, return_exceptions=True),

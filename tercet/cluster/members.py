@@ -39,7 +39,7 @@ class Running(Protocol):
 
     @property
     def others(self) -> Sequence[Mapping[str, Any]]:
-        """Pid and node of rank 1, 2 ...; those of rank 0 are in its info."""
+        """Number, pid and node of rank 1, 2 ...; those of rank 0 are in its info."""
 
     async def call(self, method: str, *args: object, timeout_s: float) -> Any: ...
     async def kill(self) -> None: ...
@@ -73,15 +73,25 @@ class Slot:
     leave: asyncio.Event = field(default_factory=asyncio.Event)  # set when it is to drain
     told: Told | None = None  # gateway only: the workers that it was last told of
     noted: Mapping[str, Any] | None = None  # gateway only: the `overview` that it was last sent
+    without: set[int] = field(default_factory=set)  # ranks that it goes on without
     status: Any = field(default_factory=dict)  # the last `health`: a Load, or what `GatewayActor.health` gives
 
-    def hear(self, status: Any) -> None:
-        """What it answers to `health`."""
+    def hear(self, status: Any) -> list[str]:
+        """What it answers to `health`. -> what there is to say of it."""
         self.status = status
+        lost = {each["rank"] for each in (self.actor.others if self.actor else ()) if each.get("lost")}
+        without, self.without = self.without, lost
         here = isinstance(status, Load) and isinstance(self.info, WorkerInfo)  # one that switches has no info yet
         if here and status.transfer_endpoint != self.info.transfer_endpoint:
             self.info = replace(self.info, transfer_endpoint=status.transfer_endpoint)
             self.member = moved(self.member)
+        return [
+            *(
+                f"{self.title} goes on without rank {rank}; another process is to take its place"
+                for rank in sorted(lost - without)
+            ),
+            *(f"{self.title} has its rank {rank} back" for rank in sorted(without - lost)),
+        ]
 
     @property
     def title(self) -> str:

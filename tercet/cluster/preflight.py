@@ -10,9 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 from tercet.core import Role
-from tercet.errors import UnsupportedModel, UnsupportedSpec
+from tercet.errors import ModelFileMissing, UnsupportedModel, UnsupportedSpec
 from tercet.models.config import ModelConfig
-from tercet.models.sources import load_config, locate, refuse_blocks
+from tercet.models.sources import is_local, load_config, locate, refuse_blocks
 from tercet.placement.cores import refuse_missing_cores
 from tercet.placement.groups import ModelShape, refuse_indivisible
 from tercet.spec import ClusterSpec, ListenSpec
@@ -44,10 +44,27 @@ def check_model(spec: ClusterSpec, report: Callable[[str], None]) -> None:
             f"topology: {spec.topology} is for models that take images, and {spec.model.source} takes none; name a "
             "tower for it by model.vision, or use pd"
         )
-    for role, its in spec.roles.items():
-        refuse_indivisible(f"roles.{role}.parallelism", its.parallelism, _shape(config))
+    _check_degrees(spec, config)
     if held < wanted:
         report(f"model.max_context is {wanted}, but the model has {held} positions: {held} are served")
+
+
+def check_degrees_if_here(spec: ClusterSpec) -> bool:
+    """Whether the model is on this machine; nothing is fetched. Raises UnsupportedSpec for degrees that do not divide
+    it."""
+    try:
+        if not is_local(spec.model):
+            return False
+        config = load_config(spec.model)
+    except ModelFileMissing:
+        return False
+    _check_degrees(spec, config)
+    return True
+
+
+def _check_degrees(spec: ClusterSpec, config: ModelConfig) -> None:
+    for role, its in spec.roles.items():
+        refuse_indivisible(f"roles.{role}.parallelism", its.parallelism, _shape(config))
 
 
 def _shape(config: ModelConfig) -> ModelShape:

@@ -119,6 +119,8 @@ def _runs(numbers: Sequence[int]) -> str:
 def status_table(status: Mapping[str, Any]) -> Table:
     """status: what `remote.status` gives. A worker's requests: running + waiting. It fits into 80 columns."""
     ready = "ready" if status["ready"] else f"not ready: {status['reason']}"
+    if lacking := [m for m, w in sorted(status["workers"].items()) if (w["load"] or {}).get("ranks_lost")]:
+        ready += f", degraded: {', '.join(lacking)} without a rank,"
     wanted = ", ".join(f"{replicas} {role}" for role, replicas in status["target"].items())
     title = f"{status['name']}: {ready} at {status['http_url']}, gRPC {status['grpc_address']}"
     table = Table(title=title, caption=f"target: {wanted}" if wanted else None, box=SIMPLE_HEAD, pad_edge=False)

@@ -37,6 +37,7 @@ class Replicas:
         self._lost: set[int] = set()  # replicas whose rank is out
         self._left: list[EngineState] = []  # of those that came back: they may have sequences to report
         self._preemptions = 0  # of states that are no more
+        self._losses = 0
         self._in_flight: deque[list[tuple[EngineState, int]]] = deque()  # who planned, and how many pieces
 
     def add(self, sequence: Sequence, now: float) -> None:
@@ -83,7 +84,8 @@ class Replicas:
         loads = [self._states[replica].load() for replica in self._live]
         total = replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in SUMMED})
         preemptions = self._preemptions + sum(state.load().preemptions for state in self._states)
-        return replace(total, preemptions=preemptions, ranks_lost=len(self._lost))  # one that can be lost has one rank
+        # A replica that can be lost has one rank.
+        return replace(total, preemptions=preemptions, ranks_lost=len(self._lost), rank_losses=self._losses)
 
     def check_integrity(self) -> None:
         for state in self._states:
@@ -109,6 +111,7 @@ class Replicas:
     def lose(self, replica: int) -> None:
         """Its rank is lost, with its KV. What it has ends (`evicted`), and nothing more goes there."""
         self._lost.add(replica)
+        self._losses += 1
         self._states[replica].lose()
 
     def restore(self, replica: int) -> None:

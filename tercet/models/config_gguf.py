@@ -20,7 +20,6 @@ ENDS = frozenset(  # tokens that end a turn or a text, whatever the file says of
 )
 # Keys that change results and that only these values leave as they are.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
     "attention.clamp_kqv": (0.0,),
     "attention.scale": (0.0,),
     "attention.causal": (True,),
@@ -42,6 +41,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 def config_from_gguf(file: GgufFile, max_context: int) -> ModelConfig:
     """Raises UnsupportedModel naming the key that cannot be run, ModelFileCorrupt for one that is missing."""
     arch = file.architecture
+    experts = file.scalar(f"{arch}.expert_count", 0)
+    if arch.endswith("moe") or experts:
+        raise UnsupportedModel(
+            f"{file.path}: architecture {arch!r} with expert_count {experts}: a mixture of experts is run from a "
+            "Hugging Face directory, not from GGUF"
+        )
     if arch not in ARCHITECTURES:
         raise UnsupportedModel(f"{file.path}: architecture {arch!r} is not supported; {', '.join(ARCHITECTURES)} are")
     _refuse_unsupported(file)

@@ -161,6 +161,11 @@ def locate(spec: ModelSpec, weights: bool = False) -> Path:
     return source_path(spec.source) or _from_hub(spec.source, weights)
 
 
+def is_local(spec: ModelSpec) -> bool:
+    """Whether `locate` fetches nothing."""
+    return spec.source.startswith(PACKAGE) or source_path(spec.source) is not None
+
+
 def locate_tower(spec: ModelSpec, weights: bool = False) -> Path:
     """-> the directory of what makes embeddings of images: its weights and its settings. As `locate`."""
     return locate(spec, weights) if spec.vision is None else tower_path(spec.vision)

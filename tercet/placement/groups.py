@@ -33,7 +33,10 @@ def refuse_indivisible(path: str, wanted: ParallelSpec, model: ModelShape) -> No
     tensor = wanted.tensor
     for count, what in _divided_by_tensor(wanted, model):
         if count % tensor:
-            raise UnsupportedSpec(f"{path}.tensor: {tensor} does not divide the model's {count} {what}")
+            fits = ", ".join(str(n) for n in range(1, min(count, 16) + 1) if _fits(n, wanted, model))
+            raise UnsupportedSpec(
+                f"{path}.tensor: {tensor} does not divide the model's {count} {what}; of 1 to 16, {fits} would do"
+            )
     if model.kv_heads % tensor and tensor % model.kv_heads:
         raise UnsupportedSpec(
             f"{path}.tensor: {tensor} neither divides the model's {model.kv_heads} KV heads nor is a multiple of them"
@@ -41,6 +44,11 @@ def refuse_indivisible(path: str, wanted: ParallelSpec, model: ModelShape) -> No
     if wanted.pipeline > model.layers:
         raise UnsupportedSpec(f"{path}.pipeline: {wanted.pipeline} is more than the model's {model.layers} layers")
     _refuse_experts(path, wanted, model)
+
+
+def _fits(tensor: int, wanted: ParallelSpec, model: ModelShape) -> bool:
+    heads = model.kv_heads % tensor == 0 or tensor % model.kv_heads == 0
+    return heads and all(count % tensor == 0 for count, _ in _divided_by_tensor(wanted, model))
 
 
 def spreads(rooms: Sequence[int], ranks: int, tensor: int) -> Iterator[tuple[int, ...]]:
@@ -69,11 +77,20 @@ def _refuse_experts(path: str, wanted: ParallelSpec, model: ModelShape) -> None:
         return
     if not model.experts:
         raise UnsupportedSpec(f"{path}.expert: {wanted.expert} ranks for experts, and the model has 0 experts; use 1")
+    most = (wanted.expert - 1) * model.experts
+    if wanted.expert_redundancy > most:
+        raise UnsupportedSpec(
+            f"{path}.expert_redundancy: {wanted.expert_redundancy} is more than {most}, with which each of the model's "
+            f"{model.experts} experts lies on all {wanted.expert} ranks"
+        )
     slots = model.experts + wanted.expert_redundancy
     if slots % wanted.expert:
+        over = slots % wanted.expert
+        near = [wanted.expert_redundancy - over, wanted.expert_redundancy - over + wanted.expert]
+        does = " or ".join(str(each) for each in near if each >= 0)
         raise UnsupportedSpec(
             f"{path}.expert: {wanted.expert} does not divide {slots}, the model's {model.experts} experts and "
-            f"expert_redundancy {wanted.expert_redundancy}; expert_redundancy {-model.experts % wanted.expert} would do"
+            f"expert_redundancy {wanted.expert_redundancy}; expert_redundancy {does} would do"
         )
 
 

@@ -160,8 +160,13 @@ class JointSender(Joining[SendJoint]):
         return parts.keys() == {0} and all(map(self._own.connected, parts[0]))
 
     def attested(self) -> list[PairState]:
-        """Rank 0's pairs."""
-        return self._own.attested()
+        """Rank 0's pairs, of each worker and transport the slowest one."""
+        slowest: dict[tuple[str, str], PairState] = {}
+        for pair in self._own.attested():
+            known = slowest.setdefault((pair.worker_id, pair.transport), pair)
+            if pair.bandwidth < known.bandwidth:
+                slowest[pair.worker_id, pair.transport] = pair
+        return [*slowest.values()]
 
     def dropped(self) -> Counter[str]:
         return self._own.dropped() + Counter({"ranks": self._counted("send_dropped")})

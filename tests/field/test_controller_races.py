@@ -24,6 +24,8 @@ TURNS = 400  # of the event loop, for one run
 class Process:
     """A member that answers after a random number of turns and dies at a random one."""
 
+    others = ()
+
     def __init__(self, world: World, member_id: str, epoch: int) -> None:
         self._world = world
         self._gateway = member_id == GATEWAY

@@ -26,6 +26,8 @@ TURNS = 4000  # of the event loop, within which all must come to rest
 class Process:
     """A member. It answers after a random number of turns."""
 
+    others = ()
+
     def __init__(self, world: World, member_id: str, epoch: int, role: str) -> None:
         self._world = world
         self._member_id, self.role = member_id, role

@@ -97,6 +97,11 @@ def test_a_killed_rank_costs_no_request_and_comes_back(machine):
         clients.end()
     after = decode()
     assert clients.wrong == []
+    for told in ("goes on without rank 1", "has its rank 1 back"):
+        assert f"decode {worker_id} {told}" in served.log
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.http}/metrics") as answer:
+        series = [line.rpartition(" ")[0] for line in answer.read().decode().splitlines() if line[0] != "#"]
+    assert len(series) == len({*series})  # also of the pairs with each rank
     assert health(served) == {"status": "ok"}
     assert (after["pid"], after["epoch"], after["state"]) == (before["pid"], before["epoch"], "live")
     assert after["ranks"][0]["pid"] != before["ranks"][0]["pid"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,11 @@ def test_a_slot_hears_where_its_worker_is_reached():
     slot.hear(Load(transfer_endpoint="there"))
     assert (slot.info.transfer_endpoint, slot.member.revision) == ("there", 1)
     assert reconcile.up(slot.member, 5.0).revision == 1
+    slot.actor = SimpleNamespace(others=[{"rank": 1, "pid": 7}, {"rank": 2, "pid": 0, "lost": True}])
+    assert slot.hear(slot.status) == ["decode worker-1 goes on without rank 2; another process is to take its place"]
+    assert slot.hear(slot.status) == []
+    slot.actor.others[1] = {"rank": 2, "pid": 9}
+    assert slot.hear(slot.status) == ["decode worker-1 has its rank 2 back"]
     assert reconcile.starting("decode", 2, slot.member, 5.0).revision == 0
 
 
@@ -181,6 +187,8 @@ def test_no_member_is_started_while_it_lives_and_epochs_grow(actual, now):
 
 class FakeMember:
     """A member's process: answers what the test says, remembers what it was asked."""
+
+    others = ()
 
     def __init__(self, member_id: str, epoch: int, world: FakeStarter) -> None:
         self.name = f"{member_id}@{epoch}"

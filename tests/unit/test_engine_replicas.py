@@ -221,7 +221,7 @@ def test_a_lost_replica_ends_what_it_has_and_comes_back_empty():
     lost = [sequence for sequence in made[:4] if sequence.state is states[1]]
     plan = replicas.plan(0.0)
     replicas.lose(1)
-    assert (replicas.load().blocks_total, replicas.load().ranks_lost) == (20, 1)
+    assert (replicas.load().blocks_total, replicas.load().ranks_lost, replicas.load().rank_losses) == (20, 1, 1)
     assert [item.sequence for item in replicas.evicted()] == lost
     assert replicas.evicted() == []
     for sequence in made[4:]:
@@ -237,7 +237,7 @@ def test_a_lost_replica_ends_what_it_has_and_comes_back_empty():
     assert back.state is states[2]  # its memory is new: nothing of what its blocks held is found
     replicas.check_integrity()
     load = replicas.load()
-    assert (load.blocks_total, load.ranks_lost) == (40, 0)
+    assert (load.blocks_total, load.ranks_lost, load.rank_losses) == (40, 0, 1)
 
 
 def test_a_request_that_ends_before_it_is_added_holds_nothing():

@@ -92,7 +92,7 @@ async def test_it_listens_then_all_start_and_the_others_join():
         assert rank.cancelled == []
     await group.kill()
     assert [rank.cancelled for rank in ranks[1:]] == [["until_end"]] * 2
-    assert list(group.others) == [{"pid": 11, "node": "vm"}, {"pid": 12, "node": "vm"}]
+    assert list(group.others) == [{"rank": 1, "pid": 11, "node": "vm"}, {"rank": 2, "pid": 12, "node": "vm"}]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -147,11 +147,11 @@ async def test_a_rank_that_the_others_go_on_without_comes_back_as_another_proces
     before.died.set()
     ranks[0].lost = [1]
     assert await group.call("health", timeout_s=5.0) == "load of 0"
-    assert group.others[0] == {"pid": 0, "node": "", "lost": True}
+    assert group.others[0] == {"rank": 1, "pid": 0, "node": "", "lost": True}
     await until(lambda: ranks[1] is not before and not group._coming)
     assert before.killed
     assert sorted(ranks[1].asked) == [("start", "127.0.0.1:9"), ("until_end",)]
-    assert group.others[0] == {"pid": 11, "node": "vm"}
+    assert group.others[0] == {"rank": 1, "pid": 11, "node": "vm"}
     ranks[0].lost = []
     assert await group.call("health", timeout_s=5.0) == "load of 0"
     await group.kill()
@@ -189,7 +189,7 @@ async def test_one_that_cannot_come_back_is_tried_again(monkeypatch):
         await group.call("health", timeout_s=5.0)
         await until(lambda: not group._coming)
     assert [rank.killed for rank in made] == [True, False]
-    assert group.others[1] == {"pid": 12, "node": "vm"}
+    assert group.others[1] == {"rank": 2, "pid": 12, "node": "vm"}
     await group.kill()
 
 
@@ -464,9 +464,14 @@ def test_the_commands_validate_and_plan_a_group():
     assert done.exit_code == 0, done.output
     assert "6 ranks (tensor 3, pipeline 2), each 0.5 CPU, 1 thread" in done.output
     assert "this machine: ranks 0-5" in done.output
-    done = CliRunner().invoke(app, ["plan", str(LOCAL), "--set", "roles.decode.parallelism.tensor=2"])
-    assert isinstance(done.exception, UnsupportedSpec)
-    assert "2 does not divide the model's 9 attention heads" in str(done.exception)
+    for command in ("validate", "plan"):
+        done = CliRunner().invoke(app, [command, str(LOCAL), "--set", "roles.decode.parallelism.tensor=2"])
+        assert isinstance(done.exception, UnsupportedSpec)
+        assert "2 does not divide the model's 9 attention heads; of 1 to 16, 1, 3 would do" in str(done.exception)
+    elsewhere = "model.source=somebody/not-fetched"
+    done = CliRunner().invoke(app, ["validate", str(LOCAL), "--set", degrees, "--set", elsewhere])
+    assert done.exit_code == 0, done.output
+    assert "the model is not here, so whether the degrees divide it was not checked" in done.output
     done = CliRunner().invoke(app, ["spec", str(LOCAL), "--set", degrees])
     for told in ("# ranks that share a layer: each", " tensor: 3\n", "#pipeline: 1  # stages", "threads of one rank"):
         assert told in done.output

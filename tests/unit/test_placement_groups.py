@@ -35,7 +35,7 @@ def test_ranks_are_tensor_by_pipeline_by_data():
         ({"tensor": 2, "expert": 4}, r"expert: 4 is neither 1 nor 2 \(tensor \* data\)"),
         ({"tensor": 2, "data": 2, "expert": 2}, r"expert: 2 is neither 1 nor 4 \(tensor \* data\)"),
         ({"pipeline": 4, "expert": 4}, r"expert: 4 is neither 1 nor 1"),
-        ({"data": 2}, r"data: 2 ranks that share no experts.* replicas: 2, or expert: 2"),
+        ({"data": 2}, r"data: 2 ranks that share no experts.* replicas: 2; of a mixture of experts, expert: 2"),
         ({"tensor": 2, "data": 3}, r"data: 3 ranks .* expert: 6 \(tensor \* data\)"),
         ({"tensor": 2, "expert_redundancy": 2}, "expert_redundancy: 2 has no effect where expert is 1"),
         ({"tensor": 32, "pipeline": 32}, f"tensor: tensor . pipeline . data are 1024 ranks, and {MOST_RANKS} the most"),
@@ -69,7 +69,11 @@ def test_experts_are_on_all_ranks_of_a_stage_or_not_spread(tensor, pipeline, dat
 @pytest.mark.parametrize(
     ("degrees", "model", "said"),
     [
-        ({"tensor": 3}, MODEL, r"at.tensor: 3 does not divide the model's 8 attention heads"),
+        (
+            {"tensor": 3},
+            MODEL,
+            r"at.tensor: 3 does not divide the model's 8 attention heads; of 1 to 16, 1, 2, 4, 8 would do",
+        ),
         ({"tensor": 8}, ModelShape(4, 8, 8, 100), r"at.tensor: 8 does not divide the model's 100 columns of the MLP"),
         ({"tensor": 4}, ModelShape(4, 24, 6, 96), "at.tensor: 4 neither divides the model's 6 KV heads nor is a mult"),
         ({"pipeline": 5}, MODEL, "at.pipeline: 5 is more than the model's 4 layers"),
@@ -83,7 +87,12 @@ def test_experts_are_on_all_ranks_of_a_stage_or_not_spread(tensor, pipeline, dat
         (
             {"data": 3, "expert": 3, "expert_redundancy": 2},
             MIXTURE,
-            "at.expert: 3 does not divide 10, the model's 8 experts and expert_redundancy 2; expert_redundancy 1 would",
+            "at.expert: 3 does not divide 10, the model's 8 experts and expert_redundancy 2; .* 1 or 4 would do",
+        ),
+        (
+            {"data": 2, "expert": 2, "expert_redundancy": 10},
+            MIXTURE,
+            "expert_redundancy: 10 is more than 8, with which each of the model's 8 experts lies on all 2 ranks",
         ),
         ({"data": 16, "expert": 16}, MIXTURE, "does not divide 8, .* expert_redundancy 0; expert_redundancy 8 would"),
     ],

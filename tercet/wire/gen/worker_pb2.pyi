@@ -129,7 +129,7 @@ class Abort(_message.Message):
     def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_owned", "blocks_leased", "blocks_in_flight", "blocks_quarantined", "preemptions", "transfer_dropped", "transfer_refused", "transfer_corrupt", "pairs", "encoder_cache_queries", "encoder_cache_hits", "encoder_patches", "encoder_waiting", "embedding_blocks_total", "embedding_blocks_free", "embedding_blocks_quarantined", "embedding_bytes", "ranks_lost")
+    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_owned", "blocks_leased", "blocks_in_flight", "blocks_quarantined", "preemptions", "transfer_dropped", "transfer_refused", "transfer_corrupt", "pairs", "encoder_cache_queries", "encoder_cache_hits", "encoder_patches", "encoder_waiting", "embedding_blocks_total", "embedding_blocks_free", "embedding_blocks_quarantined", "embedding_bytes", "ranks_lost", "rank_losses")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class Load(_message.Message):
     EMBEDDING_BLOCKS_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_BYTES_FIELD_NUMBER: _ClassVar[int]
     RANKS_LOST_FIELD_NUMBER: _ClassVar[int]
+    RANK_LOSSES_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     blocks_total: int
@@ -174,7 +175,8 @@ class Load(_message.Message):
     embedding_blocks_quarantined: int
     embedding_bytes: int
     ranks_lost: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., preemptions: _Optional[int] = ..., transfer_dropped: _Optional[int] = ..., transfer_refused: _Optional[int] = ..., transfer_corrupt: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., encoder_cache_queries: _Optional[int] = ..., encoder_cache_hits: _Optional[int] = ..., encoder_patches: _Optional[int] = ..., encoder_waiting: _Optional[int] = ..., embedding_blocks_total: _Optional[int] = ..., embedding_blocks_free: _Optional[int] = ..., embedding_blocks_quarantined: _Optional[int] = ..., embedding_bytes: _Optional[int] = ..., ranks_lost: _Optional[int] = ...) -> None: ...
+    rank_losses: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., preemptions: _Optional[int] = ..., transfer_dropped: _Optional[int] = ..., transfer_refused: _Optional[int] = ..., transfer_corrupt: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., encoder_cache_queries: _Optional[int] = ..., encoder_cache_hits: _Optional[int] = ..., encoder_patches: _Optional[int] = ..., encoder_waiting: _Optional[int] = ..., embedding_blocks_total: _Optional[int] = ..., embedding_blocks_free: _Optional[int] = ..., embedding_blocks_quarantined: _Optional[int] = ..., embedding_bytes: _Optional[int] = ..., ranks_lost: _Optional[int] = ..., rank_losses: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "logprob", "top_logprobs", "finish_reason")
