@@ -48,9 +48,9 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 class Traffic:
     """Counts of one mixture's requests."""
 
-    def __init__(self, seed: int, layers: int = LAYERS, experts: int = EXPERTS) -> None:
+    def __init__(self, seed: int, layers: int) -> None:
         self._rng = np.random.default_rng(seed)
-        self._routing = routing(self._rng, layers, experts, TOP_K)
+        self._routing = routing(self._rng, layers, EXPERTS, TOP_K)
         self._topics = self._routing.topics_of(self._rng, 4, SEQUENCES)
 
     def counted(self, drift: float = 0.0) -> tuple[RoutingStats, RoutingStats]:
@@ -60,9 +60,9 @@ class Traffic:
         return made, later
 
 
-def balance(name: str, seed: int, limit_s: float) -> Row:
+def balance(name: str, seed: int, layers: int, limit_s: float) -> Row:
     topo, dispatch = SHAPES[name]
-    made, later = Traffic(seed).counted()
+    made, later = Traffic(seed, layers).counted()
     plan, cpu_s = timed(lambda: solve_experts(made, topo, dispatch=dispatch, time_limit_s=limit_s))
     eplb, eplb_s = timed(lambda: eplb_of(made, topo))
     over = [layer.max_over_mean for layer in plan.layers]
@@ -95,13 +95,13 @@ def _of(weight: np.ndarray[Any, Any]) -> RoutingStats:
     return RoutingStats(weight.reshape(1, 1, -1))
 
 
-def drifted(seed: int, drift: float, limit_s: float) -> Row:
+def drifted(seed: int, drift: float, layers: int, limit_s: float) -> Row:
     """Few moves, and shares alone, after the load has changed."""
-    topo, traffic = SHAPES["288 slots on 32 GPUs, weighted"][0], Traffic(seed)
+    topo, traffic = SHAPES["288 slots on 32 GPUs, weighted"][0], Traffic(seed, layers)
     made, _ = traffic.counted()
     now, later = traffic.counted(drift)
     old = solve_experts(made, topo, time_limit_s=limit_s)
-    most = LAYERS * 10  # slots; an expert has one byte here
+    most = layers * 10  # slots; an expert has one byte here
     plan, cpu_s = timed(lambda: solve_experts(now, topo, old=old, max_moved_bytes=most, time_limit_s=limit_s))
     shared, share_s = _shared(old, made, now, topo)
     moved = [layer.moved_slots for layer in plan.layers]
@@ -120,7 +120,7 @@ def drifted(seed: int, drift: float, limit_s: float) -> Row:
 
 def _shared(old: Placement, made: RoutingStats, now: RoutingStats, topo: Topology) -> tuple[Any, float]:
     """-> counts -> loads [L, G] by shares that are solved for `now` on the old placement; CPU seconds of one solve."""
-    held = old.phy2log.reshape(LAYERS, topo.gpus, -1)
+    held = old.phy2log.reshape(len(old.phy2log), topo.gpus, -1)
     sharing = Sharing(held, EXPERTS, topo.speed)
     start = sharing.solve(made.weight)
     share, seconds = timed(lambda: sharing.solve(now.weight, start))
@@ -145,12 +145,13 @@ def table(title: str, rows: list[Row]) -> Table:
 def main(
     result: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
     seed: int = 0,
+    layers: int = LAYERS,
     limit_s: Annotated[float, typer.Option(help="Deadline of each placement, seconds.")] = 120.0,
 ) -> None:
     found = {
-        "balance": [balance(name, seed, limit_s) for name in SHAPES],
+        "balance": [balance(name, seed, layers, limit_s) for name in SHAPES],
         "golden": golden(),
-        "drift": [drifted(seed, drift, limit_s) for drift in DRIFTS],
+        "drift": [drifted(seed, drift, layers, limit_s) for drift in DRIFTS],
     }
     for title, rows in found.items():
         Console().print(table(title, rows))

@@ -1,4 +1,6 @@
-"""Objective `interlayer` beside DeepSeek's EPLB, in one run: python -m benchmarks.placement_chain
+"""Objective `interlayer` beside DeepSeek's EPLB, in one run:
+
+    python -m benchmarks.placement_chain --time-limit-s 60
 
 Pairs of experts of neighbouring layers that stay on their unit (node, or GPU if there is one node), as a share of all:
 on the counts that the placement was made from (`fitted`), the most that is possible there (`at_most`: exact for the
