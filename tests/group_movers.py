@@ -42,9 +42,14 @@ SHAPES = {
 }
 
 HOST = [param for param in names() if not CLASSES[param.values[0]].in_device_memory]
-# Every shape by two transports, one shape by all.
+FAST = {("shm", "PP 2 to TP 2"), ("tcp", "1 to TP 4")}
+# Every shape by two transports, one shape by all; `make test` takes some of them.
 COMBINATIONS = [
-    pytest.param(*param.values, shape, marks=param.marks)
+    pytest.param(
+        name := param.values[0],
+        shape,
+        marks=[*param.marks, *([] if (name, shape) in FAST else [pytest.mark.slow])],
+    )
     for param, shape in itertools.product(HOST, SHAPES)
     if param.values[0] in ("shm", "tcp") or shape == "PP 2 to TP 2"
 ]

@@ -115,6 +115,8 @@ class Meeting:
             raise PeerMismatch(f"{hello.transport} of {hello.worker_id} is no link to rank {self.rank}")
         rank = ranks[hello.worker_id]
         self._check(hello.worker_id, hello.layout, rank)
+        with self._changed:  # before it knows that it is welcome: from then on it may be waited for
+            self._given_up.discard(rank)
         welcome = Welcome(str(self.rank), 0, self._shape(), "", b"")
         channel.send(proof.signed(welcome, self.group.token, hello.nonce))
         if channel.sock.family != socket.AF_UNIX:
@@ -124,7 +126,6 @@ class Meeting:
             if rank in self._arrived:
                 self._arrived[rank].close()
             self._arrived[rank] = link
-            self._given_up.discard(rank)
             self._changed.notify_all()
         link.ended.wait()
 

@@ -83,9 +83,15 @@ async def attempts(made: LocalCluster, family: str) -> int:
     ("role", "family", "degrees", "number", "victims"),
     [
         (Role.AGGREGATED, "qwen3-moe", {"data": 3, "expert": 3, "expert_redundancy": 10}, signal.SIGKILL, (1, 2)),
-        (Role.PREFILL, "deepseek-v3", {"data": 2, "expert": 2, "expert_redundancy": 8}, signal.SIGSTOP, (1,)),
-        (Role.DECODE, "deepseek-v3", {"data": 3, "expert": 3, "expert_redundancy": 10}, signal.SIGKILL, (2, 1)),
-        (Role.DECODE, "qwen3-moe", {"data": 2, "expert": 2, "expert_redundancy": 8}, signal.SIGSTOP, (1,)),
+        pytest.param(
+            *(Role.PREFILL, "deepseek-v3", {"data": 2, "expert": 2, "expert_redundancy": 8}, signal.SIGSTOP, (1,)),
+            marks=pytest.mark.slow,
+        ),
+        (Role.DECODE, "deepseek-v3", {"data": 3, "expert": 3, "expert_redundancy": 10}, signal.SIGKILL, (2,)),
+        pytest.param(
+            *(Role.DECODE, "qwen3-moe", {"data": 2, "expert": 2, "expert_redundancy": 8}, signal.SIGSTOP, (1,)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 async def test_the_others_go_on_and_it_comes_back(role, family, degrees, number, victims):

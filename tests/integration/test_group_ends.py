@@ -140,7 +140,7 @@ def test_a_rank_that_cannot_open_fails_the_open_by_name_and_ends_the_other_parts
     assert_nothing_left(made)
 
 
-@pytest.mark.parametrize("name", ["shm", "tcp"])
+@pytest.mark.parametrize("name", ["shm", pytest.param("tcp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_refused_ticket_ends_at_every_rank(group, name, shape):
     made = group(name, *SHAPES[shape])
@@ -208,7 +208,7 @@ def test_a_rank_that_is_killed_ends_the_parts_of_the_others(group, name, sends):
     assert_lost(made, sends)
 
 
-@pytest.mark.parametrize("name", ["shm", "tcp"])
+@pytest.mark.parametrize("name", ["shm", pytest.param("tcp", marks=pytest.mark.slow)])
 def test_a_rank_of_the_source_that_stops_cannot_change_a_block_that_is_free(group, name):
     """Where its writes cannot be fenced off, no block is free until it is dead."""
     made = midway(group, name, sends=True, lease_s=SHORT)
@@ -235,7 +235,9 @@ def test_a_rank_of_the_destination_that_stops_ends_the_parts_of_the_others(group
 # ---- nothing leaks
 
 
-@pytest.mark.parametrize(("name", "shape"), [("shm", "PP 2 to TP 2"), ("tcp", "TP 2 to 1")])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("shm", "PP 2 to TP 2"), pytest.param("tcp", "TP 2 to 1", marks=pytest.mark.slow)]
+)
 def test_lost_doubled_and_late_messages_leak_nothing_at_any_rank(name, shape, monkeypatch):
     monkeypatch.setattr(Mailbox, "post", chaotic(random.Random(5), 0.06))
     made = GroupPair(name, *SHAPES[shape], lease_s=SHORT)

@@ -42,7 +42,7 @@ class Seeing:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["model.dtype=bfloat16"],
+        pytest.param(["model.dtype=bfloat16"], marks=pytest.mark.slow),
         ["model.dtype=float32"],
         ["model.dtype=gguf"],
     ],
