@@ -33,6 +33,7 @@ from tercet.placement.experts import (
 from tercet.placement.experts.chain_descent import good_chain
 from tercet.placement.experts.chain_exact import is_few
 from tercet.placement.experts.chain_model import Task
+from tercet.placement.experts.scoring import evenly
 from tercet.placement.experts.tables import placement_of
 
 SEQUENCES, TOKENS = 200, 500
@@ -58,12 +59,12 @@ CASES = (
 )
 
 
-def eplb_of(stats: RoutingStats, topo: Topology) -> Placement:
-    weight = stats.weight
-    groups = GROUPS if weight.shape[1] > GROUPS and weight.shape[1] % GROUPS == 0 else 1
-    phy2log, _, _ = rebalance_experts(weight, topo.slots, groups, topo.nodes, topo.gpus)
-    held = phy2log.reshape(len(weight), topo.gpus, -1).astype(np.int32)
-    return placement_of(held, weight, topo, Dispatch.EVEN)
+def eplb_of(stats: RoutingStats, topo: Topology, groups: int = GROUPS) -> Placement:
+    """groups: 1 for its global mode, which is taken, too, if they do not divide the experts."""
+    experts = stats.weight.shape[1]
+    groups = groups if experts > groups and experts % groups == 0 else 1
+    phy2log, _, _ = rebalance_experts(stats.weight, topo.slots, groups, topo.nodes, topo.gpus)
+    return evenly(phy2log.astype(np.int32), experts, topo.nodes)
 
 
 def max_over_mean(plan: Placement, load: np.ndarray[Any, Any], topo: Topology) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.placement_chain import GROUPS, eplb_of
 from benchmarks.placement_load import TOPIC_DEVIATION, Routing, routing
 from tercet.placement.experts import (
     Dispatch,
@@ -25,13 +26,12 @@ from tercet.placement.experts import (
     Placement,
     RoutingStats,
     Topology,
-    rebalance_experts,
     solve_experts,
 )
 from tercet.placement.experts.homes import homes_of, source_load_of
-from tercet.placement.experts.scoring import evenly, score
+from tercet.placement.experts.scoring import score
 
-EXPERTS, GROUPS, TOP_K = 256, 8, 8
+EXPERTS, TOP_K = 256, 8
 TOPO = Topology(nodes=4, gpus_per_node=8, slots_per_gpu=9)
 SEQUENCES = 128  # a node
 TOKENS = 1_000  # of a sequence in a window
@@ -70,8 +70,8 @@ def measure(
     seen, unseen = traffic(rng, routes, mix), traffic(rng, routes, mix)
     random = stats_of(seen.first, seen.homes)
     rows = []
-    for name, groups, nodes in (("EPLB, hierarchical", GROUPS, TOPO.nodes), ("EPLB, global", 1, 1)):
-        placement, spent = _timed(lambda g=groups, n=nodes: _eplb(random, g, n))
+    for name, groups in (("EPLB, hierarchical", GROUPS), ("EPLB, global", 1)):
+        placement, spent = _timed(lambda g=groups: eplb_of(random, TOPO, g))
         rows.append(_row(name, placement, stats_of(unseen.second, unseen.homes), Dispatch.EVEN, spent))
     for objective, kept in ((Objective.INTERNODE, 0), (Objective.INTERNODE_DEDUP, 0), (Objective.INTERNODE, GROUPS)):
         name = objective.value + (f", {kept} groups kept" if kept else "")
@@ -87,11 +87,6 @@ def _timed(made: Callable[[], Placement]) -> tuple[Placement, float]:
     """-> what is made, and its CPU seconds."""
     began = time.process_time()
     return made(), time.process_time() - began
-
-
-def _eplb(stats: RoutingStats, groups: int, nodes: int) -> Placement:
-    phy2log, _, _ = rebalance_experts(stats.weight, TOPO.slots, groups, nodes, TOPO.gpus)
-    return evenly(phy2log.astype(np.int32), EXPERTS, TOPO.nodes)
 
 
 def _solved(stats: RoutingStats, objective: Objective, groups: int, seconds: float, seed: int) -> Placement:

@@ -1,7 +1,4 @@
-"""The data types of a request's life cycle: plain frozen data, no behaviour beyond validation.
-
-GenerateRequest --router--> Start legs --worker--> TokenEvent, Progress ... Done
-"""
+"""The data types of a request's life cycle: plain frozen data, no behaviour beyond validation."""
 
 from __future__ import annotations
 
@@ -283,9 +280,8 @@ class Load:
     ranks_lost: int = 0  # that a worker of several goes on without
     rank_losses: int = 0  # since its start, those that are back included
     pairs: tuple[PairState, ...] = ()  # with workers for the next stage
-    # For the controller, and on no wire:
-    experts: tuple[ExpertRows, ...] = ()  # of each rank that has some
-    transfer_endpoint: str = ""  # as in WorkerInfo, as it is now
+    experts: tuple[ExpertRows, ...] = ()  # of each rank that has some; for the controller, and on no wire
+    transfer_endpoint: str = ""  # as in WorkerInfo, as it is now; likewise
 
 
 @dataclass(frozen=True)

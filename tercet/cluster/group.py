@@ -129,8 +129,8 @@ class GroupActor:
         does not answer."""
         for coming in self._coming.values():
             coming.cancel()
-        ended = [end.done() for end in self._ends] or [False] * len(self._rest)  # before the start none is watched
-        there = [rank for rank, over in zip(self._rest, ended, strict=True) if not over]
+        ended = [end.done() for end in self._ends]  # none before the start
+        there = [rank for number, rank in enumerate(self._rest) if not any(ended[number : number + 1])]
         rank_0, *rest = (rank.call("stop", timeout_s=timeout_s) for rank in (self._first, *there))
         outcomes = [
             *await asyncio.gather(rank_0, return_exceptions=True),

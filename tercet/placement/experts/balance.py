@@ -8,21 +8,17 @@ The greedy placement of every layer is made first, and no later step makes it wo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tercet.placement.experts.arranging import arranged, recounted, worst_of
 from tercet.placement.experts.exact import exactly, is_small
-from tercet.placement.experts.model import Dispatch, Floats, Ints, Topology
+from tercet.placement.experts.model import OPTIMAL, Clock, Dispatch, Floats, Ints, Topology
 from tercet.placement.experts.packing import bound_of, packed, replicas_of
 
-OPTIMAL = 1e-4  # above the bound: nothing more is looked for
 GOOD = 2e-3  # above it: other numbers of replicas are not tried
 EXACT_S = 5.0  # for one small layer
-
-Clock = Callable[[], float]
 
 
 @dataclass

@@ -25,12 +25,21 @@ from tercet.placement.experts.chain_bound import Side, stays_at_most
 from tercet.placement.experts.chain_descent import ROUNDING, good_chain
 from tercet.placement.experts.chain_exact import best_chain, is_few
 from tercet.placement.experts.chain_model import Task, local_pairs
-from tercet.placement.experts.keeping import renamed
-from tercet.placement.experts.model import Dispatch, Floats, Ints, LayerReport, Placement, RoutingStats, Topology
+from tercet.placement.experts.keeping import kept
+from tercet.placement.experts.model import (
+    Clock,
+    Dispatch,
+    Floats,
+    Ints,
+    LayerReport,
+    Placement,
+    RoutingStats,
+    Topology,
+    status_of,
+)
 from tercet.placement.experts.tables import placement_of
 
 SEARCH = 0.6  # of the time; the rest is for the bounds
-OPTIMAL = 1e-4
 
 
 def check_pairs(stats: RoutingStats, eps: float) -> Floats:
@@ -53,7 +62,7 @@ def chained(
     dispatch: Dispatch,
     eps: float,
     seed: int,
-    clock: Callable[[], float],
+    clock: Clock,
     deadline: float,
 ) -> Placement:
     """balance: makes the placement of objective `balance`. Of each layer, the reported objective is the pairs with the
@@ -107,11 +116,8 @@ def _named(held: Ints, old: Ints, task: Task) -> Ints:
     names = linear_sum_assignment(np.where(task.alike, both, -np.inf), maximize=True)[1]
     shape = (layers, units, -1, held.shape[2])
     placed, before = held.reshape(shape)[:, names], old.reshape(shape)
-    named = [
-        [renamed(new, was, speed) for new, was, speed in zip(*layer, task.unit_speed, strict=True)]
-        for layer in zip(placed, before, strict=True)
-    ]
-    return np.array(named).reshape(held.shape)
+    each_unit = [kept(placed[:, unit], before[:, unit], speed) for unit, speed in enumerate(task.unit_speed)]
+    return np.stack(each_unit, axis=1).reshape(held.shape)
 
 
 def _report(
@@ -119,6 +125,6 @@ def _report(
 ) -> LayerReport:
     mean = float(weight.sum() / task.topo.speed.sum())
     worst = worst_of(held, weight, task.topo, task.dispatch) / mean
-    status = "optimal" if leaves <= bound * (1 + OPTIMAL) else "deadline" if late else "feasible"
+    status = status_of(leaves, bound, late=late)
     size = int(moved) * task.topo.expert_bytes
     return LayerReport(float(leaves), float(bound), worst, 0.0, int(moved), size, status, seconds)

@@ -34,7 +34,7 @@ def exactly(weight: Floats, topo: Topology, dispatch: Dispatch, seconds: float) 
     solver.run()
     info = solver.getInfo()
     bound = max(0.0, float(info.mip_dual_bound)) * scale if np.isfinite(info.mip_dual_bound) else 0.0
-    if solver.getInfo().primal_solution_status != int(highspy.SolutionStatus.kSolutionStatusFeasible):
+    if info.primal_solution_status != int(highspy.SolutionStatus.kSolutionStatusFeasible):
         return None, bound
     values = solver.getSolution().col_value
     held = [

@@ -7,6 +7,7 @@ GPU g lies on node g // gpus_per_node, slot s on GPU s // K. phy2log, log2phy an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -17,7 +18,9 @@ from tercet.errors import SpecError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
+Clock = Callable[[], float]  # seconds
 NO_SLOT = -1  # pads the rows of log2phy
+OPTIMAL = 1e-4  # above its bound at most
 
 
 class Objective(StrEnum):
@@ -114,7 +117,7 @@ class LayerReport:
     cross_node: float  # share of the tokens whose expert is on another node; 0 if that was not counted
     moved_slots: int  # that held another expert before
     moved_bytes: int
-    status: str  # "optimal" within 0.01 %, else "feasible" or "deadline"
+    status: str  # `status_of`
     seconds: float
     relaxed: str = ""  # what could not be kept, with the value it has instead: "eps 0.031, kappa 0.62"
 
@@ -132,6 +135,11 @@ class Placement:
     count: Ints  # [L, E], its replicas
     dispatch_prob: NDArray[np.float32]  # [L, N, E, R], which share of a node's tokens each replica gets
     layers: tuple[LayerReport, ...] = field(default=(), repr=False)
+
+
+def status_of(value: float, bound: float, *, late: bool) -> str:
+    """late: the deadline has cut the search short."""
+    return "optimal" if value <= bound * (1 + OPTIMAL) else "deadline" if late else "feasible"
 
 
 def _check(name: str, array: Floats, dimensions: int) -> None:

@@ -4,7 +4,6 @@ do: the objectives `internode` and `internode_dedup`. Layers are independent, an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import numpy as np
 from tercet.errors import SpecError
 from tercet.placement.experts.keeping import kept
 from tercet.placement.experts.model import (
+    Clock,
     Dispatch,
     Floats,
     Ints,
@@ -21,12 +21,12 @@ from tercet.placement.experts.model import (
     Placement,
     RoutingStats,
     Topology,
+    status_of,
 )
 from tercet.placement.experts.node_packing import packed_within, source_aware
 from tercet.placement.experts.node_search import TOLERANCE, NodeSearch
 from tercet.placement.experts.scoring import score, source_tokens
 
-OPTIMAL = 1e-4  # as LayerReport.status has it
 MOST_SEED = 2**31 - 1  # of HiGHS
 LEAST_S = 0.05  # a layer with less time keeps its greedy plan
 
@@ -68,7 +68,7 @@ class NodeRules:
 class _Slices:
     """The time that is left, for the layers that are left."""
 
-    def __init__(self, layers: int, workers: int, deadline: float, clock: Callable[[], float]) -> None:
+    def __init__(self, layers: int, workers: int, deadline: float, clock: Clock) -> None:
         self._left, self._workers, self._deadline, self._clock = layers, workers, deadline, clock
         self._lock = threading.Lock()
 
@@ -98,7 +98,7 @@ def by_nodes(
     *,
     old: Placement | None,
     deadline: float,
-    clock: Callable[[], float],
+    clock: Clock,
 ) -> Placement:
     """With dispatch by source. Raises SpecError without source_load, and if experts, slots or groups do not fit."""
     tokens = source_tokens(stats, topo)
@@ -146,7 +146,6 @@ def _reports(
     for at, layer in enumerate(found):
         scale, value = float(tokens[at].mean()), layer.search.value
         bound = min(layer.search.bound, value)
-        status = "optimal" if value <= bound * (1 + OPTIMAL) else "deadline" if layer.late else "feasible"
         reports.append(
             LayerReport(
                 objective=value * scale,
@@ -155,7 +154,7 @@ def _reports(
                 cross_node=float(worth.cross_node[at]),
                 moved_slots=int(moved[at]),
                 moved_bytes=int(moved[at]) * topo.expert_bytes,
-                status=status,
+                status=status_of(value, bound, late=layer.late),
                 seconds=layer.seconds,
                 relaxed=_relaxed(layer.search, rules),
             )

@@ -9,10 +9,11 @@ from functools import partial
 import numpy as np
 
 from tercet.errors import SpecError, UnsupportedSpec
-from tercet.placement.experts.balance import Clock, Layer, balanced
+from tercet.placement.experts.balance import Layer, balanced
 from tercet.placement.experts.chain import chained
 from tercet.placement.experts.keeping import migrated
 from tercet.placement.experts.model import (
+    Clock,
     Dispatch,
     Ints,
     LayerReport,
@@ -20,6 +21,7 @@ from tercet.placement.experts.model import (
     Placement,
     RoutingStats,
     Topology,
+    status_of,
 )
 from tercet.placement.experts.nodes import NodeRules, by_nodes
 from tercet.placement.experts.tables import placement_of
@@ -107,7 +109,7 @@ def _migrate(
 
 def _report(layer: Layer, topo: Topology, moved: int, *, late: bool) -> LayerReport:
     mean = float(layer.weight.sum() / topo.speed.sum())
-    status = "optimal" if layer.worst <= layer.target else "deadline" if late else "feasible"
+    status = status_of(layer.worst, layer.bound, late=late)
     bound = min(layer.bound, layer.worst)  # they may differ by what a number has
     over = layer.worst / mean
     return LayerReport(layer.worst, bound, over, 0.0, moved, moved * topo.expert_bytes, status, layer.seconds)
