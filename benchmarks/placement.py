@@ -23,7 +23,7 @@ from benchmarks.machine import facts
 from benchmarks.placement_chain import eplb_of, max_over_mean
 from benchmarks.placement_load import routing
 from tercet.placement.experts import Dispatch, Placement, RoutingStats, Topology, solve_experts
-from tercet.placement.experts.sharing import Sharing
+from tercet.placement.experts.sharing import QUICK, Sharing
 
 LAYERS, EXPERTS, TOP_K = 58, 256, 8
 SEQUENCES, TOKENS = 400, 500
@@ -123,7 +123,7 @@ def _shared(old: Placement, made: RoutingStats, now: RoutingStats, topo: Topolog
     held = old.phy2log.reshape(len(old.phy2log), topo.gpus, -1)
     sharing = Sharing(held, EXPERTS, topo.speed)
     start = sharing.solve(made.weight)
-    share, seconds = timed(lambda: sharing.solve(now.weight, start))
+    share, seconds = timed(lambda: sharing.solve(now.weight, start, QUICK))
     part = share / np.take_along_axis(now.weight, old.phy2log.astype(np.int64), axis=1).reshape(share.shape).clip(1e-9)
 
     def loads(stats: RoutingStats) -> np.ndarray[Any, Any]:

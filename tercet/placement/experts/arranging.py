@@ -11,7 +11,6 @@ from tercet.placement.experts.packing import Packing, packed
 from tercet.placement.experts.sharing import Sharing
 
 ROUNDS = 6  # of shares and swaps
-SWEEPS = 100  # of a layer's shares, if they take so many
 DONORS = 6  # experts of which a replica would be missed least
 LEAST_GAIN = 1e-6  # relative
 
@@ -22,7 +21,7 @@ def shares_of(held: Ints, weight: Floats, topo: Topology, dispatch: Dispatch) ->
     """held [G, K], weight [E] -> tokens of each slot [G, K]."""
     sharing = Sharing(held[None], len(weight), topo.speed)
     even = dispatch is Dispatch.EVEN
-    shares: Floats = (sharing.even(weight[None]) if even else sharing.solve(weight[None], sweeps=SWEEPS))[0]
+    shares: Floats = (sharing.even(weight[None]) if even else sharing.solve(weight[None]))[0]
     return shares
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from tercet.placement.experts.arranging import worst_of
 from tercet.placement.experts.model import Dispatch, Floats, Ints, Topology
-from tercet.placement.experts.sharing import Sharing
+from tercet.placement.experts.sharing import QUICK, Sharing
 
 TRIED = 32  # moves a round
 HOTTEST = 8  # experts on the busiest GPU that get a replica more
@@ -44,13 +45,13 @@ def repaired(
         if worst[chosen] >= level * (1 - LEAST_GAIN):
             break
         best, shares, level = tried[chosen], share[chosen], float(worst[chosen])
-    return best, level
+    return best, worst_of(best, weight, topo, dispatch)
 
 
 def _judged(tried: Ints, weight: Floats, topo: Topology, dispatch: Dispatch) -> tuple[Floats, Floats]:
     """tried [n, G, K] -> shares, and the highest load over speed [n]."""
     sharing, weights = Sharing(tried, len(weight), topo.speed), np.tile(weight, (len(tried), 1))
-    share = sharing.even(weights) if dispatch is Dispatch.EVEN else sharing.solve(weights)
+    share = sharing.even(weights) if dispatch is Dispatch.EVEN else sharing.solve(weights, sweeps=QUICK)
     return share, (share.sum(axis=2) / topo.speed).max(axis=1)
 
 

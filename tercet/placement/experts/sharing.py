@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from tercet.placement.experts.model import Floats, Ints
 
-SWEEPS = 8  # behind the first few nothing changes by more than a thousandth
+SWEEPS = 100  # if they take so many
+QUICK = 8  # behind the first few a load seldom changes by more than a thousandth
 ENOUGH = 1e-5  # of the mean load: a sweep that moves less is the last
 
 
