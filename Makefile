@@ -56,7 +56,8 @@ proto-check: setup
 APART = tests/chaos tests/integration/test_lengths.py tests/integration/test_devices.py \
   tests/integration/test_token_exact.py tests/unit/test_gpu_check.py
 RANKS = tests/integration/test_groups.py tests/integration/test_group_requests.py \
-  tests/integration/test_group_faults.py tests/integration/test_expert_parallel.py
+  tests/integration/test_group_faults.py tests/integration/test_expert_parallel.py \
+  tests/integration/test_group_conformance.py tests/integration/test_group_ends.py
 
 pytest: setup extras  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest

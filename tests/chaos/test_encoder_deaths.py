@@ -25,7 +25,7 @@ def model(tmp_path_factory):
     return Model("qwen3-vl", tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=["shm", pytest.param("tcp", marks=pytest.mark.slow)])
 async def made(request, model):
     changes = {"transfer__lease_s": 1.0, "transfer__heartbeat_s": 0.3, "transfer__transport": request.param}
     images = {"blocks": 128, "cache_bytes": 0}  # so that each image is encoded again

@@ -103,7 +103,7 @@ def answered() -> dict[tuple[int, ...], list[int]]:
     return asyncio.run(run())
 
 
-@pytest.fixture(params=[("shm", 3), ("tcp", 0)], ids=["shm, retried", "tcp"])
+@pytest.fixture(params=[("shm", 3), pytest.param(("tcp", 0), marks=pytest.mark.slow)], ids=["shm, retried", "tcp"])
 async def made(request) -> AsyncIterator[GroupProcesses]:
     transport, retries = request.param
     changes = {"decoders": 2, "scheduler__token_budget": 32, "transfer__transport": transport}

@@ -44,7 +44,7 @@ class Seeing:
     [
         pytest.param(["model.dtype=bfloat16"], marks=pytest.mark.slow),
         ["model.dtype=float32"],
-        ["model.dtype=gguf"],
+        pytest.param(["model.dtype=gguf"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

@@ -22,10 +22,10 @@ import torch.distributed as dist
 
 from tercet.distributed.collectives import Alone, Collectives, HostCollectives, TorchCollectives
 from tercet.distributed.place import Place
-from tercet.distributed.setup import new_store
 from tercet.distributed.stages import Stages
 from tercet.errors import WorkerLost
 from tercet.kernels.native.communicator import CAPACITY, SPINS, NativeCommunicator, communicator_bytes
+from tests.machine import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12
 MOST = CAPACITY // 4  # float32 values of one round
@@ -212,17 +212,18 @@ def test_who_does_not_come_in_time_is_named():
 # ---- torch.distributed
 
 
-def gloo(store: dist.TCPStore, rank: int, size: int) -> TorchCollectives:
+def gloo(port: int, rank: int, size: int) -> TorchCollectives:
+    """Rank 0 has the store, so that nobody is forked beside its thread, who might get no further."""
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = timedelta(seconds=20)
-    there = dist.TCPStore("127.0.0.1", store.port, is_master=False, use_libuv=False)
+    there = dist.TCPStore("127.0.0.1", port, is_master=not rank, use_libuv=False, wait_for_workers=False)
     return TorchCollectives(dist.ProcessGroupGloo(there, rank, size, options))
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_gloo_gives_the_same(size):
-    store = new_store("127.0.0.1")
+    port = free_port()
 
     def work(rank: int, collectives: Collectives, _: Connection) -> list[Any]:
         found = []
@@ -232,7 +233,7 @@ def test_gloo_gives_the_same(size):
             found.append((total.numpy(), None if gathered is None else gathered.numpy()))
         return found
 
-    everywhere = results(size, work, lambda rank: gloo(store, rank, size))
+    everywhere = results(size, work, lambda rank: gloo(port, rank, size))
     for at, count in enumerate(SIZES[1:]):
         totals = [torch.from_numpy(found[at][0]) for found in everywhere]
         assert all(total.equal(totals[0]) for total in totals)
@@ -242,8 +243,8 @@ def test_gloo_gives_the_same(size):
 
 
 def test_a_rank_that_dies_ends_a_sum_by_gloo_at_once():
-    store = new_store("127.0.0.1")
-    with ranks(2, lambda rank, *rest: dead(2 * rank, *rest), lambda rank: gloo(store, rank, 2)) as started:
+    port = free_port()
+    with ranks(2, lambda rank, *rest: dead(2 * rank, *rest), lambda rank: gloo(port, rank, 2)) as started:
         for _, here in started:
             assert told(here) == "waits"
         began = time.monotonic()
@@ -255,9 +256,9 @@ def test_a_rank_that_dies_ends_a_sum_by_gloo_at_once():
 @pytest.mark.parametrize("waits", ["to sum", "to receive"])
 def test_stop_wakes_who_waits_by_gloo(waits):
     """For a rank that is there, but does not come."""
-    store = new_store("127.0.0.1")
+    port = free_port()
     with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(lambda rank: gloo(store, rank, 2), range(2)))
+        made = list(pool.map(lambda rank: gloo(port, rank, 2), range(2)))
         stages = Stages(Place(1, pipeline=2), made[1]._group)
         waiting = {
             "to sum": (made[1], lambda: made[1].all_reduce(torch.ones(1))),
