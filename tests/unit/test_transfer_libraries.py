@@ -195,6 +195,31 @@ def test_nothing_lands_after_the_fence(pair):
     assert not any(pair.destination.view)
 
 
+def test_nixl_writes_itself_though_ucx_was_loaded_first(monkeypatch, tmp_path):
+    """UCX would abort a receiver that answers emulated writes of a sender that is gone."""
+    if missing := NixlTransport.missing() or UcxTransport.missing():
+        pytest.skip(missing)
+    monkeypatch.setenv("UCX_PROTO_INFO", "y")
+    monkeypatch.setenv("UCX_LOG_FILE", str(tmp_path / "%p"))
+    pair = Pair("nixl")
+    try:
+        pair.grant()
+        pair.ask("push 0")
+        landed = time.monotonic() + WAIT_S
+        while not any(pair.destination.view) and time.monotonic() < landed:
+            time.sleep(0.01)
+        said = (tmp_path / str(pair.sender.pid)).read_text()
+    finally:
+        pair.stop()
+    assert "remote memory write" in said
+    assert "emulation" not in said
+
+
+def test_what_makes_ucx_emulate_writes_is_refused(monkeypatch):
+    monkeypatch.setenv("UCX_RNDV_THRESH", "8192")
+    assert "UCX_RNDV_THRESH is set" in NixlTransport.missing()
+
+
 @pytest.mark.parametrize(
     ("tls", "direct"),
     [

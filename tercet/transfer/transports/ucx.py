@@ -216,7 +216,13 @@ def _library() -> Any:
     os.environ.setdefault("UCX_TCP_CM_REUSEADDR", "y")
     with contextlib.suppress(ModuleNotFoundError):  # ucxx itself loads the UCX wheel only if librmm is there
         importlib.import_module("libucx").load_library()
-    return importlib.import_module("ucxx._lib.libucxx")
+    before = {*os.environ}
+    try:
+        return importlib.import_module("ucxx._lib.libucxx")
+    finally:
+        for name in {*os.environ} - before:
+            if name.startswith("UCX_"):  # what ucxx prefers must not hold for NIXL's UCX too (decision 009)
+                del os.environ[name]
 
 
 def _array(view: memoryview) -> Any:
