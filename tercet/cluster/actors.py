@@ -24,6 +24,7 @@ from tercet.errors import Overloaded
 from tercet.spec import ClusterSpec
 
 if TYPE_CHECKING:
+    from tercet.distributed.routed import Routed
     from tercet.roles.gateway.gateway import GatewayInfo
     from tercet.roles.worker import Worker
 
@@ -92,6 +93,10 @@ class WorkerActor:
     async def lost_ranks(self) -> list[int]:
         """Those that the others go on without."""
         return self._worker.lost_ranks()
+
+    async def routed(self) -> Routed:
+        """For `tercet experts`."""
+        return await self._worker.routed()
 
     async def drain(self, timeout_s: float) -> None:
         await self._worker.drain(timeout_s)

@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 
 from tercet.cluster import bounded, output, run_file
+from tercet.cluster.experts_cli import app as experts_app
+from tercet.cluster.options import Address, AsJson, ClusterName, Settings, SpecPath, Url, where
 from tercet.cluster.spec_file import load_spec
 from tercet.errors import SpecError, TercetError
 from tercet.spec import ClusterSpec
@@ -32,14 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A cluster spec, such as configs/local.yaml.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key of the spec; repeatable.")
-]
-ClusterName = Annotated[str | None, typer.Option(help="The cluster's name; may be left out if there is only one.")]
-Address = Annotated[str | None, typer.Option(help="host:port of the Ray it runs in; default: this machine's clusters.")]
-Url = Annotated[str | None, typer.Option(help="Base URL of the endpoint; default: the cluster served here.")]
+app.add_typer(experts_app, name="experts")
 
 
 def main() -> None:
@@ -186,12 +181,12 @@ def down(
 def status(
     name: ClusterName = None,
     address: Address = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a running cluster's members and their loads."""
     from tercet.cluster.tables import experts_table, pairs_table, status_table
 
-    name, address = _where(name, address)
+    name, address = where(name, address)
     from tercet.cluster import remote
 
     found = remote.status(name, address)
@@ -213,7 +208,7 @@ def scale(
     timeout: Annotated[float, typer.Option(help="Seconds to wait until the cluster is so.")] = 180.0,
 ) -> None:
     """Change how many workers of a role there are, while the cluster serves."""
-    name, address = _where(name, address)
+    name, address = where(name, address)
     from tercet.cluster.scale import scale as scale_cluster
 
     output.say(scale_cluster(name, address, role, replicas, timeout))
@@ -232,7 +227,7 @@ def set_role(
     timeout: Annotated[float, typer.Option(help="Seconds to wait until it serves in that role.")] = 180.0,
 ) -> None:
     """Give a worker another role, while the cluster serves."""
-    name, address = _where(name, address)
+    name, address = where(name, address)
     from tercet.cluster.set_role import set_role as set_worker_role
 
     output.say(set_worker_role(name, address, worker, role, timeout))
@@ -267,15 +262,6 @@ def _serve(
     from tercet.cluster.serve import serve as serve_cluster
 
     serve_cluster(spec, signals, output.report, ready, visit)
-
-
-def _where(name: str | None, address: str | None) -> tuple[str | None, str]:
-    """A cluster's name and its Ray's address. Call it before Ray is imported, which reads its environment then."""
-    if address is not None:
-        return name, address
-    here = run_file.find_reachable(name)
-    os.environ.update(here.ray_environment)
-    return here.name, here.ray_address
 
 
 def _refuse_missing_transport(spec: ClusterSpec) -> None:

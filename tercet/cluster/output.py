@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
 import typer
 
@@ -17,6 +19,21 @@ def open_closed() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115, never closed
+
+
+@contextlib.contextmanager
+def foreign_to_stderr() -> Iterator[None]:
+    """What libraries print to standard output meanwhile goes to standard error."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C keeps back
+        os.dup2(own, 1)
+        os.close(own)
 
 
 def say(line: str) -> None:

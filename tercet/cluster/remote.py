@@ -11,7 +11,7 @@ from tercet.cluster import ray_runtime as runtime
 from tercet.cluster.launcher import actor_name
 from tercet.cluster.reconcile import GATEWAY
 from tercet.cluster.run_file import wait_gone
-from tercet.errors import ClusterError
+from tercet.errors import ClusterError, TercetError
 from tercet.placement.roles import Node
 
 ANSWER_TIMEOUT_S = 10.0
@@ -62,15 +62,24 @@ def pick(name: str | None, address: str) -> str:
     raise ClusterError(f"{which} in the Ray at {address}" + (f" (there: {', '.join(known)})" if known else ""))
 
 
-def ask(cluster: str, method: str, *args: object) -> Any:
-    """Call a method of the cluster's gateway. Raises ClusterError."""
-    return bounded.call(f"asking the gateway of {cluster}", 2 * ANSWER_TIMEOUT_S, _call, cluster, method, *args)
+def ask(cluster: str, method: str, *args: object, member: str = GATEWAY) -> Any:
+    """Call a method of a member of the cluster. Raises ClusterError, and what the method does."""
+    told = f"asking the {member} of {cluster}"
+    return bounded.call(told, 2 * ANSWER_TIMEOUT_S, _call, cluster, member, method, *args)
 
 
-def _call(cluster: str, method: str, *args: object) -> Any:
+def _call(cluster: str, member: str, method: str, *args: object) -> Any:
     try:
-        gateway = ray.get_actor(actor_name(cluster, GATEWAY), namespace=runtime.NAMESPACE)
-        return ray.get(getattr(gateway, method).remote(*args), timeout=ANSWER_TIMEOUT_S)
+        actor = ray.get_actor(actor_name(cluster, member), namespace=runtime.NAMESPACE)
+        return ray.get(getattr(actor, method).remote(*args), timeout=ANSWER_TIMEOUT_S)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TercetError):
+            raise error.cause from error
+        raise _silent(cluster, member, error) from error
     except (ValueError, ray.exceptions.RayError) as error:
-        reason = str(error).splitlines()[0]
-        raise ClusterError(f"the gateway of {cluster} does not answer: {reason}; is it just starting?") from error
+        raise _silent(cluster, member, error) from error
+
+
+def _silent(cluster: str, member: str, error: Exception) -> ClusterError:
+    reason = str(error).splitlines()[0]
+    return ClusterError(f"the {member} of {cluster} does not answer: {reason}; is it just starting?")

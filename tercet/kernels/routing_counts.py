@@ -57,10 +57,13 @@ class RoutingCounts:
                 self._add(torch.stack(step))
             self._step.experts = []
 
+    def load(self) -> NDArray[np.int64]:
+        """-> [L, n], a copy."""
+        return self._load[:, 1:].cpu().numpy().copy()
+
     def read(self) -> RoutingSums:
         """Copies, of whole steps."""
-        load, pairs = self._load[:, 1:].cpu().numpy().copy(), self._pairs[:, 1:, 1:].cpu().numpy().copy()
-        return RoutingSums(load, pairs)
+        return RoutingSums(self.load(), self._pairs[:, 1:, 1:].cpu().numpy().copy())
 
     def _add(self, experts: Tensor) -> None:
         """experts [L, T, k]."""

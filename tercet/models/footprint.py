@@ -56,6 +56,13 @@ def _mixture_count(config: ModelConfig, mixture: MixtureConfig) -> int:
     return router + experts + (_mlp_count(config, mixture.shared_size) if mixture.shared_size else 0)
 
 
+def expert_bytes(config: ModelConfig, dtype: str) -> int:
+    """Of one expert of a mixture in one layer."""
+    assert config.mixture is not None, "asked of a mixture only"
+    item = ITEM_BYTES["bfloat16" if dtype == "gguf" else dtype]
+    return 3 * config.hidden_size * config.mixture.intermediate_size * item
+
+
 def weight_bytes(config: ModelConfig, spec: ModelSpec, role: Role = Role.DECODE, *, apart: bool = False) -> int:
     """Of a worker. apart: images are encoded by workers of their own, which alone have the vision tower, and no text
     model; else those that compute prompts have it."""

@@ -16,6 +16,7 @@ from rich.progress import track
 from tercet.core import Load, Role
 from tercet.devices import device_of
 from tercet.distributed.place import Place
+from tercet.distributed.routed import Routed
 from tercet.distributed.talk import Talk
 from tercet.engine.executor import Executor, LocalExecutor
 from tercet.engine.graphs import CudaRecorder, default_sizes
@@ -37,6 +38,7 @@ from tercet.roles.memory import region_of
 from tercet.roles.part import Identity, Part
 from tercet.roles.peers import Sender
 from tercet.roles.prefill import Prefill
+from tercet.roles.routed import own_load, routed
 from tercet.transfer.memory.device import DeviceRegion, KvRegion
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
@@ -153,6 +155,11 @@ class Computing(Part):
             return load
         others = {} if self._group is None else self._group.experts
         return replace(load, experts=(own, *(others[rank] for rank in sorted(others))))
+
+    def routed(self) -> Routed:
+        model = self._loaded.model
+        others = {} if self._group is None else self._group.loads()
+        return routed(model, self._who.spec.model.dtype, {0: own_load(model), **others})
 
     def begin_stop(self) -> None:
         self.engine.stop()

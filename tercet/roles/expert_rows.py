@@ -10,7 +10,7 @@ def expert_rows(model: Transformer) -> ExpertRows | None:
     """Of this rank; None where there are no experts, or only columns of each. May wait for the device."""
     if model.routing is None:
         return None
-    ranks, routed = model.ranks, model.routing.read().load.sum(0).tolist()
+    ranks, routed = model.ranks, model.routing.load().sum(0).tolist()
     spread = ranks.spread
     if spread is not None:
         computed = spread.computed[:-1].tolist()

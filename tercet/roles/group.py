@@ -165,6 +165,14 @@ class Group:
                 raise WorkerLost(f"rank {rank} did not load its share")
             return self._ready[rank][1]
 
+    def loads(self) -> dict[int, bytes]:
+        """Of ranks 1, 2 ... that are there, what each has counted (`routed.own_load`)."""
+        found = {}
+        for rank, talk in list(self.talks.items()):
+            with contextlib.suppress(WorkerLost):  # it is lost meanwhile
+                found[rank] = talk.ask("routed", timeout_s=HERE_S)
+        return found
+
     def begin_stop(self) -> None:
         """The end of a rank is no fault any more, and nobody waits for one."""
         with self._changed:

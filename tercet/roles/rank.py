@@ -34,6 +34,7 @@ from tercet.roles.group import setup_of
 from tercet.roles.measure import measured
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity
+from tercet.roles.routed import own_load
 from tercet.spec import ClusterSpec
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
@@ -87,7 +88,7 @@ class Rank:
             venue, memory = self._venue(line)
         self._place = setup.place
         self._talk = Talk(line, self._ended)
-        self._talk.start(self._told(), {"open": self._open, "connect": self._connect, "measure": self._measure})
+        self._talk.start(self._told(), self._asked())
         self._ranks = setup.ranks(venue, memory)
         loaded = load_model(who.spec.model, kernels, self._ranks)
         moving = self._load(loaded, kernels)
@@ -142,6 +143,14 @@ class Rank:
             "refuse": lambda ticket, reason: self._receiving().refuse(Ticket(*ticket), reason),
             "stop_receiving": lambda ticket, error: self._receiving().cancel(Ticket(*ticket), from_wire(*error)),
             "stop": self._stopped.set,
+        }
+
+    def _asked(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "open": self._open,
+            "connect": self._connect,
+            "measure": self._measure,
+            "routed": lambda: own_load(self._model),  # only behind `ready`
         }
 
     def _step(self, number: int, attempt: int, parts: list[bytes]) -> None:

@@ -20,8 +20,9 @@ import torch
 
 from tercet.core import Load, Role, WorkerInfo
 from tercet.devices import DEVICES, device_of
+from tercet.distributed.routed import Routed
 from tercet.engine.loop import Engine
-from tercet.errors import UnsupportedModel, WorkerLost
+from tercet.errors import ClusterError, UnsupportedModel, WorkerLost
 from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.models.footprint import refuse_too_large
 from tercet.models.loader import LoadedModel
@@ -141,6 +142,13 @@ class Worker:
         """Of a worker of several: those that the others go on without."""
         losses = None if self._group is None else self._group.losses
         return [] if losses is None else sorted(losses.out)
+
+    async def routed(self) -> Routed:
+        """What its ranks have counted of their routing. Raises ClusterError."""
+        text = next((part for part in self._parts if isinstance(part, Computing)), None)
+        if text is None:
+            raise ClusterError(f"{self._who.worker_id} computes no text, so it has no experts")
+        return await asyncio.get_running_loop().run_in_executor(None, text.routed)
 
     async def drain(self, timeout_s: float) -> None:
         await self.legs.drain(timeout_s)

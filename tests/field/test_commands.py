@@ -31,6 +31,7 @@ MAKE = "make", "-o", ".venv/.stamp"  # a Makefile younger than the environment w
 HERE, CLI = "tests/field/test_commands.py", "tests/unit/test_cli.py"
 SEEING = f"{HERE}:test_what_the_readme_types_about_pictures"
 CLUSTER = "tests/integration/test_ray_cluster.py"
+EXPERTS = "tests/integration/test_ray_experts.py:test_counts_of_a_running_mixture_are_recorded_and_solved"
 GPU = "tests/unit/test_gpu_check.py"
 ON_TINY = f"{HERE}:test_what_the_readme_types_against_a_served_cluster"
 # command -> the test that runs it. A benchmark stands here by its module: the figures themselves take long.
@@ -64,6 +65,11 @@ RUN_BY = {
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'""": ON_TINY,
     "python -m benchmarks.serving": ON_TINY,
+    "tercet experts show": EXPERTS,
+    "tercet experts export counts.npz --windows 4 --seconds 15": EXPERTS,
+    "tercet experts solve counts.npz --svg loads.svg": (
+        "tests/unit/test_experts_cli.py:test_the_picture_is_an_image_without_links"
+    ),
     "tercet validate SPEC": f"{CLI}:test_version_and_validate",
     "tercet spec SPEC": f"{CLI}:test_spec_prints_every_key_and_is_read_again",
     "tercet plan SPEC": f"{CLI}:test_plan_shows_every_member_and_starts_nothing",

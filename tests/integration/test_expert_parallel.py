@@ -14,7 +14,10 @@ import torch
 from examples import make_tiny_model
 from examples.make_tiny_model import Family
 from tercet.core import Leg, Outcome, Role, SamplingParams, Ticket
+from tercet.distributed.expert_map import default_map
+from tercet.distributed.routed import Routed
 from tercet.errors import LeaseExpired
+from tercet.placement.experts.weighing import Counts, loads_of
 from tercet.spec import ClusterSpec, ParallelSpec
 from tercet.wire.worker_client import WorkerLink
 from tests.helpers import TOKEN, LocalCluster, cluster, next_token, request_of, spec_of
@@ -203,3 +206,31 @@ async def test_ranks_that_share_every_expert_say_nothing_of_them(made):
     async with cluster(shaped(source, (ParallelSpec(tensor=2),))) as workers:
         await tokens_of(workers, PROMPTS[:3])
         assert (await workers.workers["aggregated-0"].health()).experts == ()
+
+
+@pytest.mark.parametrize("shape", ["replicas", "tensor", "every expert twice", "stages of replicas"])
+async def test_all_shapes_count_the_routing_of_one_process(made, shape):
+    """Each replica counts its own requests, each stage its own layers; who reads gets them of all ranks."""
+    source, expected = made(Family.DEEPSEEK_V3)
+
+    async def counted(spec: ClusterSpec) -> Routed:
+        async with cluster(spec) as workers:
+            before = await workers.workers["aggregated-0"].routed()
+            assert await tokens_of(workers, PROMPTS) == expected
+            after = await workers.workers["aggregated-0"].routed()
+            assert not before.load.any()
+            return after
+
+    alone, spread = await counted(shaped(source, (SINGLE,))), await counted(shaped(source, SHAPES[shape]))
+    (wanted,) = SHAPES[shape]
+    tokens = sum(len(prompt) + TOKENS - 1 for prompt in PROMPTS)
+    assert (alone.load.sum(axis=(0, 2)) == tokens * alone.top_k).all()
+    assert (spread.load.sum(axis=0) == alone.load[0]).all()
+    assert spread.load.shape[0] == wanted.data
+    assert (spread.load.sum(axis=(1, 2)) > 0).all()
+    placed = default_map(EXPERTS, wanted.expert_redundancy, wanted.expert)
+    assert (spread.ranks, spread.top_k, spread.expert_bytes) == (wanted.expert, alone.top_k, alone.expert_bytes)
+    assert (spread.phy2log == placed.phy2log.numpy()).all()
+    assert len(spread.phy2log) == spread.load.shape[1]
+    counts = Counts(spread.load[None], spread.phy2log, spread.ranks, 1, spread.top_k, spread.expert_bytes, 0.0, "w")
+    assert loads_of(counts).sum() == alone.load.sum()

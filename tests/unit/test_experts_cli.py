@@ -1,0 +1,138 @@
+"""`tercet experts`: what `solve` says of a file of counts, the picture, and what is counted between two looks."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tercet.cluster.cli import app
+from tercet.cluster.counts_file import write_counts
+from tercet.cluster.experts import chosen_of, counted, nodes_of
+from tercet.cluster.heat_map import MOST_COLUMNS, MOST_ROWS, heat_map, save_svg
+from tercet.distributed.routed import Routed
+from tercet.errors import ClusterError, SpecError
+from tests.unit.test_experts_weighing import counts_of
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_counts(tmp_path / "counts.npz", counts_of())
+    return str(tmp_path / "counts.npz")
+
+
+def run(*args: str):
+    return CliRunner().invoke(app, ["experts", *args])
+
+
+def test_solve_says_what_a_placement_would_be_worth(file):
+    shown = run("solve", file)
+    assert shown.exit_code == 0, shown.output
+    for told in (
+        "before: busiest rank over mean",
+        "after: busiest rank",
+        "slots would hold another expert",
+        "not built",
+    ):
+        assert told in shown.output
+
+
+@pytest.mark.parametrize("policy", ["ilp", "eplb"])
+def test_solve_as_json(file, policy):
+    shown = run("solve", file, "--policy", policy, "--json")
+    found = json.loads(shown.stdout)
+    assert np.array(found["phy2log"]).shape == (2, 12)
+    assert found["before"]["busiest"] > found["after"]["busiest"]
+    assert len(found["layers"]) == (2 if policy == "ilp" else 0)
+    assert found["moved_bytes"] == 1000 * sum(found["moved_slots"])
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--policy", "best"], "neither ilp nor eplb"),
+        (["--objective", "all"], "balance, internode"),
+        (["--dispatch", "odd"], "even, weighted"),
+        (["--nodes", "3"], "do not divide"),
+        (["--redundancy", "1"], "do not divide"),
+        (["--time-limit", "0"], "time_limit_s"),
+        (["--time-limit", "nan"], "time_limit_s"),
+        (["--policy", "eplb", "--max-moved-bytes", "5"], "leave the other options out"),
+        (["--objective", "interlayer"], "pair"),
+    ],
+)
+def test_what_solve_cannot_do_is_refused(file, args, told):
+    shown = run("solve", file, *args)
+    assert isinstance(shown.exception, SpecError)
+    assert told in str(shown.exception)
+
+
+def test_the_picture_is_an_image_without_links(file, tmp_path):
+    svg = tmp_path / "loads.svg"
+    assert run("solve", file, "--svg", str(svg)).exit_code == 0
+    root = ET.parse(svg).getroot()
+    text = "".join(root.itertext())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "before" in text
+    assert "after" in text
+    assert svg.read_text().count("http") == svg.read_text().count("http://www.w3.org/2000/svg")
+    with pytest.raises(ClusterError, match="none/loads"):
+        save_svg(tmp_path / "none" / "loads.svg", "t", heat_map({"a": np.ones((2, 2))}))
+
+
+def drawn(loads: np.ndarray) -> list[str]:
+    console = Console(width=200, no_color=True)
+    with console.capture() as said:
+        console.print(heat_map({"now": loads}))
+    return [line.rstrip() for line in said.get().splitlines()]
+
+
+def test_a_line_is_a_rank_and_a_column_a_layer():
+    lines = drawn(np.array([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 4.0], [1.4, 0.6, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert lines[1:5] == ["0  . +", "1  . -", "2  . .", "3  .#."]
+
+
+@pytest.mark.parametrize(("layers", "ranks"), [(1, 1), (61, 33), (58, 320), (200, 3)])
+def test_any_number_of_ranks_and_layers_fits(layers, ranks):
+    loads = np.ones((layers, ranks))
+    loads[-1, -1] = 100
+    lines = drawn(loads)[1:-1]
+    assert len(lines) == min(ranks, MOST_ROWS)
+    assert all(len(line) <= MOST_COLUMNS + 12 for line in lines)
+    assert ranks == 1 or lines[-1].endswith("#")
+
+
+def routed(load) -> Routed:
+    return Routed(np.array(load), np.arange(2)[None], 1, 1, 8)
+
+
+def test_a_replica_that_was_started_anew_counts_from_zero():
+    before, after = routed([[[5, 7]], [[9, 9]]]), routed([[[6, 9]], [[1, 10]]])
+    assert counted(before, after).tolist() == [[[1, 2]], [[1, 10]]]
+
+
+def member(*nodes: str):
+    return {"node": nodes[0], "ranks": [{"rank": rank, "node": node} for rank, node in enumerate(nodes[1:], 1)]}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "found"),
+    [("a", 1, 1), ("aabb", 4, 2), ("abab", 4, 1), ("aab", 3, 1), ("abcd", 4, 4), ("aabb", 2, 1), ("ab", 4, 1)],
+)
+def test_ranks_that_lie_node_by_node_are_on_several(nodes, ranks, found):
+    assert nodes_of(member(*nodes), ranks) == found
+
+
+def test_which_worker_is_meant():
+    members = {"worker-1": {"experts": [1]}, "worker-2": {}, "worker-3": {"experts": [1]}}
+    assert chosen_of(members, "worker-3") == "worker-3"
+    assert chosen_of({"worker-1": {"experts": [1]}}, None) == "worker-1"
+    for worker, told in ((None, "say by --worker"), ("worker-2", "none that has experts: worker-1, worker-3")):
+        with pytest.raises(ClusterError, match=told):
+            chosen_of(members, worker)
+    with pytest.raises(ClusterError, match="no worker of this cluster has experts"):
+        chosen_of({"worker-2": {}}, None)
