@@ -7,6 +7,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -218,8 +219,7 @@ async def test_all_shapes_count_the_routing_of_one_process(made, shape):
             before = await workers.workers["aggregated-0"].routed()
             assert await tokens_of(workers, PROMPTS) == expected
             after = await workers.workers["aggregated-0"].routed()
-            assert not before.load.any()
-            return after
+            return replace(after, load=after.load - before.load)  # a model of one process is loaded once for all tests
 
     alone, spread = await counted(shaped(source, (SINGLE,))), await counted(shaped(source, SHAPES[shape]))
     (wanted,) = SHAPES[shape]
