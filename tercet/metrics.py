@@ -8,14 +8,15 @@ A success and a failure are counted where the answer leaves; a 4xx has its own c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from tercet.core import STAGES, Done, FinishReason, Load, Progress
+from tercet.core import STAGES, Done, ExpertRows, FinishReason, Load, Progress
 from tercet.errors import TercetError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -89,6 +90,32 @@ class WorkerGauges(Collector):
             yield family
 
 
+class ExpertGauges(Collector):
+    """Of each live worker with a mixture, how its ranks share the rows of experts; a row is one token at one expert."""
+
+    def __init__(self, experts: Callable[[], Mapping[str, Sequence[ExpertRows]]]) -> None:
+        self._experts = experts
+
+    def collect(self) -> Iterator[Metric]:
+        of_expert = CounterMetricFamily("tercet_expert_rows", "Rows of an expert", labels=["worker", "expert"])
+        of_rank = CounterMetricFamily("tercet_expert_rank_rows", "Rows of a rank's experts", labels=["worker", "rank"])
+        text = "Mean rows of a worker's ranks over those of the busiest one, since they started; 1 is even"
+        balance = GaugeMetricFamily("tercet_expert_balancedness", text, labels=["worker"])
+        for worker, ranks in self._experts().items():
+            rows = [sum(rank.rows) for rank in ranks]
+            for rank, count in zip(ranks, rows, strict=True):
+                of_rank.add_metric([worker, str(rank.rank)], count)
+            total = Counts[int]()
+            for rank in ranks:
+                for expert, count in zip(rank.experts, rank.rows, strict=True):
+                    total[expert] += count
+            for expert, count in sorted(total.items()):
+                of_expert.add_metric([worker, str(expert)], count)
+            if any(rows):
+                balance.add_metric([worker], sum(rows) / len(rows) / max(rows))
+        yield from (of_expert, of_rank, balance)
+
+
 class ConnectionGauges(Collector):
     """What the gateway's ports have open, and what they closed by themselves."""
 
@@ -149,6 +176,9 @@ class Metrics:
             s: Histogram(f"tercet_request_{s}_time_seconds", f"Seconds in {s}", buckets=_REQUEST_S, registry=r)
             for s in STAGES
         }
+
+    def watch_experts(self, experts: Callable[[], Mapping[str, Sequence[ExpertRows]]]) -> None:
+        self._registry.register(ExpertGauges(experts))
 
     def watch_connections(self, opened: Callable[[], int], closed: Callable[[], Mapping[str, int]]) -> None:
         self._registry.register(ConnectionGauges(opened, closed))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from tercet.core import Load, Role, WorkerInfo
+from tercet.core import ExpertRows, Load, Role, WorkerInfo
 from tercet.errors import Overloaded
 from tercet.spec import ClusterSpec
 
@@ -175,6 +175,8 @@ class GatewayActor:
         """Keep what the controller tells (`members.overview`, `Changes.overview`)."""
         before = self._overview if self._is_told else overview  # else an earlier gateway has counted what is in it
         self._overview, self._is_told = overview, True
+        told = {worker: member["experts"] for worker, member in overview["members"].items() if "experts" in member}
+        self._gateway.experts_told({worker: [ExpertRows(**rank) for rank in told[worker]] for worker in told})
         self._asked = [asked for asked in self._asked if asked["id"] not in overview["answers"]]
         for ask_id in overview["switches"].keys() - before["switches"].keys():
             switch = overview["switches"][ask_id]

@@ -4,6 +4,7 @@ placement is solved from it."""
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -62,6 +63,14 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
     solved = json.loads(machine.run("tercet", "experts", "solve", file, "--json").stdout)
     assert solved["after"]["busiest"] <= solved["before"]["busiest"]
     assert solved["held_out"] is True
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.http}/metrics") as answer:
+        series = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    assert 0 < float(series[f'tercet_expert_balancedness{{worker="{worker}"}}']) <= 1
+    ranks = [float(series[f'tercet_expert_rank_rows_total{{rank="{rank}",worker="{worker}"}}']) for rank in (0, 1)]
+    assert sum(ranks) >= counts.total
+    rows = {name: float(value) for name, value in series.items() if name.startswith("tercet_expert_rows_total")}
+    assert sum(count for name, count in rows.items() if worker in name) == sum(ranks)
 
     assert machine.run("tercet", "down", "--name", "experts").returncode == 0
     assert served.process.wait(30) == 0, served.log

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from aiohttp import web
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from tercet.core import Role, WorkerInfo
+from tercet.core import ExpertRows, Role, WorkerInfo
 from tercet.errors import UnsupportedModel
 from tercet.metrics import Metrics
 from tercet.models.sources import load_config, load_tokenizer, locate_tower, served_name
@@ -116,6 +116,8 @@ class Gateway:
         connections = _connection_limits(spec.limits)
         self._connections = Connections(connections)
         self._bodies = Bodies(_body_limits(spec.limits, connections.most))
+        self._experts: Mapping[str, Sequence[ExpertRows]] = {}
+        self._metrics.watch_experts(lambda: self._experts)
         self._metrics.watch_connections(self._connections.__len__, lambda: self._connections.closed)
         self._stack = AsyncExitStack()
 
@@ -135,6 +137,10 @@ class Gateway:
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         self._workers = tuple(workers)
         await self._router.set_workers(workers)
+
+    def experts_told(self, experts: Mapping[str, Sequence[ExpertRows]]) -> None:
+        """What the controller last heard of each worker that has any."""
+        self._experts = experts
 
     def role_switched(self, how: str, seconds: float) -> None:
         """Count a worker that has got another role; it took so long since it was asked for."""
