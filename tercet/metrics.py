@@ -139,8 +139,10 @@ class Metrics:
         self, loads: Callable[[], Mapping[str, Load]] = dict, roles: Callable[[], Mapping[str, str]] = dict
     ) -> None:
         """loads: worker id -> what each live worker last said. roles: worker id -> its role."""
+        self._experts: Mapping[str, Sequence[ExpertRows]] = {}
         self._registry = r = CollectorRegistry()
         r.register(WorkerGauges(loads, roles))
+        r.register(ExpertGauges(lambda: self._experts))
         self.ttft = Histogram("tercet_time_to_first_token_seconds", "TTFT", buckets=_REQUEST_S, registry=r)
         self.tpot = Histogram("tercet_time_per_output_token_seconds", "TPOT", buckets=_TOKEN_S, registry=r)
         self.itl = Histogram("tercet_inter_token_latency_seconds", "ITL", buckets=_TOKEN_S, registry=r)
@@ -177,9 +179,6 @@ class Metrics:
             for s in STAGES
         }
 
-    def watch_experts(self, experts: Callable[[], Mapping[str, Sequence[ExpertRows]]]) -> None:
-        self._registry.register(ExpertGauges(experts))
-
     def watch_connections(self, opened: Callable[[], int], closed: Callable[[], Mapping[str, int]]) -> None:
         self._registry.register(ConnectionGauges(opened, closed))
 
@@ -188,6 +187,10 @@ class Metrics:
 
     def failed(self, error: type[TercetError]) -> None:
         self._failure.labels(error.code()).inc()
+
+    def experts_told(self, experts: Mapping[str, Sequence[ExpertRows]]) -> None:
+        """What the controller last heard of each worker that has any."""
+        self._experts = experts
 
     def role_switched(self, how: str, seconds: float) -> None:
         """how: in_place, restarted (in another process), failed, or superseded by another request."""

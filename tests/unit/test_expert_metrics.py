@@ -8,7 +8,7 @@ from tercet.metrics import Metrics
 
 def exposed(experts: dict[str, list[ExpertRows]]) -> dict[str, float]:
     metrics = Metrics()
-    metrics.watch_experts(lambda: experts)
+    metrics.experts_told(experts)
     lines = [line for line in metrics.exposition().decode().splitlines() if line.startswith("tercet_expert")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 

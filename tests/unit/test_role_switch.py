@@ -277,7 +277,7 @@ async def test_a_gateway_counts_each_switch_once_and_none_of_an_earlier_gateways
     actor, metrics = GatewayActor(spec_of(), "secret"), Metrics()
     actor._gateway = metrics
     switches = {"a": {"how": "in_place", "seconds": 0.2}}
-    overview = {"answers": {}, "switches": switches}
+    overview = {"members": {}, "answers": {}, "switches": switches}
     await actor.note(overview)
     for more in ({"b": {"how": "in_place", "seconds": 0.3}}, {}, {"c": {"how": "failed", "seconds": 9.0}}):
         switches = switches | more

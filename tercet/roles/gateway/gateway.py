@@ -116,8 +116,6 @@ class Gateway:
         connections = _connection_limits(spec.limits)
         self._connections = Connections(connections)
         self._bodies = Bodies(_body_limits(spec.limits, connections.most))
-        self._experts: Mapping[str, Sequence[ExpertRows]] = {}
-        self._metrics.watch_experts(lambda: self._experts)
         self._metrics.watch_connections(self._connections.__len__, lambda: self._connections.closed)
         self._stack = AsyncExitStack()
 
@@ -140,7 +138,7 @@ class Gateway:
 
     def experts_told(self, experts: Mapping[str, Sequence[ExpertRows]]) -> None:
         """What the controller last heard of each worker that has any."""
-        self._experts = experts
+        self._metrics.experts_told(experts)
 
     def role_switched(self, how: str, seconds: float) -> None:
         """Count a worker that has got another role; it took so long since it was asked for."""
