@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tercet.cluster import bounded, output, run_file
 from tercet.cluster.experts_cli import app as experts_app
-from tercet.cluster.options import Address, AsJson, ClusterName, Settings, SpecPath, Url, where
+from tercet.cluster.options import Address, AsJson, ClusterName, Settings, SpecPath, Url, refuse_unwritable, where
 from tercet.cluster.spec_file import load_spec
 from tercet.errors import SpecError, TercetError
 from tercet.spec import ClusterSpec
@@ -125,8 +125,7 @@ def serve(
     """Start a cluster and serve until Ctrl-C or `tercet down`."""
 
     checked = load_spec(spec, settings or ())
-    if ready_file is not None and not _can_be_written(ready_file):
-        raise SpecError(f"--ready-file {ready_file}: cannot be written")
+    refuse_unwritable("--ready-file", ready_file)
 
     def ready(info: GatewayInfo) -> None:
         _announce(info)
@@ -268,13 +267,6 @@ def _refuse_missing_transport(spec: ClusterSpec) -> None:
     from tercet.cluster.preflight import refuse_missing_transport
 
     refuse_missing_transport(spec)
-
-
-def _can_be_written(path: Path) -> bool:
-    """Checked without creating the file, since its existence means that the cluster is ready."""
-    if path.exists():
-        return not path.is_dir() and os.access(path, os.W_OK)
-    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def _announce(info: GatewayInfo) -> None:

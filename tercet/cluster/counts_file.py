@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,44 +15,54 @@ from tercet.errors import SpecError
 from tercet.placement.experts.weighing import Counts
 
 FORMAT = 1
-ARRAYS = ("load", "phy2log")
+ARRAYS = ("load", "computed", "phy2log")
+MOST_BYTES = 1 << 31  # unpacked
 
 
 def write_counts(path: Path, counts: Counts) -> None:
-    """Raises ClusterError if it cannot be written."""
-    values = {field.name: np.asarray(getattr(counts, field.name)) for field in fields(counts)}
-    with reaching(path), path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, format=np.asarray(FORMAT), **values)
+    """At once, or not at all. Raises ClusterError if it cannot be written."""
+    values: dict[str, Any] = {field.name: np.asarray(getattr(counts, field.name)) for field in fields(counts)}
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with reaching(path):
+        try:
+            with part.open("wb") as file:
+                np.savez_compressed(file, format=np.asarray(FORMAT), **values)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read_counts(path: Path) -> Counts:
     """Raises SpecError for what is no such file."""
+    if not path.is_file():  # also a pipe, which would be waited for
+        raise SpecError(f"{path}: no file of counts: {'not a file' if path.exists() else 'there is none'}")
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with zipfile.ZipFile(path) as file:
+            size = sum(info.file_size for info in file.infolist())
+        if size > MOST_BYTES:
+            raise SpecError(f"it unpacks to {size:,} bytes, {MOST_BYTES:,} at most")
+        with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        return _counts(found)
+    except SpecError as error:
         raise SpecError(f"{path}: no file of counts: {error}") from error
-    if int(found.pop("format", np.asarray(0))) != FORMAT:
-        raise SpecError(f"{path}: no file of counts of format {FORMAT}; `tercet experts export` writes one")
-    wanted = {field.name for field in fields(Counts)}
+    except Exception as error:  # what zipfile, zlib and numpy raise for a damaged file has no common base
+        told = f"{path}: no file of counts, or a damaged one; `tercet experts export` writes them ({error!r:.80})"
+        raise SpecError(told) from error
+
+
+def _counts(found: dict[str, Any]) -> Counts:
+    """Raises SpecError."""
+    wanted = {field.name for field in fields(Counts)} | {"format"}
     if found.keys() != wanted:
-        raise SpecError(f"{path}: has {sorted(found)}, and should have {sorted(wanted)}")
+        raise SpecError(f"it has {sorted(found)}, and should have {sorted(wanted)}")
     for name in ARRAYS:
         if found[name].dtype != np.int64:
-            raise SpecError(f"{path}: {name} is {found[name].dtype}, and should be int64")
-    for name in wanted - {*ARRAYS}:
-        if found[name].shape:
-            raise SpecError(f"{path}: {name} is an array, and should be one value")
-    try:
-        return Counts(
-            found["load"],
-            found["phy2log"],
-            int(found["ranks"]),
-            int(found["nodes"]),
-            int(found["top_k"]),
-            int(found["expert_bytes"]),
-            float(found["window_s"]),
-            str(found["worker"]),
-        )
-    except (SpecError, ValueError) as error:
-        raise SpecError(f"{path}: {error}") from error
+            raise SpecError(f"{name} is {found[name].dtype}, and should be int64")
+    values = {name: found[name].item() for name in wanted - {*ARRAYS}}
+    if values.pop("format") != FORMAT:
+        raise SpecError(f"it is not of format {FORMAT}")
+    for name in ("nodes", "top_k", "expert_bytes"):
+        if not isinstance(values[name], int):
+            raise SpecError(f"{name} is {values[name]!r:.40}, and should be a whole number")
+    return Counts(*(found[name] for name in ARRAYS), **values)

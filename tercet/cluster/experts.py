@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,44 +15,71 @@ from tercet.errors import ClusterError
 from tercet.placement.experts.weighing import Counts
 
 Longs = NDArray[np.int64]
+MOST_BYTES = 1 << 30  # of what is recorded
+AGAIN_S, LOOK_S = 60.0, 1.0  # for a worker that is being started anew
+
+
+class Look(NamedTuple):
+    """At a worker, at one moment."""
+
+    routed: Routed
+    member: Mapping[str, Any]  # as the controller's overview has it
+
+    @property
+    def pids(self) -> list[int]:
+        """Of its ranks; 0 for one that is lost."""
+        return [self.member["pid"], *(other["pid"] for other in self.member.get("ranks", ()))]
 
 
 def record(
-    name: str | None, address: str, worker: str | None, windows: int, window_s: float, say: Callable[[str], None]
-) -> Counts:
-    """Of so many windows from now on. Raises ClusterError."""
+    name: str | None,
+    address: str,
+    worker: str | None,
+    windows: int,
+    window_s: float,
+    taken: Callable[[Counts], None],
+    say: Callable[[str], None],
+) -> None:
+    """Of so many windows from now on. taken: gets all windows so far, with each. Raises ClusterError."""
     with ray_runtime.joined(address):
         cluster = remote.pick(name, address)
-        members = remote.ask(cluster, "health")["members"]
-        chosen = chosen_of(members, worker)
-        before, loads = _routed(cluster, chosen), []
-        placed, began = before.phy2log, time.monotonic()
+        chosen = chosen_of(_members(cluster), worker)
+        before = first = _look(cluster, chosen)
+        if windows * (first.routed.load.nbytes + first.routed.computed.nbytes) > MOST_BYTES:
+            raise ClusterError(f"{windows} windows would take over {MOST_BYTES:,} bytes; record fewer")
+        found, began = list[tuple[Longs, Longs]](), time.monotonic()
         for number in range(1, windows + 1):
             time.sleep(max(0.0, began + number * window_s - time.monotonic()))
-            after = _routed(cluster, chosen)
-            if after.phy2log.shape != placed.shape or (after.phy2log != placed).any():
+            after = _look(cluster, chosen)
+            if not np.array_equal(after.routed.phy2log, first.routed.phy2log):
                 raise ClusterError(f"the experts of {chosen} were placed anew meanwhile; export again")
-            loads.append(counted(before, after))
-            say(f"window {number} of {windows}: {loads[-1].sum():,} tokens at an expert of a layer")
+            told = f"window {number} of {windows}"
+            rows = after.routed.load - before.routed.load, after.routed.computed - before.routed.computed
+            if before.pids != after.pids or 0 in after.pids or min(each.min() for each in rows) < 0:
+                say(f"{told}: left out, since a rank was lost or started anew")
+            else:
+                found.append(rows)
+                say(f"{told}: {found[-1][0].sum():,} rows (a token at an expert in a layer)")
+                loads, computed = (np.array(each) for each in zip(*found, strict=True))
+                taken(_counts(chosen, after, loads, computed, window_s))
             before = after
-    return _counts(chosen, members[chosen], after, np.array(loads), window_s)
 
 
-def so_far(name: str | None, address: str, worker: str | None) -> list[Counts]:
-    """Of each worker that has experts, or of that one, since it started. Raises ClusterError."""
+def so_far(name: str | None, address: str, worker: str | None) -> dict[str, Longs]:
+    """-> of each worker whose experts lie on several ranks, or of that one, [L, R] rows that each rank has computed
+    since it started. Raises ClusterError."""
     with ray_runtime.joined(address):
         cluster = remote.pick(name, address)
-        members = remote.ask(cluster, "health")["members"]
+        members = _members(cluster)
         wanted = sorted(with_experts(members)) if worker is None else [chosen_of(members, worker)]
-        found = [(member, _routed(cluster, member)) for member in wanted]
-    return [_counts(at, members[at], its, its.load[None], 0.0) for at, its in found]
+        return {at: remote.ask(cluster, "routed", member=at).computed for at in wanted}
 
 
 def with_experts(members: Mapping[str, Any]) -> list[str]:
-    """members: of the controller's overview. Raises ClusterError if none has any."""
-    found = [member for member, its in members.items() if its.get("experts")]
+    """Those whose experts lie on several ranks. members: of the controller's overview. Raises ClusterError if none."""
+    found = [member for member, its in members.items() if len(its.get("experts", ())) > 1]
     if not found:
-        raise ClusterError("no worker of this cluster has experts: its model is no mixture, or it is just starting")
+        raise ClusterError("no worker of this cluster has experts on several ranks, or it is just starting")
     return found
 
 
@@ -62,16 +89,9 @@ def chosen_of(members: Mapping[str, Any], worker: str | None) -> str:
     if worker is None and len(there) == 1:
         return there[0]
     if worker not in there:
-        told = "say by --worker which one" if worker is None else f"{worker} is none that has experts"
+        told = "say by --worker which one" if worker is None else f"{worker} is none that has experts on several ranks"
         raise ClusterError(f"{told}: {', '.join(there)}")
     return worker
-
-
-def counted(before: Routed, after: Routed) -> Longs:
-    """-> [S, L, n], between the two. A replica that counts less than before has been started anew."""
-    restarted = (after.load < before.load).any(axis=(1, 2), keepdims=True)
-    found: Longs = np.where(restarted, after.load, after.load - before.load)
-    return found
 
 
 def nodes_of(member: Mapping[str, Any], ranks: int) -> int:
@@ -83,12 +103,25 @@ def nodes_of(member: Mapping[str, Any], ranks: int) -> int:
     return nodes if len(names) == ranks and ranks % nodes == 0 and by_node else 1
 
 
-def _counts(worker: str, member: Mapping[str, Any], its: Routed, load: Longs, window_s: float) -> Counts:
-    """load [W, S, L, n]."""
-    nodes = nodes_of(member, its.ranks)
-    return Counts(load, its.phy2log, its.ranks, nodes, its.top_k, its.expert_bytes, window_s, worker)
+def _counts(worker: str, look: Look, load: Longs, computed: Longs, window_s: float) -> Counts:
+    """load [W, S, L, n], computed [W, L, R]."""
+    its = look.routed
+    nodes = nodes_of(look.member, its.ranks)
+    return Counts(load, computed, its.phy2log, nodes, its.top_k, its.expert_bytes, window_s, worker)
 
 
-def _routed(cluster: str, worker: str) -> Routed:
-    found: Routed = remote.ask(cluster, "routed", member=worker)
-    return found
+def _members(cluster: str) -> Mapping[str, Any]:
+    members: Mapping[str, Any] = remote.ask(cluster, "health")["members"]
+    return members
+
+
+def _look(cluster: str, worker: str) -> Look:
+    """Waits a while for one that is being started anew. Raises ClusterError."""
+    deadline = time.monotonic() + AGAIN_S
+    while True:
+        try:
+            return Look(remote.ask(cluster, "routed", member=worker), _members(cluster)[worker])
+        except (ClusterError, KeyError) as error:
+            if time.monotonic() > deadline or cluster not in remote.clusters():
+                raise ClusterError(f"{worker} of {cluster} is gone: {error}") from error
+            time.sleep(LOOK_S)

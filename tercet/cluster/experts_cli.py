@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 
 from tercet.cluster import output
-from tercet.cluster.options import Address, AsJson, ClusterName, where
-from tercet.errors import SpecError
+from tercet.cluster.options import Address, AsJson, ClusterName, refuse_unwritable, where
+from tercet.errors import ClusterError, SpecError
 
 if TYPE_CHECKING:
     from tercet.placement.experts.weighing import Counts, Weighed, Wish
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Where the experts of a mixture lie, and where they should.", no_args_is_help=True)
 
 CountsFile = Annotated[Path, typer.Argument(metavar="FILE", help="A file of counts, .npz, by `tercet experts export`.")]
-WorkerName = Annotated[str | None, typer.Option("--worker", help="Its name; needed if several have experts.")]
+WorkerName = Annotated[
+    str | None, typer.Option("--worker", help="Its name; needed if several workers have experts on several ranks.")
+]
 SvgFile = Annotated[Path | None, typer.Option("--svg", help="Write the picture here, too.")]
 
 
@@ -33,19 +36,18 @@ def show(
     as_json: AsJson = False,
     svg: SvgFile = None,
 ) -> None:
-    """Show how even the loads of a running cluster's ranks are, since they started."""
+    """Show how many rows each rank of a running cluster has computed, layer by layer, since it started."""
+    refuse_unwritable("--svg", svg)
     name, address = where(name, address)
     from tercet.cluster import experts, heat_map
-    from tercet.placement.experts.weighing import loads_of
 
-    found = {counts.worker: loads_of(counts) for counts in experts.so_far(name, address, worker)}
+    found = experts.so_far(name, address, worker)
+    picture = heat_map.heat_map({f"{at}: {_told(rows)}": rows.astype(float) for at, rows in found.items()})
     if as_json:
-        typer.echo(json.dumps({at: {"loads": loads.tolist()} | _evenness(loads) for at, loads in found.items()}))
-        return
-    picture = heat_map.heat_map({f"{at}: {_told(loads)}": loads for at, loads in found.items()})
-    Console().print(picture)
-    if svg is not None:
-        heat_map.save_svg(svg, "loads of ranks", picture)
+        typer.echo(json.dumps({at: {"rows": rows.tolist()} | _evenness(rows) for at, rows in found.items()}))
+    else:
+        Console().print(picture)
+    _draw(svg, "rows of ranks", picture)
 
 
 @app.command()
@@ -57,40 +59,55 @@ def export(
     name: ClusterName = None,
     address: Address = None,
 ) -> None:
-    """Record what a running worker routes to which experts from now on."""
+    """Record what a running worker routes to which experts from now on. Ctrl-C keeps the windows so far."""
+    refuse_unwritable("FILE", file)
     from tercet.cluster.counts_file import write_counts
 
     name, address = where(name, address)
     from tercet.cluster import experts
 
-    counts = experts.record(name, address, worker, windows, seconds, output.say)
-    write_counts(file, counts)
-    output.say(f"{file}: {windows} windows of {seconds:g} s of {counts.worker}, {counts.total:,} tokens at an expert")
+    found = list[Any]()
+    try:
+        experts.record(name, address, worker, windows, seconds, found.append, output.say)
+    finally:  # whatever ends it
+        if found and found[-1].total:
+            counts = found[-1]
+            write_counts(file, counts)
+            output.say(f"{file}: {len(counts.load)} windows of {seconds:g} s of {counts.worker}, {counts.total:,} rows")
+    if not found or not found[-1].total:
+        raise ClusterError(f"nothing was counted, so {file} is not written: no request was computed meanwhile")
 
 
 @app.command()
 def solve(
     file: CountsFile,
-    policy: Annotated[str, typer.Option(help="ilp, or eplb: DeepSeek's.")] = "ilp",
+    policy: Annotated[str, typer.Option(help="ilp, or eplb: DeepSeek's, to compare.")] = "ilp",
     objective: Annotated[
-        str, typer.Option(help="balance, internode, internode_dedup: the last two for weighted dispatch.")
+        str,
+        typer.Option(
+            help="balance: the busiest rank's rows; with --dispatch weighted also internode: rows that leave their "
+            "node, and internode_dedup: the same, a token once for each node."
+        ),
     ] = "balance",
     dispatch: Annotated[
-        str, typer.Option(help="Among replicas: even, as ranks do; weighted, which ranks cannot yet.")
+        str, typer.Option(help="Among replicas: even; or weighted, by shares that ranks cannot follow yet.")
     ] = "even",
     nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are on; default: as recorded.")] = None,
     redundancy: Annotated[
         int | None, typer.Option(min=0, help="Slots of a layer beyond one for each expert; default: as recorded.")
     ] = None,
-    max_moved_bytes: Annotated[int | None, typer.Option(min=0, help="Of weights, over all layers.")] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds.")] = 10.0,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    max_moved_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Weights in slots that get another expert, over all layers, at most.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(min=0.01, max=86_400, help="Seconds.")] = 10.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the search.")] = 0,
     as_json: AsJson = False,
     svg: SvgFile = None,
 ) -> None:
     """Say where experts should lie by recorded counts, and what that would be worth. Needs no cluster.
 
     It is solved on all windows but the last one, and judged by that one. Nothing is applied."""
+    refuse_unwritable("--svg", svg)
     from tercet.cluster import heat_map
     from tercet.cluster.counts_file import read_counts
     from tercet.placement.experts.model import Dispatch, Objective
@@ -98,7 +115,7 @@ def solve(
 
     wish = Wish(
         policy,
-        Objective(_one_of("--objective", objective, [*Objective])),
+        Objective(_one_of("--objective", objective, [each for each in Objective if each != Objective.INTERLAYER])),
         Dispatch(_one_of("--dispatch", dispatch, [*Dispatch])),
         nodes,
         redundancy,
@@ -107,58 +124,72 @@ def solve(
         seed,
     )
     counts = read_counts(file)
-    with output.foreign_to_stderr():  # HiGHS says its name
+    with output.foreign_silenced():  # HiGHS says its name
         found = weigh(counts, wish)
-    if as_json:
-        typer.echo(json.dumps(_as_json(counts, wish, found)))
-        return
-    pictures = {f"{when}: {_told(loads)}": loads for when, loads in (("before", found.before), ("after", found.after))}
+    pictures = {f"{when}: {_told(rows)}": rows for when, rows in (("before", found.before), ("after", found.after))}
     picture = heat_map.heat_map(pictures)
-    console = Console()
-    console.print(picture)
-    for line in _summary(counts, found):
-        console.print(line, highlight=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(_as_json(counts, wish, found), allow_nan=False))
+    else:
+        console = Console()
+        console.print(picture)
+        for line in _summary(counts, wish, found):
+            console.print(line, highlight=False, soft_wrap=True)
+    _draw(svg, f"{counts.worker}: rows of ranks", picture)
+
+
+def _draw(svg: Path | None, title: str, picture: Group) -> None:
+    from tercet.cluster import heat_map
+
     if svg is not None:
-        heat_map.save_svg(svg, f"{counts.worker}: loads of ranks", picture)
+        heat_map.save_svg(svg, title, picture)
+        output.report(f"the picture is in {svg}")
 
 
-def _one_of(option: str, value: str, known: list[str]) -> str:
+def _one_of(option: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
         raise SpecError(f"{option} {value!r} is none of {', '.join(known)}")
     return value
 
 
-def _evenness(loads: Any) -> dict[str, Any]:
-    """loads [L, R]."""
+def _evenness(rows: Any) -> dict[str, Any]:
+    """rows [L, R]."""
     from tercet.placement.experts.weighing import max_over_mean
 
-    over = max_over_mean(loads)
-    return {"max_over_mean": over.tolist(), "busiest": float(loads.max(axis=1).sum())}
+    return {"max_over_mean": max_over_mean(rows).tolist(), "busiest": float(rows.max(axis=1).sum())}
 
 
-def _told(loads: Any) -> str:
+def _told(rows: Any) -> str:
     from tercet.placement.experts.weighing import max_over_mean
 
-    if not loads.any():
+    if not rows.any():
         return "nothing was computed yet"
-    over = max_over_mean(loads)
-    return f"busiest rank over mean {over.mean():.3f}, in the worst layer {over.max():.3f}"
+    over = max_over_mean(rows)
+    return f"busiest rank over mean {over.mean():.3f} (mean of layers), {over.max():.3f} (worst layer)"
 
 
-def _summary(counts: Counts, found: Weighed) -> list[str]:
-    before, after = (float(loads.max(axis=1).sum()) for loads in (found.before, found.after))
-    how = "solved on the other windows" if found.held_out else "solved on the same window, so it flatters"
-    lines = [
-        f"judged by the last window, {how}",
-        f"the busiest ranks of all layers compute {before:,.0f} before, {after:,.0f} after: {after / before - 1:+.1%}",
-        f"{int(found.moved.sum())} of {found.placement.phy2log.size} slots would hold another expert: "
-        f"{int(found.moved.sum()) * counts.expert_bytes:,} bytes",
-    ]
+def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
+    from tercet.placement.experts.weighing import max_over_mean
+
+    how = "solved on the other windows" if found.held_out else "solved on the same one, so it flatters"
+    yield f"Judged by the last window, {how}; both by how ranks choose replicas: their own first, else by turns."
+    if wish.dispatch == "weighted":
+        yield "After: by the placement's shares, which ranks cannot follow yet; a part of the gain is theirs alone."
+    yield f"Measured in that window, before: {max_over_mean(counts.computed[-1]).mean():.3f} (mean of layers)."
+    before, after = (float(rows.max(axis=1).sum()) for rows in (found.before, found.after))
+    gain = f"{before:,.0f} rows before, {after:,.0f} after: {after / before - 1:+.1%}"
+    yield f"The busiest ranks of all layers compute {gain}."
+    fetched = int(found.fetched.sum())
+    yield f"Ranks would fetch {fetched:,} experts that they lack: {fetched * counts.expert_bytes:,} bytes."
+    if found.kept:
+        yield f"{found.kept} of {len(found.fetched)} layers keep what they have: nothing better was found for them."
+    if found.survives == (True, False):
+        yield "The group would no longer go on without a lost rank: some experts would lie on one rank alone."
     if reports := found.placement.layers:
-        gap = max(report.gap for report in reports)
-        seconds = sum(report.seconds for report in reports)
-        lines.append(f"on what it was solved for, at most {gap:.2%} above the bound of any placement; {seconds:.2f} s")
-    return [*lines, "nothing was changed: applying a placement to a running cluster is not built yet"]
+        gap, seconds = max(report.gap for report in reports), sum(report.seconds for report in reports)
+        told = f"at most {gap:.2%} above the bound of all placements, whatever may move"
+        yield f"The solver, where {wish.dispatch} shares are kept to: {told}; {seconds:.2f} s."
+    yield "Nothing was changed: applying a placement to a running cluster is not built yet."
 
 
 def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:
@@ -173,8 +204,11 @@ def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:
         "held_out": found.held_out,
         "before": _evenness(found.before),
         "after": _evenness(found.after),
-        "moved_slots": found.moved.tolist(),
-        "moved_bytes": int(found.moved.sum()) * counts.expert_bytes,
+        "measured": _evenness(counts.computed[-1]),
+        "kept_layers": found.kept,
+        "fetched": found.fetched.tolist(),
+        "fetched_bytes": int(found.fetched.sum()) * counts.expert_bytes,
+        "survives_a_rank": dict(zip(("before", "after"), found.survives, strict=True)),
         "layers": finite,
         "phy2log": found.placement.phy2log.tolist(),
     }

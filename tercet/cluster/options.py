@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tercet.cluster import run_file
+from tercet.errors import SpecError
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A cluster spec, such as configs/local.yaml.")]
 Settings = Annotated[
@@ -28,3 +29,12 @@ def where(name: str | None, address: str | None) -> tuple[str | None, str]:
     here = run_file.find_reachable(name)
     os.environ.update(here.ray_environment)
     return here.name, here.ray_address
+
+
+def refuse_unwritable(option: str, path: Path | None) -> None:
+    """Creates nothing: that a file exists may have a meaning. Raises SpecError."""
+    if path is None:
+        return
+    there = not path.is_dir() and os.access(path, os.W_OK)
+    if not (there if path.exists() else path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise SpecError(f"{option} {path}: cannot be written")

@@ -22,12 +22,13 @@ def open_closed() -> None:
 
 
 @contextlib.contextmanager
-def foreign_to_stderr() -> Iterator[None]:
-    """What libraries print to standard output meanwhile goes to standard error."""
+def foreign_silenced() -> Iterator[None]:
+    """What libraries print to standard output meanwhile is dropped."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)
+    own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
     try:
         yield
     finally:

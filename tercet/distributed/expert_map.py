@@ -69,17 +69,19 @@ class ExpertMap:
         """-> [n, R] int64, the slots of each expert in ascending order, padded with NO_SLOT."""
         return _slots_of(self._row(layer), torch.ones(self.phy2log.shape[1], dtype=torch.bool), self.experts)
 
-    def choose(self, experts: Tensor, rank: int, layer: int = 0, active: tuple[bool, ...] | None = None) -> Tensor:
+    def choose(
+        self, experts: Tensor, rank: int, layer: int = 0, active: tuple[bool, ...] | None = None, turn: int = 0
+    ) -> Tensor:
         """experts [T, k] int64; rank: the one that the rows are on; active: which ranks take part, by default all
-        -> slots [T, k] int64. A replica on `rank` is preferred; without one, rows take the replicas by turns,
-        and each rank begins with another. Raises NoWorkers if no active rank holds an expert that is asked for."""
+        -> slots [T, k] int64. A replica on `rank` is preferred; without one, rows take the replicas by turns, and each
+        rank and turn begins with another. Raises NoWorkers if no active rank holds an expert that is asked for."""
         everyone = (True,) * self.ranks
         choice = self._choice(rank, layer, everyone if active is None else active, experts.device)
         counts = choice.counts[experts]
         if choice.missing and not counts.all():
             expert = int(experts[counts == 0][0])
             raise NoWorkers(f"no active rank holds expert {expert} of layer {layer}; place it anew")
-        turns = torch.arange(len(experts), device=experts.device).unsqueeze(1) + rank
+        turns = torch.arange(len(experts), device=experts.device).unsqueeze(1) + rank + turn
         return choice.slots[experts, turns % counts]
 
     def _choice(self, rank: int, layer: int, active: tuple[bool, ...], device: torch.device) -> _Choice:

@@ -1,6 +1,6 @@
 """What the ranks of a worker have counted of their routing, together. Imports no torch.
 
-S data replicas   L mixture layers   n experts   P slots of a layer
+S data replicas   L mixture layers   n experts   P slots of a layer   R ranks that a layer's experts are spread over
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    load: NDArray[np.int64]  # [S, L, n] tokens of each replica's requests, since its ranks started; lost ones have none
-    phy2log: NDArray[np.int64]  # [L, P], the expert in each slot
-    ranks: int  # that a layer's experts are spread over, each with P / ranks slots
+    """Rows since the ranks started; a row is a token at an expert in a layer. Ranks that are lost have none."""
+
+    load: NDArray[np.int64]  # [S, L, n] of each replica's requests
+    computed: NDArray[np.int64]  # [L, R] by each rank, for requests of all
+    phy2log: NDArray[np.int64]  # [L, P], the expert in each slot; each rank has P / R of them
     top_k: int
     expert_bytes: int  # of one in one layer
+
+    @property
+    def ranks(self) -> int:
+        return int(self.computed.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,9 +22,15 @@ class Spread:
     def __init__(self, place: Place, experts: ExpertMap, exchange: Exchange) -> None:
         self.map, self.exchange = experts, exchange
         self.rank = place.rank - place.stage_group.start  # within the stage
-        self.computed = torch.zeros(experts.slots_per_rank + 1, dtype=torch.int64)  # rows of each slot; last: ELSEWHERE
+        self._computed: dict[int, Tensor] = {}  # layer -> rows of each slot, int64; last: ELSEWHERE
+        self._turns = Counter[int]()  # layer -> batches so far
         self.traffic = Traffic()  # of dispatches and combines
         self._place = place
+
+    def computed(self, layers: Sequence[int]) -> Tensor:
+        """-> [layers, slots per rank] int64, rows that this rank has computed in each slot. Any thread."""
+        none = torch.zeros(self.map.slots_per_rank + 1, dtype=torch.int64)
+        return torch.stack([self._computed.get(layer, none) for layer in layers])[:, :-1]
 
     def survives(self, ranks: Collection[int]) -> bool:
         """Whether the others go on without these: the exchange can, and each expert lies on one of the others, too."""
@@ -73,17 +80,20 @@ class Spread:
     def forward(self, here: Experts, layer: int, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """here: the experts of this rank's slots; layer: of the model. x [T, E], experts and weights [T, k] as
         `Experts.forward` takes them -> [T, E]. Tensor ranks have the same rows: each sends its share of them, and has
-        zeros for the others, so that their sum is the result."""
-        rows = share(len(x), self._place.tensor_rank, self._place.tensor)
+        zeros for the others, so that their sum is the result. Shares and replicas go by turns from batch to batch, else
+        one rank would have most of the rows of small batches."""
+        turn, tensor = self._turns[layer], self._place.tensor
+        self._turns[layer] += 1
+        rows = share(len(x), (self._place.tensor_rank + turn) % tensor, tensor)
         own = slice(rows.start, rows.stop)
-        slots = self.map.choose(experts[own], self.rank, layer, self.exchange.active)
+        slots = self.map.choose(experts[own], self.rank, layer, self.exchange.active, turn)
         with self._timed():
             received, handle = self.exchange.dispatch(x[own], slots, weights[own].contiguous(), layer)
-        self._count(received.slots)
+        self._count(layer, received.slots)
         computed = here.forward(received.x, received.slots, received.weights)
         with self._timed():
             made = self.exchange.combine(computed, handle)
-        if self._place.tensor == 1:
+        if tensor == 1:
             return made
         out = torch.zeros_like(x)
         out[own] = made
@@ -95,7 +105,9 @@ class Spread:
         yield
         self.traffic.add((self.exchange.sent - before).total, began)
 
-    def _count(self, slots: Tensor) -> None:
-        flat = slots.flatten().cpu()
+    def _count(self, layer: int, slots: Tensor) -> None:
+        if layer not in self._computed:
+            self._computed[layer] = torch.zeros(self.map.slots_per_rank + 1, dtype=torch.int64)
+        flat, sums = slots.flatten().cpu(), self._computed[layer]
         assert ELSEWHERE == -1, "it counts as the last bin"
-        self.computed.index_add_(0, flat % len(self.computed), torch.ones_like(flat))
+        sums.index_add_(0, flat % len(sums), torch.ones_like(flat))

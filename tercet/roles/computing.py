@@ -38,7 +38,7 @@ from tercet.roles.memory import region_of
 from tercet.roles.part import Identity, Part
 from tercet.roles.peers import Sender
 from tercet.roles.prefill import Prefill
-from tercet.roles.routed import own_load, routed
+from tercet.roles.routed import own_counts, routed
 from tercet.transfer.memory.device import DeviceRegion, KvRegion
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
@@ -158,8 +158,8 @@ class Computing(Part):
 
     def routed(self) -> Routed:
         model = self._loaded.model
-        others = {} if self._group is None else self._group.loads()
-        return routed(model, self._who.spec.model.dtype, {0: own_load(model), **others})
+        others = {} if self._group is None else self._group.routed()
+        return routed(model, self._who.spec.model.dtype, {0: own_counts(model), **others})
 
     def begin_stop(self) -> None:
         self.engine.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tercet.core import ExpertRows
+from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer
 
 
@@ -13,7 +14,7 @@ def expert_rows(model: Transformer) -> ExpertRows | None:
     ranks, routed = model.ranks, model.routing.load().sum(0).tolist()
     spread = ranks.spread
     if spread is not None:
-        computed = spread.computed[:-1].tolist()
+        computed = spread.computed(Shard(model.config, ranks.place).mixture_layers).sum(0).tolist()
         return ExpertRows(ranks.place.rank, tuple(spread.map.experts_on(spread.rank)), tuple(computed), tuple(routed))
     if ranks.place.ranks > 1:
         return None

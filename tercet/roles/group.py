@@ -33,6 +33,7 @@ from tercet.models.sources import load_config
 from tercet.roles.joint import JointReceiver, JointSender
 from tercet.roles.losses import Hooks, Losses
 from tercet.roles.part import Identity
+from tercet.roles.routed import OwnCounts
 from tercet.spec import ParallelSpec
 
 COLLECTIVE_S = 60.0  # as long as a step may take; a rank that dies is noticed at once, one that is stopped by its talk
@@ -165,8 +166,8 @@ class Group:
                 raise WorkerLost(f"rank {rank} did not load its share")
             return self._ready[rank][1]
 
-    def loads(self) -> dict[int, bytes]:
-        """Of ranks 1, 2 ... that are there, what each has counted (`routed.own_load`)."""
+    def routed(self) -> dict[int, OwnCounts]:
+        """Of ranks 1, 2 ... that are there, what each has counted."""
         found = {}
         for rank, talk in list(self.talks.items()):
             with contextlib.suppress(WorkerLost):  # it is lost meanwhile

@@ -34,7 +34,7 @@ from tercet.roles.group import setup_of
 from tercet.roles.measure import measured
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity
-from tercet.roles.routed import own_load
+from tercet.roles.routed import own_counts
 from tercet.spec import ClusterSpec
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
@@ -150,7 +150,7 @@ class Rank:
             "open": self._open,
             "connect": self._connect,
             "measure": self._measure,
-            "routed": lambda: own_load(self._model),  # only behind `ready`
+            "routed": lambda: own_counts(self._model),  # only behind `ready`
         }
 
     def _step(self, number: int, attempt: int, parts: list[bytes]) -> None:

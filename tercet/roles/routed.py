@@ -12,27 +12,35 @@ from tercet.models.footprint import expert_bytes
 from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer
 
-
-def own_load(model: Transformer) -> bytes:
-    """-> int64 [layers here, n] of this rank; empty if it has no mixture. May wait for the device."""
-    return b"" if model.routing is None else model.routing.load().tobytes()
+OwnCounts = tuple[bytes, bytes]  # int64: [layers here, n] rows of its requests; [layers here] rows that it computed
 
 
-def routed(model: Transformer, dtype: str, loads: Mapping[int, bytes]) -> Routed:
-    """model: rank 0's; dtype: of its weights; loads: rank -> its `own_load`, of those that are there. Tensor ranks have
+def own_counts(model: Transformer) -> OwnCounts:
+    """Of this rank; empty if it has no mixture. May wait for the device."""
+    if model.routing is None:
+        return b"", b""
+    load, spread = model.routing.load(), model.ranks.spread
+    computed = load.sum(1)
+    if spread is not None:
+        computed = spread.computed(Shard(model.config, model.ranks.place).mixture_layers).sum(1).numpy()
+    return load.tobytes(), computed.tobytes()
+
+
+def routed(model: Transformer, dtype: str, counts: Mapping[int, OwnCounts]) -> Routed:
+    """model: rank 0's; dtype: of its weights; counts: rank -> its own ones, of those that are there. Tensor ranks have
     the same requests, so the first of them speaks for all. Raises ClusterError if there is no mixture."""
-    config, place = model.config, model.ranks.place
+    config, place, spread = model.config, model.ranks.place, model.ranks.spread
     if config.mixture is None:
         raise ClusterError("its model has no experts")
     experts, layers = config.mixture.experts, config.mixture.layers
-    load = np.zeros((place.data, len(layers), experts), np.int64)
-    for rank, told in loads.items():
-        at = place.of(rank)
-        if at.tensor_rank == 0:
-            here = [layers.index(layer) for layer in Shard(config, at).mixture_layers]
-            load[at.data_rank, here] = np.frombuffer(told, np.int64).reshape(-1, experts)
-    spread = model.ranks.spread
-    held = np.arange(experts)[None] if spread is None else spread.map.phy2log.numpy()
     ranks = 1 if spread is None else spread.map.ranks
+    load, computed = np.zeros((place.data, len(layers), experts), np.int64), np.zeros((len(layers), ranks), np.int64)
+    for rank, (own_load, own_computed) in counts.items():
+        at = place.of(rank)
+        here = [layers.index(layer) for layer in Shard(config, at).mixture_layers]
+        if at.tensor_rank == 0:
+            load[at.data_rank, here] = np.frombuffer(own_load, np.int64).reshape(-1, experts)
+        computed[here, rank % ranks] = np.frombuffer(own_computed, np.int64)
+    held = np.arange(experts)[None] if spread is None else spread.map.phy2log.numpy()
     placed = np.ascontiguousarray(np.broadcast_to(held, (len(layers), held.shape[1])))
-    return Routed(load, placed, ranks, config.mixture.top_k, expert_bytes(config, dtype))
+    return Routed(load, computed, placed, config.mixture.top_k, expert_bytes(config, dtype))

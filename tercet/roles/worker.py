@@ -147,7 +147,7 @@ class Worker:
         """What its ranks have counted of their routing. Raises ClusterError."""
         text = next((part for part in self._parts if isinstance(part, Computing)), None)
         if text is None:
-            raise ClusterError(f"{self._who.worker_id} computes no text, so it has no experts")
+            raise ClusterError(f"{self._who.worker_id} computes no text, or is just starting")
         return await asyncio.get_running_loop().run_in_executor(None, text.routed)
 
     async def drain(self, timeout_s: float) -> None:

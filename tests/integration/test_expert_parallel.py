@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from tercet.core import Leg, Outcome, Role, SamplingParams, Ticket
 from tercet.distributed.expert_map import default_map
 from tercet.distributed.routed import Routed
 from tercet.errors import LeaseExpired
-from tercet.placement.experts.weighing import Counts, loads_of
+from tercet.placement.experts.weighing import served
 from tercet.spec import ClusterSpec, ParallelSpec
 from tercet.wire.worker_client import WorkerLink
 from tests.helpers import TOKEN, LocalCluster, cluster, next_token, request_of, spec_of
@@ -219,7 +220,8 @@ async def test_all_shapes_count_the_routing_of_one_process(made, shape):
             before = await workers.workers["aggregated-0"].routed()
             assert await tokens_of(workers, PROMPTS) == expected
             after = await workers.workers["aggregated-0"].routed()
-            return replace(after, load=after.load - before.load)  # a model of one process is loaded once for all tests
+            # The difference, since a model of one process is loaded once for all tests.
+            return replace(after, load=after.load - before.load, computed=after.computed - before.computed)
 
     alone, spread = await counted(shaped(source, (SINGLE,))), await counted(shaped(source, SHAPES[shape]))
     (wanted,) = SHAPES[shape]
@@ -232,5 +234,10 @@ async def test_all_shapes_count_the_routing_of_one_process(made, shape):
     assert (spread.ranks, spread.top_k, spread.expert_bytes) == (wanted.expert, alone.top_k, alone.expert_bytes)
     assert (spread.phy2log == placed.phy2log.numpy()).all()
     assert len(spread.phy2log) == spread.load.shape[1]
-    counts = Counts(spread.load[None], spread.phy2log, spread.ranks, 1, spread.top_k, spread.expert_bytes, 0.0, "w")
-    assert loads_of(counts).sum() == alone.load.sum()
+    assert (spread.computed.sum(axis=1) == alone.load[0].sum(axis=1)).all()
+    assert (spread.computed > 0).all()
+    assert (alone.computed[:, 0] == alone.load[0].sum(axis=1)).all()
+    rows, layers = (each.astype(float) for each in (spread.load, spread.computed))
+    sent = np.repeat(rows, wanted.tensor, axis=0) / wanted.tensor
+    expected = served(spread.phy2log, sent).reshape(len(layers), spread.ranks, -1).sum(axis=2)
+    assert expected == pytest.approx(layers, rel=0.1)  # what placements are judged by is what ranks do

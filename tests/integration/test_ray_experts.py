@@ -39,10 +39,14 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
     worker = next(w for w, m in served.status()["members"].items() if m["role"] == "decode")
     file, svg = str(machine.folder / "counts.npz"), str(machine.folder / "loads.svg")
 
-    which = machine.run("tercet", "experts", "export", file)  # the prefill worker has experts, too
-    assert which.returncode == 1
-    assert f"say by --worker which one: worker-0, {worker}" in which.stderr
-    recording = machine.start("tercet", "experts", "export", file, "--worker", worker, "--windows=3", "--seconds=2")
+    wrong = machine.run("tercet", "experts", "export", file, "--worker", "worker-0")  # its experts are on one rank
+    assert wrong.returncode == 1
+    assert f"worker-0 is none that has experts on several ranks: {worker}" in wrong.stderr
+    idle = machine.run("tercet", "experts", "export", file, "--windows=1", "--seconds=0.5")
+    assert idle.returncode == 1
+    assert "nothing was counted" in idle.stderr
+    assert not (machine.folder / "counts.npz").exists()
+    recording = machine.start("tercet", "experts", "export", file, "--windows=3", "--seconds=2")
     number = 0
     while recording.poll() is None:
         ask(served, number % 4)
@@ -56,10 +60,11 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
 
     shown = machine.run("tercet", "experts", "show", "--svg", svg)
     assert shown.returncode == 0, shown.stderr
-    for told in ("worker-0: busiest rank over mean 1.000", f"{worker}: busiest rank over mean"):
-        assert told in shown.stdout
-    loads = json.loads(machine.run("tercet", "experts", "show", "--json", "--worker", worker).stdout)[worker]["loads"]
-    assert sum(map(sum, loads)) >= counts.total
+    assert f"{worker}: busiest rank over mean" in shown.stdout
+    rows = json.loads(machine.run("tercet", "experts", "show", "--json").stdout)
+    assert rows.keys() == {worker}
+    assert sum(map(sum, rows[worker]["rows"])) >= counts.computed.sum() > 0
+    assert abs(counts.computed.sum() - counts.total) <= counts.total // 10  # a step may end between the two
     solved = json.loads(machine.run("tercet", "experts", "solve", file, "--json").stdout)
     assert solved["after"]["busiest"] <= solved["before"]["busiest"]
     assert solved["held_out"] is True
@@ -69,8 +74,8 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
     assert 0 < float(series[f'tercet_expert_balancedness{{worker="{worker}"}}']) <= 1
     ranks = [float(series[f'tercet_expert_rank_rows_total{{rank="{rank}",worker="{worker}"}}']) for rank in (0, 1)]
     assert sum(ranks) >= counts.total
-    rows = {name: float(value) for name, value in series.items() if name.startswith("tercet_expert_rows_total")}
-    assert sum(count for name, count in rows.items() if worker in name) == sum(ranks)
+    series = {name: float(value) for name, value in series.items() if name.startswith("tercet_expert_rows_total")}
+    assert sum(count for name, count in series.items() if worker in name) == sum(ranks)
 
     assert machine.run("tercet", "down", "--name", "experts").returncode == 0
     assert served.process.wait(30) == 0, served.log

@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from tercet.cluster.cli import app
 from tercet.cluster.counts_file import write_counts
-from tercet.cluster.experts import chosen_of, counted, nodes_of
+from tercet.cluster.experts import chosen_of, nodes_of
 from tercet.cluster.heat_map import MOST_COLUMNS, MOST_ROWS, heat_map, save_svg
-from tercet.distributed.routed import Routed
 from tercet.errors import ClusterError, SpecError
 from tests.unit.test_experts_weighing import counts_of
 
@@ -35,7 +34,7 @@ def test_solve_says_what_a_placement_would_be_worth(file):
     for told in (
         "before: busiest rank over mean",
         "after: busiest rank",
-        "slots would hold another expert",
+        "experts that they lack",
         "not built",
     ):
         assert told in shown.output
@@ -48,21 +47,20 @@ def test_solve_as_json(file, policy):
     assert np.array(found["phy2log"]).shape == (2, 12)
     assert found["before"]["busiest"] > found["after"]["busiest"]
     assert len(found["layers"]) == (2 if policy == "ilp" else 0)
-    assert found["moved_bytes"] == 1000 * sum(found["moved_slots"])
+    assert found["fetched_bytes"] == 1000 * sum(found["fetched"])
 
 
 @pytest.mark.parametrize(
     ("args", "told"),
     [
         (["--policy", "best"], "neither ilp nor eplb"),
-        (["--objective", "all"], "balance, internode"),
+        (["--objective", "all"], "balance, internode, internode_dedup"),
+        (["--objective", "interlayer"], "balance, internode, internode_dedup"),
         (["--dispatch", "odd"], "even, weighted"),
         (["--nodes", "3"], "do not divide"),
-        (["--redundancy", "1"], "do not divide"),
-        (["--time-limit", "0"], "time_limit_s"),
-        (["--time-limit", "nan"], "time_limit_s"),
-        (["--policy", "eplb", "--max-moved-bytes", "5"], "leave the other options out"),
-        (["--objective", "interlayer"], "pair"),
+        (["--redundancy", "1"], "take 0, 4, 8"),
+        (["--policy", "eplb", "--max-moved-bytes", "5"], "takes no objective"),
+        (["--svg", "/none/a.svg"], "--svg /none/a.svg: cannot be written"),
     ],
 )
 def test_what_solve_cannot_do_is_refused(file, args, told):
@@ -106,13 +104,17 @@ def test_any_number_of_ranks_and_layers_fits(layers, ranks):
     assert ranks == 1 or lines[-1].endswith("#")
 
 
-def routed(load) -> Routed:
-    return Routed(np.array(load), np.arange(2)[None], 1, 1, 8)
+@pytest.mark.parametrize(
+    "args", [["--time-limit", "0"], ["--time-limit", "nan"], ["--time-limit", "inf"], ["--seed", "-1"]]
+)
+def test_numbers_that_are_none_are_refused(file, args):
+    assert run("solve", file, *args).exit_code == 2
 
 
-def test_a_replica_that_was_started_anew_counts_from_zero():
-    before, after = routed([[[5, 7]], [[9, 9]]]), routed([[[6, 9]], [[1, 10]]])
-    assert counted(before, after).tolist() == [[[1, 2]], [[1, 10]]]
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_recorded(tmp_path):
+    for path in (tmp_path, tmp_path / "none" / "a.npz"):
+        with pytest.raises(SpecError, match="cannot be written"):
+            raise run("export", str(path)).exception
 
 
 def member(*nodes: str):
@@ -128,10 +130,11 @@ def test_ranks_that_lie_node_by_node_are_on_several(nodes, ranks, found):
 
 
 def test_which_worker_is_meant():
-    members = {"worker-1": {"experts": [1]}, "worker-2": {}, "worker-3": {"experts": [1]}}
+    two = {"experts": [0, 1]}
+    members = {"worker-1": two, "worker-2": {}, "worker-3": two, "worker-4": {"experts": [0]}}
     assert chosen_of(members, "worker-3") == "worker-3"
-    assert chosen_of({"worker-1": {"experts": [1]}}, None) == "worker-1"
-    for worker, told in ((None, "say by --worker"), ("worker-2", "none that has experts: worker-1, worker-3")):
+    assert chosen_of({"worker-1": two, "worker-4": {"experts": [0]}}, None) == "worker-1"
+    for worker, told in ((None, "say by --worker"), ("worker-4", "none that has experts on .*: worker-1, worker-3")):
         with pytest.raises(ClusterError, match=told):
             chosen_of(members, worker)
     with pytest.raises(ClusterError, match="no worker of this cluster has experts"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tercet.distributed.exchange import Received, Sent
-from tercet.distributed.expert_map import default_map
+from tercet.distributed.expert_map import ExpertMap, default_map
 from tercet.distributed.place import Place
 from tercet.distributed.spread import Spread
 from tercet.kernels.moe import ELSEWHERE, TorchExperts
@@ -32,7 +32,11 @@ class FakeExchange:
     def __init__(self, desk: Desk, rank: int, slots_per_rank: int) -> None:
         self._desk, self._rank, self._slots_per_rank = desk, rank, slots_per_rank
         self.layers: list[int] = []
-        self.sent, self.active = Sent(), (True,) * len(desk.sent)
+        self.sent = Sent()
+
+    @property
+    def active(self):
+        return (True,) * len(self._desk.sent)
 
     def dispatch(self, x, slots, weights, layer=0):
         self.layers.append(layer)
@@ -94,7 +98,7 @@ def check_counts(spreads: list[Spread], batches: list[tuple[torch.Tensor, torch.
     found = torch.zeros(EXPERTS, dtype=torch.int64)
     for spread in spreads:
         held = torch.tensor(spread.map.experts_on(spread.rank))
-        found.index_add_(0, held, spread.computed[:-1])
+        found.index_add_(0, held, spread.computed([LAYER])[0])
     assert found.equal(wanted)
 
 
@@ -102,3 +106,46 @@ def test_a_rank_of_a_later_stage_has_its_number_within_the_stage():
     experts = default_map(EXPERTS, 0, 2)
     spread = Spread(Place(3, pipeline=2, data=2, expert=2), experts, FakeExchange(Desk(2), 1, experts.slots_per_rank))
     assert spread.rank == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("tensor", [2, 3, 4])
+def test_tensor_ranks_have_as_many_rows_of_small_batches(tensor, rows):
+    """Over several batches; of one, some have a row more."""
+    experts, desk, batches = default_map(EXPERTS, -EXPERTS % tensor, tensor), Desk(tensor), 2 * tensor
+    exchanges = [FakeExchange(desk, rank, experts.slots_per_rank) for rank in range(tensor)]
+    places = [Place(rank, tensor=tensor, expert=tensor) for rank in range(tensor)]
+    spreads = [Spread(place, experts, exchange) for place, exchange in zip(places, exchanges, strict=True)]
+    batch = batch_of(0, rows)
+
+    def forward(rank: int) -> list[int]:
+        sent = []
+        for _ in range(batches):
+            spreads[rank].forward(weights_of(experts.experts_on(rank)), LAYER, *batch)
+            sent.append(len(desk.sent[rank][0]))
+        return sent
+
+    with ThreadPoolExecutor(tensor) as pool:
+        sent = [*pool.map(forward, range(tensor))]
+    assert [sum(its) for its in sent] == [rows * batches // tensor] * tensor
+    assert [sum(its) for its in zip(*sent, strict=True)] == [rows] * batches
+
+
+def test_replicas_elsewhere_take_the_rows_of_small_batches_by_turns():
+    """A rank that has no replica of the expert asks now this one, now that one."""
+    experts = ExpertMap(torch.tensor([[0, 1, 2, 2]]), 3, 1)
+    asked = []
+
+    class Noted(FakeExchange):
+        active = (True,) * 4
+
+        def dispatch(self, x, slots, weights, layer=0):
+            asked.extend(slots.flatten().tolist())
+            return super().dispatch(x, slots, weights, layer)
+
+    desk = Desk(1)
+    spread = Spread(Place(0, data=4, expert=4), experts, Noted(desk, 0, 1))
+    one = torch.randn(1, WIDTH), torch.tensor([[2]]), torch.ones(1, 1)
+    for _ in range(6):
+        spread.forward(weights_of([0]), LAYER, *one)
+    assert sorted(asked) == [2, 2, 2, 3, 3, 3]

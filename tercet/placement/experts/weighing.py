@@ -5,7 +5,7 @@ W windows   S data replicas   L layers   E experts   R ranks, G GPUs of the topo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,16 @@ from tercet.placement.experts.model import Dispatch, Floats, Objective, Placemen
 from tercet.placement.experts.scoring import dispatched, evenly
 from tercet.placement.experts.solve import solve_experts
 
+MOST_ROWS, MOST_BYTES = 2.0**53, 2**50  # more of them is a damaged file
+
 
 @dataclass(frozen=True, eq=False)
 class Counts:
     """What a worker has counted, by windows. Raises SpecError for what cannot be."""
 
-    load: NDArray[np.int64]  # [W, S, L, E] tokens of each replica's requests
-    phy2log: NDArray[np.int64]  # [L, P], the expert in each slot meanwhile
-    ranks: int  # each with P / ranks slots of a layer, and ranks / S of them of a replica
+    load: NDArray[np.int64]  # [W, S, L, E] rows of each replica's requests: a row is a token at an expert in a layer
+    computed: NDArray[np.int64]  # [W, L, R] of each rank, for requests of all; R / S ranks are of one replica
+    phy2log: NDArray[np.int64]  # [L, P], the expert in each slot meanwhile; each rank has P / R of them
     nodes: int  # that the ranks are on, as many on each, in their order
     top_k: int
     expert_bytes: int  # of one expert in one layer
@@ -34,27 +36,38 @@ class Counts:
     def __post_init__(self) -> None:
         if self.load.ndim != 4 or not self.load.size:
             raise SpecError(f"load is {self.load.shape}, and must be [windows, replicas, layers, experts]")
-        if (self.load < 0).any():
-            raise SpecError(f"load has {int((self.load < 0).sum())} values below 0")
-        _, replicas, layers, experts = self.load.shape
-        slots = self.phy2log.shape[-1]
-        if self.phy2log.shape != (layers, slots) or not slots:
+        windows, replicas, layers, experts = self.load.shape
+        if self.computed.ndim != 3 or self.computed.shape[:2] != (windows, layers) or not self.computed.size:
+            raise SpecError(f"computed is {self.computed.shape}, and must be [{windows}, {layers}, ranks]")
+        for name in ("load", "computed"):
+            rows = getattr(self, name)
+            if (rows < 0).any() or rows.sum(dtype=np.float64) > MOST_ROWS:
+                raise SpecError(f"{name} has values below 0, or of over {MOST_ROWS:g} in all")
+        if self.phy2log.shape != (layers, self.phy2log.shape[-1] if self.phy2log.ndim else 0) or not self.phy2log.size:
             raise SpecError(f"phy2log is {self.phy2log.shape}, and load has {layers} layers")
-        divides = self.ranks >= 1 and self.nodes >= 1 and not (slots % self.ranks or self.ranks % self.nodes)
-        if not divides or self.ranks % replicas:
+        slots = self.phy2log.shape[1]
+        if slots % self.ranks or self.nodes < 1 or self.ranks % self.nodes or self.ranks % replicas:
             told = f"{slots} slots, {replicas} data replicas and {self.nodes} nodes"
             raise SpecError(f"{told} do not fit {self.ranks} ranks")
         held = np.sort(self.phy2log, axis=1)
         if held[:, 0].min() < 0 or held[:, -1].max() >= experts or (_distinct(held) != experts).any():
             raise SpecError(f"phy2log must hold each of {experts} experts in each layer, and no other")
+        if not 1 <= self.top_k <= experts or not 1 <= self.expert_bytes <= MOST_BYTES or not 0 <= self.window_s < 1e9:
+            raise SpecError(
+                f"top_k {self.top_k}, expert_bytes {self.expert_bytes} or window_s {self.window_s} cannot be"
+            )
+
+    @property
+    def ranks(self) -> int:
+        return int(self.computed.shape[2])
 
     @property
     def total(self) -> int:
-        """Tokens times experts times layers."""
+        """Rows."""
         return int(self.load.sum())
 
     def of_windows(self, windows: slice) -> Floats:
-        """-> [R, L, E], tokens that each rank sends: those of a replica have its rows in equal parts."""
+        """-> [R, L, E], rows that each rank sends: those of a replica have its rows in equal parts."""
         each = self.ranks // self.load.shape[1]
         summed = self.load[windows].sum(axis=0).astype(np.float64)
         spread: Floats = np.repeat(summed, each, axis=0) / each
@@ -63,8 +76,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a placement is solved for, and how ranks share tokens among replicas: `even` as they do today (`served`), or
-    `weighted`, by the placement's shares, which they cannot yet. None: as it is now."""
+    """What a placement is solved for. dispatch: how ranks share rows among replicas: `weighted` is by the placement's
+    shares, which ranks cannot yet. None: as it is now."""
 
     policy: str = "ilp"  # or eplb
     objective: Objective = Objective.BALANCE
@@ -78,36 +91,52 @@ class Wish:
 
 @dataclass(frozen=True, eq=False)
 class Weighed:
-    placement: Placement
+    placement: Placement  # of layers that are kept, the one that there is
     topology: Topology
-    before: Floats  # [L, G] tokens that each rank computes in the windows that both are judged by
+    before: Floats  # [L, R] rows that each rank computes in the windows that both are judged by
     after: Floats
-    moved: NDArray[np.int64]  # [L] slots that would hold another expert
+    fetched: NDArray[np.int64]  # [L] experts that a rank would have to fetch, since it has none of them
+    kept: int  # layers for which what was found is no better than what there is, by what it was solved on
     held_out: bool  # it was solved on other windows than those it is judged by
+    survives: tuple[bool, bool]  # before, after: whether each expert lies on two ranks, so that one may be lost
 
 
 def weigh(counts: Counts, wish: Wish) -> Weighed:
     """Solves on all windows but the last one, and judges by that one; where there is one only, by the same. Raises
     SpecError, UnsupportedSpec."""
-    if not counts.total:
-        raise SpecError("nothing was counted: no request was computed in these windows")
     held_out = len(counts.load) > 1
     known, judged = (slice(0, -1), slice(-1, None)) if held_out else (slice(None), slice(None))
+    if not counts.load[known].any() or not counts.load[judged].any():
+        raise SpecError("nothing was counted in a window that is needed: no request was computed there")
     topo, stats = _topology(counts, wish), _stats(counts, known, wish)
-    placement = _solved(counts, stats, topo, wish)
+    placement, kept = _solved(counts, stats, topo, wish), 0
+    if wish.policy == "ilp" and wish.dispatch is Dispatch.EVEN:
+        placement, kept = _no_worse(placement, counts, counts.of_windows(known), topo)
     sent = counts.of_windows(judged)
     before, after = served(counts.phy2log, sent), served(placement.phy2log, sent)
     if wish.dispatch is Dispatch.WEIGHTED:
         after = dispatched(placement, _by_node(sent, topo.nodes), wish.dispatch).sum(axis=1)
-    moved = np.full(len(before), topo.slots)
-    if before.shape == after.shape:
-        moved = (counts.phy2log != placement.phy2log).sum(axis=1)
-    return Weighed(placement, topo, _of_ranks(before, counts.ranks), _of_ranks(after, counts.ranks), moved, held_out)
+    had, has = (_holds(each, *sent.shape[::2]) > 0 for each in (counts.phy2log, placement.phy2log))
+    return Weighed(
+        placement,
+        topo,
+        _of_ranks(before, counts.ranks),
+        _of_ranks(after, counts.ranks),
+        (has & ~had).sum(axis=(1, 2)),
+        kept,
+        held_out,
+        (bool((had.sum(axis=1) > 1).all()), bool((has.sum(axis=1) > 1).all())),
+    )
 
 
-def loads_of(counts: Counts) -> Floats:
-    """-> [L, R], tokens that each rank computes of all windows."""
-    return _of_ranks(served(counts.phy2log, counts.of_windows(slice(None))), counts.ranks)
+def _no_worse(found: Placement, counts: Counts, sent: Floats, topo: Topology) -> tuple[Placement, int]:
+    """-> the better one of each layer by how ranks choose replicas, which the solver does not know; layers kept"""
+    if found.phy2log.shape != counts.phy2log.shape:
+        return found, 0
+    busiest = [_of_ranks(served(each, sent), topo.gpus).max(axis=1) for each in (counts.phy2log, found.phy2log)]
+    keeps = busiest[0] <= busiest[1]
+    phy2log = np.where(keeps[:, None], counts.phy2log, found.phy2log).astype(np.int32)
+    return replace(evenly(phy2log, sent.shape[2], topo.nodes), layers=found.layers), int(keeps.sum())
 
 
 def max_over_mean(loads: Floats) -> Floats:
@@ -118,16 +147,13 @@ def max_over_mean(loads: Floats) -> Floats:
 
 
 def served(phy2log: NDArray[np.integer[Any]], sent: Floats) -> Floats:
-    """phy2log [L, P], sent [R, L, E] -> [L, P], the tokens of each slot as ranks choose replicas today
+    """phy2log [L, P], sent [R, L, E] -> [L, P], the rows of each slot as ranks choose replicas today
     (`distributed.expert_map.ExpertMap.choose`): their own if they have one, else all by turns."""
-    ranks, layers, experts = sent.shape
-    rank_of = np.arange(phy2log.shape[1]) // (phy2log.shape[1] // ranks)
+    ranks, experts = sent.shape[::2]
+    here = np.arange(phy2log.shape[1]) // (phy2log.shape[1] // ranks) == np.arange(ranks)[:, None]
     found = np.zeros(phy2log.shape)
-    for layer in range(layers):
-        holds = np.zeros((ranks, experts), dtype=np.int64)
-        np.add.at(holds, (rank_of, phy2log[layer]), 1)
+    for layer, holds in enumerate(_holds(phy2log, ranks, experts)):
         own, everywhere = holds[:, phy2log[layer]], holds.sum(axis=0)[phy2log[layer]]
-        here = rank_of == np.arange(ranks)[:, None]
         part = np.where(own > 0, here / np.maximum(own, 1), 1 / everywhere)  # [R, P]
         found[layer] = (part * sent[:, layer, phy2log[layer]]).sum(axis=0)
     return found
@@ -137,12 +163,14 @@ def _solved(counts: Counts, stats: RoutingStats, topo: Topology, wish: Wish) -> 
     if wish.policy == "eplb":
         plain = wish.dispatch is Dispatch.EVEN and wish.objective is Objective.BALANCE
         if not plain or wish.max_moved_bytes is not None:
-            raise SpecError("policy eplb balances, shares evenly and moves what it likes; leave the other options out")
+            raise SpecError("policy eplb takes no objective, dispatch or max_moved_bytes: it only balances")
         phy2log, _, _ = rebalance_experts(stats.weight, topo.slots, 1, 1, topo.gpus)
         return evenly(phy2log.astype(np.int32), stats.load.shape[2], topo.nodes)
     if wish.policy != "ilp":
         raise SpecError(f"policy {wish.policy!r} is neither ilp nor eplb")
     old = None
+    if wish.max_moved_bytes is not None and counts.phy2log.shape[1] != topo.slots:
+        raise SpecError("max_moved_bytes is for as many slots as there are now: leave redundancy out")
     if counts.phy2log.shape[1] == topo.slots:
         old = evenly(counts.phy2log.astype(np.int32), stats.load.shape[2], topo.nodes)
     return solve_experts(
@@ -164,8 +192,12 @@ def _topology(counts: Counts, wish: Wish) -> Topology:
         slots = experts + wish.redundancy
     if counts.ranks < 2:
         raise SpecError("one rank has all experts: there is nothing to place")
-    if nodes < 1 or counts.ranks % nodes or slots < experts or slots % counts.ranks:
-        raise SpecError(f"{slots} slots for {experts} experts on {counts.ranks} ranks of {nodes} nodes do not divide")
+    if nodes < 1 or counts.ranks % nodes:
+        raise SpecError(f"nodes {nodes}: {counts.ranks} ranks do not divide into as many")
+    least, most = -experts % counts.ranks, experts * (counts.ranks - 1)
+    if slots % counts.ranks or not experts <= slots <= experts + most:
+        told = f"{least}, {least + counts.ranks}, {least + 2 * counts.ranks} ... at most {most}"
+        raise SpecError(f"redundancy {slots - experts}: {experts} experts on {counts.ranks} ranks take {told}")
     return Topology(nodes, counts.ranks // nodes, slots // counts.ranks, counts.expert_bytes)
 
 
@@ -180,6 +212,14 @@ def _by_node(sent: Floats, nodes: int) -> Floats:
     ranks, layers, experts = sent.shape
     summed: Floats = sent.reshape(nodes, ranks // nodes, layers, experts).sum(axis=1).swapaxes(0, 1)
     return summed
+
+
+def _holds(phy2log: NDArray[np.integer[Any]], ranks: int, experts: int) -> NDArray[np.int64]:
+    """phy2log [L, P] -> [L, R, E], how many slots of each rank hold the expert."""
+    layers, slots = phy2log.shape
+    names = (np.arange(layers)[:, None] * ranks + np.arange(slots) // (slots // ranks)) * experts + phy2log
+    found: NDArray[np.int64] = np.bincount(names.ravel(), minlength=layers * ranks * experts)
+    return found.reshape(layers, ranks, experts)
 
 
 def _of_ranks(slots: Floats, ranks: int) -> Floats:
