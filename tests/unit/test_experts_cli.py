@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tercet.cluster import experts
 from tercet.cluster.cli import app
 from tercet.cluster.counts_file import write_counts
-from tercet.cluster.experts import chosen_of, nodes_of
+from tercet.cluster.experts import Look, chosen_of, nodes_of
 from tercet.cluster.heat_map import MOST_COLUMNS, MOST_ROWS, heat_map, save_svg
+from tercet.distributed.routed import Routed
 from tercet.errors import ClusterError, SpecError
 from tests.unit.test_experts_weighing import counts_of
 
@@ -139,3 +143,44 @@ def test_which_worker_is_meant():
             chosen_of(members, worker)
     with pytest.raises(ClusterError, match="no worker of this cluster has experts"):
         chosen_of({"worker-2": {}}, None)
+
+
+def looks(*told: tuple[int, list[int]]) -> Iterator[Look]:
+    """(rows so far of each expert, pids), at each look."""
+    for rows, pids in told:
+        routed = Routed(np.full((2, 1, 4), rows), np.full((1, 2), 4 * rows), np.arange(4)[None], 1, 8)
+        others = [{"rank": rank, "pid": pid, "node": "a"} for rank, pid in enumerate(pids[1:], 1)]
+        yield Look(routed, {"pid": pids[0], "node": "a", "ranks": others})
+
+
+@pytest.mark.parametrize(
+    ("told", "windows"),
+    [
+        ([(5, [1, 2]), (7, [1, 2]), (10, [1, 2])], [2, 3]),
+        ([(5, [1, 2]), (7, [1, 0]), (3, [1, 0]), (9, [1, 4]), (11, [1, 4])], [2]),  # lost, back, well again
+        ([(5, [1, 2]), (70, [3, 4]), (75, [3, 4])], [5]),  # started anew, and counts more than before
+        ([(5, [1, 2]), (3, [1, 2]), (4, [1, 2])], [1]),  # the controller does not know yet
+        ([(5, [1, 2]), (6, [1, 0])], []),
+    ],
+)
+def test_windows_with_a_rank_that_was_lost_or_started_anew_are_left_out(monkeypatch, told, windows):
+    there, said, found = looks(*told), list[str](), []
+    monkeypatch.setattr(experts.ray_runtime, "joined", contextlib.nullcontext)
+    monkeypatch.setattr(experts.remote, "pick", lambda name, address: "c")
+    monkeypatch.setattr(experts, "_members", lambda cluster: {"w": {"experts": [0, 1]}})
+    monkeypatch.setattr(experts, "_look", lambda cluster, worker: next(there))
+    experts.record(None, "a", None, len(told) - 1, 0.001, found.append, said.append)
+    loads = found[-1].load[:, 0, 0, 0].tolist() if found else []
+    assert loads == windows
+    assert sum("left out" in line for line in said) == len(told) - 1 - len(windows)
+
+
+def test_more_than_memory_is_refused(monkeypatch):
+    there = looks((5, [1, 2]))
+    monkeypatch.setattr(experts.ray_runtime, "joined", contextlib.nullcontext)
+    monkeypatch.setattr(experts.remote, "pick", lambda name, address: "c")
+    monkeypatch.setattr(experts, "_members", lambda cluster: {"w": {"experts": [0, 1]}})
+    monkeypatch.setattr(experts, "_look", lambda cluster, worker: next(there))
+    monkeypatch.setattr(experts, "MOST_BYTES", 1000)
+    with pytest.raises(ClusterError, match="record fewer"):
+        experts.record(None, "a", None, 20, 1.0, lambda counts: None, lambda line: None)
