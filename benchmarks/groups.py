@@ -33,7 +33,7 @@ from benchmarks.groups_ranks import Run, Served, Shape
 from benchmarks.machine import Others, facts
 from tercet.spec import ModelSpec
 
-WORKS = {"decode of 1": Workload(1, 1, 33), "decode of 8": Workload(8, 1, 33), "prefill of 512": Workload(1, 512, 1)}
+WORKS = {f"decode of {batch}": Workload(batch, 1, 33) for batch in (1, 8, 32)} | {"prefill of 512": Workload(1, 512, 1)}
 SHAPES = {  # SmolLM2 has 9 heads and 3 of keys and values
     "SmolLM2-135M": ("one", "tp3", "pp2"),
     "random Llama": ("one", "tp2", "tp4", "pp2"),

@@ -39,6 +39,7 @@ FORK = multiprocessing.get_context("fork")  # of a process of that server that h
 SERVER.set_forkserver_preload(["benchmarks.groups_models", "benchmarks.groups_sums", "tercet.models.loader"])
 DEGREES = re.compile(r"(tp|pp|ep)(\d+)")
 NAMES = {"tp": "tensor", "pp": "pipeline", "ep": "expert"}
+MOST_AT_ONCE = 32  # sequences of a replica
 Traffic = dict[str, list[float]]  # kind of parallelism -> calls, bytes, seconds
 
 
@@ -68,7 +69,7 @@ class Shape:
     def spec(self, source: str, dtype: str) -> ClusterSpec:
         """A worker of this shape."""
         parallelism = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.expert, "expert": self.expert}
-        role = {"threads": self.threads, "parallelism": parallelism}
+        role = {"threads": self.threads, "parallelism": parallelism, "scheduler": {"max_running": MOST_AT_ONCE}}
         model = {"source": source, "dtype": dtype, "max_context": 2048}
         return ClusterSpec(topology="aggregated", model=model, roles={Role.AGGREGATED: role})
 

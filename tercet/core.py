@@ -248,8 +248,8 @@ class ExpertRows:
     """What a rank has computed of a mixture since its start. A row is one token at one expert in one layer."""
 
     rank: int
-    experts: tuple[int, ...]  # the expert in each slot
-    rows: tuple[int, ...]  # computed in each slot, for requests of all ranks
+    experts: tuple[int, ...]  # that it has in some layer, with how many rows it has computed of each
+    rows: tuple[int, ...]  # for requests of all ranks
     routed: tuple[int, ...]  # to each expert of the model, of the rank's own requests; tensor ranks share theirs
 
 

@@ -54,6 +54,7 @@ class ParallelSpec(Frozen):
     data: Positive = 1  # copies of a stage's attention, each for requests of its own; they share its experts
     expert: Positive = 1  # ranks that a layer's experts are spread over: all of its stage (tensor * data), or 1
     expert_redundancy: Annotated[int, Field(ge=0, le=2**16)] = 0  # slots of a layer beyond one for each expert, in all
+    expert_plan: Text | None = None  # file of `tercet experts solve --json`, on every node; null: experts in order
 
     @property
     def ranks(self) -> int:
@@ -76,6 +77,8 @@ class ParallelSpec(Frozen):
             )
         if self.expert_redundancy and self.expert == 1:
             raise ValueError(f"expert_redundancy: {self.expert_redundancy} has no effect where expert is 1; use 0")
+        if self.expert_plan is not None and self.expert == 1:
+            raise ValueError(f"expert_plan: {self.expert_plan} has no effect where expert is 1; leave it out")
         return self
 
 

@@ -189,7 +189,7 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
         gap, seconds = max(report.gap for report in reports), sum(report.seconds for report in reports)
         told = f"at most {gap:.2%} above the bound of all placements, whatever may move"
         yield f"The solver, where {wish.dispatch} shares are kept to: {told}; {seconds:.2f} s."
-    yield "Nothing was changed: applying a placement to a running cluster is not built yet."
+    yield "Nothing was changed; a group that starts with roles.*.parallelism.expert_plan, the file of --json, has it."
 
 
 def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:

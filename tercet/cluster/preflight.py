@@ -65,6 +65,10 @@ def check_degrees_if_here(spec: ClusterSpec) -> bool:
 def _check_degrees(spec: ClusterSpec, config: ModelConfig) -> None:
     for role, its in spec.roles.items():
         refuse_indivisible(f"roles.{role}.parallelism", its.parallelism, _shape(config))
+        if its.parallelism.expert_plan is not None:
+            from tercet.roles.placed import placed_experts  # it imports torch, which other specs do without
+
+            placed_experts(its.parallelism, config)
 
 
 def _shape(config: ModelConfig) -> ModelShape:

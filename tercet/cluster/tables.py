@@ -49,7 +49,8 @@ def _takes(role: RoleSpec, worker: Assignment) -> str:
     takes = f"{amounts}, {role.threads} thread{'s' if role.threads > 1 else ''}"
     if len(worker.nodes) == 1:
         return takes + (f" on {_told('core', worker.cores)}" if worker.cores else "")
-    degrees = ", ".join(f"{kind} {degree}" for kind, degree in role.parallelism.model_dump().items() if degree > 1)
+    given = role.parallelism.model_dump(exclude={"expert_plan"})
+    degrees = ", ".join(f"{kind} {degree}" for kind, degree in given.items() if degree > 1)
     pinned = [f"rank {rank} on {_told('core', cores)}" for rank, cores in enumerate(worker.rank_cores)]
     return "\n".join([f"{len(worker.nodes)} ranks ({degrees}), each {takes}", *pinned])
 

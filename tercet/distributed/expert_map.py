@@ -8,6 +8,7 @@ Slot s lies on rank s // slots_per_rank. The names phy2log and log2phy are those
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +55,11 @@ class ExpertMap:
         absent = sorted(set(range(self.experts)) - set(row.tolist()))
         if absent:
             raise ClusterError(f"layer {layer}: no slot holds experts {absent[:8]}; each needs at least one")
+
+    @property
+    def digest(self) -> str:
+        """Of the placement: ranks must have the same one."""
+        return hashlib.sha256(self.phy2log.contiguous().numpy().tobytes()).hexdigest()
 
     @property
     def ranks(self) -> int:

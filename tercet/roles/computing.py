@@ -37,6 +37,7 @@ from tercet.roles.losses import Hooks
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity, Part
 from tercet.roles.peers import Sender
+from tercet.roles.placed import agreed
 from tercet.roles.prefill import Prefill
 from tercet.roles.routed import own_counts, routed
 from tercet.transfer.memory.device import DeviceRegion, KvRegion
@@ -83,7 +84,7 @@ class Computing(Part):
         await loop.run_in_executor(None, self._capture, self._runner, max_context)
         executor = self._executor()
         if self._group is not None:
-            await loop.run_in_executor(None, self._group.ready, loaded.fingerprint)
+            await loop.run_in_executor(None, self._group.ready, agreed(loaded))
             self._tell_endpoint()
         self.engine = Engine(
             executor,
@@ -100,7 +101,7 @@ class Computing(Part):
             hooks = Hooks(
                 partial(self._wait, self._rank_out, self._group), partial(self._wait, self._rank_back, self._group)
             )
-            self._group.survive(loaded.fingerprint, hooks)
+            self._group.survive(agreed(loaded), hooks)
         self._computed = lambda: self.engine.computed
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
         self._thread.start()

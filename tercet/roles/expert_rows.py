@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from tercet.core import ExpertRows
 from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer
@@ -14,8 +16,11 @@ def expert_rows(model: Transformer) -> ExpertRows | None:
     ranks, routed = model.ranks, model.routing.load().sum(0).tolist()
     spread = ranks.spread
     if spread is not None:
-        computed = spread.computed(Shard(model.config, ranks.place).mixture_layers).sum(0).tolist()
-        return ExpertRows(ranks.place.rank, tuple(spread.map.experts_on(spread.rank)), tuple(computed), tuple(routed))
+        layers, rows = Shard(model.config, ranks.place).mixture_layers, Counter[int]()
+        for layer, computed in zip(layers, spread.computed(layers).tolist(), strict=True):
+            for expert, count in zip(spread.map.experts_on(spread.rank, layer), computed, strict=True):
+                rows[expert] += count
+        return ExpertRows(ranks.place.rank, tuple(rows), tuple(rows.values()), tuple(routed))
     if ranks.place.ranks > 1:
         return None
     return ExpertRows(0, tuple(range(len(routed))), tuple(routed), tuple(routed))

@@ -20,7 +20,6 @@ import torch
 
 from tercet.core import ExpertRows
 from tercet.distributed import meeting as exchange_group
-from tercet.distributed.expert_map import default_map
 from tercet.distributed.line import Line, Rendezvous, disposed_on_error
 from tercet.distributed.place import Place
 from tercet.distributed.ranks import Ranks
@@ -33,6 +32,7 @@ from tercet.models.sources import load_config
 from tercet.roles.joint import JointReceiver, JointSender
 from tercet.roles.losses import Hooks, Losses
 from tercet.roles.part import Identity
+from tercet.roles.placed import placed_experts
 from tercet.roles.routed import OwnCounts
 from tercet.spec import ParallelSpec
 
@@ -46,13 +46,10 @@ def place_of(wanted: ParallelSpec, rank: int = 0) -> Place:
 
 
 def setup_of(who: Identity, rank: int, device: torch.device) -> Setup:
-    """Of a rank of this worker. Raises ModelError."""
+    """Of a rank of this worker. Raises ModelError, UnsupportedSpec."""
     wanted = who.role_spec.parallelism
     place = place_of(wanted, rank)
-    experts, mixture = None, load_config(who.spec.model).mixture
-    if wanted.expert > 1:
-        assert mixture is not None, "a model without experts is refused before"
-        experts = default_map(mixture.experts, wanted.expert_redundancy, wanted.expert)
+    experts = placed_experts(wanted, load_config(who.spec.model))
     name = f"{who.worker_id} {who.epoch} stage {place.stage}"
     exchange = exchange_group.Group(name, who.token, wanted.expert, experts.slots_per_rank if experts else 0)
     return Setup(place, who.host, device, COLLECTIVE_S, experts, exchange)
@@ -68,7 +65,7 @@ class Group:
         self.broken: WorkerLost | None = None
         self._closing = False
         self.experts: dict[int, ExpertRows] = {}  # rank 1, 2 ... -> what it has computed, if it has experts
-        self._ready: dict[int, tuple[str, str]] = {}  # rank -> (endpoint, fingerprint)
+        self._ready: dict[int, tuple[str, str]] = {}  # rank -> (endpoint, what it has agreed to)
         self._gone: set[int] = set()  # ranks that ended while they came back
         self._changed = threading.Condition()
         self.executor: GroupExecutor | None = None
@@ -118,15 +115,16 @@ class Group:
         cores = len(os.sched_getaffinity(0))
         return Venue(f"{self._who.host}:{self._store.port}", local, cores, tuple(exchanges))
 
-    def ready(self, fingerprint: str) -> None:
+    def ready(self, agreed: str) -> None:
         """Waits until every rank has loaded its share. Raises WorkerLost, or PeerMismatch for one of another model."""
         with self._changed:
             self._changed.wait_for(lambda: self.broken is not None or self._ready.keys() == self.talks.keys())
             if self.broken is not None:
                 raise self.broken
         for rank, (_, theirs) in sorted(self._ready.items()):
-            if theirs != fingerprint:
-                raise PeerMismatch(f"rank {rank} has other weights ({theirs:.12}) than rank 0 ({fingerprint:.12})")
+            if theirs != agreed:
+                told = f"({theirs:.12}) than rank 0 ({agreed:.12}), or another expert_plan"
+                raise PeerMismatch(f"rank {rank} has other weights {told}")
 
     @property
     def endpoints(self) -> list[str]:
@@ -135,7 +133,7 @@ class Group:
 
     # ---- ranks that are lost and come back
 
-    def survive(self, fingerprint: str, hooks: Hooks) -> None:
+    def survive(self, agreed: str, hooks: Hooks) -> None:
         """From now on go on without a rank that is lost, where that is possible, and take it back."""
         place, spread = self.place, None if self._ranks is None else self._ranks.spread
         alone = place.tensor == place.pipeline == 1  # else other ranks compute the same requests
@@ -143,7 +141,7 @@ class Group:
             self._rendezvous.close()
             return
         self.losses = Losses(self, self._engine(), spread, self._rendezvous, self._who.spec.ray.start_timeout_s)
-        self.losses.start(hooks, fingerprint)
+        self.losses.start(hooks, agreed)
 
     def welcome(self, line: Line) -> tuple[Talk, str]:
         with disposed_on_error([line]):
@@ -208,7 +206,7 @@ class Group:
         rank = line.rank
         talk = Talk(line, lambda error: self._lost(error, rank))
         told: dict[str, Callable[..., Any]] = {
-            "ready": lambda endpoint, fingerprint: self._is_ready(rank, endpoint, fingerprint),
+            "ready": lambda endpoint, agreed: self._is_ready(rank, endpoint, agreed),
             "drawn": lambda number, attempt, results: self._engine().take(rank, number, attempt, results),
             "broken_off": lambda why, *which: self._engine().broken_off(why, *which),
             "failed": lambda why: self._lost(WorkerLost(why)),
@@ -236,9 +234,9 @@ class Group:
         assert self.receiver is not None, "a rank gets only what it was told to"
         return self.receiver
 
-    def _is_ready(self, rank: int, endpoint: str, fingerprint: str) -> None:
+    def _is_ready(self, rank: int, endpoint: str, agreed: str) -> None:
         with self._changed:
-            self._ready[rank] = endpoint, fingerprint
+            self._ready[rank] = endpoint, agreed
             self._changed.notify_all()
 
     def _count(self, rank: int, counts: dict[str, int]) -> None:

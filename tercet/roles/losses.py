@@ -38,7 +38,7 @@ class Owner(Protocol):
         """Set up a rank that comes back. -> and where its exchange listens. Raises WorkerLost."""
 
     def until_ready(self, rank: int, timeout_s: float) -> str:
-        """-> the fingerprint of what it has loaded. Raises WorkerLost."""
+        """-> what it has loaded (`placed.agreed`). Raises WorkerLost."""
 
     def fail(self, error: WorkerLost) -> None:
         """The group is broken."""
@@ -66,8 +66,8 @@ class Losses:
         self._over = threading.Event()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
-    def start(self, hooks: Hooks, fingerprint: str) -> None:
-        self._hooks, self._fingerprint = hooks, fingerprint
+    def start(self, hooks: Hooks, agreed: str) -> None:
+        self._hooks, self._agreed = hooks, agreed
         works = ((self._do_all, "lost"), (self._take_back_all, "rejoin"))
         self._threads = [threading.Thread(target=work, name=f"ranks-{name}", daemon=True) for work, name in works]
         for thread in self._threads:
@@ -143,8 +143,8 @@ class Losses:
 
     def _take_back(self, talk: Talk, endpoint: str) -> None:
         """Raises WorkerLost, PeerMismatch, TransferError."""
-        if self._owner.until_ready(talk.rank, self._load_s) != self._fingerprint:
-            raise PeerMismatch(f"rank {talk.rank} has come back with other weights")
+        if self._owner.until_ready(talk.rank, self._load_s) != self._agreed:
+            raise PeerMismatch(f"rank {talk.rank} has come back with other weights, or another expert_plan")
         try:
             self._executor.rejoin(talk, lambda drain: self._tell_all(talk, endpoint, drain))
         except TercetError as error:

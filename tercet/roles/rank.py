@@ -34,6 +34,7 @@ from tercet.roles.group import setup_of
 from tercet.roles.measure import measured
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity
+from tercet.roles.placed import agreed
 from tercet.roles.routed import own_counts
 from tercet.spec import ClusterSpec
 from tercet.transfer.mover.receiver import KvReceiver
@@ -95,7 +96,7 @@ class Rank:
         self._running = threading.Thread(target=self._run, args=(kernels,), name="rank-steps", daemon=True)
         self._running.start()
         threading.Thread(target=self._tell_counts, name="rank-counts", daemon=True).start()
-        self._talk.tell("ready", moving, loaded.fingerprint)
+        self._talk.tell("ready", moving, agreed(loaded))
 
     def _venue(self, line: Line) -> tuple[Venue, int | None]:
         line.settimeout(self._who.spec.ray.start_timeout_s)  # until the others have joined

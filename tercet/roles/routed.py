@@ -42,5 +42,6 @@ def routed(model: Transformer, dtype: str, counts: Mapping[int, OwnCounts]) -> R
             load[at.data_rank, here] = np.frombuffer(own_load, np.int64).reshape(-1, experts)
         computed[here, rank % ranks] = np.frombuffer(own_computed, np.int64)
     held = np.arange(experts)[None] if spread is None else spread.map.phy2log.numpy()
+    held = held[list(layers)] if len(held) > 1 else held
     placed = np.ascontiguousarray(np.broadcast_to(held, (len(layers), held.shape[1])))
     return Routed(load, computed, placed, config.mixture.top_k, expert_bytes(config, dtype))

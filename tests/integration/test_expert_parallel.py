@@ -4,6 +4,7 @@ shape of the group, however many replicas are idle, and whichever requests are c
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from tercet.core import Leg, Outcome, Role, SamplingParams, Ticket
 from tercet.distributed.expert_map import default_map
 from tercet.distributed.routed import Routed
 from tercet.errors import LeaseExpired
-from tercet.placement.experts.weighing import served
+from tercet.placement.experts.weighing import Counts, Wish, served, weigh
 from tercet.spec import ClusterSpec, ParallelSpec
 from tercet.wire.worker_client import WorkerLink
 from tests.helpers import TOKEN, LocalCluster, cluster, next_token, request_of, spec_of
@@ -241,3 +242,28 @@ async def test_all_shapes_count_the_routing_of_one_process(made, shape):
     sent = np.repeat(rows, wanted.tensor, axis=0) / wanted.tensor
     expected = served(spread.phy2log, sent).reshape(len(layers), spread.ranks, -1).sum(axis=2)
     assert expected == pytest.approx(layers, rel=0.1)  # what placements are judged by is what ranks do
+
+
+@pytest.mark.parametrize("wanted", [REPLICAS, TENSOR, ParallelSpec(data=2, expert=2, expert_redundancy=4)])
+async def test_experts_lie_where_recorded_counts_say(made, tmp_path, wanted):
+    """From counts to a plan to a group that is started with it: the same tokens, more evenly computed."""
+    source, expected = made(Family.DEEPSEEK_V3)
+
+    async def served_by(shape: ParallelSpec) -> Routed:
+        async with cluster(shaped(source, (shape,))) as workers:
+            assert await tokens_of(workers, PROMPTS) == expected
+            return await workers.workers["aggregated-0"].routed()
+
+    before = await served_by(wanted)
+    counts = Counts(
+        before.load[None], before.computed[None], before.phy2log, 1, before.top_k, before.expert_bytes, 1.0, "w"
+    )
+    found = weigh(counts, Wish())
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"ranks": before.ranks, "phy2log": found.placement.phy2log.tolist()}))
+    after = await served_by(wanted.model_copy(update={"expert_plan": str(plan)}))
+    assert (after.phy2log == found.placement.phy2log).all()
+    assert not (after.phy2log == before.phy2log).all()
+    assert (after.load.sum(axis=0) == before.load.sum(axis=0)).all()
+    assert after.computed.astype(float) == pytest.approx(found.after, rel=0.1)
+    assert after.computed.max(axis=1).sum() < before.computed.max(axis=1).sum()

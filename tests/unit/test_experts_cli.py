@@ -39,7 +39,7 @@ def test_solve_says_what_a_placement_would_be_worth(file):
         "before: busiest rank over mean",
         "after: busiest rank",
         "experts that they lack",
-        "not built",
+        "expert_plan",
     ):
         assert told in shown.output
 

@@ -1,0 +1,62 @@
+"""Where a worker's experts lie, from its start on: in their order, or as a plan of `tercet experts solve` says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tercet.distributed.expert_map import ExpertMap, default_map
+from tercet.errors import ClusterError, UnsupportedSpec
+from tercet.models.config import ModelConfig
+from tercet.models.loader import LoadedModel
+from tercet.spec import ParallelSpec
+
+MOST_BYTES = 1 << 28
+
+
+def placed_experts(wanted: ParallelSpec, config: ModelConfig) -> ExpertMap | None:
+    """None: no rank has whole experts. Raises UnsupportedSpec if the file does not fit the model and the degrees."""
+    if wanted.expert == 1:
+        return None
+    assert config.mixture is not None, "a model without experts is refused before"
+    default = default_map(config.mixture.experts, wanted.expert_redundancy, wanted.expert)
+    if wanted.expert_plan is None:
+        return default
+    told = f"expert_plan {wanted.expert_plan}"
+    rows = _read(told, Path(wanted.expert_plan).expanduser(), wanted.expert)
+    layers, slots = config.mixture.layers, default.phy2log.shape[1]
+    if tuple(rows.shape) != (len(layers), slots):
+        has = f"{len(layers)} layers with experts, and {slots} slots with expert_redundancy {wanted.expert_redundancy}"
+        raise UnsupportedSpec(f"{told}: it is for {len(rows)} layers of {rows.shape[1]} slots, and the model has {has}")
+    phy2log = default.phy2log.repeat(config.num_layers, 1)  # of a layer without experts nobody asks
+    phy2log[list(layers)] = rows
+    try:
+        return ExpertMap(phy2log, config.mixture.experts, default.slots_per_rank)
+    except ClusterError as error:
+        raise UnsupportedSpec(f"{told}: {error}") from error
+
+
+def agreed(loaded: LoadedModel) -> str:
+    """What all ranks of a worker must have alike: the weights, and where experts lie."""
+    spread = loaded.model.ranks.spread
+    return loaded.fingerprint if spread is None else f"{loaded.fingerprint} {spread.map.digest}"
+
+
+def _read(told: str, path: Path, ranks: int) -> Tensor:
+    """-> phy2log [L, P] int64."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UnsupportedSpec(f"{told}: it has over {MOST_BYTES:,} bytes")
+        plan: Any = json.loads(path.read_bytes())
+        of_ranks, rows = plan["ranks"], torch.tensor(plan["phy2log"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UnsupportedSpec(f"{told}: no plan of `tercet experts solve --json`: {error!r:.80}") from error
+    if rows.ndim != 2 or rows.dtype != torch.int64 or not rows.numel():
+        raise UnsupportedSpec(f"{told}: phy2log is {rows.dtype} {list(rows.shape)}, not whole numbers [layers, slots]")
+    if of_ranks != ranks:
+        raise UnsupportedSpec(f"{told}: it is for {of_ranks} ranks, and expert is {ranks}")
+    return rows
