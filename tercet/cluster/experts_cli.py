@@ -181,8 +181,8 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
     yield f"The busiest ranks of all layers compute {gain}."
     fetched = int(found.fetched.sum())
     yield f"Ranks would fetch {fetched:,} experts that they lack: {fetched * counts.expert_bytes:,} bytes."
-    if found.kept:
-        yield f"{found.kept} of {len(found.fetched)} layers keep what they have: nothing better was found for them."
+    if kept := int(found.kept.sum()):
+        yield f"{kept} of {len(found.kept)} layers keep what they have: nothing better was found for them."
     if found.survives == (True, False):
         yield "The group would no longer go on without a lost rank: some experts would lie on one rank alone."
     if reports := found.placement.layers:
@@ -205,7 +205,7 @@ def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:
         "before": _evenness(found.before),
         "after": _evenness(found.after),
         "measured": _evenness(counts.computed[-1]),
-        "kept_layers": found.kept,
+        "kept": found.kept.tolist(),
         "fetched": found.fetched.tolist(),
         "fetched_bytes": int(found.fetched.sum()) * counts.expert_bytes,
         "survives_a_rank": dict(zip(("before", "after"), found.survives, strict=True)),

@@ -211,7 +211,13 @@ async def test_ranks_that_share_every_expert_say_nothing_of_them(made):
         assert (await workers.workers["aggregated-0"].health()).experts == ()
 
 
-@pytest.mark.parametrize("shape", ["replicas", "tensor", "every expert twice", "stages of replicas"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("replicas", "every expert twice")),
+        *("tensor", "stages of replicas"),
+    ],
+)
 async def test_all_shapes_count_the_routing_of_one_process(made, shape):
     """Each replica counts its own requests, each stage its own layers; who reads gets them of all ranks."""
     source, expected = made(Family.DEEPSEEK_V3)
@@ -244,7 +250,13 @@ async def test_all_shapes_count_the_routing_of_one_process(made, shape):
     assert expected == pytest.approx(layers, rel=0.1)  # what placements are judged by is what ranks do
 
 
-@pytest.mark.parametrize("wanted", [REPLICAS, TENSOR, ParallelSpec(data=2, expert=2, expert_redundancy=4)])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in (REPLICAS, TENSOR)),
+        ParallelSpec(data=2, expert=2, expert_redundancy=4),
+    ],
+)
 async def test_experts_lie_where_recorded_counts_say(made, tmp_path, wanted):
     """From counts to a plan to a group that is started with it: the same tokens, more evenly computed."""
     source, expected = made(Family.DEEPSEEK_V3)

@@ -96,7 +96,7 @@ class Weighed:
     before: Floats  # [L, R] rows that each rank computes in the windows that both are judged by
     after: Floats
     fetched: NDArray[np.int64]  # [L] experts that a rank would have to fetch, since it has none of them
-    kept: int  # layers for which what was found is no better than what there is, by what it was solved on
+    kept: NDArray[np.bool_]  # [L] what was found is no better than what there is, by what it was solved on
     held_out: bool  # it was solved on other windows than those it is judged by
     survives: tuple[bool, bool]  # before, after: whether each expert lies on two ranks, so that one may be lost
 
@@ -109,7 +109,7 @@ def weigh(counts: Counts, wish: Wish) -> Weighed:
     if not counts.load[known].any() or not counts.load[judged].any():
         raise SpecError("nothing was counted in a window that is needed: no request was computed there")
     topo, stats = _topology(counts, wish), _stats(counts, known, wish)
-    placement, kept = _solved(counts, stats, topo, wish), 0
+    placement, kept = _solved(counts, stats, topo, wish), np.zeros(len(counts.phy2log), dtype=bool)
     if wish.policy == "ilp" and wish.dispatch is Dispatch.EVEN:
         placement, kept = _no_worse(placement, counts, counts.of_windows(known), topo)
     sent = counts.of_windows(judged)
@@ -129,14 +129,14 @@ def weigh(counts: Counts, wish: Wish) -> Weighed:
     )
 
 
-def _no_worse(found: Placement, counts: Counts, sent: Floats, topo: Topology) -> tuple[Placement, int]:
-    """-> the better one of each layer by how ranks choose replicas, which the solver does not know; layers kept"""
+def _no_worse(found: Placement, counts: Counts, sent: Floats, topo: Topology) -> tuple[Placement, NDArray[np.bool_]]:
+    """-> the better one of each layer by how ranks choose replicas, which the solver does not know; which are kept"""
     if found.phy2log.shape != counts.phy2log.shape:
-        return found, 0
+        return found, np.zeros(len(found.phy2log), dtype=bool)
     busiest = [_of_ranks(served(each, sent), topo.gpus).max(axis=1) for each in (counts.phy2log, found.phy2log)]
     keeps = busiest[0] <= busiest[1]
     phy2log = np.where(keeps[:, None], counts.phy2log, found.phy2log).astype(np.int32)
-    return replace(evenly(phy2log, sent.shape[2], topo.nodes), layers=found.layers), int(keeps.sum())
+    return replace(evenly(phy2log, sent.shape[2], topo.nodes), layers=found.layers), keeps
 
 
 def max_over_mean(loads: Floats) -> Floats:
