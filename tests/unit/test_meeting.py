@@ -36,6 +36,12 @@ class Met:
     def joins(self, rank: int, token: str = TOKEN, endpoint: str = "", timeout_s: float = 10.0) -> Future[Line]:
         return pool.submit(join, endpoint or self.meeting.endpoint, rank, token, timeout_s)
 
+    def greeted(self) -> None:
+        """Who has joined is known: a rank hears that it is welcome a moment before rank 0 has it."""
+        for thread in threading.enumerate():
+            if thread.name == "rank-greet":
+                thread.join(5)
+
     def stranger(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect("\0" + json.loads(self.meeting.endpoint)[1])
@@ -269,6 +275,7 @@ def test_nobody_listens():
 def test_a_rank_that_is_here_already_and_one_of_no_group_are_sent_away(met):
     waiting = met.waits(1, 2)
     first = met.joins(1).result(5)
+    met.greeted()
     for rank in (1, 7):
         second = met.joins(rank).result(5)
         with pytest.raises(WorkerLost, match="rank 0 of the group is gone"):
