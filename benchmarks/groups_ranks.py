@@ -29,6 +29,7 @@ from tercet.roles.group import Group
 from tercet.roles.measure import measured
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity
+from tercet.roles.placed import agreed
 from tercet.roles.rank import Rank
 from tercet.spec import ClusterSpec
 
@@ -136,7 +137,7 @@ class _Rank0(Driver):
         loaded = load_model(spec.model, kernels, self._ranks)
         layout = loaded.model.kv_layout(role.kv.blocks, role.kv.block_size)
         region = region_of(layout, spec.transfer.transport, kernels, ())
-        executor = self._executor(Runner(loaded.model, region), loaded.fingerprint)
+        executor = self._executor(Runner(loaded.model, region), agreed(loaded))
         super().__init__(executor, role, loaded.config)
 
     def _begun(self, ranks: int) -> tuple[Group | None, list[BaseProcess]]:
@@ -150,12 +151,12 @@ class _Rank0(Driver):
             process.start()
         return group, others
 
-    def _executor(self, runner: Runner, fingerprint: str) -> Executor:
+    def _executor(self, runner: Runner, ours: str) -> Executor:
         if self._group is None:
             return LocalExecutor(runner)
         talks = list(self._group.talks.values())
         self._group.executor = GroupExecutor(runner, self._group.place, talks, self._ranks.spread)
-        self._group.ready(fingerprint)
+        self._group.ready(ours)
         return self._group.executor
 
     def run(self, work: Workload, seed: int) -> Run:

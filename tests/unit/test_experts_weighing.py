@@ -56,7 +56,7 @@ def test_rows_go_to_the_slots_that_ranks_choose(seed, rows):
     assert found == pytest.approx(expected, rel=0.1, abs=100)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_few_placements_are_better(seed):
     """Each expert once, two ranks of two slots: all there are. What is near the best one is kept, if fewer move."""
     load = np.random.default_rng(seed).integers(1, 1000, (1, 2, 1, 4))
@@ -71,7 +71,7 @@ def test_few_placements_are_better(seed):
 
 
 @pytest.mark.parametrize("policy", ["ilp", "eplb"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_it_is_judged_by_the_last_window_and_solved_without_it(policy, seed):
     counts = counts_of(seed)
     found = weigh(counts, Wish(policy))
@@ -105,7 +105,7 @@ def test_few_moves_are_kept_to():
         weigh(counts, Wish(max_moved_bytes=1000, redundancy=8))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_placement_that_ranks_would_not_gain_by_is_not_advised(seed):
     """The solver shares evenly among replicas; ranks take their own first, and their requests may be uneven."""
     rng = np.random.default_rng(seed)

