@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from tercet.errors import ClusterError
 from tercet.placement.experts.weighing import Counts
 
 Longs = NDArray[np.int64]
+Rows = tuple[Longs, Longs]  # of a window: [S, L, n] of each replica's requests, [L, R] computed by each rank
 MOST_BYTES = 1 << 30  # of what is recorded
 AGAIN_S, LOOK_S = 60.0, 1.0  # for a worker that is being started anew
 
@@ -37,32 +38,44 @@ def record(
     worker: str | None,
     windows: int,
     window_s: float,
-    taken: Callable[[Counts], None],
+    keep: Callable[[Counts], None],
     say: Callable[[str], None],
 ) -> None:
-    """Of so many windows from now on. taken: gets all windows so far, with each. Raises ClusterError."""
+    """Of so many windows from now on. keep: gets them at the end, or those so far if anything ends it before. Raises
+    ClusterError, also if nothing was counted."""
     with ray_runtime.joined(address):
         cluster = remote.pick(name, address)
         chosen = chosen_of(_members(cluster), worker)
-        before = first = _look(cluster, chosen)
+        first, found = _look(cluster, chosen), list[Rows]()
         if windows * (first.routed.load.nbytes + first.routed.computed.nbytes) > MOST_BYTES:
             raise ClusterError(f"{windows} windows would take over {MOST_BYTES:,} bytes; record fewer")
-        found, began = list[tuple[Longs, Longs]](), time.monotonic()
-        for number in range(1, windows + 1):
-            time.sleep(max(0.0, began + number * window_s - time.monotonic()))
-            after = _look(cluster, chosen)
-            if not np.array_equal(after.routed.phy2log, first.routed.phy2log):
-                raise ClusterError(f"the experts of {chosen} were placed anew meanwhile; export again")
-            told = f"window {number} of {windows}"
-            rows = after.routed.load - before.routed.load, after.routed.computed - before.routed.computed
-            if before.pids != after.pids or 0 in after.pids or min(each.min() for each in rows) < 0:
-                say(f"{told}: left out, since a rank was lost or started anew")
-            else:
+        try:
+            for rows in _windows(cluster, chosen, first, windows, window_s, say):
                 found.append(rows)
-                say(f"{told}: {found[-1][0].sum():,} rows (a token at an expert in a layer)")
-                loads, computed = (np.array(each) for each in zip(*found, strict=True))
-                taken(_counts(chosen, after, loads, computed, window_s))
-            before = after
+        finally:
+            if any(load.any() for load, _ in found):
+                keep(_counts(chosen, first, found, window_s))
+    if not any(load.any() for load, _ in found):
+        raise ClusterError("nothing was counted, so nothing is written: no request was computed meanwhile")
+
+
+def _windows(
+    cluster: str, worker: str, before: Look, windows: int, window_s: float, say: Callable[[str], None]
+) -> Iterator[Rows]:
+    """Raises ClusterError."""
+    placed, began = before.routed.phy2log, time.monotonic()
+    for number in range(1, windows + 1):
+        time.sleep(max(0.0, began + number * window_s - time.monotonic()))
+        after = _look(cluster, worker)
+        if not np.array_equal(after.routed.phy2log, placed):
+            raise ClusterError(f"the experts of {worker} were placed anew meanwhile; export again")
+        rows = after.routed.load - before.routed.load, after.routed.computed - before.routed.computed
+        if before.pids != after.pids or 0 in after.pids or min(each.min() for each in rows) < 0:
+            say(f"window {number} of {windows}: left out, since a rank was lost or started anew")
+        else:
+            say(f"window {number} of {windows}: {rows[0].sum():,} rows (a token at an expert in a layer)")
+            yield rows
+        before = after
 
 
 def so_far(name: str | None, address: str, worker: str | None) -> dict[str, Longs]:
@@ -103,9 +116,9 @@ def nodes_of(member: Mapping[str, Any], ranks: int) -> int:
     return nodes if len(names) == ranks and ranks % nodes == 0 and by_node else 1
 
 
-def _counts(worker: str, look: Look, load: Longs, computed: Longs, window_s: float) -> Counts:
-    """load [W, S, L, n], computed [W, L, R]."""
+def _counts(worker: str, look: Look, found: Sequence[Rows], window_s: float) -> Counts:
     its = look.routed
+    load, computed = (np.array(each) for each in zip(*found, strict=True))
     nodes = nodes_of(look.member, its.ranks)
     return Counts(load, computed, its.phy2log, nodes, its.top_k, its.expert_bytes, window_s, worker)
 

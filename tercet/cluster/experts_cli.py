@@ -14,7 +14,7 @@ from rich.console import Console, Group
 
 from tercet.cluster import output
 from tercet.cluster.options import Address, AsJson, ClusterName, refuse_unwritable, where
-from tercet.errors import ClusterError, SpecError
+from tercet.errors import SpecError
 
 if TYPE_CHECKING:
     from tercet.placement.experts.weighing import Counts, Weighed, Wish
@@ -26,6 +26,28 @@ WorkerName = Annotated[
     str | None, typer.Option("--worker", help="Its name; needed if several workers have experts on several ranks.")
 ]
 SvgFile = Annotated[Path | None, typer.Option("--svg", help="Write the picture here, too.")]
+
+# Of `solve`.
+Policy = Annotated[str, typer.Option(help="ilp, or eplb: DeepSeek's, to compare.")]
+ObjectiveName = Annotated[
+    str,
+    typer.Option(
+        help="balance: the busiest rank's rows; with --dispatch weighted also internode: rows that leave their node, "
+        "and internode_dedup: the same, a token once for each node."
+    ),
+]
+DispatchName = Annotated[
+    str, typer.Option(help="Among replicas: even; or weighted, by shares that ranks cannot follow yet.")
+]
+Nodes = Annotated[int | None, typer.Option(help="Nodes that the ranks are on; default: as recorded.")]
+Redundancy = Annotated[
+    int | None, typer.Option(min=0, help="Slots of a layer beyond one for each expert; default: as recorded.")
+]
+MaxMovedBytes = Annotated[
+    int | None, typer.Option(min=0, help="Weights in slots that get another expert, over all layers, at most.")
+]
+TimeLimit = Annotated[float, typer.Option(min=0.01, max=86_400, help="Seconds.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the search.")]
 
 
 @app.command()
@@ -66,41 +88,24 @@ def export(
     name, address = where(name, address)
     from tercet.cluster import experts
 
-    found = list[Any]()
-    try:
-        experts.record(name, address, worker, windows, seconds, found.append, output.say)
-    finally:  # whatever ends it
-        if found and found[-1].total:
-            counts = found[-1]
-            write_counts(file, counts)
-            output.say(f"{file}: {len(counts.load)} windows of {seconds:g} s of {counts.worker}, {counts.total:,} rows")
-    if not found or not found[-1].total:
-        raise ClusterError(f"nothing was counted, so {file} is not written: no request was computed meanwhile")
+    def keep(counts: Counts) -> None:
+        write_counts(file, counts)
+        output.say(f"{file}: {len(counts.load)} windows of {seconds:g} s of {counts.worker}, {counts.total:,} rows")
+
+    experts.record(name, address, worker, windows, seconds, keep, output.say)
 
 
 @app.command()
 def solve(
     file: CountsFile,
-    policy: Annotated[str, typer.Option(help="ilp, or eplb: DeepSeek's, to compare.")] = "ilp",
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="balance: the busiest rank's rows; with --dispatch weighted also internode: rows that leave their "
-            "node, and internode_dedup: the same, a token once for each node."
-        ),
-    ] = "balance",
-    dispatch: Annotated[
-        str, typer.Option(help="Among replicas: even; or weighted, by shares that ranks cannot follow yet.")
-    ] = "even",
-    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are on; default: as recorded.")] = None,
-    redundancy: Annotated[
-        int | None, typer.Option(min=0, help="Slots of a layer beyond one for each expert; default: as recorded.")
-    ] = None,
-    max_moved_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Weights in slots that get another expert, over all layers, at most.")
-    ] = None,
-    time_limit: Annotated[float, typer.Option(min=0.01, max=86_400, help="Seconds.")] = 10.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the search.")] = 0,
+    policy: Policy = "ilp",
+    objective: ObjectiveName = "balance",
+    dispatch: DispatchName = "even",
+    nodes: Nodes = None,
+    redundancy: Redundancy = None,
+    max_moved_bytes: MaxMovedBytes = None,
+    time_limit: TimeLimit = 10.0,
+    seed: Seed = 0,
     as_json: AsJson = False,
     svg: SvgFile = None,
 ) -> None:
@@ -172,9 +177,12 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
     from tercet.placement.experts.weighing import max_over_mean
 
     how = "solved on the other windows" if found.held_out else "solved on the same one, so it flatters"
-    yield f"Judged by the last window, {how}; both by how ranks choose replicas: their own first, else by turns."
-    if wish.dispatch == "weighted":
-        yield "After: by the placement's shares, which ranks cannot follow yet; a part of the gain is theirs alone."
+    yield f"Judged by the last window, {how}."
+    yield "Before: by how ranks choose replicas, their own first, else by turns. After: " + (
+        "by the placement's shares, which ranks cannot follow yet; a part of the gain is theirs alone."
+        if wish.dispatch == "weighted"
+        else "likewise."
+    )
     yield f"Measured in that window, before: {max_over_mean(counts.computed[-1]).mean():.3f} (mean of layers)."
     before, after = (float(rows.max(axis=1).sum()) for rows in (found.before, found.after))
     gain = f"{before:,.0f} rows before, {after:,.0f} after: {after / before - 1:+.1%}"

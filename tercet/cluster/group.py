@@ -129,8 +129,9 @@ class GroupActor:
         does not answer."""
         for coming in self._coming.values():
             coming.cancel()
-        ended = [end.done() for end in self._ends]  # none before the start
-        there = [rank for number, rank in enumerate(self._rest) if not any(ended[number : number + 1])]
+        watched = zip(self._rest, self._ends, strict=False)  # none before the start
+        ended = [rank for rank, end in watched if end.done()]
+        there = [rank for rank in self._rest if rank not in ended]
         rank_0, *rest = (rank.call("stop", timeout_s=timeout_s) for rank in (self._first, *there))
         outcomes = [
             *await asyncio.gather(rank_0, return_exceptions=True),

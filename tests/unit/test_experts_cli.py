@@ -153,6 +153,14 @@ def looks(*told: tuple[int, list[int]]) -> Iterator[Look]:
         yield Look(routed, {"pid": pids[0], "node": "a", "ranks": others})
 
 
+def look_at(monkeypatch: pytest.MonkeyPatch, there: Iterator[Look]) -> None:
+    """In place of a cluster."""
+    monkeypatch.setattr(experts.ray_runtime, "joined", contextlib.nullcontext)
+    monkeypatch.setattr(experts.remote, "pick", lambda name, address: "c")
+    monkeypatch.setattr(experts, "_members", lambda cluster: {"w": {"experts": [0, 1]}})
+    monkeypatch.setattr(experts, "_look", lambda cluster, worker: next(there))
+
+
 @pytest.mark.parametrize(
     ("told", "windows"),
     [
@@ -165,11 +173,10 @@ def looks(*told: tuple[int, list[int]]) -> Iterator[Look]:
 )
 def test_windows_with_a_rank_that_was_lost_or_started_anew_are_left_out(monkeypatch, told, windows):
     there, said, found = looks(*told), list[str](), []
-    monkeypatch.setattr(experts.ray_runtime, "joined", contextlib.nullcontext)
-    monkeypatch.setattr(experts.remote, "pick", lambda name, address: "c")
-    monkeypatch.setattr(experts, "_members", lambda cluster: {"w": {"experts": [0, 1]}})
-    monkeypatch.setattr(experts, "_look", lambda cluster, worker: next(there))
-    experts.record(None, "a", None, len(told) - 1, 0.001, found.append, said.append)
+    look_at(monkeypatch, there)
+    with contextlib.nullcontext() if windows else pytest.raises(ClusterError, match="nothing was counted"):
+        experts.record(None, "a", None, len(told) - 1, 0.001, found.append, said.append)
+    assert len(found) == bool(windows)
     loads = found[-1].load[:, 0, 0, 0].tolist() if found else []
     assert loads == windows
     assert sum("left out" in line for line in said) == len(told) - 1 - len(windows)
@@ -177,10 +184,19 @@ def test_windows_with_a_rank_that_was_lost_or_started_anew_are_left_out(monkeypa
 
 def test_more_than_memory_is_refused(monkeypatch):
     there = looks((5, [1, 2]))
-    monkeypatch.setattr(experts.ray_runtime, "joined", contextlib.nullcontext)
-    monkeypatch.setattr(experts.remote, "pick", lambda name, address: "c")
-    monkeypatch.setattr(experts, "_members", lambda cluster: {"w": {"experts": [0, 1]}})
-    monkeypatch.setattr(experts, "_look", lambda cluster, worker: next(there))
+    look_at(monkeypatch, there)
     monkeypatch.setattr(experts, "MOST_BYTES", 1000)
     with pytest.raises(ClusterError, match="record fewer"):
         experts.record(None, "a", None, 20, 1.0, lambda counts: None, lambda line: None)
+
+
+def test_what_was_recorded_is_kept_whatever_ends_it(monkeypatch):
+    def interrupted() -> Iterator[Look]:
+        yield from looks((5, [1, 2]), (7, [1, 2]), (10, [1, 2]))
+        raise KeyboardInterrupt
+
+    there, found = interrupted(), []
+    look_at(monkeypatch, there)
+    with pytest.raises(KeyboardInterrupt):
+        experts.record(None, "a", None, 5, 0.001, found.append, lambda line: None)
+    assert found[0].load[:, 0, 0, 0].tolist() == [2, 3]

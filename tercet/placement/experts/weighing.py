@@ -76,8 +76,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a placement is solved for. dispatch: how ranks share rows among replicas: `weighted` is by the placement's
-    shares, which ranks cannot yet. None: as it is now."""
+    """What a placement is solved for. dispatch: how ranks share rows among replicas; `weighted` is by the placement's
+    shares, which ranks cannot yet. nodes, redundancy: those that there are now, if not given."""
 
     policy: str = "ilp"  # or eplb
     objective: Objective = Objective.BALANCE

@@ -44,8 +44,8 @@ SPIN_S = 10e-3  # most writes are over by then; each sleep would stall them, sin
 LOOKS = 32  # at the library, between two checks of clock and channel
 NAP_S = (20e-6, 500e-6)  # sleep between two checks after SPIN_S: the shortest and the longest
 DIRECT = {"cma", "cuda_ipc", "knem", "xpmem"}  # UCX transports by which one process copies into another's memory
-EMULATES = "UCX_RNDV_THRESH"  # with it UCX 1.23 writes by messages, whose answer to a peer that is gone is fatal (009)
 DIRECT_ALIASES = DIRECT | {"all", "cuda", "shm", "sm"}
+EMULATES = "UCX_RNDV_THRESH"  # with it UCX 1.23 writes by messages, whose answer to a peer that is gone is fatal (009)
 log = logging.getLogger(__name__)
 
 
