@@ -247,6 +247,11 @@ def flipping(name: str, flips: list[int]) -> Transport:
     return transport
 
 
+def say(*fields: Any) -> None:
+    """A line on standard output, whole: several links say theirs at once, and `print` writes its end apart."""
+    os.write(1, json.dumps(fields).encode() + b"\n")
+
+
 class Halting(Outlet):
     """Says `half` before each write's second half and waits there for the word to go on."""
 
@@ -261,7 +266,7 @@ class Halting(Outlet):
             if hasattr(self._real, "copy"):
                 self._real.copy(parcel.source, half)
                 self._real._stream.synchronise()
-            print(json.dumps(["half"]), flush=True)
+            say("half")
             self._on.wait()
         self._real.write(channel, parcel)
 
@@ -280,10 +285,10 @@ def main() -> None:
     fill(region, 1)
 
     def tell(event: Any) -> None:
-        print(json.dumps([type(event).__name__, event.ticket]), flush=True)
+        say(type(event).__name__, event.ticket)
 
     sender = KvSender(config("prefill-0", lease_s=float(sys.argv[2])), region, [transport], tell)
-    print(json.dumps(["up", os.getpid()]), flush=True)
+    say("up", os.getpid())
     for line in sys.stdin:
         verb, *rest = json.loads(line)
         if verb in ("halt", "go"):
@@ -298,7 +303,7 @@ def main() -> None:
                     sender.push(ticket, layer, 0, rest[1])
                 sender.finish(ticket, NOTE)
         except TercetError as error:
-            print(json.dumps(["error", str(error)]), flush=True)
+            say("error", str(error))
     with contextlib.suppress(TercetError):
         sender.stop()
 
