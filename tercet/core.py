@@ -254,6 +254,20 @@ class ExpertRows:
 
 
 @dataclass(frozen=True)
+class Moves:
+    """Of experts between the ranks of a worker, since it started."""
+
+    epoch: int = 0  # of the placement: how many times a layer was placed anew
+    layers_left: int = 0  # of the move that is under way, the one that is moved included
+    moved_bytes: int = 0  # of weights that came from another rank
+    done: int = 0  # moves that ended as asked
+    failed: int = 0
+    alarm: str = ""  # why the last one failed; empty: it did not
+    seconds: float = 0.0  # that the last one took
+    longest_pause_s: float = 0.0  # for which no step could begin, since layers were switched
+
+
+@dataclass(frozen=True)
 class Load:
     """A worker's load, sent with every report; an input to routing decisions."""
 
@@ -281,6 +295,7 @@ class Load:
     rank_losses: int = 0  # since its start, those that are back included
     pairs: tuple[PairState, ...] = ()  # with workers for the next stage
     experts: tuple[ExpertRows, ...] = ()  # of each rank that has some; for the controller, and on no wire
+    moves: Moves | None = None  # of experts; likewise
     transfer_endpoint: str = ""  # as in WorkerInfo, as it is now; likewise
 
 

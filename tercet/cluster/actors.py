@@ -98,6 +98,10 @@ class WorkerActor:
         """For `tercet experts`."""
         return await self._worker.routed()
 
+    async def move_experts(self, rows: Sequence[Sequence[int]]) -> int:
+        """Begin to place the experts of its ranks anew; -> how many layers change."""
+        return await self._worker.move_experts(rows)
+
     async def drain(self, timeout_s: float) -> None:
         await self._worker.drain(timeout_s)
 

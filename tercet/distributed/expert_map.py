@@ -9,6 +9,7 @@ Slot s lies on rank s // slots_per_rank. The names phy2log and log2phy are those
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +56,24 @@ class ExpertMap:
         absent = sorted(set(range(self.experts)) - set(row.tolist()))
         if absent:
             raise ClusterError(f"layer {layer}: no slot holds experts {absent[:8]}; each needs at least one")
+
+    def with_rows(self, rows: Mapping[int, Tensor], layers: int) -> ExpertMap:
+        """The same, but for some layers (layer -> phy2log [P]). layers: of the model. Raises ClusterError."""
+        phy2log = self.phy2log.expand(layers, -1).clone()
+        for layer, row in rows.items():
+            phy2log[layer] = row
+        made = ExpertMap(phy2log, self.experts, self.slots_per_rank)
+        made._choices.update({key: its for key, its in self._choices.copy().items() if key[1] not in rows})
+        return made
+
+    def survives(self, ranks: Collection[int]) -> bool:
+        """Whether each expert lies on a rank that is none of these."""
+        left = [rank for rank in range(self.ranks) if rank not in ranks]
+        layers = range(len(self.phy2log))
+        return all(
+            len({expert for rank in left for expert in self.experts_on(rank, layer)}) == self.experts
+            for layer in layers
+        )
 
     @property
     def digest(self) -> str:

@@ -75,7 +75,7 @@ class Setup:
         """host: of this rank, for its sockets. timeout_s: of a sum, and of what else ranks wait for each other.
         experts: where they lie, if each rank has some of them whole. group: what the ranks of its exchange agree on."""
         self.place, self._host, self._device, self._timeout_s = place, host, device, timeout_s
-        self._experts = experts
+        self._experts, self._placement = experts, 0
         self._meeting: Meeting | None = None
         if experts is not None and device.type == "cpu":
             self._meeting = Meeting(group, place.rank - place.stage_group.start, host)
@@ -85,6 +85,14 @@ class Setup:
         """Where this rank's exchange listens; empty: it has none of its own."""
         return "" if self._meeting is None else self._meeting.endpoint
 
+    def place_anew(self, epoch: int, rows: bytes) -> None:
+        """Experts were moved since the group started. epoch: of the placement; rows: its phy2log, int64, of all layers.
+        Raises ClusterError."""
+        assert self._experts is not None, "none can have moved"
+        phy2log = torch.frombuffer(bytearray(rows), dtype=torch.int64).view(-1, self._experts.phy2log.shape[1])
+        self._experts = ExpertMap(phy2log, self._experts.experts, self._experts.slots_per_rank)
+        self._placement = epoch
+
     def ranks(self, venue: Venue, memory: int | None) -> Ranks:
         """memory: the file descriptor of `shared_memory`, which is closed. Blocks until the others do the same. Raises
         WorkerLost."""
@@ -92,7 +100,9 @@ class Setup:
         try:
             tensor, whole = self._tensor(venue, memory), range(place.ranks)
             stages = Stages(place, self._group(whole, venue)) if place.pipeline > 1 else None
-            spread = None if self._experts is None else Spread(place, self._experts, self._exchange(venue))
+            spread = None
+            if self._experts is not None:
+                spread = Spread(place, self._experts, self._exchange(venue), self._placement)
         except (RuntimeError, TransferError) as error:  # torch has no narrower one
             raise WorkerLost(f"rank {place.rank} did not meet the others: {error}") from error
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -19,29 +20,42 @@ from tercet.kernels.moe import ELSEWHERE, Experts
 
 
 class Spread:
-    def __init__(self, place: Place, experts: ExpertMap, exchange: Exchange) -> None:
+    def __init__(self, place: Place, experts: ExpertMap, exchange: Exchange, epoch: int = 0) -> None:
+        """epoch: of the placement: how many times a layer was placed anew since the group started."""
         self.map, self.exchange = experts, exchange
+        self.epoch = epoch
         self.rank = place.rank - place.stage_group.start  # within the stage
         self._computed: dict[int, Tensor] = {}  # layer -> rows of each slot, int64; last: ELSEWHERE
+        self._before: dict[int, Tensor] = {}  # layer -> rows of each expert, int64, before it was placed anew
+        self._counting = threading.Lock()  # reading what was computed, and placing anew
         self._turns = Counter[int]()  # layer -> batches so far
         self.traffic = Traffic()  # of dispatches and combines
         self._place = place
 
     def computed(self, layers: Sequence[int]) -> Tensor:
-        """-> [layers, slots per rank] int64, rows that this rank has computed in each slot. Any thread."""
-        none = torch.zeros(self.map.slots_per_rank + 1, dtype=torch.int64)
-        return torch.stack([self._computed.get(layer, none) for layer in layers])[:, :-1]
+        """-> [layers, n] int64, rows that this rank has computed of each expert. Any thread."""
+        with self._counting:
+            return torch.stack([self._of_experts(layer) for layer in layers])
+
+    def _of_experts(self, layer: int) -> Tensor:
+        sums = self._before.get(layer, torch.zeros(self.map.experts, dtype=torch.int64)).clone()
+        if layer in self._computed:
+            sums.index_add_(0, torch.tensor(self.map.experts_on(self.rank, layer)), self._computed[layer][:-1])
+        return sums
+
+    def place_anew(self, experts: ExpertMap, layer: int) -> None:
+        """Go by this map from now on; it differs in this layer. Between two steps, at all ranks behind the same."""
+        with self._counting:
+            self._before[layer] = self._of_experts(layer)
+            self._computed.pop(layer, None)
+            self.map = experts
+            self.epoch += 1
 
     def survives(self, ranks: Collection[int]) -> bool:
         """Whether the others go on without these: the exchange can, and each expert lies on one of the others, too."""
         if not isinstance(self.exchange, DirectExchange) or self.rank in ranks:
             return False
-        left = [rank for rank in range(self.map.ranks) if rank not in ranks]
-        layers = range(len(self.map.phy2log))
-        return all(
-            len({expert for rank in left for expert in self.map.experts_on(rank, layer)}) == self.map.experts
-            for layer in layers
-        )
+        return self.map.survives(ranks)
 
     def cut(self, rank: int) -> None:
         """It is lost: who waits for it in an exchange hears that at once. Any thread."""

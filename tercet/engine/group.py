@@ -8,6 +8,7 @@ tokens (Place.draws) sends the result back, if it is not rank 0.
              <─failed(reason)───────────────────────  any rank; the group is then broken, and with it the worker
              ─without(rank, attempt)────────────────> go on without a rank that is lost
              ─rejoin(rank, endpoint, attempt)───────> take it back; to that rank itself: join(ranks, attempt)
+             ─experts_commit(move, layer, epoch)────> a layer's experts are where they were moved to
 
 A step that raises breaks the group: the ranks would no longer agree on who computes what. So there is no trying again
 one sequence at a time, as a worker of one rank does (executor.py); a request that was on two workers when they died is
@@ -24,6 +25,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +128,13 @@ class GroupExecutor:
             endpoint, self._attempt = tell(self._hear_all)
             self._others[talk.rank] = talk
             self._spread.rejoin(talk.rank, endpoint, self._attempt)
+
+    def between_steps(self, work: Callable[[], None]) -> float:
+        """Do this, which may tell all ranks something, while no step runs. -> seconds for which none could begin."""
+        with self._turn:
+            began = time.monotonic()
+            work()
+            return time.monotonic() - began
 
     def broken_off(self, why: str, number: int, attempt: int) -> None:
         """A rank's step was. If no loss is known before long that explains it, the group is broken."""

@@ -32,12 +32,19 @@ class _Change:
     carry_out: Callable[[Spread], None]
 
 
+@dataclass(frozen=True)
+class _Between:
+    """Something else that all ranks do behind the same step."""
+
+    carry_out: Callable[[], None]
+
+
 class RankSteps:
     """On a thread of its own."""
 
     def __init__(self, runner: Runner, place: Place, rank_0: Talk, spread: Spread | None = None) -> None:
         self._runner, self._place, self._rank_0, self._spread = runner, place, rank_0, spread
-        self._work: queue.SimpleQueue[_Step | _Change | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[_Step | _Change | _Between | None] = queue.SimpleQueue()
         self._last: tuple[int, int] | None = None  # number and attempt of the newest step; None: it has just come
         self._running = 0, 0  # of that which runs, or has run
         self._attempt = 0  # of which the exchange is
@@ -70,6 +77,10 @@ class RankSteps:
         """As above."""
         self._work.put(_Change(attempt, lambda spread: spread.join(ranks, attempt)))
 
+    def between(self, work: Callable[[], None]) -> None:
+        """Behind the steps that were taken so far. As above."""
+        self._work.put(_Between(work))
+
     def stop(self) -> None:
         """No step follows."""
         self._work.put(None)
@@ -80,6 +91,8 @@ class RankSteps:
             try:
                 if isinstance(work, _Step):
                     self._compute(work)
+                elif isinstance(work, _Between):
+                    work.carry_out()
                 else:
                     assert self._spread is not None, "rank 0 knows that experts are spread"
                     self._attempt = work.attempt

@@ -8,8 +8,9 @@ costs nothing. `pack_experts` gives the experts of a layer for the kernels that 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -73,18 +74,39 @@ class Experts(Protocol):
 
     count: int
 
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """As these kernels keep them: tensors [count, ...], each contiguous, so that an expert's can go elsewhere."""
+
+    def empty(self) -> Self:
+        """As many of the same format, whose `weights` are still to be written."""
+
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [T, E]; experts [T, k] int64, numbers of those that are here or ELSEWHERE; weights [T, k] float32
         -> [T, E], the weighted sum of what the experts that are here make of each row; zero if none is."""
 
 
-class TorchExperts:
+class PlainExperts:
+    """What kernels that take a matrix as it is have of some experts."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        """[n, ...] each."""
+        self.count = len(gate_up)
+        self.weights = gate_up.contiguous(), down.contiguous()
+
+    def empty(self) -> Self:
+        """As `Experts`."""
+        made = copy.copy(self)
+        made.weights = torch.empty_like(self.weights[0]), torch.empty_like(self.weights[1])
+        return made
+
+
+class TorchExperts(PlainExperts):
     """By torch's grouped product, which wants rows of whole 16 bytes: inputs are padded with zeros up to that."""
 
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         """gate_up [n, 2 I, E], the gate's rows first; down [n, E, I]."""
-        self._gate_up, self._down = _aligned(gate_up).transpose(1, 2), _aligned(down).transpose(1, 2)
-        self.count = len(gate_up)
+        super().__init__(_aligned(gate_up), _aligned(down))
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """As `Experts`; what the k experts of a row make is summed in float32."""
@@ -93,8 +115,9 @@ class TorchExperts:
         made = x.new_zeros(len(flat), x.shape[1])
         if len(order):
             ends = torch.bincount(flat[order], minlength=self.count).cumsum(0).int()
-            both = functional.grouped_mm(_aligned(x[order // experts.shape[1]]), self._gate_up, offs=ends)
-            made[order] = functional.grouped_mm(_aligned(silu_and_mul(both)), self._down, offs=ends)
+            gate_up, down = (weight.transpose(1, 2) for weight in self.weights)
+            both = functional.grouped_mm(_aligned(x[order // experts.shape[1]]), gate_up, offs=ends)
+            made[order] = functional.grouped_mm(_aligned(silu_and_mul(both)), down, offs=ends)
         return torch.bmm(weights.unsqueeze(1), made.float().view(*experts.shape, x.shape[1])).squeeze(1).to(x.dtype)
 
 

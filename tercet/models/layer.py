@@ -67,14 +67,14 @@ class LayerCounts:
         self.sums.count(self.number, experts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class MixtureMlp:
     """Each token goes to k of n experts, and to the shared ones."""
 
     router: Tensor  # [n, E] float32
     bias: Tensor | None  # [n] float32, of the choice
     routing: Routing
-    experts: Experts  # all of them, or those of this rank's slots
+    experts: Experts  # all of them, or those of this rank's slots; others in their place once they have moved
     shared: DenseMlp | None
     layer: int  # of the model
     spread: Spread | None = None  # over the ranks of a group

@@ -30,7 +30,7 @@ from tercet.kernels.rope import RopeTable
 from tercet.kernels.routing_counts import RoutingCounts
 from tercet.models.batch import StepBatch
 from tercet.models.config import ModelConfig
-from tercet.models.layer import Layer
+from tercet.models.layer import Layer, MixtureMlp
 from tercet.models.layers import Layers, TorchLayers
 from tercet.models.native_layers import CompiledLayers
 from tercet.models.rope_table import rope_table
@@ -85,6 +85,11 @@ class Transformer:
     def layers_done(self) -> int:
         """Over all steps; grows during a step. Any thread."""
         return self._layers.layers_done
+
+    @property
+    def mixtures(self) -> dict[int, MixtureMlp]:
+        """Layer of the model -> its mixture, of those that are here."""
+        return {layer.mlp.layer: layer.mlp for layer in self._weights.layers if isinstance(layer.mlp, MixtureMlp)}
 
     @property
     def captures(self) -> bool:

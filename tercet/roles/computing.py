@@ -29,12 +29,14 @@ from tercet.models.loader import LoadedModel
 from tercet.models.shard import kv_layout
 from tercet.roles.aggregated import Aggregated
 from tercet.roles.decode import Decode
+from tercet.roles.expert_mover import ExpertMover
 from tercet.roles.expert_rows import expert_rows
 from tercet.roles.group import Group, place_of
 from tercet.roles.joint import JointReceiver, JointSender, Receiver
 from tercet.roles.legs import Handler, Legs
 from tercet.roles.losses import Hooks
 from tercet.roles.memory import region_of
+from tercet.roles.migration import Migration
 from tercet.roles.part import Identity, Part
 from tercet.roles.peers import Sender
 from tercet.roles.placed import agreed
@@ -101,7 +103,7 @@ class Computing(Part):
             hooks = Hooks(
                 partial(self._wait, self._rank_out, self._group), partial(self._wait, self._rank_back, self._group)
             )
-            self._group.survive(agreed(loaded), hooks)
+            self._group.survive(partial(agreed, loaded), hooks)
         self._computed = lambda: self.engine.computed
         self._thread = threading.Thread(target=self._run_engine, args=(loop,), name="engine", daemon=True)
         self._thread.start()
@@ -111,7 +113,11 @@ class Computing(Part):
         if group is None:
             return LocalExecutor(self._runner)
         talks = list(group.talks.values())
-        group.executor = GroupExecutor(self._runner, group.place, talks, self._loaded.model.ranks.spread)
+        loaded = self._loaded
+        group.executor = GroupExecutor(self._runner, group.place, talks, loaded.model.ranks.spread)
+        if loaded.model.ranks.spread is not None:
+            own = ExpertMover(self._who, 0, loaded.model, loaded.fingerprint)
+            group.migration = Migration(group, own, group.executor, loaded.model, self._who.epoch)
         return group.executor
 
     def _tell_endpoint(self) -> None:
@@ -155,12 +161,19 @@ class Computing(Part):
         if own is None:
             return load
         others = {} if self._group is None else self._group.experts
-        return replace(load, experts=(own, *(others[rank] for rank in sorted(others))))
+        moves = None if self._group is None or self._group.migration is None else self._group.migration.moves
+        return replace(load, experts=(own, *(others[rank] for rank in sorted(others))), moves=moves)
 
     def routed(self) -> Routed:
         model = self._loaded.model
         others = {} if self._group is None else self._group.routed()
         return routed(model, self._who.spec.model.dtype, {0: own_counts(model), **others})
+
+    def move_experts(self, rows: Sequence[Sequence[int]]) -> int:
+        """As `Migration.start`. Raises ClusterError."""
+        if self._group is None or self._group.migration is None:
+            raise ClusterError(f"the experts of {self._who.worker_id} lie on one rank")
+        return self._group.migration.start(rows)
 
     def begin_stop(self) -> None:
         self.engine.stop()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from tercet.core import ExpertRows
 from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer
@@ -16,10 +14,10 @@ def expert_rows(model: Transformer) -> ExpertRows | None:
     ranks, routed = model.ranks, model.routing.load().sum(0).tolist()
     spread = ranks.spread
     if spread is not None:
-        layers, rows = Shard(model.config, ranks.place).mixture_layers, Counter[int]()
-        for layer, computed in zip(layers, spread.computed(layers).tolist(), strict=True):
-            for expert, count in zip(spread.map.experts_on(spread.rank, layer), computed, strict=True):
-                rows[expert] += count
+        layers = Shard(model.config, ranks.place).mixture_layers
+        held = {expert for layer in layers for expert in spread.map.experts_on(spread.rank, layer)}
+        computed = spread.computed(layers).sum(0).tolist()
+        rows = {expert: count for expert, count in enumerate(computed) if count or expert in held}
         return ExpertRows(ranks.place.rank, tuple(rows), tuple(rows.values()), tuple(routed))
     if ranks.place.ranks > 1:
         return None

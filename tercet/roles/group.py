@@ -31,6 +31,7 @@ from tercet.kernels.kinds import Kernels
 from tercet.models.sources import load_config
 from tercet.roles.joint import JointReceiver, JointSender
 from tercet.roles.losses import Hooks, Losses
+from tercet.roles.migration import Migration
 from tercet.roles.part import Identity
 from tercet.roles.placed import placed_experts
 from tercet.roles.routed import OwnCounts
@@ -72,6 +73,8 @@ class Group:
         self.sender: JointSender | None = None
         self.receiver: JointReceiver | None = None
         self.losses: Losses | None = None
+        self.migration: Migration | None = None  # of experts
+        self.placing = threading.Lock()
         self._ranks: Ranks | None = None
 
     @property
@@ -95,6 +98,7 @@ class Group:
                 line.send("setup", *astuple(venue), memory is not None)
                 if memory is not None and rank in venue.together:
                     line.send_fd(memory)
+                line.send("placed", 0, b"")
             on_error.pop_all()
         self.talks = {rank: self._talk(line) for rank, line in sorted(lines.items())}
         self._ranks = setup.ranks(venue, memory)
@@ -133,8 +137,9 @@ class Group:
 
     # ---- ranks that are lost and come back
 
-    def survive(self, agreed: str, hooks: Hooks) -> None:
-        """From now on go on without a rank that is lost, where that is possible, and take it back."""
+    def survive(self, agreed: Callable[[], str], hooks: Hooks) -> None:
+        """From now on go on without a rank that is lost, where that is possible, and take it back. agreed: as
+        `Losses.start`."""
         place, spread = self.place, None if self._ranks is None else self._ranks.spread
         alone = place.tensor == place.pipeline == 1  # else other ranks compute the same requests
         if spread is None or not alone:
@@ -152,8 +157,16 @@ class Group:
                     self._ready.pop(line.rank, None)
                     self._gone.discard(line.rank)
                     line.send("setup", *astuple(Venue(self._venue.store, (), self._venue.cores, ())), False)
+                    line.send("placed", *self._placed())
                     return self._talk(line), exchange
             raise WorkerLost(f"rank {line.rank} did not say that it is here")
+
+    def _placed(self) -> tuple[int, bytes]:
+        """The epoch of the placement of experts, and phy2log of all layers if it is another one than at the start."""
+        spread = None if self._ranks is None else self._ranks.spread
+        if spread is None or spread.epoch == 0:
+            return 0, b""
+        return spread.epoch, spread.map.phy2log.numpy().tobytes()
 
     def until_ready(self, rank: int, timeout_s: float) -> str:
         with self._changed:
@@ -180,6 +193,8 @@ class Group:
 
     def close(self) -> None:
         self.begin_stop()
+        if self.migration is not None:
+            self.migration.close()
         if self.losses is not None:
             self.losses.close()
         self._rendezvous.close()

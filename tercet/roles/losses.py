@@ -18,11 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from tercet.distributed.expert_map import ExpertMap
 from tercet.distributed.line import Line, Rendezvous
 from tercet.distributed.spread import Spread
 from tercet.distributed.talk import Talk
 from tercet.engine.group import GroupExecutor
-from tercet.errors import PeerMismatch, TercetError, WorkerLost
+from tercet.errors import ClusterError, PeerMismatch, TercetError, WorkerLost
 
 WAIT_S = 1.0  # between two looks at who is out
 STOP_S = 5.0  # for the threads to end
@@ -33,6 +34,7 @@ class Owner(Protocol):
     """The group."""
 
     talks: dict[int, Talk]  # rank -> of those that take part
+    placing: threading.Lock  # held while experts move, or a rank comes back
 
     def welcome(self, line: Line) -> tuple[Talk, str]:
         """Set up a rank that comes back. -> and where its exchange listens. Raises WorkerLost."""
@@ -66,7 +68,8 @@ class Losses:
         self._over = threading.Event()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
-    def start(self, hooks: Hooks, agreed: str) -> None:
+    def start(self, hooks: Hooks, agreed: Callable[[], str]) -> None:
+        """agreed: what a rank that comes back must have loaded (`placed.agreed`)."""
         self._hooks, self._agreed = hooks, agreed
         works = ((self._do_all, "lost"), (self._take_back_all, "rejoin"))
         self._threads = [threading.Thread(target=work, name=f"ranks-{name}", daemon=True) for work, name in works]
@@ -83,6 +86,13 @@ class Losses:
             self.out[rank] = error
         self._work.put(lambda: self._take_out(rank, error))
         return True
+
+    def while_none_is_lost(self, experts: ExpertMap, work: Callable[[], None]) -> None:
+        """Do it while nobody is taken out, if the ranks that are left can serve by this map. Raises ClusterError."""
+        with self._changing:
+            if not experts.survives(self.out):
+                raise ClusterError(f"ranks {sorted(self.out)} are lost, and the others would not have every expert")
+            work()
 
     def close(self) -> None:
         """No hook is called after this. Once the owner wakes who waits in `until_ready`."""
@@ -131,20 +141,24 @@ class Losses:
     def _take_one_back(self) -> None:
         try:
             line = self._rendezvous.one_of(self._absent, time.monotonic() + self._load_s, self._over.is_set)
-            talk, endpoint = self._owner.welcome(line)
-            try:
-                self._take_back(talk, endpoint)
-            except TercetError:
-                talk.close()
-                raise
+            with self._owner.placing:  # it loads what is its own by the placement of now
+                self._take_in(line)
         except (TercetError, OSError) as error:
             if not self._over.is_set():
                 log.warning("no rank came back: %s", error)
 
+    def _take_in(self, line: Line) -> None:
+        talk, endpoint = self._owner.welcome(line)
+        try:
+            self._take_back(talk, endpoint)
+        except TercetError:
+            talk.close()
+            raise
+
     def _take_back(self, talk: Talk, endpoint: str) -> None:
         """Raises WorkerLost, PeerMismatch, TransferError."""
-        if self._owner.until_ready(talk.rank, self._load_s) != self._agreed:
-            raise PeerMismatch(f"rank {talk.rank} has come back with other weights, or another expert_plan")
+        if self._owner.until_ready(talk.rank, self._load_s) != self._agreed():
+            raise PeerMismatch(f"rank {talk.rank} has come back with other weights, or another placement of experts")
         try:
             self._executor.rejoin(talk, lambda drain: self._tell_all(talk, endpoint, drain))
         except TercetError as error:

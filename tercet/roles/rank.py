@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from tercet.core import Role, Ticket
 from tercet.devices import DEVICES
 from tercet.distributed.line import Line, disposed_on_error, join
-from tercet.distributed.setup import Venue
+from tercet.distributed.setup import Setup, Venue
 from tercet.distributed.talk import Talk
 from tercet.engine.rank_steps import RankSteps
 from tercet.engine.runner import Runner
@@ -28,6 +29,7 @@ from tercet.kernels.kinds import Kernels, choose_kernels
 from tercet.models.loader import LoadedModel
 from tercet.models.sources import load_model
 from tercet.placement.cores import refuse_missing_cores
+from tercet.roles.expert_mover import MOVES, ExpertMover
 from tercet.roles.expert_rows import expert_rows
 from tercet.roles.facts_wire import packed_fact
 from tercet.roles.group import setup_of
@@ -65,6 +67,7 @@ class Rank:
         self._stopped = threading.Event()
         self._sender: KvSender | None = None
         self._receiver: KvReceiver | None = None
+        self._experts: ExpertMover | None = None
         self._running: threading.Thread | None = None  # what computes, once it serves
 
     async def start(self, endpoint: str) -> None:
@@ -87,6 +90,7 @@ class Rank:
             setup = setup_of(who, self._rank, device)
             line.send("here", setup.exchange)
             venue, memory = self._venue(line)
+            self._place_anew(line, setup)
         self._place = setup.place
         self._talk = Talk(line, self._ended)
         self._talk.start(self._told(), self._asked())
@@ -106,6 +110,14 @@ class Rank:
                 return venue, line.receive_fd() if shares and self._rank in together else None
         raise WorkerLost("rank 0 sent no setup")
 
+    def _place_anew(self, line: Line, setup: Setup) -> None:
+        match line.receive():
+            case ["placed", int(epoch), bytes(rows)]:
+                if rows:
+                    setup.place_anew(epoch, rows)
+                return
+        raise WorkerLost("rank 0 did not say where experts lie")
+
     def _load(self, loaded: LoadedModel, kernels: Kernels) -> str:
         """-> the endpoint of its receiver, if KV comes to it."""
         who, spec = self._who, self._who.role_spec
@@ -119,6 +131,8 @@ class Rank:
             self._receiver = KvReceiver(config, who.epoch, self._region, usables, self._tell_landed)
             endpoint = self._receiver.start(who.host).encode()
         self._model = loaded.model
+        if self._ranks.spread is not None:
+            self._experts = ExpertMover(who, self._rank, loaded.model, loaded.fingerprint)
         self._runner = Runner(loaded.model, self._region, None if self._sender is None else self._sender.push)
         self._steps = RankSteps(self._runner, self._place, self._talk, self._ranks.spread)
         return endpoint
@@ -138,6 +152,7 @@ class Rank:
             "without": self._without,
             "rejoin": self._rejoin,
             "join": self._join,
+            "experts_commit": self._commit,
             "finish": lambda ticket, note: self._sending().finish(Ticket(*ticket), note),
             "stop_sending": lambda ticket, error: self._sending().cancel(Ticket(*ticket), from_wire(*error)),
             "admit": lambda ticket, *leased: self._receiving().admit(Ticket(*ticket), *leased),
@@ -152,6 +167,7 @@ class Rank:
             "connect": self._connect,
             "measure": self._measure,
             "routed": lambda: own_counts(self._model),  # only behind `ready`
+            **{f"experts_{verb}": partial(self._move, verb) for verb in MOVES},
         }
 
     def _step(self, number: int, attempt: int, parts: list[bytes]) -> None:
@@ -165,6 +181,16 @@ class Rank:
 
     def _join(self, ranks: list[int], attempt: int) -> None:
         self._steps.join(ranks, attempt)
+
+    def _move(self, verb: str, *fields: Any) -> Any:
+        return self._moving().do(verb, *fields)
+
+    def _commit(self, move: int, layer: int, epoch: int) -> None:
+        self._steps.between(self._moving().commit(move, layer, epoch))
+
+    def _moving(self) -> ExpertMover:
+        assert self._experts is not None, "its experts are not spread"
+        return self._experts
 
     def _sending(self) -> KvSender:
         assert self._sender is not None, "not a prefill worker"
@@ -224,6 +250,8 @@ class Rank:
         for mover in (self._sender, self._receiver):
             if mover is not None:
                 mover.stop()
+        if self._experts is not None:
+            self._experts.close()
         if self._running is None:
             return  # it never served, and ends with its process
         self._steps.stop()

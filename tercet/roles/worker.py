@@ -145,10 +145,19 @@ class Worker:
 
     async def routed(self) -> Routed:
         """What its ranks have counted of their routing. Raises ClusterError."""
+        return await asyncio.get_running_loop().run_in_executor(None, self._computing().routed)
+
+    async def move_experts(self, rows: Sequence[Sequence[int]]) -> int:
+        """Begin to place the experts of its ranks anew, which `health` tells of: phy2log [L, P]. -> how many layers
+        change. Raises ClusterError."""
+        return await asyncio.get_running_loop().run_in_executor(None, self._computing().move_experts, rows)
+
+    def _computing(self) -> Computing:
+        """Raises ClusterError."""
         text = next((part for part in self._parts if isinstance(part, Computing)), None)
         if text is None:
             raise ClusterError(f"{self._who.worker_id} computes no text, or is just starting")
-        return await asyncio.get_running_loop().run_in_executor(None, text.routed)
+        return text
 
     async def drain(self, timeout_s: float) -> None:
         await self.legs.drain(timeout_s)

@@ -38,7 +38,7 @@ LEG_NUMBERS = {kind: number for number, kind in LEG_KINDS.items()}
 _FIELDS = inf.Sampling.DESCRIPTOR.fields_by_name
 # Sampling parameter -> whether it may be absent; all but `prompt_logprobs`, which is a leg's, and no stop strings.
 SAMPLING = {name: _FIELDS[name].has_presence for name in SamplingParams.__dataclass_fields__ if name in _FIELDS}
-_APART = {"pairs", "experts", "transfer_endpoint"}  # the first is a message; the others are on no wire
+_APART = {"pairs", "experts", "moves", "transfer_endpoint"}  # the first is a message; the others are on no wire
 _LOAD_FIELDS = tuple(name for name in Load.__dataclass_fields__ if name not in _APART)
 _PAIR_FIELDS = tuple(PairState.__dataclass_fields__)
 

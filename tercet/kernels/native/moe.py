@@ -5,6 +5,7 @@ T rows of the batch   E hidden size   n experts   k experts of a token   I inter
 
 from __future__ import annotations
 
+import copy
 import ctypes
 
 import torch
@@ -19,9 +20,19 @@ class NativeExperts:
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         """gate_up [n, 2 I, E], the gate's rows first; down [n, E, I]; float32 or bfloat16."""
         self.count = len(gate_up)
-        self._gate_up, gate_up_struct = _packed(gate_up, paired=True)
-        self._down, down_struct = _packed(down, paired=False)
+        gate_up, gate_up_struct = _packed(gate_up, paired=True)
+        down, down_struct = _packed(down, paired=False)
+        self.weights = gate_up, down
         self._struct = ExpertWeights(gate_up_struct, down_struct, self.count)
+
+    def empty(self) -> NativeExperts:
+        """As `moe.Experts`."""
+        made = copy.copy(self)
+        made.weights = torch.empty_like(self.weights[0]), torch.empty_like(self.weights[1])
+        layers = zip((self._struct.gate_up, self._struct.down), made.weights, strict=True)
+        structs = [Linear(panels.data_ptr(), None, its.n, its.k, its.format) for its, panels in layers]
+        made._struct = ExpertWeights(*structs, self.count)
+        return made
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """As `moe.Experts`. Raises IndexError for an expert that there is not."""

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tercet.kernels.moe import PlainExperts
 from tercet.kernels.triton.dependent import after_previous, dependent
 from tercet.kernels.triton.tiles import FEWEST_ROWS, dot_type
 
@@ -107,18 +108,18 @@ def _combine(
     tl.store(out + row * E + col, total, mask=col < E)
 
 
-class TritonExperts:
+class TritonExperts(PlainExperts):
     """x and the result have the weights' dtype; products and the sum over k are computed in float32."""
 
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         """gate_up [n, 2 I, E], the gate's rows first; down [n, E, I]."""
-        self.count = len(gate_up)
-        self._gate_up, self._down = gate_up.contiguous(), down.contiguous()
+        super().__init__(gate_up, down)
         self._numbers = torch.arange(self.count + 1, device=gate_up.device)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """As `moe.Experts`. Rows of x may be strided; a row for an expert that there is not becomes NaN."""
-        (rows, k), (_, hidden, width) = experts.shape, self._down.shape
+        (rows, k), (gate_up, down) = experts.shape, self.weights
+        _, hidden, width = down.shape
         out = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
         if not rows:
             return out
@@ -126,8 +127,8 @@ class TritonExperts:
         numbers, order = experts.flatten().sort(stable=True)
         bounds = torch.searchsorted(numbers, self._numbers, out_int32=True)
         gated, made = (torch.empty(rows * k, n, dtype=x.dtype, device=x.device) for n in (width, hidden))
-        self._multiply(x, order, bounds, self._gate_up, gated, k, gated=True)
-        self._multiply(gated, order, bounds, self._down, made, k, gated=False)
+        self._multiply(x, order, bounds, gate_up, gated, k, gated=True)
+        self._multiply(gated, order, bounds, down, made, k, gated=False)
         grid = (rows, triton.cdiv(hidden, TILE))
         _combine[grid](
             made, experts, weights, out, self.count, E=hidden, TOP_K=k, TILE=min(TILE, triton.next_power_of_2(hidden)),

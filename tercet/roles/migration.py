@@ -1,0 +1,240 @@
+"""Rank 0's side of moving experts to other ranks of the group while it serves (expert_mover.py is each rank's).
+
+    start(rows) ─> for each layer that changes:  stage ─> take, give, in rounds ─> commit, between two steps
+                                                   any failure, or the deadline ─> drop: the layer stays as it is
+
+A layer is switched at all ranks behind the same step, or at none. Those that were switched before a failure stay
+switched, since each is a placement of its own. Nobody waits for a move: `moves` says how it goes, and why one failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from tercet.core import Moves
+from tercet.distributed.place import Place
+from tercet.distributed.talk import Talk
+from tercet.engine.group import GroupExecutor
+from tercet.errors import Cancelled, ClusterError, DeadlineExceeded, TercetError, as_named
+from tercet.models.shard import Shard
+from tercet.models.transformer import Transformer
+from tercet.placement.experts.fetching import fetches, rounds, settled
+from tercet.roles.expert_mover import ExpertMover
+from tercet.roles.losses import Losses
+
+LAYER_S = 60.0  # for a layer to be ready at all ranks
+GRACE_S = 2.0  # beyond that, until the move is taken for stuck
+ANSWER_S = 10.0  # for what needs no other rank
+STOP_S = 5.0  # for the last move to end
+log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """The group."""
+
+    place: Place
+    talks: dict[int, Talk]  # rank -> of those that take part
+    placing: threading.Lock  # held while experts move, or a rank comes back
+    losses: Losses | None
+
+
+class Migration:
+    def __init__(
+        self, owner: Owner, own: ExpertMover, executor: GroupExecutor, model: Transformer, worker_epoch: int
+    ) -> None:
+        """own, model: rank 0's."""
+        assert model.ranks.spread is not None, "its experts are not spread"
+        self._owner, self._own, self._executor = owner, own, executor
+        self._config, self._spread, self._worker_epoch = model.config, model.ranks.spread, worker_epoch
+        self._moves = Moves()
+        self._number = 0  # of the last move
+        self._live = 0  # the move that may still switch layers; 0: none
+        self._thread: threading.Thread | None = None  # of the last move
+        self._deciding = threading.Lock()  # whether it still may
+
+    @property
+    def moves(self) -> Moves:
+        """Any thread."""
+        return self._moves
+
+    def start(self, rows: Sequence[Sequence[int]]) -> int:
+        """Begin to place experts anew; rows: phy2log [L, P] of the L mixture layers. -> how many layers change. Any
+        thread. Raises ClusterError if it is no placement, or experts move already, or a rank is coming back."""
+        work = self._changed(rows)
+        if not work:
+            return 0
+        if not self._owner.placing.acquire(blocking=False):
+            raise ClusterError("experts are being moved already, or a rank is coming back; try again later")
+        with self._deciding:
+            self._number += 1
+            self._live = self._number
+            self._moves = replace(self._moves, layers_left=len(work))
+        self._thread = threading.Thread(target=self._run, args=(self._number, work), name="experts-move", daemon=True)
+        self._thread.start()
+        return len(work)
+
+    def close(self) -> None:
+        """Nothing is switched any more."""
+        self._give_up(self._live, Cancelled("the worker stops"))
+        if self._thread is not None:
+            self._thread.join(STOP_S)
+        self._own.close()
+
+    def _changed(self, rows: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+        """Layer -> its row, of those that change."""
+        assert self._config.mixture is not None, "its experts are spread"
+        layers, placed = self._config.mixture.layers, self._spread.map
+        if [len(row) for row in rows] != [placed.phy2log.shape[1]] * len(layers):
+            has = f"{len(layers)} layers with experts, of {placed.phy2log.shape[1]} slots"
+            raise ClusterError(f"a placement of {len(rows)} layers does not fit the worker, which has {has}")
+        wanted = {
+            layer: settled(self._row(layer), row, placed.slots_per_rank)
+            for layer, row in zip(layers, rows, strict=True)
+        }
+        placed.with_rows({layer: torch.tensor(row) for layer, row in wanted.items()}, self._config.num_layers)
+        return {layer: row for layer, row in wanted.items() if row != self._row(layer)}
+
+    def _row(self, layer: int) -> list[int]:
+        placed = self._spread.map
+        return [expert for rank in range(placed.ranks) for expert in placed.experts_on(rank, layer)]
+
+    # ---- a move, on a thread of its own
+
+    def _run(self, move: int, work: Mapping[int, list[int]]) -> None:
+        began = time.monotonic()
+        asking = _Asking(self._owner, self._own)
+        try:
+            there = asking.all("begin", ANSWER_S, move)
+            for layer, row in work.items():
+                with self._watched(move, layer):
+                    self._layer(asking, move, layer, row, there)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the group goes on as it is, and it is told
+            self._give_up(move, as_named(error, "moving experts"))
+        else:
+            self._end(move, None)
+        finally:
+            self._moves = replace(self._moves, seconds=time.monotonic() - began)
+            asking.everywhere("end", move)
+            asking.close()
+
+    @contextlib.contextmanager
+    def _watched(self, move: int, layer: int) -> Iterator[None]:
+        late = DeadlineExceeded(f"layer {layer} was not ready after {LAYER_S + GRACE_S:g} s")
+        watch = threading.Timer(LAYER_S + GRACE_S, self._give_up, (move, late))
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    def _layer(
+        self, asking: _Asking, move: int, layer: int, row: list[int], there: Mapping[int, tuple[str, int]]
+    ) -> None:
+        """there: rank -> where its receiver listens, and how many experts it has room for."""
+        deadline, moved = time.monotonic() + LAYER_S, 0
+        asking.all("stage", LAYER_S, move, self._spread.epoch, layer, row)
+        stage = next(self._owner.place.of(rank).stage_group for rank in there if layer in self._layers_of(rank))
+        here = [rank - stage.start for rank in there if rank in stage]
+        wanted = fetches(self._row(layer), row, self._spread.map.slots_per_rank, here)
+        room = min(there[rank + stage.start][1] for rank in here)
+        for number, batch in enumerate(rounds(wanted, room)):
+            waited: list[Future[Any]] = []
+            for (source, rank), each in batch.items():
+                name, left_s = f"experts {move} {layer} {number} {source} {rank}", deadline - time.monotonic()
+                giver, taker = source + stage.start, rank + stage.start
+                into, out = [fetch.slot for fetch in each], [fetch.from_slot for fetch in each]
+                to = self._worker_epoch, there[taker][0]
+                waited += [
+                    asking.one(taker, "take", left_s, move, name, layer, into, left_s),
+                    asking.one(giver, "give", left_s, move, name, *to, layer, out, left_s),
+                ]
+            moved += sum(each.result() or 0 for each in waited)
+        self._switch(move, layer, row, moved)
+
+    def _layers_of(self, rank: int) -> tuple[int, ...]:
+        return tuple(Shard(self._config, self._owner.place.of(rank)).mixture_layers)
+
+    def _switch(self, move: int, layer: int, row: list[int], moved: int) -> None:
+        """Raises ClusterError if the move was given up."""
+        placed = self._spread.map.with_rows({layer: torch.tensor(row)}, self._config.num_layers)
+        epoch, losses = self._spread.epoch + 1, self._owner.losses
+
+        def commit() -> None:
+            put = self._own.commit(move, layer, epoch)
+            if losses is None:
+                put()
+            else:
+                losses.while_none_is_lost(placed, put)
+            for talk in list(self._owner.talks.values()):
+                talk.tell("experts_commit", move, layer, epoch)
+
+        with self._deciding:
+            if self._live != move:
+                raise ClusterError("this move was given up")
+            pause_s, before = self._executor.between_steps(commit), self._moves
+            self._moves = replace(
+                before,
+                epoch=epoch,
+                layers_left=before.layers_left - 1,
+                moved_bytes=before.moved_bytes + moved,
+                longest_pause_s=max(before.longest_pause_s, pause_s),
+            )
+
+    # ---- ends
+
+    def _give_up(self, move: int, error: TercetError) -> None:
+        """Nothing more of this move is switched, wherever it may hang. Any thread."""
+        if self._end(move, error):
+            log.error("experts stay where they are: %s", error)
+            asking = _Asking(self._owner, self._own)
+            asking.everywhere("drop", move)
+            asking.close()
+
+    def _end(self, move: int, error: TercetError | None) -> bool:
+        """error: None: it has done all. -> False: it has ended before."""
+        with self._deciding:
+            if not move or self._live != move:
+                return False
+            done, failed = self._moves.done + (error is None), self._moves.failed + (error is not None)
+            alarm = "" if error is None else f"{error.code()}: {error}"
+            self._live, self._moves = 0, replace(self._moves, layers_left=0, done=done, failed=failed, alarm=alarm)
+            self._owner.placing.release()
+            return True
+
+
+class _Asking:
+    """All ranks, at once, each its `ExpertMover`."""
+
+    def __init__(self, owner: Owner, own: ExpertMover) -> None:
+        self._talks, self._own = dict(owner.talks), own
+        self._pool = ThreadPoolExecutor(2 * len(self._talks) + 2, thread_name_prefix="experts-ask")
+
+    def one(self, rank: int, verb: str, timeout_s: float, *fields: object) -> Future[Any]:
+        if rank == 0:
+            return self._pool.submit(self._own.do, verb, *fields)
+        return self._pool.submit(self._talks[rank].ask, f"experts_{verb}", *fields, timeout_s=timeout_s)
+
+    def all(self, verb: str, timeout_s: float, *fields: object) -> dict[int, Any]:
+        """rank -> its answer. Raises the first rank's error."""
+        asked = {rank: self.one(rank, verb, timeout_s, *fields) for rank in (0, *self._talks)}
+        return {rank: answer.result() for rank, answer in asked.items()}
+
+    def everywhere(self, verb: str, move: int) -> None:
+        """Also where it fails: one that is lost, or where the move is over."""
+        asked = [self.one(rank, verb, ANSWER_S, move) for rank in (0, *self._talks)]
+        for answer in asked:
+            if (error := answer.exception(2 * ANSWER_S)) is not None:
+                log.info("experts, %s: %s", verb, error)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
