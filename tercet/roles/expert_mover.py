@@ -73,6 +73,13 @@ class _Move:
     facts: dict[Ticket, queue.SimpleQueue[Any]] = field(default_factory=dict)
     noisy: set[Ticket] = field(default_factory=set)  # that failed, and may still be written
 
+    def close(self) -> None:
+        self.sender.stop()
+        self.receiver.stop()
+        if not self.noisy:
+            self.out.memory.close()
+            self.into.memory.close()
+
 
 class ExpertMover:
     """For threads that answer rank 0. `take` and `give` may run at once; all else one by one."""
@@ -82,6 +89,7 @@ class ExpertMover:
         self._who, self._rank, self._model, self._fingerprint = who, rank, model, fingerprint
         self._spread = model.ranks.spread
         self._move: _Move | None = None
+        self._newest = 0  # number of a move
         self._kept: list[_Move] = []  # memory that a peer may still write to
         self._changing = threading.Lock()
         self._placed = threading.Condition()  # another placement is in use
@@ -94,6 +102,7 @@ class ExpertMover:
         """-> where its receiver listens, and for how many experts there is room. Ends an earlier move. Raises
         ClusterError, SpecError, and PeerMismatch later on if weights have other formats at other ranks."""
         self._end_any()
+        self._newest = max(self._newest, move)
         if self._kept:
             raise ClusterError(f"rank {self._rank}: a peer may still write experts of an earlier move here")
         mixtures = self._model.mixtures
@@ -116,7 +125,14 @@ class ExpertMover:
         receiver = KvReceiver(config, self._who.epoch, into.memory, transports, on_event)
         sender = KvSender(config, out.memory, transports, on_event)
         endpoint = receiver.start(self._who.host).encode()
-        self._move = _Move(move, sender, receiver, out, into, endpoint, facts=facts)
+        made = _Move(move, sender, receiver, out, into, endpoint, facts=facts)
+        with self._changing:
+            late = move < self._newest
+            if not late:
+                self._move = made
+        if late:
+            made.close()
+            raise ClusterError(f"rank {self._rank}: move {move} of experts is over")
         return endpoint, into.room
 
     def stage(self, move: int, epoch: int, layer: int, row: Sequence[int]) -> None:
@@ -241,14 +257,10 @@ class ExpertMover:
                         break
                 except queue.Empty:
                     break
-        current.sender.stop()
-        current.receiver.stop()
+        current.close()
         if current.noisy:
             log.error("rank %d keeps memory for experts that a peer may still write to", self._rank)
             self._kept.append(current)
-            return
-        current.out.memory.close()
-        current.into.memory.close()
 
     def _of(self, move: int) -> _Move:
         current = self._move

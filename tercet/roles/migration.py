@@ -13,9 +13,10 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -113,9 +114,10 @@ class Migration:
         began = time.monotonic()
         asking = _Asking(self._owner, self._own)
         try:
-            there = asking.all("begin", ANSWER_S, move)
+            with self._watched(move, "what experts cross by"):
+                there = asking.all("begin", ANSWER_S, move)
             for layer, row in work.items():
-                with self._watched(move, layer):
+                with self._watched(move, f"layer {layer}"):
                     self._layer(asking, move, layer, row, there)
         except Exception as error:  # noqa: BLE001  # whatever it is, the group goes on as it is, and it is told
             self._give_up(move, as_named(error, "moving experts"))
@@ -124,16 +126,18 @@ class Migration:
         finally:
             self._moves = replace(self._moves, seconds=time.monotonic() - began)
             asking.everywhere("end", move)
-            asking.close()
 
     @contextlib.contextmanager
-    def _watched(self, move: int, layer: int) -> Iterator[None]:
-        late = DeadlineExceeded(f"layer {layer} was not ready after {LAYER_S + GRACE_S:g} s")
+    def _watched(self, move: int, what: str) -> Iterator[None]:
+        late = DeadlineExceeded(f"{what} was not ready after {LAYER_S + GRACE_S:g} s")
         watch = threading.Timer(LAYER_S + GRACE_S, self._give_up, (move, late))
         watch.daemon = True
         watch.start()
         try:
             yield
+        except TercetError as error:
+            self._give_up(move, type(error)(f"{what}: {error}"))
+            raise
         finally:
             watch.cancel()
 
@@ -155,8 +159,8 @@ class Migration:
                 into, out = [fetch.slot for fetch in each], [fetch.from_slot for fetch in each]
                 to = self._worker_epoch, there[taker][0]
                 waited += [
-                    asking.one(taker, "take", left_s, move, name, layer, into, left_s),
-                    asking.one(giver, "give", left_s, move, name, *to, layer, out, left_s),
+                    asking.one(taker, "take", left_s + GRACE_S / 2, move, name, layer, into, left_s),
+                    asking.one(giver, "give", left_s + GRACE_S / 2, move, name, *to, layer, out, left_s),
                 ]
             moved += sum(each.result() or 0 for each in waited)
         self._switch(move, layer, row, moved)
@@ -196,9 +200,7 @@ class Migration:
         """Nothing more of this move is switched, wherever it may hang. Any thread."""
         if self._end(move, error):
             log.error("experts stay where they are: %s", error)
-            asking = _Asking(self._owner, self._own)
-            asking.everywhere("drop", move)
-            asking.close()
+            _Asking(self._owner, self._own).everywhere("drop", move)
 
     def _end(self, move: int, error: TercetError | None) -> bool:
         """error: None: it has done all. -> False: it has ended before."""
@@ -217,12 +219,16 @@ class _Asking:
 
     def __init__(self, owner: Owner, own: ExpertMover) -> None:
         self._talks, self._own = dict(owner.talks), own
-        self._pool = ThreadPoolExecutor(2 * len(self._talks) + 2, thread_name_prefix="experts-ask")
 
     def one(self, rank: int, verb: str, timeout_s: float, *fields: object) -> Future[Any]:
-        if rank == 0:
-            return self._pool.submit(self._own.do, verb, *fields)
-        return self._pool.submit(self._talks[rank].ask, f"experts_{verb}", *fields, timeout_s=timeout_s)
+        """On a thread that nobody has to wait for, not even the end of the process."""
+        ask = partial(self._own.do, verb) if rank == 0 else partial(self._ask, rank, f"experts_{verb}", timeout_s)
+        answer = Future[Any]()
+        threading.Thread(target=_answered, args=(answer, ask, *fields), name="experts-ask", daemon=True).start()
+        return answer
+
+    def _ask(self, rank: int, kind: str, timeout_s: float, *fields: object) -> Any:
+        return self._talks[rank].ask(kind, *fields, timeout_s=timeout_s)
 
     def all(self, verb: str, timeout_s: float, *fields: object) -> dict[int, Any]:
         """rank -> its answer. Raises the first rank's error."""
@@ -232,9 +238,11 @@ class _Asking:
     def everywhere(self, verb: str, move: int) -> None:
         """Also where it fails: one that is lost, or where the move is over."""
         asked = [self.one(rank, verb, ANSWER_S, move) for rank in (0, *self._talks)]
-        for answer in asked:
-            if (error := answer.exception(2 * ANSWER_S)) is not None:
-                log.info("experts, %s: %s", verb, error)
+        wait(asked, 2 * ANSWER_S)
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=False)
+
+def _answered(answer: Future[Any], ask: Callable[..., Any], *fields: object) -> None:
+    try:
+        answer.set_result(ask(*fields))
+    except Exception as error:  # noqa: BLE001  # who waits for it gets it
+        answer.set_exception(error)

@@ -1,20 +1,29 @@
-"""Experts move to other ranks of a group while it serves: every answer stays the right one, and a move that fails at any
-stage leaves a placement behind which the group serves on."""
+"""Experts move to other ranks of a group while it serves: every answer stays the right one, and a move that fails at
+any stage leaves a placement behind which the group serves on."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import signal
+import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from tercet.core import Moves, Role
+from tercet.distributed.expert_map import ExpertMap
+from tercet.engine.group import GroupExecutor
+from tercet.errors import ClusterError
+from tercet.roles import migration
+from tercet.roles.expert_mover import ExpertMover
 from tercet.roles.worker import Worker
 from tercet.spec import ParallelSpec
 from tests.chaos.test_lost_ranks import CLIENTS, Clients, model
-from tests.helpers import cluster, spec_of
+from tests.helpers import cluster, spec_of, start_rank
 
 EXPERTS = 8  # of each family
 SHAPES = {
@@ -95,3 +104,152 @@ async def test_answers_stay_right_while_experts_move(role, family, shape, kernel
         counted = await worker.routed()
         assert counted.load.sum() * degrees.get("tensor", 1) >= counted.computed.sum() > 0
         assert (await ended(worker)).epoch == 4 * len(wanted)
+
+
+REPLICATED = {"data": 3, "expert": 3, "expert_redundancy": 10}  # any rank may be lost
+
+
+def surviving(placed: np.ndarray, seed: int) -> list[list[int]]:
+    """As `another`, and each expert of a rank lies on another one, too."""
+    for at in range(seed, seed + 1_000_000, 97):
+        wanted = [row for row in another(placed, 3, at) if ExpertMap(torch.tensor([row]), EXPERTS, 6).survives([1])]
+        found = [row for row in wanted if all(ExpertMap(torch.tensor([row]), EXPERTS, 6).survives([r]) for r in (0, 2))]
+        if found:
+            return [found[0]] * len(placed)
+    raise AssertionError("there is none")
+
+
+class Striking:
+    """Does something to a rank's process the moment before rank 0 says the verb to it, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, verb: str, strike: Callable[[], None]) -> None:
+        self.struck, self._left = False, 3 if verb in {"take", "give"} else 1  # layers that go well
+        ask, between = migration._Asking.one, GroupExecutor.between_steps
+
+        def one(asking: object, rank: int, said: str, *rest: object) -> object:
+            if said == verb and (rank == 1 or verb in {"take", "give"}):
+                self._strike(strike)
+            return ask(asking, rank, said, *rest)
+
+        def between_steps(executor: GroupExecutor, work: Callable[[], None]) -> float:
+            if verb == "commit":
+                self._strike(strike)
+            return between(executor, work)
+
+        monkeypatch.setattr(migration._Asking, "one", one)
+        monkeypatch.setattr(GroupExecutor, "between_steps", between_steps)
+
+    def _strike(self, strike: Callable[[], None]) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.struck = True
+            strike()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verb", ["begin", "stage", "take", "give", "commit", "end"])
+async def test_a_rank_that_is_lost_while_experts_move(monkeypatch, verb, number):
+    """The others serve on by a whole placement, the rank comes back into it, and experts move again."""
+    spec = grouped(Role.AGGREGATED, "qwen3-moe", REPLICATED)
+    async with cluster(spec) as made:
+        worker, clients = made.workers["aggregated-0"], Clients(made, "qwen3-moe")
+        await answers(clients)
+        before = await worker.routed()
+        await worker.move_experts(surviving(before.phy2log, 1))
+        assert (await ended(worker)).alarm == ""
+        striking = Striking(monkeypatch, verb, lambda: made.ranks["aggregated-0", 1].send_signal(number))
+        await worker.move_experts(surviving(before.phy2log, 2))
+        moves = await ended(worker)
+        while not striking.struck or not worker.lost_ranks():
+            await clients.go_on(0.05, answered=False)
+        assert worker.lost_ranks() == [1]
+        assert moves.alarm or verb in {"commit", "end"}, moves
+        await answers(clients, 10)
+        process = made.ranks["aggregated-0", 1]
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        made.ranks["aggregated-0", 1] = start_rank("aggregated-0", 1, Role.AGGREGATED, 1, spec, worker._group.endpoint)
+        while worker.lost_ranks():
+            await clients.go_on(0.1, answered=False)
+        await answers(clients, 10)
+        await worker.move_experts(surviving(before.phy2log, 3))
+        assert (await ended(worker)).alarm == ""
+        await answers(clients, 10)
+        await clients.stop()
+
+
+@pytest.mark.parametrize("verb", ["begin", "stage", "take", "give"])
+async def test_a_move_that_hangs_is_given_up(monkeypatch, verb):
+    """At rank 0, whose threads nobody watches but the watchdog: nothing of it is switched later either."""
+    real, go_on, hangs = getattr(ExpertMover, verb), threading.Event(), threading.Event()
+
+    def hang(mover: ExpertMover, *fields: object) -> object:
+        if not go_on.is_set():
+            hangs.set()
+            go_on.wait()
+        return real(mover, *fields)
+
+    monkeypatch.setattr(ExpertMover, verb, hang)
+    monkeypatch.setattr(migration, "LAYER_S", 0.5)
+    monkeypatch.setattr(migration, "GRACE_S", 0.1)
+    async with cluster(grouped(Role.AGGREGATED, "qwen3-moe", SHAPES["replicas"])) as made:
+        worker, clients = made.workers["aggregated-0"], Clients(made, "qwen3-moe")
+        before = await worker.routed()
+        wanted = another(before.phy2log, 2, 5)
+        await worker.move_experts(wanted)
+        moves = await ended(worker, 5.0)
+        assert hangs.is_set()
+        assert ("what experts cross by" if verb == "begin" else "layer 0") in moves.alarm
+        assert (moves.failed, moves.done, moves.epoch) == (1, 0, 0)
+        await answers(clients)
+        go_on.set()
+        await asyncio.sleep(0.3)
+        assert ((await worker.routed()).phy2log == before.phy2log).all()
+        monkeypatch.setattr(migration, "LAYER_S", 30.0)
+        await worker.move_experts(wanted)
+        moves = await ended(worker)
+        assert (moves.alarm, moves.done, moves.failed, moves.epoch) == ("", 1, 1, len(wanted))
+        await answers(clients)
+        await clients.stop()
+
+
+async def test_what_cannot_be_moved_is_refused_and_nothing_changes(monkeypatch):
+    async with cluster(grouped(Role.AGGREGATED, "qwen3-moe", SHAPES["replicas"])) as made:
+        worker, clients = made.workers["aggregated-0"], Clients(made, "qwen3-moe")
+        before = await worker.routed()
+        placed = before.phy2log.tolist()
+        wrong = {
+            "1 layers does not fit": placed[:1],
+            "of 8 slots": [row[:-1] for row in placed],
+            "no slot holds experts": [[0] * 8 for _ in placed],
+            "slots of experts": [[*range(7), 8] for _ in placed],
+            "does not fit": [],
+        }
+        for said, rows in wrong.items():
+            with pytest.raises(ClusterError, match=said):
+                await worker.move_experts(rows)
+        assert await worker.move_experts(placed) == 0
+        assert await worker.move_experts([row[:4][::-1] + row[4:][::-1] for row in placed]) == 0  # of the same ranks
+        held = threading.Event()
+        real = ExpertMover.begin
+        monkeypatch.setattr(ExpertMover, "begin", lambda mover, move: (held.wait(), real(mover, move))[1])
+        assert await worker.move_experts(another(before.phy2log, 2, 1)) > 0
+        with pytest.raises(ClusterError, match="already"):
+            await worker.move_experts(another(before.phy2log, 2, 2))
+        held.set()
+        assert (await ended(worker)).alarm == ""
+        await answers(clients)
+        await clients.stop()
+
+
+async def test_a_worker_that_stops_does_not_wait_for_a_move(monkeypatch):
+    held = threading.Event()
+    real = ExpertMover.take
+    monkeypatch.setattr(ExpertMover, "take", lambda mover, *fields: (held.wait(), real(mover, *fields))[1])
+    async with cluster(grouped(Role.AGGREGATED, "qwen3-moe", SHAPES["replicas"])) as made:
+        worker = made.workers["aggregated-0"]
+        await worker.move_experts(another((await worker.routed()).phy2log, 2, 1))
+        asyncio.get_running_loop().call_later(0.5, held.set)
+        began = time.monotonic()
+    assert time.monotonic() - began < 20
