@@ -82,6 +82,35 @@ class ParallelSpec(Frozen):
         return self
 
 
+class ExpertPlacementSpec(Frozen):
+    """Where the experts of a group of ranks lie while it serves. Steps are those of the group."""
+
+    policy: Literal["ilp", "eplb", "none"] = "ilp"  # eplb: DeepSeek's, to compare; none: they stay where they are
+    window_size: Positive = 1000  # steps in which routing is counted before it is looked at
+    step_interval: Positive = 3000  # steps between two placements
+    objective: Literal["balance", "internode", "internode_dedup"] = "balance"  # balance: the busiest rank's rows
+    max_moved_bytes: Annotated[int, Field(ge=0)] | None = None  # of weights that change ranks, each time
+    time_limit_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0  # of the solver, a process of its own
+    # Of the busiest ranks' rows, on counts that a placement was not solved on; what gains less is not applied
+    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.03
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.step_interval < 2 * self.window_size:
+            raise ValueError(
+                f"step_interval: {self.step_interval} steps have no two windows of {self.window_size} (window_size): "
+                "a placement is solved on earlier ones and judged by the last"
+            )
+        if self.objective != "balance":
+            raise ValueError(
+                f"objective: {self.objective} shares rows among replicas by weights, which ranks cannot follow yet; "
+                "use balance"
+            )
+        if self.policy == "eplb" and self.max_moved_bytes is not None:
+            raise ValueError("max_moved_bytes: policy eplb places everything anew; use ilp")
+        return self
+
+
 class SchedulerSpec(Frozen):
     token_budget: Positive = 512  # tokens of one engine step, decodes first, the rest prefill chunks
     max_running: Positive = 16  # requests in the running batch
@@ -131,6 +160,14 @@ class RoleSpec(Frozen):
     scheduler: SchedulerSpec = SchedulerSpec()
     kv: KvSpec = KvSpec()
     images: ImagesSpec = ImagesSpec()
+    expert_placement: ExpertPlacementSpec = ExpertPlacementSpec()  # has an effect where parallelism.expert is over 1
+
+    @model_validator(mode="after")
+    def _place_what_is_spread(self) -> Self:
+        given = "expert_placement" in self.model_fields_set and self.expert_placement.policy != "none"
+        if given and self.parallelism.expert == 1:
+            raise ValueError("expert_placement: it has no effect where parallelism.expert is 1; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _divide_cores(self) -> Self:

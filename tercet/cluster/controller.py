@@ -20,6 +20,7 @@ from tercet.cluster import reconcile
 from tercet.cluster.changes import Changes
 from tercet.cluster.members import Running, Slot, Starter, Target, overview, serving, watch_ports
 from tercet.cluster.race import first
+from tercet.cluster.rebalancing import keep_placed
 from tercet.cluster.reconcile import GATEWAY, Action, Drain, Drop, Publish, Start, State, Stop, Switch
 from tercet.errors import ClusterError, TercetError, WorkerLost
 from tercet.spec import ClusterSpec
@@ -217,7 +218,8 @@ class Controller:
             self._changed.set()
             deadline_s = self._spec.ray.health_deadline_s
             watches = self._watch_health(slot, slot.actor, deadline_s), watch_ports(slot, self._starter, deadline_s)
-            await first(*watches, self._drain_when_told(slot, slot.actor))
+            placed = keep_placed(slot, slot.actor, self._spec, self._report)
+            await first(*watches, placed, self._drain_when_told(slot, slot.actor))
             slot.member = reconcile.leaving(slot.member, State.DRAINED, time.monotonic())
         except TercetError as error:
             self._lost(slot, error)

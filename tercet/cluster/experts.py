@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tercet.cluster import ray_runtime, remote
-from tercet.distributed.routed import Routed
+from tercet.cluster.windows import Longs, Look, Rows, counts_of, look_at, rows_between
 from tercet.errors import ClusterError
 from tercet.placement.experts.weighing import Counts
 
-Longs = NDArray[np.int64]
-Rows = tuple[Longs, Longs]  # of a window: [S, L, n] of each replica's requests, [L, R] computed by each rank
 MOST_BYTES = 1 << 30  # of what is recorded
 AGAIN_S, LOOK_S = 60.0, 1.0  # for a worker that is being started anew
-
-
-class Look(NamedTuple):
-    """At a worker, at one moment."""
-
-    routed: Routed
-    member: Mapping[str, Any]  # as the controller's overview has it
-
-    @property
-    def pids(self) -> list[int]:
-        """Of its ranks; 0 for one that is lost."""
-        return [self.member["pid"], *(other["pid"] for other in self.member.get("ranks", ()))]
 
 
 def record(
@@ -54,7 +39,7 @@ def record(
                 found.append(rows)
         finally:
             if any(load.any() for load, _ in found):
-                keep(_counts(chosen, first, found, window_s))
+                keep(counts_of(chosen, first, found, window_s))
     if not any(load.any() for load, _ in found):
         raise ClusterError("nothing was counted, so nothing is written: no request was computed meanwhile")
 
@@ -69,8 +54,7 @@ def _windows(
         after = _look(cluster, worker)
         if not np.array_equal(after.routed.phy2log, placed):
             raise ClusterError(f"the experts of {worker} were placed anew meanwhile; export again")
-        rows = after.routed.load - before.routed.load, after.routed.computed - before.routed.computed
-        if before.pids != after.pids or 0 in after.pids or min(each.min() for each in rows) < 0:
+        if (rows := rows_between(before, after)) is None:
             say(f"window {number} of {windows}: left out, since a rank was lost or started anew")
         else:
             say(f"window {number} of {windows}: {rows[0].sum():,} rows (a token at an expert in a layer)")
@@ -107,22 +91,6 @@ def chosen_of(members: Mapping[str, Any], worker: str | None) -> str:
     return worker
 
 
-def nodes_of(member: Mapping[str, Any], ranks: int) -> int:
-    """How many nodes the ranks are on; 1 if they are not laid out node by node, as many on each."""
-    names = [member["node"], *(other["node"] for other in member.get("ranks", ()))][:ranks]
-    nodes = len({*names})
-    each = ranks // nodes
-    by_node = all(len({*names[at : at + each]}) == 1 for at in range(0, ranks, each))
-    return nodes if len(names) == ranks and ranks % nodes == 0 and by_node else 1
-
-
-def _counts(worker: str, look: Look, found: Sequence[Rows], window_s: float) -> Counts:
-    its = look.routed
-    load, computed = (np.array(each) for each in zip(*found, strict=True))
-    nodes = nodes_of(look.member, its.ranks)
-    return Counts(load, computed, its.phy2log, nodes, its.top_k, its.expert_bytes, window_s, worker)
-
-
 def _members(cluster: str) -> Mapping[str, Any]:
     members: Mapping[str, Any] = remote.ask(cluster, "health")["members"]
     return members
@@ -133,7 +101,8 @@ def _look(cluster: str, worker: str) -> Look:
     deadline = time.monotonic() + AGAIN_S
     while True:
         try:
-            return Look(remote.ask(cluster, "routed", member=worker), _members(cluster)[worker])
+            routed, member = remote.ask(cluster, "routed", member=worker), _members(cluster)[worker]
+            return look_at(routed, member["pid"], member["node"], member.get("ranks", ()))
         except (ClusterError, KeyError) as error:
             if time.monotonic() > deadline or cluster not in remote.clusters():
                 raise ClusterError(f"{worker} of {cluster} is gone: {error}") from error

@@ -74,6 +74,7 @@ class Slot:
     told: Told | None = None  # gateway only: the workers that it was last told of
     noted: Mapping[str, Any] | None = None  # gateway only: the `overview` that it was last sent
     without: set[int] = field(default_factory=set)  # ranks that it goes on without
+    placing: Mapping[str, Any] = field(default_factory=dict)  # what `Rebalancing` did last, as plain data
     status: Any = field(default_factory=dict)  # the last `health`: a Load, or what `GatewayActor.health` gives
 
     def hear(self, status: Any) -> list[str]:
@@ -153,6 +154,8 @@ def _told_of(slot: Slot) -> dict[str, Any]:
             told |= {"ranks": [dict(place) for place in slot.actor.others]}
     if isinstance(slot.status, Load) and slot.status.experts:  # with the health alone, not in the gateway's reports
         told |= {"experts": [asdict(rows) for rows in slot.status.experts]}
+        if slot.status.moves is not None:
+            told |= {"moves": asdict(slot.status.moves), "placing": dict(slot.placing)}
     if member.state is State.DRAINING and isinstance(slot.status, Load):  # the gateway no longer gets its reports
         told |= {"load": asdict(slot.status)}
     return told

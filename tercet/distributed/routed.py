@@ -20,6 +20,7 @@ class Routed:
     phy2log: NDArray[np.int64]  # [L, P], the expert in each slot; each rank has P / R of them
     top_k: int
     expert_bytes: int  # of one in one layer
+    steps: int = 0  # of the group, since it started
 
     @property
     def ranks(self) -> int:

@@ -79,6 +79,11 @@ class GroupExecutor:
     def layers_done(self) -> int:
         return self._runner.layers_done
 
+    @property
+    def steps(self) -> int:
+        """So far. Any thread."""
+        return self._number
+
     def see(self, key: ImageKey, embeddings: Any) -> None:
         raise InternalError("a group of ranks takes no images")  # its spec is refused
 

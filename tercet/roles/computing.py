@@ -167,7 +167,9 @@ class Computing(Part):
     def routed(self) -> Routed:
         model = self._loaded.model
         others = {} if self._group is None else self._group.routed()
-        return routed(model, self._who.spec.model.dtype, {0: own_counts(model), **others})
+        found = routed(model, self._who.spec.model.dtype, {0: own_counts(model), **others})
+        executor = None if self._group is None else self._group.executor
+        return replace(found, steps=0 if executor is None else executor.steps)
 
     def move_experts(self, rows: Sequence[Sequence[int]]) -> int:
         """As `Migration.start`. Raises ClusterError."""

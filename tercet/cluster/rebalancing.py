@@ -1,0 +1,163 @@
+"""Keeps the experts of one worker's ranks where they should lie: looks at what the ranks count, has a placement solved
+in another process, and has the ranks move to it if it gains enough on counts that it was not solved on.
+
+    look ─window_size steps─> window ─step_interval steps─> solve ─gain─> move ─> its end is reported
+          a rank is lost ────────────────────────────────────^ for the others, at once
+
+It never ends a worker: what fails is said, kept in `Slot.placing`, and tried again an interval later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from tercet.cluster.members import Running, Slot
+from tercet.cluster.solver import solve_apart
+from tercet.cluster.windows import Look, Rows, counts_of, look_at, of_ranks, rows_between
+from tercet.core import Moves, Role
+from tercet.errors import TercetError
+from tercet.placement.experts.weighing import Counts
+from tercet.spec import ClusterSpec, ExpertPlacementSpec
+
+LOOK_S = 1.0  # between two looks
+ANSWER_S = 10.0
+MOST_WINDOWS = 8  # that a placement is solved on
+
+
+async def keep_placed(slot: Slot, actor: Running, spec: ClusterSpec, report: Callable[[str], None]) -> None:
+    """Never returns. Keeps a member's experts where they should lie, if it has any on several ranks."""
+    role = spec.roles.get(Role(slot.member.role)) if slot.member.role else None
+    if role is None or role.parallelism.expert == 1 or role.expert_placement.policy == "none":
+        await asyncio.Event().wait()
+    else:
+        await Rebalancing(slot, actor, role.expert_placement, report).run()
+
+
+class Rebalancing:
+    def __init__(self, slot: Slot, actor: Running, wanted: ExpertPlacementSpec, report: Callable[[str], None]) -> None:
+        self._slot, self._actor, self._wanted, self._report = slot, actor, wanted, report
+        self._before: Look | None = None  # where the window that is open began
+        self._windows: list[Rows] = []
+        self._solved_at = 0  # steps
+        self._lost: list[int] = []  # ranks that the last placement was solved without
+        self._moves = Moves()  # as last seen
+        self._solves, self._failures = 0, 0
+
+    async def run(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                await self._look()
+            except TercetError as error:  # whether the worker lives, others watch
+                self._failed(error)
+
+    # ---- looks
+
+    async def _look(self) -> None:
+        """Raises TercetError."""
+        self._tell_moves()
+        routed = await self._actor.call("routed", timeout_s=ANSWER_S)
+        look = look_at(routed, self._slot.info.pid, self._slot.info.node, self._actor.others)
+        lost = [rank for rank, pid in enumerate(look.pids) if not pid]
+        before = self._before
+        if before is None or not np.array_equal(before.routed.phy2log, look.routed.phy2log):
+            self._begin(look)
+        elif lost and lost != self._lost and self._windows:
+            await self._solve(look, lost)
+        elif not lost:
+            self._lost = []
+            await self._go_on(before, look)
+
+    def _begin(self, look: Look) -> None:
+        """Counts of another placement say nothing of how even this one is."""
+        self._before, self._windows, self._solved_at = look, [], look.routed.steps
+
+    async def _go_on(self, before: Look, look: Look) -> None:
+        if look.routed.steps - before.routed.steps < self._wanted.window_size:
+            return
+        self._before = look
+        if (rows := rows_between(before, look)) is not None and rows[0].any():
+            self._windows = [*self._windows, rows][-MOST_WINDOWS:]
+        if look.routed.steps - self._solved_at >= self._wanted.step_interval and len(self._windows) > 1:
+            await self._solve(look, [])
+
+    # ---- a placement
+
+    async def _solve(self, look: Look, lost: list[int]) -> None:
+        """Raises TercetError."""
+        self._solved_at, self._lost = look.routed.steps, lost
+        counts = counts_of(self._slot.member_id, look, self._windows, 0.0)
+        live = [rank for rank in range(counts.ranks) if rank not in lost]
+        if lost:
+            counts = of_ranks(counts, live)
+        elif (most := most_to_gain(counts)) < self._wanted.min_gain:
+            self._note(f"ranks are even: at most {most:.1%} to gain")
+            return
+        found = await solve_apart(counts, self._wanted)
+        self._solves += 1
+        told = told_of(found)
+        if found["survives_a_rank"] == {"before": True, "after": False}:
+            self._note("kept: the group would not survive the loss of a rank with what was found", **told)
+        elif told["gain"] < self._wanted.min_gain:
+            self._note(f"kept: what was found would gain {told['gain']:.1%}", **told)
+        else:
+            layers = await self._move(look, live, found["phy2log"])
+            outcome = f"{layers} layers placed anew; busiest ranks {-told['gain']:+.1%} on held-out counts"
+            self._note(outcome, **told)
+            self._say(f"{outcome}; solved in {told['seconds']:.2f} s")
+
+    async def _move(self, look: Look, live: Sequence[int], phy2log: Sequence[Sequence[int]]) -> int:
+        """Of the slots of ranks that live; a lost one will have what it had. -> layers. Raises TercetError."""
+        rows = look.routed.phy2log.copy()
+        per_rank = rows.shape[1] // look.routed.ranks
+        rows[:, [rank * per_rank + slot for rank in live for slot in range(per_rank)]] = phy2log
+        layers: int = await self._actor.call("move_experts", rows.tolist(), timeout_s=ANSWER_S)
+        return layers
+
+    # ---- what others hear
+
+    def _tell_moves(self) -> None:
+        moves = getattr(self._slot.status, "moves", None) or Moves()
+        before, self._moves = self._moves, moves
+        moved = f"{moves.moved_bytes - before.moved_bytes:,} bytes in {moves.seconds:.2f} s"
+        if moves.done > before.done:
+            self._say(f"has moved its experts: {moved}, longest pause {moves.longest_pause_s * 1e3:.1f} ms")
+        if moves.failed > before.failed:
+            self._say(f"could not move its experts, and serves on with those where they are: {moves.alarm}")
+
+    def _failed(self, error: TercetError) -> None:
+        said = f"{error.code()}: {error}"
+        self._failures += 1
+        if said != self._slot.placing.get("fault"):
+            self._say(f"its experts were not placed anew: {said}")
+        self._note("failed", fault=said)
+
+    def _note(self, outcome: str, **told: Any) -> None:
+        self._slot.placing = {"solves": self._solves, "failures": self._failures, "outcome": outcome} | told
+
+    def _say(self, what: str) -> None:
+        self._report(f"{self._slot.title} {what}")
+
+
+def told_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """found: what `tercet experts solve --json` says. gain: of the busiest ranks' rows, by the window that it is judged
+    by; gap: of the worst layer, to the bound of all placements, if it has one."""
+    gaps = [layer["gap"] for layer in found["layers"] if layer["gap"] is not None]
+    return {
+        "gain": 1 - found["after"]["busiest"] / max(found["before"]["busiest"], 1.0),
+        "gap": max(gaps, default=None),
+        "seconds": sum(layer["seconds"] for layer in found["layers"]),
+        "bytes": found["fetched_bytes"],
+    }
+
+
+def most_to_gain(counts: Counts) -> float:
+    """Of the rows of each layer's busiest rank in the last window: what there would be without them if all ranks had
+    as many."""
+    rows = counts.computed[-1]
+    busiest = float(rows.max(axis=1).sum())
+    return 1 - float(rows.mean(axis=1).sum()) / busiest if busiest else 0.0

@@ -1,0 +1,60 @@
+"""Solves where experts should lie in a process of its own: a solver that hangs or dies costs a placement, and nothing
+else. It is `tercet experts solve`, so what the controller does can be done again by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tercet.cluster.counts_file import write_counts
+from tercet.errors import ClusterError
+from tercet.placement.experts.weighing import Counts
+from tercet.spec import ExpertPlacementSpec
+
+START_S = 30.0  # beyond its own limit, to import what it needs and to say what it found
+NICE = 10  # it yields to ranks on the same cores
+RUN = f"import os; os.nice({NICE}); from tercet.cluster.cli import main; main()"
+
+
+async def solve_apart(counts: Counts, wanted: ExpertPlacementSpec) -> Mapping[str, Any]:
+    """-> what `tercet experts solve --json` says. Raises ClusterError."""
+    loop = asyncio.get_running_loop()
+    with tempfile.TemporaryDirectory(prefix="tercet-experts-") as folder:
+        file = Path(folder) / "counts.npz"
+        await loop.run_in_executor(None, write_counts, file, counts)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", RUN, "experts", "solve", str(file), "--json", *_options(wanted)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        limit_s = wanted.time_limit_s + START_S
+        try:
+            async with asyncio.timeout(limit_s):
+                out, said = await process.communicate()
+        except TimeoutError as error:
+            raise ClusterError(f"the solver was ended after {limit_s:g} s without an answer") from error
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    if process.returncode:
+        last = said.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+        raise ClusterError(f"the solver ended with {process.returncode}: {last[0]:.400}")
+    try:
+        found: Mapping[str, Any] = json.loads(out)
+    except ValueError as error:
+        raise ClusterError(f"the solver's answer is no JSON: {out[:80]!r}") from error
+    return found
+
+
+def _options(wanted: ExpertPlacementSpec) -> list[str]:
+    given = {"policy": wanted.policy, "objective": wanted.objective, "time-limit": wanted.time_limit_s}
+    if wanted.max_moved_bytes is not None:
+        given["max-moved-bytes"] = wanted.max_moved_bytes
+    return [f"--{name}={value}" for name, value in given.items()]
