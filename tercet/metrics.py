@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from tercet.core import STAGES, Done, ExpertRows, FinishReason, Load, Progress
+from tercet.core import STAGES, Done, ExpertRows, FinishReason, Load, Moves, Progress
 from tercet.errors import TercetError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -24,6 +25,16 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _GATEWAY_S = (1e-5, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4, 1.25e-4, 1.5e-4, 2e-4, 5e-4, 1e-3, 1.5e-3, 3e-3, 1e-2, 1e-1)
+Placing = Mapping[str, Mapping[str, Any]]
+_LAST_SOLVE = (  # name, key of what the controller tells, help
+    ("solve_seconds", "seconds", "Time that the last placement took to solve"),
+    ("placement_gap", "gap", "Of the last placement, to the bound of all placements, as a share; worst layer"),
+    (
+        "placement_gain",
+        "gain",
+        "Share of the busiest ranks' rows that the last placement would save, on held-out counts",
+    ),
+)
 _WORKER_COUNTERS = {  # field of Load -> help
     "preemptions": "Sequences sent back to be recomputed",
     "transfer_dropped": "Transfer messages that named no live ticket",
@@ -116,6 +127,45 @@ class ExpertGauges(Collector):
         yield from (of_expert, of_rank, balance)
 
 
+class PlacementGauges(Collector):
+    """Of each live worker whose experts lie on several ranks: how they were placed anew while it serves."""
+
+    def __init__(self, moves: Callable[[], Mapping[str, Moves]], placing: Callable[[], Placing]) -> None:
+        self._moves, self._placing = moves, placing
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Layers whose experts were placed anew since the worker started"
+        epoch = GaugeMetricFamily("tercet_expert_placement_epoch", text, labels=["worker"])
+        text = "Longest time for which no step could begin, since layers were switched"
+        pause = GaugeMetricFamily("tercet_expert_move_pause_seconds", text, labels=["worker"])
+        moved = CounterMetricFamily(
+            "tercet_expert_moved_bytes", "Bytes of experts that changed ranks", labels=["worker"]
+        )
+        text = "Moves of experts, by how they ended"
+        ended = CounterMetricFamily("tercet_expert_moves", text, labels=["worker", "outcome"])
+        for worker, moves in self._moves().items():
+            epoch.add_metric([worker], moves.epoch)
+            pause.add_metric([worker], moves.longest_pause_s)
+            moved.add_metric([worker], moves.moved_bytes)
+            ended.add_metric([worker, "done"], moves.done)
+            ended.add_metric([worker, "failed"], moves.failed)
+        yield from (epoch, pause, moved, ended, *self._solved())
+
+    def _solved(self) -> Iterator[Metric]:
+        text = "Placements that were looked for, by how that ended"
+        solves = CounterMetricFamily("tercet_expert_solves", text, labels=["worker", "outcome"])
+        for worker, told in self._placing().items():
+            solves.add_metric([worker, "solved"], told["solves"])
+            solves.add_metric([worker, "failed"], told["failures"])
+        yield solves
+        for name, key, text in _LAST_SOLVE:
+            family = GaugeMetricFamily(f"tercet_expert_{name}", text, labels=["worker"])
+            for worker, told in self._placing().items():
+                if told.get(key) is not None:
+                    family.add_metric([worker], told[key])
+            yield family
+
+
 class ConnectionGauges(Collector):
     """What the gateway's ports have open, and what they closed by themselves."""
 
@@ -143,6 +193,9 @@ class Metrics:
         self._registry = r = CollectorRegistry()
         r.register(WorkerGauges(loads, roles))
         r.register(ExpertGauges(lambda: self._experts))
+        self._moves: Mapping[str, Moves] = {}
+        self._placing: Placing = {}
+        r.register(PlacementGauges(lambda: self._moves, lambda: self._placing))
         self.ttft = Histogram("tercet_time_to_first_token_seconds", "TTFT", buckets=_REQUEST_S, registry=r)
         self.tpot = Histogram("tercet_time_per_output_token_seconds", "TPOT", buckets=_TOKEN_S, registry=r)
         self.itl = Histogram("tercet_inter_token_latency_seconds", "ITL", buckets=_TOKEN_S, registry=r)
@@ -191,6 +244,10 @@ class Metrics:
     def experts_told(self, experts: Mapping[str, Sequence[ExpertRows]]) -> None:
         """What the controller last heard of each worker that has any."""
         self._experts = experts
+
+    def placement_told(self, moves: Mapping[str, Moves], placing: Placing) -> None:
+        """Likewise; placing: what the controller did last for each (`Slot.placing`)."""
+        self._moves, self._placing = moves, placing
 
     def role_switched(self, how: str, seconds: float) -> None:
         """how: in_place, restarted (in another process), failed, or superseded by another request."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from tercet.core import ExpertRows, Load, Role, WorkerInfo
+from tercet.core import ExpertRows, Load, Moves, Role, WorkerInfo
 from tercet.errors import Overloaded
 from tercet.spec import ClusterSpec
 
@@ -181,6 +181,11 @@ class GatewayActor:
         self._overview, self._is_told = overview, True
         told = {worker: member["experts"] for worker, member in overview["members"].items() if "experts" in member}
         self._gateway.experts_told({worker: [ExpertRows(**rank) for rank in told[worker]] for worker in told})
+        members = {worker: member for worker, member in overview["members"].items() if "moves" in member}
+        self._gateway.placement_told(
+            {worker: Moves(**member["moves"]) for worker, member in members.items()},
+            {worker: member["placing"] for worker, member in members.items() if member["placing"]},
+        )
         self._asked = [asked for asked in self._asked if asked["id"] not in overview["answers"]]
         for ask_id in overview["switches"].keys() - before["switches"].keys():
             switch = overview["switches"][ask_id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tercet.errors import ClusterError
 from tercet.placement.experts.weighing import Counts
 
 MOST_BYTES = 1 << 30  # of what is recorded
+MOVED_S = 0.2  # between two looks how a move goes
 AGAIN_S, LOOK_S = 60.0, 1.0  # for a worker that is being started anew
 
 
@@ -70,6 +72,40 @@ def so_far(name: str | None, address: str, worker: str | None) -> dict[str, Long
         members = _members(cluster)
         wanted = sorted(with_experts(members)) if worker is None else [chosen_of(members, worker)]
         return {at: remote.ask(cluster, "routed", member=at).computed for at in wanted}
+
+
+def move(name: str | None, address: str, worker: str | None, plan: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Have a running worker move its experts to where the file of `tercet experts solve --json` says, and wait for the
+    end of that. -> how many layers changed, and what it says of its moves (`core.Moves`). Raises ClusterError, UnsupportedSpec."""
+    from tercet.roles.placed import read_plan  # it imports torch, which other commands do without
+
+    with ray_runtime.joined(address):
+        cluster = remote.pick(name, address)
+        chosen = chosen_of(_members(cluster), worker)
+        rows = read_plan(str(plan), plan, remote.ask(cluster, "routed", member=chosen).ranks).tolist()
+        before = _members(cluster)[chosen]
+        layers = remote.ask(cluster, "move_experts", rows, member=chosen)
+        say(f"{chosen}: {layers} layers are to be placed anew" if layers else f"{chosen}: its experts lie so already")
+        moves = _moved(cluster, chosen, before, say) if layers else before["moves"]
+        return {"layers": layers, **moves}
+
+
+def _moved(cluster: str, worker: str, before: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Waits for the end of a move. Raises ClusterError."""
+    ended, left = before["moves"]["done"] + before["moves"]["failed"], None
+    while True:
+        now = _members(cluster).get(worker, {})
+        if (now.get("pid"), now.get("epoch")) != (before["pid"], before["epoch"]):
+            raise ClusterError(f"{worker} was started anew meanwhile, with its experts where its spec says")
+        moves = dict(now["moves"])
+        if moves["done"] + moves["failed"] > ended:
+            break
+        if moves["layers_left"] != left and (left := moves["layers_left"]):
+            say(f"{worker}: {left} layers left")
+        time.sleep(MOVED_S)
+    if moves["failed"] > before["moves"]["failed"]:
+        raise ClusterError(f"{worker} serves on with its experts where they are: {moves['alarm']}")
+    return moves
 
 
 def with_experts(members: Mapping[str, Any]) -> list[str]:

@@ -143,6 +143,26 @@ def solve(
     _draw(svg, f"{counts.worker}: rows of ranks", picture)
 
 
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A file of `tercet experts solve --json`.")],
+    worker: WorkerName = None,
+    name: ClusterName = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move the experts of a running worker to where a plan says, while it serves, and wait until they are there."""
+    name, address = where(name, address)
+    from tercet.cluster import experts
+
+    moves = experts.move(name, address, worker, plan, output.report if as_json else output.say)
+    if as_json:
+        typer.echo(json.dumps(moves))
+    elif moves["layers"]:
+        took = f"{moves['seconds']:.2f} s, longest pause {moves['longest_pause_s'] * 1e3:.1f} ms"
+        output.say(f"done: {moves['moved_bytes']:,} bytes moved since the worker started; the last move took {took}")
+
+
 def _draw(svg: Path | None, title: str, picture: Group) -> None:
     from tercet.cluster import heat_map
 
@@ -197,7 +217,7 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
         gap, seconds = max(report.gap for report in reports), sum(report.seconds for report in reports)
         told = f"at most {gap:.2%} above the bound of all placements, whatever may move"
         yield f"The solver, where {wish.dispatch} shares are kept to: {told}; {seconds:.2f} s."
-    yield "Nothing was changed; a group that starts with roles.*.parallelism.expert_plan, the file of --json, has it."
+    yield "Nothing was changed. `tercet experts apply` moves a running worker to the plan that --json prints."
 
 
 def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Rebalancing:
         self._lost: list[int] = []  # ranks that the last placement was solved without
         self._moves = Moves()  # as last seen
         self._solves, self._failures = 0, 0
+        self._last: dict[str, Any] = {}  # of the last placement found (`told_of`)
 
     async def run(self) -> NoReturn:
         while True:
@@ -99,15 +100,15 @@ class Rebalancing:
             return
         found = await solve_apart(counts, self._wanted)
         self._solves += 1
-        told = told_of(found)
+        told = self._last = told_of(found)
         if found["survives_a_rank"] == {"before": True, "after": False}:
-            self._note("kept: the group would not survive the loss of a rank with what was found", **told)
+            self._note("kept: the group would not survive the loss of a rank with what was found")
         elif told["gain"] < self._wanted.min_gain:
-            self._note(f"kept: what was found would gain {told['gain']:.1%}", **told)
+            self._note(f"kept: what was found would gain {told['gain']:.1%}")
         else:
             layers = await self._move(look, live, found["phy2log"])
             outcome = f"{layers} layers placed anew; busiest ranks {-told['gain']:+.1%} on held-out counts"
-            self._note(outcome, **told)
+            self._note(outcome)
             self._say(f"{outcome}; solved in {told['seconds']:.2f} s")
 
     async def _move(self, look: Look, live: Sequence[int], phy2log: Sequence[Sequence[int]]) -> int:
@@ -132,12 +133,13 @@ class Rebalancing:
     def _failed(self, error: TercetError) -> None:
         said = f"{error.code()}: {error}"
         self._failures += 1
-        if said != self._slot.placing.get("fault"):
+        if said != self._slot.placing.get("outcome"):
             self._say(f"its experts were not placed anew: {said}")
-        self._note("failed", fault=said)
+        self._note(said)
 
-    def _note(self, outcome: str, **told: Any) -> None:
-        self._slot.placing = {"solves": self._solves, "failures": self._failures, "outcome": outcome} | told
+    def _note(self, outcome: str) -> None:
+        counted = {"solves": self._solves, "failures": self._failures}
+        self._slot.placing = {"outcome": outcome} | counted | self._last
 
     def _say(self, what: str) -> None:
         self._report(f"{self._slot.title} {what}")

@@ -27,7 +27,7 @@ def placed_experts(wanted: ParallelSpec, config: ModelConfig) -> ExpertMap | Non
     if wanted.expert_plan is None:
         return default
     told = f"expert_plan {wanted.expert_plan}"
-    rows = _read(told, Path(wanted.expert_plan).expanduser(), wanted.expert)
+    rows = read_plan(told, Path(wanted.expert_plan).expanduser(), wanted.expert)
     layers, slots = config.mixture.layers, default.phy2log.shape[1]
     if tuple(rows.shape) != (len(layers), slots):
         has = f"{len(layers)} layers with experts, and {slots} slots with expert_redundancy {wanted.expert_redundancy}"
@@ -46,8 +46,9 @@ def agreed(loaded: LoadedModel) -> str:
     return loaded.fingerprint if spread is None else f"{loaded.fingerprint} {spread.map.digest}"
 
 
-def _read(told: str, path: Path, ranks: int) -> Tensor:
-    """-> phy2log [L, P] int64."""
+def read_plan(told: str, path: Path, ranks: int) -> Tensor:
+    """-> phy2log [L, P] int64 of a file of `tercet experts solve --json`. told: begins errors. Raises UnsupportedSpec
+    for what is none, or for another number of ranks."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UnsupportedSpec(f"{told}: it has over {MOST_BYTES:,} bytes")
@@ -58,5 +59,5 @@ def _read(told: str, path: Path, ranks: int) -> Tensor:
     if rows.ndim != 2 or rows.dtype != torch.int64 or not rows.numel():
         raise UnsupportedSpec(f"{told}: phy2log is {rows.dtype} {list(rows.shape)}, not whole numbers [layers, slots]")
     if of_ranks != ranks:
-        raise UnsupportedSpec(f"{told}: it is for {of_ranks} ranks, and expert is {ranks}")
+        raise UnsupportedSpec(f"{told}: it is for {of_ranks} ranks, and not for {ranks}")
     return rows

@@ -20,9 +20,9 @@ from aiohttp import web
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from tercet.core import ExpertRows, Role, WorkerInfo
+from tercet.core import ExpertRows, Moves, Role, WorkerInfo
 from tercet.errors import UnsupportedModel
-from tercet.metrics import Metrics
+from tercet.metrics import Metrics, Placing
 from tercet.models.sources import load_config, load_tokenizer, locate_tower, served_name
 from tercet.models.tokenizer import Tokenizer
 from tercet.models.vision.config import VisionConfig
@@ -139,6 +139,10 @@ class Gateway:
     def experts_told(self, experts: Mapping[str, Sequence[ExpertRows]]) -> None:
         """What the controller last heard of each worker that has any."""
         self._metrics.experts_told(experts)
+
+    def placement_told(self, moves: Mapping[str, Moves], placing: Placing) -> None:
+        """Likewise, of how experts were placed anew."""
+        self._metrics.placement_told(moves, placing)
 
     def role_switched(self, how: str, seconds: float) -> None:
         """Count a worker that has got another role; it took so long since it was asked for."""
