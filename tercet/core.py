@@ -251,6 +251,7 @@ class ExpertRows:
     experts: tuple[int, ...]  # that it has in some layer, with how many rows it has computed of each
     rows: tuple[int, ...]  # for requests of all ranks
     routed: tuple[int, ...]  # to each expert of the model, of the rank's own requests; tensor ranks share theirs
+    sent_bytes: int = 0  # to other ranks, of rows to experts and back
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def so_far(name: str | None, address: str, worker: str | None) -> dict[str, Long
 
 def move(name: str | None, address: str, worker: str | None, plan: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Have a running worker move its experts to where the file of `tercet experts solve --json` says, and wait for the
-    end of that. -> how many layers changed, and what it says of its moves (`core.Moves`). Raises ClusterError, UnsupportedSpec."""
+    end of that. -> how many layers changed, and what it says of its moves (`core.Moves`). Raises ClusterError,
+    UnsupportedSpec."""
     from tercet.roles.placed import read_plan  # it imports torch, which other commands do without
 
     with ray_runtime.joined(address):

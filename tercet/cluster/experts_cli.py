@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Where the experts of a mixture lie, and where they should.", no_args_is_help=True)
 
-CountsFile = Annotated[Path, typer.Argument(metavar="FILE", help="A file of counts, .npz, by `tercet experts export`.")]
+CountsFile = Annotated[Path, typer.Argument(metavar="FILE", help="A file of counts, .npz, by `export` or `import`.")]
 WorkerName = Annotated[
     str | None, typer.Option("--worker", help="Its name; needed if several workers have experts on several ranks.")
 ]
@@ -48,6 +48,13 @@ MaxMovedBytes = Annotated[
 ]
 TimeLimit = Annotated[float, typer.Option(min=0.01, max=86_400, help="Seconds.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the search.")]
+
+# Of `import`.
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Counts of logical experts: .npy, .json or .pt.")]
+Ranks = Annotated[int, typer.Option(min=1, help="That the experts would lie on.")]
+TopK = Annotated[int, typer.Option(min=1, help="Experts of a token in a layer, by the model's configuration.")]
+Replicas = Annotated[int, typer.Option("--redundancy", min=0, help="Slots of a layer beyond one for each expert.")]
+ExpertBytes = Annotated[int, typer.Option(min=1, help="Weights of one expert in one layer.")]
 
 
 @app.command()
@@ -93,6 +100,37 @@ def export(
         output.say(f"{file}: {len(counts.load)} windows of {seconds:g} s of {counts.worker}, {counts.total:,} rows")
 
     experts.record(name, address, worker, windows, seconds, keep, output.say)
+
+
+@app.command("import")
+def import_(
+    source: Source,
+    file: CountsFile,
+    ranks: Ranks,
+    top_k: TopK,
+    redundancy: Replicas = 0,
+    expert_bytes: ExpertBytes = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks are on, as many on each.")] = 1,
+    worker: Annotated[str | None, typer.Option(help="What to call it; default: the source's name.")] = None,
+) -> None:
+    """Make a file of counts for `solve` of what another program has recorded. Needs no cluster.
+
+    An array, or nested lists, of whole numbers: layers by experts, or windows by layers by experts; of the windows,
+    `solve` judges by the last one. Or what SGLang's expert distribution recorder dumps in its modes stat and
+    stat_approx: steps by layers by experts, as `logical_count` in a .pt file or an object in .json. Steps are summed
+    into at most 8 windows of about as many steps each. Layers without rows, which have no experts, are left out."""
+    refuse_unwritable("FILE", file)
+    if file.resolve() == source.resolve():
+        raise SpecError(f"FILE {file}: is SOURCE, too, and would be overwritten; name another one")
+    from tercet.cluster.counts_file import write_counts
+    from tercet.cluster.foreign_counts import Group, import_counts
+
+    group = Group(ranks, nodes, redundancy, top_k, expert_bytes)
+    counts, silent = import_counts(source, group, source.stem if worker is None else worker)
+    write_counts(file, counts)
+    windows, _, layers, experts = counts.load.shape
+    left_out = f"; left out, since they have no rows: layers {', '.join(map(str, silent))}" if silent else ""
+    output.say(f"{file}: {windows} windows, {layers} layers, {experts} experts, {counts.total:,} rows{left_out}")
 
 
 @app.command()

@@ -17,15 +17,16 @@ import numpy as np
 
 from tercet.cluster.members import Running, Slot
 from tercet.cluster.solver import solve_apart
-from tercet.cluster.windows import Look, Rows, counts_of, look_at, of_ranks, rows_between
+from tercet.cluster.windows import Longs, Look, Rows, counts_of, look_at, of_ranks, rows_between
 from tercet.core import Moves, Role
 from tercet.errors import TercetError
+from tercet.placement.experts.model import Floats
 from tercet.placement.experts.weighing import Counts
 from tercet.spec import ClusterSpec, ExpertPlacementSpec
 
 LOOK_S = 1.0  # between two looks
 ANSWER_S = 10.0
-MOST_WINDOWS = 8  # that a placement is solved on
+DRIFT = 0.02  # of the rows of a layer that are at other experts, beyond what windows differ by
 
 
 async def keep_placed(slot: Slot, actor: Running, spec: ClusterSpec, report: Callable[[str], None]) -> None:
@@ -43,6 +44,8 @@ class Rebalancing:
         self._before: Look | None = None  # where the window that is open began
         self._windows: list[Rows] = []
         self._solved_at = 0  # steps
+        self._known: Floats | None = None  # shares of experts that the last placement was solved for
+        self._placed: Longs | None = None  # where experts are since
         self._lost: list[int] = []  # ranks that the last placement was solved without
         self._moves = Moves()  # as last seen
         self._solves, self._failures = 0, 0
@@ -61,6 +64,8 @@ class Rebalancing:
     async def _look(self) -> None:
         """Raises TercetError."""
         self._tell_moves()
+        if self._moves.layers_left:
+            return
         routed = await self._actor.call("routed", timeout_s=ANSWER_S)
         look = look_at(routed, self._slot.info.pid, self._slot.info.node, self._actor.others)
         lost = [rank for rank, pid in enumerate(look.pids) if not pid]
@@ -76,13 +81,16 @@ class Rebalancing:
     def _begin(self, look: Look) -> None:
         """Counts of another placement say nothing of how even this one is."""
         self._before, self._windows, self._solved_at = look, [], look.routed.steps
+        if self._placed is None or not same_ranks(self._placed, look.routed.phy2log, look.routed.ranks):
+            self._known = None
 
     async def _go_on(self, before: Look, look: Look) -> None:
         if look.routed.steps - before.routed.steps < self._wanted.window_size:
             return
         self._before = look
         if (rows := rows_between(before, look)) is not None and rows[0].any():
-            self._windows = [*self._windows, rows][-MOST_WINDOWS:]
+            most = self._wanted.step_interval // self._wanted.window_size  # older ones are of other traffic
+            self._windows = [*self._windows, rows][-most:]
         if look.routed.steps - self._solved_at >= self._wanted.step_interval and len(self._windows) > 1:
             await self._solve(look, [])
 
@@ -96,10 +104,13 @@ class Rebalancing:
         if lost:
             counts = of_ranks(counts, live)
         elif (most := most_to_gain(counts)) < self._wanted.min_gain:
-            self._note(f"ranks are even: at most {most:.1%} to gain")
+            self._note(f"kept: ranks are even, with at most {most:.1%} to gain")
+            return
+        elif self._known is not None and not has_drifted(self._known, counts):
+            self._note(f"kept: at most {most:.1%} to gain, and no other traffic has settled since one was looked for")
             return
         found = await solve_apart(counts, self._wanted)
-        self._solves += 1
+        self._solves, self._known, self._placed = self._solves + 1, shares(counts.load[:-1]), look.routed.phy2log
         told = self._last = told_of(found)
         if found["survives_a_rank"] == {"before": True, "after": False}:
             self._note("kept: the group would not survive the loss of a rank with what was found")
@@ -116,6 +127,7 @@ class Rebalancing:
         rows = look.routed.phy2log.copy()
         per_rank = rows.shape[1] // look.routed.ranks
         rows[:, [rank * per_rank + slot for rank in live for slot in range(per_rank)]] = phy2log
+        self._placed = rows
         layers: int = await self._actor.call("move_experts", rows.tolist(), timeout_s=ANSWER_S)
         return layers
 
@@ -155,6 +167,27 @@ def told_of(found: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": sum(layer["seconds"] for layer in found["layers"]),
         "bytes": found["fetched_bytes"],
     }
+
+
+def shares(load: Longs) -> Floats:
+    """load [windows, S, L, n] -> [L, n] of all rows of a layer."""
+    rows = load.sum(axis=(0, 1)).astype(np.float64)
+    found: Floats = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1.0)
+    return found
+
+
+def has_drifted(known: Floats, counts: Counts) -> bool:
+    """Whether the last window is further from what is known than from the windows before it, which it differs from by
+    chance, or because traffic changes right now: then a placement would be solved for what is over."""
+    last, before = shares(counts.load[-1:]), shares(counts.load[:-1])
+    far, near = (float(np.abs(last - other).sum(axis=1).mean()) / 2 for other in (known, before))
+    return far > near + DRIFT
+
+
+def same_ranks(one: Longs, other: Longs, ranks: int) -> bool:
+    """Whether each rank has the same experts in both, phy2log [L, P], in whatever slots."""
+    first, second = (np.sort(each.reshape(len(each), ranks, -1), axis=2) for each in (one, other))
+    return np.array_equal(first, second)
 
 
 def most_to_gain(counts: Counts) -> float:

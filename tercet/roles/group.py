@@ -228,7 +228,7 @@ class Group:
             "sent": lambda fact: self._sender().take(rank, fact),
             "landed": lambda fact: self._receiver().take(rank, fact),
             "counts": lambda counts: self._count(rank, counts),
-            "experts": lambda *rows: self.experts.update({rank: ExpertRows(rank, *map(tuple, rows))}),
+            "experts": lambda *rows: self._count_rows(rank, *rows),
         }
         talk.start(told, {})
         return talk
@@ -257,6 +257,9 @@ class Group:
     def _count(self, rank: int, counts: dict[str, int]) -> None:
         for mover in self.movers:
             mover.counts[rank] = counts
+
+    def _count_rows(self, rank: int, experts: list[int], rows: list[int], routed: list[int], sent: int) -> None:
+        self.experts[rank] = ExpertRows(rank, tuple(experts), tuple(rows), tuple(routed), sent)
 
     def _goes_on_without(self, rank: int, error: WorkerLost) -> bool:
         assert self.losses is not None

@@ -77,7 +77,7 @@ def grouped(role: Role, family: str, degrees: dict[str, int], kernels: str = "na
     [
         (Role.AGGREGATED, "qwen3-moe", "replicas", "native", "shm"),
         (Role.AGGREGATED, "deepseek-v3", "tensor", "torch", "tcp"),
-        (Role.PREFILL, "mixtral", "stages", "native", "auto"),
+        pytest.param(Role.PREFILL, "mixtral", "stages", "native", "auto", marks=pytest.mark.slow),
         (Role.DECODE, "deepseek-v3", "with replicas of experts", "native", "tcp"),
     ],
 )
@@ -147,7 +147,10 @@ class Striking:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("verb", ["begin", "stage", "take", "give", "commit", "end"])
+@pytest.mark.parametrize(
+    "verb",
+    ["take", "commit", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("begin", "stage", "give", "end"))],
+)
 async def test_a_rank_that_is_lost_while_experts_move(monkeypatch, verb, number):
     """The others serve on by a whole placement, the rank comes back into it, and experts move again."""
     spec = grouped(Role.AGGREGATED, "qwen3-moe", REPLICATED)
@@ -179,7 +182,9 @@ async def test_a_rank_that_is_lost_while_experts_move(monkeypatch, verb, number)
         await clients.stop()
 
 
-@pytest.mark.parametrize("verb", ["begin", "stage", "take", "give"])
+@pytest.mark.parametrize(
+    "verb", ["begin", "take", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("stage", "give"))]
+)
 async def test_a_move_that_hangs_is_given_up(monkeypatch, verb):
     """At rank 0, whose threads nobody watches but the watchdog: nothing of it is switched later either."""
     real, go_on, hangs = getattr(ExpertMover, verb), threading.Event(), threading.Event()

@@ -70,6 +70,10 @@ RUN_BY = {
     "tercet experts solve counts.npz --svg loads.svg": (
         "tests/unit/test_experts_cli.py:test_the_picture_is_an_image_without_links"
     ),
+    "tercet experts apply plan.json": EXPERTS,
+    "tercet experts import counts.pt counts.npz --ranks 32 --top-k 8": (
+        "tests/unit/test_foreign_counts.py:test_what_was_imported_is_solved"
+    ),
     "tercet validate SPEC": f"{CLI}:test_version_and_validate",
     "tercet spec SPEC": f"{CLI}:test_spec_prints_every_key_and_is_read_again",
     "tercet plan SPEC": f"{CLI}:test_plan_shows_every_member_and_starts_nothing",
@@ -103,6 +107,7 @@ RUN_BY = {
             "python -m benchmarks.gateway",
             "python -m benchmarks.topologies",
             "python -m benchmarks.encode",
+            "python -m benchmarks.placement_live",
             "python -m benchmarks.transfer_tail",
         ),
         f"{HERE}:test_a_long_command_in_short",
@@ -301,11 +306,17 @@ SHORT = {
     "soak": [*MAKE, "soak", "ARGS=--minutes 0.1 --transports tcp"],
     "gateway": [str(BIN / "python"), "-m", "benchmarks.gateway", "--rounds", "1", "--tokens", "4"],
     "topologies": [str(BIN / "python"), "-m", "benchmarks.topologies", "--rounds", "1", "--prompts", "1"],
+    "placement_live": [
+        *(str(BIN / "python"), "-m", "benchmarks.placement_live"),
+        *("--rounds", "1", "--seconds", "1", "--adapt-s", "20"),
+    ],
     "encode": [str(BIN / "python"), "-m", "benchmarks.encode", "--rounds", "1", "--requests", "2", "--images", "1"],
     "transfer_tail": [str(BIN / "python"), "-m", "benchmarks.transfer_tail", "--rounds", "1", "--only", "tcp"],
 }
 
-MARKS = dict.fromkeys(("topologies", "encode"), pytest.mark.slow)  # several clusters with large models
+MARKS = dict.fromkeys(
+    ("topologies", "encode", "placement_live"), pytest.mark.slow
+)  # several clusters with large models
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in SHORT])

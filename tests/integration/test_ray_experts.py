@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -77,8 +78,66 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
     series = {name: float(value) for name, value in series.items() if name.startswith("tercet_expert_rows_total")}
     assert sum(count for name, count in series.items() if worker in name) == sum(ranks)
 
+    plan, other = machine.folder / "plan.json", machine.folder / "other.json"
+    placed = [[*row[len(row) // 2 :], *row[: len(row) // 2]] for row in counts.phy2log.tolist()]  # ranks change places
+    plan.write_text(json.dumps({"ranks": 2, "phy2log": placed}))
+    other.write_text(json.dumps({"ranks": 4, "phy2log": placed}))
+    asked = "what was asked before" * 3
+    before = served.client().chat(asked, temperature=0, max_tokens=TOKENS).text
+    moved = json.loads(machine.run("tercet", "experts", "apply", str(plan), "--json").stdout)
+    assert (moved["layers"], moved["done"], moved["failed"], moved["epoch"]) == (layers, 1, 0, layers)
+    assert moved["moved_bytes"] > 0
+    assert served.client().chat(asked, temperature=0, max_tokens=TOKENS).text == before
+    again = machine.run("tercet", "experts", "apply", str(plan))
+    assert (again.returncode, f"{worker}: its experts lie so already" in again.stdout) == (0, True), again.stderr
+    refused = machine.run("tercet", "experts", "apply", str(other))
+    assert refused.returncode == 2
+    assert "it is for 4 ranks, and not for 2" in refused.stderr
+
     assert machine.run("tercet", "down", "--name", "experts").returncode == 0
     assert served.process.wait(30) == 0, served.log
     until(lambda: not machine.left(), 20)
     gone = machine.run("tercet", "experts", "show")
     assert gone.returncode == 1
+
+
+def test_a_cluster_places_experts_by_itself(machine):
+    """By default: what is uneven is placed anew while clients are answered, and each answer is the same as before."""
+    source = machine.folder / "tiny"
+    make(Family("qwen3-moe"), source)
+    placement = "{window_size: 25, step_interval: 50, min_gain: 0.01}"
+    ranks = (
+        "{aggregated: {pool: cpu, cpus: 0.25, parallelism: {data: 2, expert: 2}, expert_placement: " + placement + "}}"
+    )
+    settings = ("model.dtype=float32", "model.max_context=1024", "topology=aggregated", f"roles={ranks}")
+    served = serve(machine, "placed", f"model.source={source}", *settings)
+
+    def answers() -> list[str]:
+        return [
+            served.client().chat(f"{n} little words " * (n + 1), temperature=0, max_tokens=TOKENS).text
+            for n in range(5)
+        ]
+
+    def placed() -> dict[str, Any]:
+        member: dict[str, Any] = served.status()["members"]["worker-0"]
+        return member
+
+    expected = answers()
+
+    def has_moved() -> bool:
+        assert answers() == expected
+        return bool(placed()["moves"]["done"])
+
+    until(has_moved, 90)
+    told = placed()
+    assert told["moves"]["failed"] == 0
+    assert told["moves"]["moved_bytes"] > 0
+    assert told["placing"]["solves"] > 0
+    assert told["placing"]["gain"] >= 0.01
+    until(lambda: "has moved its experts: " in served.log, 10)
+    assert "layers placed anew; busiest ranks -" in served.log
+    assert answers() == expected
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.http}/metrics") as answer:
+        series = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    assert float(series['tercet_expert_placement_epoch{worker="worker-0"}']) >= told["moves"]["epoch"]
+    assert float(series['tercet_expert_moves_total{outcome="done",worker="worker-0"}']) >= 1

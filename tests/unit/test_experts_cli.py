@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from tercet.cluster import experts
 from tercet.cluster.cli import app
 from tercet.cluster.counts_file import write_counts
-from tercet.cluster.experts import Look, chosen_of, nodes_of
+from tercet.cluster.experts import chosen_of
 from tercet.cluster.heat_map import MOST_COLUMNS, MOST_ROWS, heat_map, save_svg
+from tercet.cluster.windows import Look
+from tercet.cluster.windows import look_at as looked
 from tercet.distributed.routed import Routed
 from tercet.errors import ClusterError, SpecError
 from tests.unit.test_experts_weighing import counts_of
@@ -39,7 +41,7 @@ def test_solve_says_what_a_placement_would_be_worth(file):
         "before: busiest rank over mean",
         "after: busiest rank",
         "experts that they lack",
-        "expert_plan",
+        "tercet experts apply",
     ):
         assert told in shown.output
 
@@ -121,16 +123,13 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_recorded(tmp_p
             raise run("export", str(path)).exception
 
 
-def member(*nodes: str):
-    return {"node": nodes[0], "ranks": [{"rank": rank, "node": node} for rank, node in enumerate(nodes[1:], 1)]}
-
-
 @pytest.mark.parametrize(
     ("nodes", "ranks", "found"),
     [("a", 1, 1), ("aabb", 4, 2), ("abab", 4, 1), ("aab", 3, 1), ("abcd", 4, 4), ("aabb", 2, 1), ("ab", 4, 1)],
 )
 def test_ranks_that_lie_node_by_node_are_on_several(nodes, ranks, found):
-    assert nodes_of(member(*nodes), ranks) == found
+    routed = Routed(np.zeros((1, 1, ranks)), np.zeros((1, ranks)), np.arange(ranks)[None], 1, 8)
+    assert Look(routed, [], [*nodes]).nodes == found
 
 
 def test_which_worker_is_meant():
@@ -150,7 +149,7 @@ def looks(*told: tuple[int, list[int]]) -> Iterator[Look]:
     for rows, pids in told:
         routed = Routed(np.full((2, 1, 4), rows), np.full((1, 2), 4 * rows), np.arange(4)[None], 1, 8)
         others = [{"rank": rank, "pid": pid, "node": "a"} for rank, pid in enumerate(pids[1:], 1)]
-        yield Look(routed, {"pid": pids[0], "node": "a", "ranks": others})
+        yield looked(routed, pids[0], "a", others)
 
 
 def look_at(monkeypatch: pytest.MonkeyPatch, there: Iterator[Look]) -> None:
