@@ -173,14 +173,7 @@ async def segment(policy: str, topic: str, answers: dict[str, list[int]], at_onc
 def rows_of(policy: str) -> Longs:
     """-> [layers, ranks] so far."""
     tercet = serve_command(policy, PORTS[policy], "", [])[0]
-    command = [
-        serve_command(policy, PORTS[policy], "", [])[0],
-        "experts",
-        "show",
-        "--json",
-        "--name",
-        f"bench-{policy}",
-    ]
+    command = [tercet, "experts", "show", "--json", "--name", f"bench-{policy}"]
     (found,) = json.loads(subprocess.run(command, capture_output=True, check=True).stdout).values()
     return np.array(found["rows"])
 
