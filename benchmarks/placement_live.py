@@ -1,6 +1,7 @@
 """Experts that move while a cluster serves, in one run: policies `none`, `eplb` and `ilp` on two ranks, a core each.
 
     python -m benchmarks.placement_live --rounds 5 --result placement_live.json
+    python -m benchmarks.placement_live --at-once 8 --inputs 4 --outputs 64         small batches, decode all but alone
 
 Starts three clusters (`tercet serve`) of a mixture with random weights whose routing is skewed, and differs between two
 kinds of text. Each policy first adapts to one kind, then all are measured in turn, round by round, so that noise hits
@@ -21,7 +22,7 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import aiohttp
 import numpy as np
@@ -33,7 +34,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from benchmarks.groups_models import qwen3_moe
-from benchmarks.machine import Others, facts
+from benchmarks.machine import facts
 from benchmarks.topologies import serve_command
 from examples.make_tiny_model import save_byte_tokenizer
 
@@ -41,7 +42,7 @@ POLICIES = ("none", "eplb", "ilp")
 PORTS = {policy: 18500 + 10 * number for number, policy in enumerate(POLICIES)}
 TOPICS = {"first": range(400, 4200), "second": range(4300, 8100)}  # ids of tokens
 PULL, SPREAD = 0.05, 1.4  # of a topic's tokens in one direction; of what routers make of it
-RANKS, PROMPTS, OUTPUT = range(2), 24, 32
+RANKS, PROMPTS = range(2), 24
 START_S, CALM_S = 180.0, 15.0  # calm: since something was solved or moved
 Figures = dict[str, float]
 Longs = NDArray[np.int64]
@@ -94,23 +95,28 @@ def metrics(policy: str) -> Figures:
     return made
 
 
+class Work(NamedTuple):
+    at_once: int  # requests, over both ranks
+    inputs: int  # tokens of the longest prompt; the shortest has a quarter
+    outputs: int
+
+
 class Load:
     """Closed loops of streamed requests with prompts of one topic, of which there are a few, asked again and again."""
 
-    def __init__(self, policy: str, topic: str, answers: dict[str, list[int]]) -> None:
+    def __init__(self, policy: str, topic: str, work: Work, answers: dict[str, list[int]]) -> None:
         """answers: prompt -> the first answer to it from anywhere."""
-        self._url, self._answers = f"http://127.0.0.1:{PORTS[policy]}", answers
+        self._url, self._work, self._answers = f"http://127.0.0.1:{PORTS[policy]}", work, answers
         rng, ids = np.random.default_rng([*TOPICS].index(topic)), TOPICS[topic]
-        self._prompts = [
-            rng.integers(ids.start, ids.stop, length).tolist() for length in rng.integers(64, 257, PROMPTS)
-        ]
+        lengths = rng.integers(work.inputs // 4, work.inputs + 1, PROMPTS)
+        self._prompts = [rng.integers(ids.start, ids.stop, length).tolist() for length in lengths]
         self.gaps: list[tuple[float, float]] = []  # between tokens of a request: time.monotonic(), seconds
         self.ttfts: list[float] = []
         self.tokens = self.requests = self.others = 0  # others: answers that were not the first one again
 
-    async def run(self, at_once: int, until: asyncio.Event) -> None:
+    async def run(self, until: asyncio.Event) -> None:
         async with aiohttp.ClientSession(self._url, timeout=aiohttp.ClientTimeout(120)) as session:
-            await asyncio.gather(*(self._client(session, number, until) for number in range(at_once)))
+            await asyncio.gather(*(self._client(session, number, until) for number in range(self._work.at_once)))
 
     async def _client(self, session: aiohttp.ClientSession, number: int, until: asyncio.Event) -> None:
         while not until.is_set():
@@ -118,7 +124,7 @@ class Load:
             number += 7
 
     async def _ask(self, session: aiohttp.ClientSession, prompt: list[int]) -> None:
-        sampling = {"max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True}
+        sampling = {"max_tokens": self._work.outputs, "temperature": 0, "ignore_eos": True}
         body = {"prompt": prompt, "stream": True, "return_token_ids": True, **sampling}
         sent, last, answer = time.monotonic(), 0.0, list[int]()
         async with session.post("/v1/completions", json=body) as response:
@@ -139,18 +145,18 @@ class Load:
                     self.ttfts.append(now - sent)
                 last = now
                 answer += tokens
-        if len(answer) != OUTPUT:
-            raise SystemExit(f"an answer has {len(answer)} tokens of {OUTPUT}")
+        if len(answer) != self._work.outputs:
+            raise SystemExit(f"an answer has {len(answer)} tokens of {self._work.outputs}")
         self.tokens, self.requests = self.tokens + len(answer), self.requests + 1
         self.others += self._answers.setdefault(str(prompt), answer) != answer
 
 
-async def segment(policy: str, topic: str, answers: dict[str, list[int]], at_once: int, seconds: float) -> Figures:
+async def segment(policy: str, topic: str, work: Work, answers: dict[str, list[int]], seconds: float) -> Figures:
     """One turn of a policy, which has adapted. Milliseconds; rows and bytes of all ranks."""
-    load, before, computed = Load(policy, topic, answers), metrics(policy), rows_of(policy)
+    load, before, computed = Load(policy, topic, work, answers), metrics(policy), rows_of(policy)
     over, began = asyncio.Event(), time.monotonic()
     asyncio.get_running_loop().call_later(seconds, over.set)
-    await load.run(at_once, over)
+    await load.run(over)
     took, after = time.monotonic() - began, await settled(policy)
     rows = rows_of(policy) - computed
     sent = sum(after[f"expert_sent_bytes {rank}"] - before[f"expert_sent_bytes {rank}"] for rank in RANKS)
@@ -184,9 +190,9 @@ async def settled(policy: str) -> Figures:
     return metrics(policy)
 
 
-async def adapt(policy: str, topic: str, answers: dict[str, list[int]], at_once: int, limit_s: float) -> Figures:
+async def adapt(policy: str, topic: str, work: Work, answers: dict[str, list[int]], limit_s: float) -> Figures:
     """Load it until its placement suits the topic, or the limit. -> what that was like."""
-    load, before, over, began = Load(policy, topic, answers), metrics(policy), asyncio.Event(), time.monotonic()
+    load, before, over, began = Load(policy, topic, work, answers), metrics(policy), asyncio.Event(), time.monotonic()
     moved: list[float] = []  # when an epoch was seen to have grown
 
     async def watch() -> None:
@@ -201,7 +207,7 @@ async def adapt(policy: str, topic: str, answers: dict[str, list[int]], at_once:
                 solves, changed = sum_of(now, "expert_solves"), time.monotonic()
         over.set()
 
-    await asyncio.gather(load.run(at_once, over), watch())
+    await asyncio.gather(load.run(over), watch())
     after = metrics(policy)
     near = [1e3 * gap for at, gap in load.gaps if any(abs(at - move) < 1.0 for move in moved)]
     else_ = [1e3 * gap for at, gap in load.gaps if all(abs(at - move) >= 1.0 for move in moved)]
@@ -227,17 +233,17 @@ def sum_of(found: Mapping[str, float], name: str) -> float:
     return sum(value for key, value in found.items() if key.split()[0] == name)
 
 
-async def measure(rounds: int, at_once: int, seconds: float, adapt_s: float) -> dict[str, Any]:
+async def measure(rounds: int, work: Work, seconds: float, adapt_s: float) -> dict[str, Any]:
     answers: dict[str, list[int]] = {}
     found: dict[str, Any] = {}
     for topic in TOPICS:
         adapted = {
-            policy: await adapt(policy, topic, answers, at_once, adapt_s) for policy in POLICIES if policy != "none"
+            policy: await adapt(policy, topic, work, answers, adapt_s) for policy in POLICIES if policy != "none"
         }
         turns: dict[str, list[Figures]] = {policy: [] for policy in POLICIES}
         for number in range(rounds + 1):
             for policy in POLICIES:
-                figures = await segment(policy, topic, answers, at_once, seconds)
+                figures = await segment(policy, topic, work, answers, seconds)
                 if number:  # round 0 warms up
                     turns[policy].append(figures)
         found[topic] = {"adapting": adapted, "rounds": turns}
@@ -270,11 +276,13 @@ def wait_until_ready(policy: str, process: subprocess.Popen[bytes]) -> None:
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Of which medians are taken.")] = 5,
     at_once: Annotated[int, typer.Option(min=1, help="Requests at once, over both ranks.")] = 16,
+    inputs: Annotated[int, typer.Option(min=4, help="Tokens of the longest prompt; the shortest has a quarter.")] = 256,
+    outputs: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     seconds: Annotated[float, typer.Option(min=0.5, help="Of a turn.")] = 6.0,
     adapt_s: Annotated[float, typer.Option(min=0.5, help="For a policy to adapt to a topic, at most.")] = 60.0,
     result: Annotated[Path | None, typer.Option(help="Write all figures as JSON here.")] = None,
 ) -> None:
-    others = Others()
+    work = Work(at_once, inputs, outputs)
     with tempfile.TemporaryDirectory(prefix="tercet-placement-") as folder:
         save_model(Path(folder) / "model")
         served: dict[str, subprocess.Popen[bytes]] = {}
@@ -282,14 +290,14 @@ def main(
             for policy in POLICIES:
                 served[policy] = serve(policy, Path(folder) / "model", Path(folder) / f"{policy}.yaml")
                 wait_until_ready(policy, served[policy])
-            found = asyncio.run(measure(rounds, at_once, seconds, adapt_s))
+            found = asyncio.run(measure(rounds, work, seconds, adapt_s))
         finally:
             for process in served.values():
                 process.send_signal(signal.SIGINT)
             for process in served.values():
                 process.wait(60)
     show(found)
-    told = {"machine": facts(), "others_cores": others.cores(), "at_once": at_once, "seconds": seconds, "topics": found}
+    told = {"machine": facts(), "work": work._asdict(), "seconds": seconds, "topics": found}
     if result is not None:
         result.write_text(json.dumps(told, indent=1))
 

@@ -51,6 +51,6 @@ class ExpertStaging:
         """-> where each tensor's bytes lie, and these bytes."""
         begin = 0
         for weight in weights:
-            flat = weight.reshape(-1).view(torch.uint8)
+            flat = weight.view(-1).view(torch.uint8)  # raises where it would have to copy
             yield self._places[place, begin : begin + len(flat)], flat
             begin += len(flat)
