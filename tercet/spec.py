@@ -164,7 +164,7 @@ class RoleSpec(Frozen):
 
     @model_validator(mode="after")
     def _place_what_is_spread(self) -> Self:
-        given = "expert_placement" in self.model_fields_set and self.expert_placement.policy != "none"
+        given = self.expert_placement != ExpertPlacementSpec() and self.expert_placement.policy != "none"
         if given and self.parallelism.expert == 1:
             raise ValueError("expert_placement: it has no effect where parallelism.expert is 1; leave it out")
         return self

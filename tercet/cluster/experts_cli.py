@@ -249,6 +249,8 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
     yield f"Ranks would fetch {fetched:,} experts that they lack: {fetched * counts.expert_bytes:,} bytes."
     if kept := int(found.kept.sum()):
         yield f"{kept} of {len(found.kept)} layers keep what they have: nothing better was found for them."
+    if found.topology.least_replicas > 1 and wish.policy == "ilp":
+        yield "Each expert stays on two ranks, so that the group goes on without a lost one."
     if found.survives == (True, False):
         yield "The group would no longer go on without a lost rank: some experts would lie on one rank alone."
     if reports := found.placement.layers:

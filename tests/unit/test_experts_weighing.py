@@ -124,6 +124,18 @@ def test_whether_a_rank_may_be_lost():
     assert weigh(counts_of(), Wish(redundancy=24)).survives == (False, True)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_group_that_survives_a_rank_goes_on_doing_so(seed):
+    """The solver keeps each expert on two ranks, and gains by what else there is."""
+    row = [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 4, 5, 6, 7, 0, 6, 7, 0, 1, 2]
+    counts = counts_of(seed, phy2log=np.array([row] * 2))
+    found = weigh(counts, Wish())
+    assert found.survives == (True, True)
+    assert found.topology.least_replicas == 2
+    assert found.after.max(axis=1).sum() <= found.before.max(axis=1).sum() * 1.05  # on a window that it did not know
+    assert weigh(counts_of(seed), Wish()).topology.least_replicas == 1
+
+
 def test_weighted_is_by_the_placements_shares():
     counts = counts_of()
     found = weigh(counts, Wish(dispatch=Dispatch.WEIGHTED, objective=Objective.INTERNODE))

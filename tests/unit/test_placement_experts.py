@@ -53,7 +53,10 @@ def worst(held: np.ndarray, weight: np.ndarray, topo: Topology, dispatch: Dispat
 def brute_force(weight: np.ndarray, topo: Topology, dispatch: Dispatch) -> float:
     one = itertools.combinations(range(len(weight)), topo.slots_per_gpu)
     held = (np.array(rows) for rows in itertools.product(list(one), repeat=topo.gpus))
-    return min(worst(h, weight, topo, dispatch) for h in held if len(np.unique(h)) == len(weight))
+    least = topo.least_replicas
+    return min(
+        worst(h, weight, topo, dispatch) for h in held if (np.bincount(h.ravel(), minlength=len(weight)) >= least).all()
+    )
 
 
 def assert_valid(placement: Placement, topo: Topology, experts: int) -> None:
@@ -127,6 +130,44 @@ def test_small_layers_are_solved_as_by_brute_force(dispatch):
         placement = solve_experts(stats(weight[None]), topo, dispatch=dispatch)
         assert placement.layers[0].objective == pytest.approx(optimum, rel=1e-3), seed
         assert placement.layers[0].bound <= optimum * (1 + 1e-6), seed
+
+
+@pytest.mark.parametrize("dispatch", Dispatch)
+def test_with_each_expert_on_two_gpus_small_layers_are_solved_as_by_brute_force(dispatch):
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        topo = Topology(1, 3, int(rng.integers(2, 4)), least_replicas=2)
+        experts = int(rng.integers(topo.slots_per_gpu, topo.slots // 2 + 1))
+        weight = rng.random(experts) ** 3 + 0.001
+        optimum = brute_force(weight, topo, dispatch)
+        placement = solve_experts(stats(weight[None]), topo, dispatch=dispatch)
+        assert (placement.count >= 2).all()
+        assert placement.layers[0].objective == pytest.approx(optimum, rel=1e-3), seed
+        assert placement.layers[0].bound <= optimum * (1 + 1e-6), seed
+
+
+@pytest.mark.parametrize("dispatch", Dispatch)
+def test_no_expert_falls_below_the_least_replicas_after_drift_or_at_the_deadline(dispatch):
+    rng = np.random.default_rng(1)
+    topo = Topology(1, 8, 9, expert_bytes=1, least_replicas=2)
+    weight = rng.random((6, 32)) ** 4 + 1e-3
+    old = solve_experts(stats(weight), topo, dispatch=dispatch, time_limit_s=1.0)
+    drifted = np.take_along_axis(weight, rng.permuted(np.tile(np.arange(32), (6, 1)), axis=1), 1)
+    for most, limit in ((None, 1.0), (40, 1.0), (0, 1.0), (None, 0.01)):
+        moved = solve_experts(
+            stats(drifted), topo, dispatch=dispatch, old=old, max_moved_bytes=most, time_limit_s=limit
+        )
+        assert_valid(moved, topo, 32)
+        assert (moved.count >= 2).all()
+
+
+def test_least_replicas_that_cannot_be_are_refused():
+    with pytest.raises(SpecError, match=r"least_replicas is 3; of an expert there are 1 to 2"):
+        Topology(1, 2, 4, least_replicas=3)
+    with pytest.raises(SpecError, match=r"4 experts do not fill 6 slots, 3 .* each at least 2 times"):
+        solve_experts(stats(np.ones((1, 4))), Topology(1, 2, 3, least_replicas=2))
+    with pytest.raises(UnsupportedSpec, match="least_replicas with objective internode"):
+        solve_experts(stats(np.ones((1, 2))), Topology(1, 2, 2, least_replicas=2), objective=Objective.INTERNODE)
 
 
 def test_shares_are_the_best_of_a_placement():

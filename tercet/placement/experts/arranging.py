@@ -74,10 +74,12 @@ def _exchanges(weight: Floats, held: Ints, topo: Topology, dispatch: Dispatch) -
         np.bincount(held.ravel(), minlength=len(weight)).astype(np.int32),
     )
     busiest = int((share.sum(axis=1) / topo.speed).argmax())
-    donors = np.argsort(np.where(count > 1, weight / np.maximum(count - 1, 1), np.inf), kind="stable")[:DONORS]
+    donors = np.argsort(
+        np.where(count > topo.least_replicas, weight / np.maximum(count - 1, 1), np.inf), kind="stable"
+    )[:DONORS]
     for gains in held[busiest][np.argsort(-share[busiest])].tolist():
         for gives in donors.tolist():
-            if gains != gives and count[gains] < topo.gpus and count[gives] > 1:
+            if gains != gives and count[gains] < topo.gpus and count[gives] > topo.least_replicas:
                 changed = count.copy()
                 changed[[gains, gives]] += 1, -1
                 yield changed

@@ -78,7 +78,7 @@ def weighted_bound(weight: Floats, topo: Topology) -> float:
     high = low + float(weight.max() / reach[0])
     for _ in range(60):
         middle = (low + high) / 2
-        needed = np.searchsorted(reach, weight / middle * (1 - 1e-12)) + 1
+        needed = np.maximum(np.searchsorted(reach, weight / middle * (1 - 1e-12)) + 1, topo.least_replicas)
         fits = needed.sum() <= topo.slots and needed.max() <= topo.gpus
         low, high = (low, middle) if fits else (middle, high)
     return low

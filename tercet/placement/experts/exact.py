@@ -45,7 +45,7 @@ def exactly(weight: Floats, topo: Topology, dispatch: Dispatch, seconds: float) 
 
 def _most(experts: int, topo: Topology) -> int:
     """Replicas of one expert."""
-    return min(topo.gpus, topo.slots - experts + 1)
+    return min(topo.gpus, topo.slots - (experts - 1) * topo.least_replicas)
 
 
 def _even(solver: Any, weight: Floats, topo: Topology) -> dict[tuple[int, int], list[Any]]:
@@ -54,8 +54,10 @@ def _even(solver: Any, weight: Floats, topo: Topology) -> dict[tuple[int, int], 
     has = [[solver.addBinary() for _ in range(most)] for _ in weight]
     there = {(e, g): [solver.addBinary() for _ in range(most)] for e in range(len(weight)) for g in range(topo.gpus)}
     for e, its in enumerate(has):
-        solver.addConstr(sum(its) == 1)
+        solver.addConstr(sum(its[topo.least_replicas - 1 :]) == 1)
         for n, chosen in enumerate(its):
+            if n + 1 < topo.least_replicas:
+                solver.addConstr(chosen <= 0)
             solver.addConstr(sum(there[e, g][n] for g in range(topo.gpus)) == (n + 1) * chosen)
             for g in range(topo.gpus):
                 solver.addConstr(there[e, g][n] <= chosen)
@@ -72,7 +74,7 @@ def _weighted(solver: Any, weight: Floats, topo: Topology) -> dict[tuple[int, in
     flow = {at: solver.addVariable(0, highspy.kHighsInf) for at in there}
     for e, w in enumerate(weight):
         solver.addConstr(sum(flow[e, g] for g in range(topo.gpus)) == float(w))
-        solver.addConstr(sum(there[e, g][0] for g in range(topo.gpus)) >= 1)
+        solver.addConstr(sum(there[e, g][0] for g in range(topo.gpus)) >= topo.least_replicas)
         for g in range(topo.gpus):
             solver.addConstr(flow[e, g] <= float(w) * there[e, g][0])
     for g, speed in enumerate(topo.speed):

@@ -82,11 +82,14 @@ class Topology:
     gpu_speed: Floats | None = None  # [G], of a GPU in proportion to others; all alike if it is not given
     bandwidth_intra: float = 400e9  # bytes/s within a node: NVLink 4 (450 GB/s each way, less overhead)
     bandwidth_inter: float = 45e9  # bytes/s of a GPU to other nodes: 400 Gbit/s InfiniBand
+    least_replicas: int = 1  # of each expert, on as many GPUs: with two, any GPU may be lost
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "slots_per_gpu"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if not 1 <= self.least_replicas <= self.gpus:
+            raise SpecError(f"least_replicas is {self.least_replicas}; of an expert there are 1 to {self.gpus}")
         speed = self.gpu_speed
         if speed is not None and (speed.shape != (self.gpus,) or not np.isfinite(speed).all() or (speed <= 0).any()):
             raise SpecError(f"gpu_speed must be {self.gpus} numbers above 0")

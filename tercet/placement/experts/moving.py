@@ -90,7 +90,7 @@ def _replicas(held: Ints, share: Floats, load: Floats, topo: Topology, gpu: int)
     left = (load[:, None] - share) / topo.speed[:, None]  # beside the new replica
     tokens = np.bincount(held.ravel(), share.ravel())
     spread = tokens[held] / np.maximum(count[held] - 1, 1)  # what the others of the expert that goes get at least
-    score = np.where(count[held] > 1, np.maximum(left, spread / topo.speed[:, None]), np.inf)
+    score = np.where(count[held] > topo.least_replicas, np.maximum(left, spread / topo.speed[:, None]), np.inf)
     hottest = held[gpu][np.argsort(-share[gpu])][:HOTTEST].tolist()
     for at in np.argsort(score, axis=None)[:TRIED].tolist():
         slot = (at // held.shape[1], at % held.shape[1])

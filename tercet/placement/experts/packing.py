@@ -26,14 +26,15 @@ def relief_of(topo: Topology) -> Floats:
 
 
 def replicas_of(weight: Floats, topo: Topology) -> Ints:
-    """weight [E] -> count [E]: replicas that fill all slots, at least one of each and at most one per GPU, so that the
-    load of the hottest replica is as small as can be. Raises SpecError if no counts fit."""
-    experts, slots, relief = len(weight), topo.slots, relief_of(topo)
-    if not topo.slots_per_gpu <= experts <= slots:
-        raise SpecError(f"{experts} experts do not fill {slots} slots, {topo.slots_per_gpu} different ones on each GPU")
-    count = np.ones(experts, dtype=np.int32)
-    share = weight * relief[0] if topo.gpus > 1 else np.full(experts, -1.0)
-    for _ in range(slots - experts):
+    """weight [E] -> count [E]: replicas that fill all slots, at least `least_replicas` of each and at most one per GPU,
+    so that the load of the hottest replica is as small as can be. Raises SpecError if no counts fit."""
+    experts, slots, least, relief = len(weight), topo.slots, topo.least_replicas, relief_of(topo)
+    if not topo.slots_per_gpu <= experts or experts * least > slots:
+        each = f"{topo.slots_per_gpu} different ones on each GPU, each at least {least} times"
+        raise SpecError(f"{experts} experts do not fill {slots} slots, {each}")
+    count = np.full(experts, least, dtype=np.int32)
+    share = weight * relief[least - 1] if topo.gpus > least else np.full(experts, -1.0)
+    for _ in range(slots - experts * least):
         expert = int(share.argmax())
         count[expert] += 1
         share[expert] = weight[expert] * relief[count[expert] - 1] if count[expert] < topo.gpus else -1.0

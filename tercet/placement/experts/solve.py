@@ -84,6 +84,8 @@ def _check(
     max_moved_bytes: int | None,
     time_limit_s: float,
 ) -> None:
+    if topo.least_replicas > 1 and objective is not Objective.BALANCE:
+        raise UnsupportedSpec(f"least_replicas with objective {objective.value} is not built so far; balance has it")
     if max_moved_bytes is not None and objective is not Objective.BALANCE:
         raise UnsupportedSpec(f"max_moved_bytes with objective {objective.value} is not built so far; balance has it")
     if not time_limit_s > 0:

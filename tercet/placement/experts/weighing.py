@@ -125,7 +125,7 @@ def weigh(counts: Counts, wish: Wish) -> Weighed:
         (has & ~had).sum(axis=(1, 2)),
         kept,
         held_out,
-        (bool((had.sum(axis=1) > 1).all()), bool((has.sum(axis=1) > 1).all())),
+        (_survives(counts.phy2log, counts), _survives(placement.phy2log, counts)),
     )
 
 
@@ -198,7 +198,17 @@ def _topology(counts: Counts, wish: Wish) -> Topology:
     if slots % counts.ranks or not experts <= slots <= experts + most:
         told = f"{least}, {least + counts.ranks}, {least + 2 * counts.ranks} ... at most {most}"
         raise SpecError(f"redundancy {slots - experts}: {experts} experts on {counts.ranks} ranks take {told}")
-    return Topology(nodes, counts.ranks // nodes, slots // counts.ranks, counts.expert_bytes)
+    least = (
+        2 if wish.objective is Objective.BALANCE and slots >= 2 * experts and _survives(counts.phy2log, counts) else 1
+    )
+    shape = nodes, counts.ranks // nodes, slots // counts.ranks
+    return Topology(*shape, counts.expert_bytes, least_replicas=least)
+
+
+def _survives(phy2log: NDArray[np.integer[Any]], counts: Counts) -> bool:
+    """Whether each expert lies on two ranks, so that one may be lost."""
+    holds = _holds(phy2log, counts.ranks, counts.load.shape[3]) > 0
+    return bool((holds.sum(axis=1) > 1).all())
 
 
 def _stats(counts: Counts, windows: slice, wish: Wish) -> RoutingStats:
