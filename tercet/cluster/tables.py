@@ -106,6 +106,21 @@ def experts_table(status: Mapping[str, Any]) -> Table:
     return table
 
 
+def placement_table(status: Mapping[str, Any]) -> Table:
+    """How experts were placed anew since workers started; no row if nothing was tried."""
+    table = Table(title="placement of experts")
+    for column in ("worker", "layers placed anew", "moved", "last"):
+        table.add_column(column, overflow="fold")
+    for worker_id, member in sorted(status["members"].items()):
+        moves, placing = member.get("moves"), member.get("placing")
+        if moves is None or not (placing or moves["done"] or moves["failed"] or moves["layers_left"]):
+            continue
+        left = f"{moves['layers_left']} layers to go" if moves["layers_left"] else ""
+        last = left or moves["alarm"] or placing.get("outcome", "")
+        table.add_row(worker_id, str(moves["epoch"]), f"{moves['moved_bytes']:,} bytes", last)
+    return table
+
+
 def _runs(numbers: Sequence[int]) -> str:
     """0-3, 8, 8: in ascending order."""
     runs: list[list[int]] = []

@@ -25,7 +25,7 @@ from tercet.core import Moves
 from tercet.distributed.place import Place
 from tercet.distributed.talk import Talk
 from tercet.engine.group import GroupExecutor
-from tercet.errors import Cancelled, ClusterError, DeadlineExceeded, TercetError, as_named
+from tercet.errors import Cancelled, ClusterError, DeadlineExceeded, InternalError, TercetError
 from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer
 from tercet.placement.experts.fetching import fetches, rounds, settled
@@ -58,6 +58,7 @@ class Migration:
         self._config, self._spread, self._worker_epoch = model.config, model.ranks.spread, worker_epoch
         self._moves = Moves()
         self._number = 0  # of the last move
+        self._began = 0.0  # the last move, time.monotonic()
         self._live = 0  # the move that may still switch layers; 0: none
         self._thread: threading.Thread | None = None  # of the last move
         self._deciding = threading.Lock()  # whether it still may
@@ -77,7 +78,7 @@ class Migration:
             raise ClusterError("experts are being moved already, or a rank is coming back; try again later")
         with self._deciding:
             self._number += 1
-            self._live = self._number
+            self._live, self._began = self._number, time.monotonic()
             self._moves = replace(self._moves, layers_left=len(work))
         self._thread = threading.Thread(target=self._run, args=(self._number, work), name="experts-move", daemon=True)
         self._thread.start()
@@ -111,7 +112,6 @@ class Migration:
     # ---- a move, on a thread of its own
 
     def _run(self, move: int, work: Mapping[int, list[int]]) -> None:
-        began = time.monotonic()
         asking = _Asking(self._owner, self._own)
         try:
             with self._watched(move, "what experts cross by"):
@@ -119,12 +119,14 @@ class Migration:
             for layer, row in work.items():
                 with self._watched(move, f"layer {layer}"):
                     self._layer(asking, move, layer, row, there)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the group goes on as it is, and it is told
-            self._give_up(move, as_named(error, "moving experts"))
+        except TercetError as error:
+            self._give_up(move, error)
+        except Exception as error:  # whatever it is, the group goes on as it is, and it is told
+            log.error("experts could not be moved", exc_info=error)
+            self._give_up(move, InternalError(f"unexpected {type(error).__name__}: {error}"))
         else:
             self._end(move, None)
         finally:
-            self._moves = replace(self._moves, seconds=time.monotonic() - began)
             asking.everywhere("end", move)
 
     @contextlib.contextmanager
@@ -209,7 +211,8 @@ class Migration:
                 return False
             done, failed = self._moves.done + (error is None), self._moves.failed + (error is not None)
             alarm = "" if error is None else f"{error.code()}: {error}"
-            self._live, self._moves = 0, replace(self._moves, layers_left=0, done=done, failed=failed, alarm=alarm)
+            ended = replace(self._moves, layers_left=0, seconds=time.monotonic() - self._began)
+            self._live, self._moves = 0, replace(ended, done=done, failed=failed, alarm=alarm)
             self._owner.placing.release()
             return True
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +22,8 @@ from tercet.cluster.group import GroupActor
 from tercet.cluster.members import Slot, Target, overview
 from tercet.cluster.reconcile import Member, State
 from tercet.cluster.spec_file import load_spec
-from tercet.cluster.tables import experts_table, plan_table, status_table
-from tercet.core import ExpertRows, Load, Role, WorkerInfo
+from tercet.cluster.tables import experts_table, placement_table, plan_table, status_table
+from tercet.core import ExpertRows, Load, Moves, Role, WorkerInfo
 from tercet.errors import ClusterError, ModelFileMissing, SpecError, TercetError, UnsupportedSpec, WorkerLost
 from tercet.models.config import MixtureConfig
 from tercet.models.sources import load_config
@@ -375,6 +375,7 @@ def test_status_shows_who_computed_which_experts():
     members = json.loads(json.dumps(overview(target, slots)["members"]))
     assert members["worker-0"]["experts"][0] == {
         "rank": 0, "experts": [0, 1, 2, 5], "rows": [9000, 0, 0, 345], "routed": [1, 2],
+        "sent_bytes": 0,
     }  # fmt: skip
     assert not any("experts" in members[name] for name in ("worker-1", "worker-2"))
     lines = shown(experts_table({"members": members})).splitlines()
@@ -383,6 +384,28 @@ def test_status_shows_who_computed_which_experts():
         ["worker-0", "2", "3-4", "3,115", "25%"],
     ]
     assert experts_table({"members": {"worker-1": members["worker-1"]}}).row_count == 0
+
+
+def test_status_shows_how_experts_were_placed_anew():
+    def member(placing: dict[str, object], **moves: object) -> dict[str, object]:
+        return {"moves": asdict(Moves(**moves)), "placing": placing}
+
+    members = {
+        "worker-0": member({"outcome": "kept: ranks are even"}, epoch=3, done=1, moved_bytes=4096),
+        "worker-1": member({}, epoch=1, layers_left=2),
+        "worker-2": member({"outcome": "2 layers placed anew"}, failed=1, alarm="worker_lost: gone"),
+        "worker-3": member({}),
+        "worker-4": {},
+        "worker-5": member({}, epoch=2, done=1),
+    }
+    lines = shown(placement_table({"members": members})).splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "worker-" in line]
+    assert rows == [
+        ["worker-0", "3", "4,096 bytes", "kept: ranks are even"],
+        ["worker-1", "1", "0 bytes", "2 layers to go"],
+        ["worker-2", "0", "0 bytes", "worker_lost: gone"],
+        ["worker-5", "2", "0 bytes", ""],
+    ]
 
 
 @pytest.mark.parametrize(
