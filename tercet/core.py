@@ -263,6 +263,7 @@ class Moves:
     moved_bytes: int = 0  # of weights that came from another rank
     done: int = 0  # moves that ended as asked
     failed: int = 0
+    ended: int = 0  # number of the last one that has ended
     alarm: str = ""  # why the last one failed; empty: it did not
     seconds: float = 0.0  # that the last one took
     longest_pause_s: float = 0.0  # for which no step could begin, since layers were switched

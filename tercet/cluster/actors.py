@@ -98,8 +98,8 @@ class WorkerActor:
         """For `tercet experts`."""
         return await self._worker.routed()
 
-    async def move_experts(self, rows: Sequence[Sequence[int]]) -> int:
-        """Begin to place the experts of its ranks anew; -> how many layers change."""
+    async def move_experts(self, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Begin to place the experts of its ranks anew. -> how many layers change, and the number of the move."""
         return await self._worker.move_experts(rows)
 
     async def drain(self, timeout_s: float) -> None:

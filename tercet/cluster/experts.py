@@ -11,8 +11,9 @@ import numpy as np
 
 from tercet.cluster import ray_runtime, remote
 from tercet.cluster.windows import Longs, Look, Rows, counts_of, look_at, rows_between
+from tercet.distributed.routed import Routed
 from tercet.errors import ClusterError
-from tercet.placement.experts.weighing import Counts
+from tercet.placement.experts.weighing import Counts, survives
 
 MOST_BYTES = 1 << 30  # of what is recorded
 MOVED_S = 0.2  # between two looks how a move goes
@@ -74,7 +75,24 @@ def so_far(name: str | None, address: str, worker: str | None) -> dict[str, Long
         return {at: remote.ask(cluster, "routed", member=at).computed for at in wanted}
 
 
-def move(name: str | None, address: str, worker: str | None, plan: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def placed(name: str | None, address: str, worker: str | None) -> dict[str, Any]:
+    """-> where a worker's experts lie now, as a plan. Raises ClusterError."""
+    with ray_runtime.joined(address):
+        cluster = remote.pick(name, address)
+        chosen = chosen_of(_members(cluster), worker)
+        routed = remote.ask(cluster, "routed", member=chosen)
+        return {"worker": chosen, "ranks": routed.ranks, "phy2log": routed.phy2log.tolist()}
+
+
+def move(
+    name: str | None,
+    address: str,
+    worker: str | None,
+    plan: Path,
+    say: Callable[[str], None],
+    *,
+    give_up_survival: bool,
+) -> dict[str, Any]:
     """Have a running worker move its experts to where the file of `tercet experts solve --json` says, and wait for the
     end of that. -> how many layers changed, and what it says of its moves (`core.Moves`). Raises ClusterError,
     UnsupportedSpec."""
@@ -83,28 +101,41 @@ def move(name: str | None, address: str, worker: str | None, plan: Path, say: Ca
     with ray_runtime.joined(address):
         cluster = remote.pick(name, address)
         chosen = chosen_of(_members(cluster), worker)
-        rows = read_plan(str(plan), plan, remote.ask(cluster, "routed", member=chosen).ranks).tolist()
+        routed = remote.ask(cluster, "routed", member=chosen)
+        rows = read_plan(str(plan), plan, routed.ranks)
+        if not give_up_survival and _gives_up_survival(routed, rows.numpy()):
+            lost = "some experts would lie on one rank alone, without which the group would not go on"
+            raise ClusterError(f"{plan}: {lost}; --give-up-survival moves there all the same")
         before = _members(cluster)[chosen]
-        layers = remote.ask(cluster, "move_experts", rows, member=chosen)
-        say(f"{chosen}: {layers} layers are to be placed anew" if layers else f"{chosen}: its experts lie so already")
-        moves = _moved(cluster, chosen, before, say) if layers else before["moves"]
-        return {"layers": layers, **moves}
+        layers, number = remote.ask(cluster, "move_experts", rows.tolist(), member=chosen)
+        say(f"{chosen}: layers to place anew: {layers}" if layers else f"{chosen}: its experts lie so already")
+        moves = _moved(cluster, chosen, before, number, say) if layers else before["moves"]
+        return {"layers": layers, **moves, "bytes": moves["moved_bytes"] - before["moves"]["moved_bytes"]}
 
 
-def _moved(cluster: str, worker: str, before: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Waits for the end of a move. Raises ClusterError."""
-    ended, left = before["moves"]["done"] + before["moves"]["failed"], None
+def _gives_up_survival(routed: Routed, rows: Longs) -> bool:
+    """False also for what is no placement of the worker, which it refuses itself."""
+    now, ranks = routed.phy2log, routed.ranks
+    fits = rows.shape == now.shape and rows.min() >= 0 and rows.max() <= now.max()
+    return bool(fits) and survives(now, ranks) and not survives(rows, ranks)
+
+
+def _moved(
+    cluster: str, worker: str, before: Mapping[str, Any], number: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Waits for the end of the move of that number. Raises ClusterError."""
+    left = None
     while True:
         now = _members(cluster).get(worker, {})
         if (now.get("pid"), now.get("epoch")) != (before["pid"], before["epoch"]):
             raise ClusterError(f"{worker} was started anew meanwhile, with its experts where its spec says")
-        moves = dict(now["moves"])
-        if moves["done"] + moves["failed"] > ended:
+        moves = dict(now.get("moves") or before["moves"])
+        if moves["ended"] >= number:
             break
         if moves["layers_left"] != left and (left := moves["layers_left"]):
-            say(f"{worker}: {left} layers left")
+            say(f"{worker}: layers left: {left}")
         time.sleep(MOVED_S)
-    if moves["failed"] > before["moves"]["failed"]:
+    if moves["alarm"]:
         raise ClusterError(f"{worker} serves on with its experts where they are: {moves['alarm']}")
     return moves
 
@@ -123,7 +154,7 @@ def chosen_of(members: Mapping[str, Any], worker: str | None) -> str:
     if worker is None and len(there) == 1:
         return there[0]
     if worker not in there:
-        told = "say by --worker which one" if worker is None else f"{worker} is none that has experts on several ranks"
+        told = "say by --worker which one" if worker is None else f"{worker} has no experts on several ranks; these do"
         raise ClusterError(f"{told}: {', '.join(there)}")
     return worker
 

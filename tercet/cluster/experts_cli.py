@@ -64,18 +64,23 @@ def show(
     address: Address = None,
     as_json: AsJson = False,
     svg: SvgFile = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print where experts lie now, as a plan for `apply`.")] = False,
 ) -> None:
     """Show how many rows each rank of a running cluster has computed, layer by layer, since it started."""
     refuse_unwritable("--svg", svg)
     name, address = where(name, address)
     from tercet.cluster import experts, heat_map
 
+    if plan:
+        typer.echo(json.dumps(experts.placed(name, address, worker)))
+        return
     found = experts.so_far(name, address, worker)
     picture = heat_map.heat_map({f"{at}: {_told(rows)}": rows.astype(float) for at, rows in found.items()})
     if as_json:
         typer.echo(json.dumps({at: {"rows": rows.tolist()} | _evenness(rows) for at, rows in found.items()}))
     else:
         Console().print(picture)
+        output.say("Rows since each rank started, whatever was placed anew meanwhile.")
     _draw(svg, "rows of ranks", picture)
 
 
@@ -188,17 +193,21 @@ def apply(
     name: ClusterName = None,
     address: Address = None,
     as_json: AsJson = False,
+    give_up_survival: Annotated[
+        bool, typer.Option("--give-up-survival", help="Even if the group would no longer go on without a lost rank.")
+    ] = False,
 ) -> None:
     """Move the experts of a running worker to where a plan says, while it serves, and wait until they are there."""
     name, address = where(name, address)
     from tercet.cluster import experts
 
-    moves = experts.move(name, address, worker, plan, output.report if as_json else output.say)
+    say = output.report if as_json else output.say
+    moves = experts.move(name, address, worker, plan, say, give_up_survival=give_up_survival)
     if as_json:
         typer.echo(json.dumps(moves))
     elif moves["layers"]:
-        took = f"{moves['seconds']:.2f} s, longest pause {moves['longest_pause_s'] * 1e3:.1f} ms"
-        output.say(f"done: {moves['moved_bytes']:,} bytes moved since the worker started; the last move took {took}")
+        pause = f"longest pause of steps so far {moves['longest_pause_s'] * 1e3:.1f} ms"
+        output.say(f"done: {moves['bytes']:,} bytes moved in {moves['seconds']:.2f} s, {pause}")
 
 
 def _draw(svg: Path | None, title: str, picture: Group) -> None:
@@ -251,13 +260,18 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
         yield f"{kept} of {len(found.kept)} layers keep what they have: nothing better was found for them."
     if found.topology.least_replicas > 1 and wish.policy == "ilp":
         yield "Each expert stays on two ranks, so that the group goes on without a lost one."
+    elif found.survives == (False, False):
+        yield "Some experts lie on one rank alone, before and after: the group would not go on without that rank."
     if found.survives == (True, False):
         yield "The group would no longer go on without a lost rank: some experts would lie on one rank alone."
     if reports := found.placement.layers:
         gap, seconds = max(report.gap for report in reports), sum(report.seconds for report in reports)
         told = f"at most {gap:.2%} above the bound of all placements, whatever may move"
         yield f"The solver, where {wish.dispatch} shares are kept to: {told}; {seconds:.2f} s."
-    yield "Nothing was changed. `tercet experts apply` moves a running worker to the plan that --json prints."
+    if found.placement.phy2log.shape != counts.phy2log.shape:
+        yield "Nothing was changed. A running worker cannot be moved to this plan: it has another number of slots."
+    else:
+        yield "Nothing was changed. `tercet experts apply` moves a running worker to the plan that --json prints."
 
 
 def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:

@@ -10,6 +10,8 @@ It never ends a worker: what fails is said, kept in `Slot.placing`, and tried ag
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -19,20 +21,23 @@ from tercet.cluster.members import Running, Slot
 from tercet.cluster.solver import solve_apart
 from tercet.cluster.windows import Longs, Look, Rows, counts_of, look_at, of_ranks, rows_between
 from tercet.core import Moves, Role
-from tercet.errors import TercetError
+from tercet.errors import InternalError, TercetError
 from tercet.placement.experts.model import Floats
 from tercet.placement.experts.weighing import Counts
 from tercet.spec import ClusterSpec, ExpertPlacementSpec
 
+log = logging.getLogger(__name__)
 LOOK_S = 1.0  # between two looks
 ANSWER_S = 10.0
+AGAIN_S = 5.0  # until a placement without a lost rank is tried again
+PATIENCE = 8  # intervals; traffic that alternates never settles. It doubles each time
 DRIFT = 0.02  # of the rows of a layer that are at other experts, beyond what windows differ by
 
 
 async def keep_placed(slot: Slot, actor: Running, spec: ClusterSpec, report: Callable[[str], None]) -> None:
     """Never returns. Keeps a member's experts where they should lie, if it has any on several ranks."""
     role = spec.roles.get(Role(slot.member.role)) if slot.member.role else None
-    if role is None or role.parallelism.expert == 1 or role.expert_placement.policy == "none":
+    if role is None or role.parallelism.expert == 1:
         await asyncio.Event().wait()
     else:
         await Rebalancing(slot, actor, role.expert_placement, report).run()
@@ -46,6 +51,8 @@ class Rebalancing:
         self._solved_at = 0  # steps
         self._known: Floats | None = None  # shares of experts that the last placement was solved for
         self._placed: Longs | None = None  # where experts are since
+        self._skipped, self._patience = 0, PATIENCE  # times that something was to gain, and nothing was looked for
+        self._not_before = 0.0  # time.monotonic(): another try without a lost rank
         self._lost: list[int] = []  # ranks that the last placement was solved without
         self._moves = Moves()  # as last seen
         self._solves, self._failures = 0, 0
@@ -58,13 +65,18 @@ class Rebalancing:
                 await self._look()
             except TercetError as error:  # whether the worker lives, others watch
                 self._failed(error)
+            except Exception as error:  # a fault of ours, which must not end the worker, nor pass unsaid
+                log.error("experts could not be placed anew", exc_info=error)
+                self._failed(InternalError(f"unexpected {type(error).__name__}: {error}"))
 
     # ---- looks
 
     async def _look(self) -> None:
         """Raises TercetError."""
         self._tell_moves()
-        if self._moves.layers_left:
+        if self._wanted.policy == "none":
+            self._note("policy none: experts stay where they are")
+        if self._wanted.policy == "none" or self._moves.layers_left:
             return
         routed = await self._actor.call("routed", timeout_s=ANSWER_S)
         look = look_at(routed, self._slot.info.pid, self._slot.info.node, self._actor.others)
@@ -72,7 +84,7 @@ class Rebalancing:
         before = self._before
         if before is None or not np.array_equal(before.routed.phy2log, look.routed.phy2log):
             self._begin(look)
-        elif lost and lost != self._lost and self._windows:
+        elif lost and lost != self._lost and self._windows and time.monotonic() > self._not_before:
             await self._solve(look, lost)
         elif not lost:
             self._lost = []
@@ -106,11 +118,14 @@ class Rebalancing:
         elif (most := most_to_gain(counts)) < self._wanted.min_gain:
             self._note(f"kept: ranks are even, with at most {most:.1%} to gain")
             return
-        elif self._known is not None and not has_drifted(self._known, counts):
-            self._note(f"kept: at most {most:.1%} to gain, and no other traffic has settled since one was looked for")
+        elif self._known is not None and not has_drifted(self._known, counts) and self._skipped < self._patience:
+            self._skipped += 1
+            self._note(f"kept: at most {most:.1%} to gain, but traffic is that of the last placement, or still changes")
             return
         found = await solve_apart(counts, self._wanted)
-        self._solves, self._known, self._placed = self._solves + 1, shares(counts.load[:-1]), look.routed.phy2log
+        self._patience = 2 * self._patience if self._skipped >= self._patience else PATIENCE
+        self._solves, self._skipped = self._solves + 1, 0
+        self._known, self._placed = shares(counts.load[:-1]), look.routed.phy2log
         told = self._last = told_of(found)
         if found["survives_a_rank"] == {"before": True, "after": False}:
             self._note("kept: the group would not survive the loss of a rank with what was found")
@@ -118,7 +133,7 @@ class Rebalancing:
             self._note(f"kept: what was found would gain {told['gain']:.1%}")
         else:
             layers = await self._move(look, live, found["phy2log"])
-            outcome = f"{layers} layers placed anew; busiest ranks {-told['gain']:+.1%} on held-out counts"
+            outcome = f"layers placed anew: {layers}; busiest ranks {-told['gain']:+.1%} on held-out counts"
             self._note(outcome)
             self._say(f"{outcome}; solved in {told['seconds']:.2f} s")
 
@@ -128,8 +143,16 @@ class Rebalancing:
         per_rank = rows.shape[1] // look.routed.ranks
         rows[:, [rank * per_rank + slot for rank in live for slot in range(per_rank)]] = phy2log
         self._placed = rows
-        layers: int = await self._actor.call("move_experts", rows.tolist(), timeout_s=ANSWER_S)
+        try:
+            layers: int = (await self._actor.call("move_experts", rows.tolist(), timeout_s=ANSWER_S))[0]
+        except TercetError:
+            self._forget()
+            raise
         return layers
+
+    def _forget(self) -> None:
+        """What was found is not where experts are: it is to be looked for again."""
+        self._known, self._lost, self._not_before = None, [], time.monotonic() + AGAIN_S
 
     # ---- what others hear
 
@@ -138,15 +161,16 @@ class Rebalancing:
         before, self._moves = self._moves, moves
         moved = f"{moves.moved_bytes - before.moved_bytes:,} bytes in {moves.seconds:.2f} s"
         if moves.done > before.done:
-            self._say(f"has moved its experts: {moved}, longest pause {moves.longest_pause_s * 1e3:.1f} ms")
+            self._say(f"experts have moved: {moved}, longest pause so far {moves.longest_pause_s * 1e3:.1f} ms")
         if moves.failed > before.failed:
-            self._say(f"could not move its experts, and serves on with those where they are: {moves.alarm}")
+            self._forget()
+            self._say(f"experts could not be moved, and it serves on with them where they are: {moves.alarm}")
 
     def _failed(self, error: TercetError) -> None:
         said = f"{error.code()}: {error}"
         self._failures += 1
         if said != self._slot.placing.get("outcome"):
-            self._say(f"its experts were not placed anew: {said}")
+            self._say(f"experts were not placed anew: {said}")
         self._note(said)
 
     def _note(self, outcome: str) -> None:
@@ -154,7 +178,7 @@ class Rebalancing:
         self._slot.placing = {"outcome": outcome} | counted | self._last
 
     def _say(self, what: str) -> None:
-        self._report(f"{self._slot.title} {what}")
+        self._report(f"{self._slot.title}: {what}")
 
 
 def told_of(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,13 @@ RUN = f"import os; os.nice({NICE}); from tercet.cluster.cli import main; main()"
 
 async def solve_apart(counts: Counts, wanted: ExpertPlacementSpec) -> Mapping[str, Any]:
     """-> what `tercet experts solve --json` says. Raises ClusterError."""
+    try:
+        return await _solve(counts, wanted)
+    except OSError as error:
+        raise ClusterError(f"the solver could not be run: {error}") from error
+
+
+async def _solve(counts: Counts, wanted: ExpertPlacementSpec) -> Mapping[str, Any]:
     loop = asyncio.get_running_loop()
     with tempfile.TemporaryDirectory(prefix="tercet-experts-") as folder:
         file = Path(folder) / "counts.npz"

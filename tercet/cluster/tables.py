@@ -94,7 +94,7 @@ def pairs_table(status: Mapping[str, Any]) -> Table:
 def experts_table(status: Mapping[str, Any]) -> Table:
     """Which rank has computed how much of which experts, since its start; no row if the model has none."""
     table = Table(title="experts", caption="one row: one token, one expert, one layer")
-    for column in ("worker", "rank", "experts", "rows", "share"):
+    for column in ("worker", "rank", "experts so far", "rows", "share"):
         table.add_column(column, overflow="fold", justify="right" if column in {"rows", "share"} else "left")
     for worker_id, member in sorted(status["members"].items()):
         ranks = member.get("experts", ())

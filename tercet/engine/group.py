@@ -36,7 +36,7 @@ from tercet.distributed.talk import Talk
 from tercet.engine.executor import Done, Launched
 from tercet.engine.plan import ImageKey, PieceResult, StepPlan, StepResult, pack, unpack_result
 from tercet.engine.runner import Runner
-from tercet.errors import InternalError, TransferError, WorkerDrained, WorkerLost
+from tercet.errors import ClusterError, InternalError, TransferError, WorkerDrained, WorkerLost
 
 HEAR_S = 10.0  # after a step was broken off, until it is known which rank is lost: longer than one may be silent
 log = logging.getLogger(__name__)
@@ -134,12 +134,17 @@ class GroupExecutor:
             self._others[talk.rank] = talk
             self._spread.rejoin(talk.rank, endpoint, self._attempt)
 
-    def between_steps(self, work: Callable[[], None]) -> float:
-        """Do this, which may tell all ranks something, while no step runs. -> seconds for which none could begin."""
-        with self._turn:
+    def between_steps(self, work: Callable[[], None], timeout_s: float) -> float:
+        """Do this, which may tell all ranks something, while no step runs. -> seconds for which none could begin.
+        Raises ClusterError if the step that runs does not end in time."""
+        if not self._turn.acquire(timeout=max(0.0, timeout_s)):
+            raise ClusterError(f"step {self._number} did not end in {timeout_s:.1f} s")
+        try:
             began = time.monotonic()
             work()
             return time.monotonic() - began
+        finally:
+            self._turn.release()
 
     def broken_off(self, why: str, number: int, attempt: int) -> None:
         """A rank's step was. If no loss is known before long that explains it, the group is broken."""

@@ -157,12 +157,11 @@ class Computing(Part):
             raise ClusterError(f"the engine of {self._who.worker_id} is stuck in one step for over {STUCK_S:g} s")
 
     def counted(self, load: Load) -> Load:
-        own = expert_rows(self._loaded.model)
-        if own is None:
-            return load
-        others = {} if self._group is None else self._group.experts
-        moves = None if self._group is None or self._group.migration is None else self._group.migration.moves
-        return replace(load, experts=(own, *(others[rank] for rank in sorted(others))), moves=moves)
+        own, group = expert_rows(self._loaded.model), self._group
+        others = {} if group is None else group.experts
+        moves = None if group is None or group.migration is None else group.migration.moves
+        rows = [*([] if own is None else [own]), *(others[rank] for rank in sorted(others))]
+        return replace(load, experts=tuple(rows), moves=moves)
 
     def routed(self) -> Routed:
         model = self._loaded.model
@@ -171,7 +170,7 @@ class Computing(Part):
         executor = None if self._group is None else self._group.executor
         return replace(found, steps=0 if executor is None else executor.steps)
 
-    def move_experts(self, rows: Sequence[Sequence[int]]) -> int:
+    def move_experts(self, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
         """As `Migration.start`. Raises ClusterError."""
         if self._group is None or self._group.migration is None:
             raise ClusterError(f"the experts of {self._who.worker_id} lie on one rank")

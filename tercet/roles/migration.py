@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -59,6 +59,7 @@ class Migration:
         self._moves = Moves()
         self._number = 0  # of the last move
         self._began = 0.0  # the last move, time.monotonic()
+        self._closed = False
         self._live = 0  # the move that may still switch layers; 0: none
         self._thread: threading.Thread | None = None  # of the last move
         self._deciding = threading.Lock()  # whether it still may
@@ -68,24 +69,31 @@ class Migration:
         """Any thread."""
         return self._moves
 
-    def start(self, rows: Sequence[Sequence[int]]) -> int:
-        """Begin to place experts anew; rows: phy2log [L, P] of the L mixture layers. -> how many layers change. Any
-        thread. Raises ClusterError if it is no placement, or experts move already, or a rank is coming back."""
-        work = self._changed(rows)
-        if not work:
-            return 0
-        if not self._owner.placing.acquire(blocking=False):
+    def start(self, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Begin to place experts anew; rows: phy2log [L, P] of the L mixture layers. -> how many layers change, and the
+        number of the move, if any do. Any thread. Raises ClusterError if it is no placement, or experts move already,
+        or a rank is coming back."""
+        if self._closed or not self._owner.placing.acquire(blocking=False):
             raise ClusterError("experts are being moved already, or a rank is coming back; try again later")
+        try:
+            work = self._changed(rows)
+        except BaseException:
+            self._owner.placing.release()
+            raise
+        if not work:
+            self._owner.placing.release()
+            return 0, 0
         with self._deciding:
             self._number += 1
             self._live, self._began = self._number, time.monotonic()
             self._moves = replace(self._moves, layers_left=len(work))
         self._thread = threading.Thread(target=self._run, args=(self._number, work), name="experts-move", daemon=True)
         self._thread.start()
-        return len(work)
+        return len(work), self._number
 
     def close(self) -> None:
         """Nothing is switched any more."""
+        self._closed = True
         self._give_up(self._live, Cancelled("the worker stops"))
         if self._thread is not None:
             self._thread.join(STOP_S)
@@ -95,9 +103,10 @@ class Migration:
         """Layer -> its row, of those that change."""
         assert self._config.mixture is not None, "its experts are spread"
         layers, placed = self._config.mixture.layers, self._spread.map
-        if [len(row) for row in rows] != [placed.phy2log.shape[1]] * len(layers):
-            has = f"{len(layers)} layers with experts, of {placed.phy2log.shape[1]} slots"
-            raise ClusterError(f"a placement of {len(rows)} layers does not fit the worker, which has {has}")
+        slots = placed.phy2log.shape[1]
+        if [len(row) for row in rows] != [slots] * len(layers):
+            found = f"{len(rows)} layers of {', '.join(map(str, sorted({*map(len, rows)}))) or 'no'} slots"
+            raise ClusterError(f"a placement of {found}; the worker has {len(layers)} layers with experts, of {slots}")
         wanted = {
             layer: settled(self._row(layer), row, placed.slots_per_rank)
             for layer, row in zip(layers, rows, strict=True)
@@ -114,7 +123,7 @@ class Migration:
     def _run(self, move: int, work: Mapping[int, list[int]]) -> None:
         asking = _Asking(self._owner, self._own)
         try:
-            with self._watched(move, "what experts cross by"):
+            with self._watched(move, "the links for experts"):
                 there = asking.all("begin", ANSWER_S, move)
             for layer, row in work.items():
                 with self._watched(move, f"layer {layer}"):
@@ -164,37 +173,34 @@ class Migration:
                     asking.one(taker, "take", left_s + GRACE_S / 2, move, name, layer, into, left_s),
                     asking.one(giver, "give", left_s + GRACE_S / 2, move, name, *to, layer, out, left_s),
                 ]
-            moved += sum(each.result() or 0 for each in waited)
-        self._switch(move, layer, row, moved)
+            moved += sum(answer or 0 for answer in _answers(waited, deadline - time.monotonic() + GRACE_S))
+        self._switch(move, layer, row, moved, deadline)
 
     def _layers_of(self, rank: int) -> tuple[int, ...]:
         return tuple(Shard(self._config, self._owner.place.of(rank)).mixture_layers)
 
-    def _switch(self, move: int, layer: int, row: list[int], moved: int) -> None:
-        """Raises ClusterError if the move was given up."""
+    def _switch(self, move: int, layer: int, row: list[int], moved: int, deadline: float) -> None:
+        """Raises ClusterError if the move was given up, or no step ends."""
         placed = self._spread.map.with_rows({layer: torch.tensor(row)}, self._config.num_layers)
         epoch, losses = self._spread.epoch + 1, self._owner.losses
 
         def commit() -> None:
-            put = self._own.commit(move, layer, epoch)
-            if losses is None:
-                put()
-            else:
-                losses.while_none_is_lost(placed, put)
-            for talk in list(self._owner.talks.values()):
-                talk.tell("experts_commit", move, layer, epoch)
+            with self._deciding:
+                if self._live != move:
+                    raise ClusterError("this move was given up")
+                put = self._own.commit(move, layer, epoch)
+                if losses is None:
+                    put()
+                else:
+                    losses.while_none_is_lost(placed, put)
+                for talk in list(self._owner.talks.values()):
+                    talk.tell("experts_commit", move, layer, epoch)
+                left, total = self._moves.layers_left - 1, self._moves.moved_bytes + moved
+                self._moves = replace(self._moves, epoch=epoch, layers_left=left, moved_bytes=total)
 
+        pause_s = self._executor.between_steps(commit, deadline - time.monotonic())
         with self._deciding:
-            if self._live != move:
-                raise ClusterError("this move was given up")
-            pause_s, before = self._executor.between_steps(commit), self._moves
-            self._moves = replace(
-                before,
-                epoch=epoch,
-                layers_left=before.layers_left - 1,
-                moved_bytes=before.moved_bytes + moved,
-                longest_pause_s=max(before.longest_pause_s, pause_s),
-            )
+            self._moves = replace(self._moves, longest_pause_s=max(self._moves.longest_pause_s, pause_s))
 
     # ---- ends
 
@@ -212,7 +218,7 @@ class Migration:
             done, failed = self._moves.done + (error is None), self._moves.failed + (error is not None)
             alarm = "" if error is None else f"{error.code()}: {error}"
             ended = replace(self._moves, layers_left=0, seconds=time.monotonic() - self._began)
-            self._live, self._moves = 0, replace(ended, done=done, failed=failed, alarm=alarm)
+            self._live, self._moves = 0, replace(ended, ended=move, done=done, failed=failed, alarm=alarm)
             self._owner.placing.release()
             return True
 
@@ -234,14 +240,24 @@ class _Asking:
         return self._talks[rank].ask(kind, *fields, timeout_s=timeout_s)
 
     def all(self, verb: str, timeout_s: float, *fields: object) -> dict[int, Any]:
-        """rank -> its answer. Raises the first rank's error."""
+        """rank -> its answer. Raises the first error."""
         asked = {rank: self.one(rank, verb, timeout_s, *fields) for rank in (0, *self._talks)}
-        return {rank: answer.result() for rank, answer in asked.items()}
+        return dict(zip(asked, _answers([*asked.values()], timeout_s + GRACE_S), strict=True))
 
     def everywhere(self, verb: str, move: int) -> None:
         """Also where it fails: one that is lost, or where the move is over."""
         asked = [self.one(rank, verb, ANSWER_S, move) for rank in (0, *self._talks)]
         wait(asked, 2 * ANSWER_S)
+
+
+def _answers(asked: Sequence[Future[Any]], timeout_s: float) -> list[Any]:
+    """Of all, or the first error, as soon as there is one. Raises DeadlineExceeded, too."""
+    ended, left = wait(asked, timeout_s, FIRST_EXCEPTION)
+    for answer in ended:
+        answer.result()
+    if left:
+        raise DeadlineExceeded(f"{len(left)} of {len(asked)} ranks did not answer in {timeout_s:.1f} s")
+    return [answer.result() for answer in asked]
 
 
 def _answered(answer: Future[Any], ask: Callable[..., Any], *fields: object) -> None:

@@ -49,13 +49,23 @@ def agreed(loaded: LoadedModel) -> str:
 def read_plan(told: str, path: Path, ranks: int) -> Tensor:
     """-> phy2log [L, P] int64 of a file of `tercet experts solve --json`. told: begins errors. Raises UnsupportedSpec
     for what is none, or for another number of ranks."""
+    if not path.is_file():  # also a pipe, which would be waited for
+        raise UnsupportedSpec(f"{told}: {'not a file' if path.exists() else 'there is no such file'}")
+    wanted = "`tercet experts solve --json` and `tercet experts show --plan` print plans"
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UnsupportedSpec(f"{told}: it has over {MOST_BYTES:,} bytes")
         plan: Any = json.loads(path.read_bytes())
-        of_ranks, rows = plan["ranks"], torch.tensor(plan["phy2log"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UnsupportedSpec(f"{told}: no plan of `tercet experts solve --json`: {error!r:.80}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnsupportedSpec(f"{told}: it is no JSON; {wanted} ({error!s:.60})") from error
+    if not isinstance(plan, dict) or not {"ranks", "phy2log"} <= plan.keys():
+        raise UnsupportedSpec(f"{told}: it has no `ranks` and `phy2log`; {wanted}")
+    of_ranks = plan["ranks"]
+    try:
+        rows = torch.tensor(plan["phy2log"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        said = "phy2log is no table of whole numbers, as many in each row"
+        raise UnsupportedSpec(f"{told}: {said} ({error!s:.60})") from error
     if rows.ndim != 2 or rows.dtype != torch.int64 or not rows.numel():
         raise UnsupportedSpec(f"{told}: phy2log is {rows.dtype} {list(rows.shape)}, not whole numbers [layers, slots]")
     if of_ranks != ranks:

@@ -147,9 +147,8 @@ class Worker:
         """What its ranks have counted of their routing. Raises ClusterError."""
         return await asyncio.get_running_loop().run_in_executor(None, self._computing().routed)
 
-    async def move_experts(self, rows: Sequence[Sequence[int]]) -> int:
-        """Begin to place the experts of its ranks anew, which `health` tells of: phy2log [L, P]. -> how many layers
-        change. Raises ClusterError."""
+    async def move_experts(self, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """As `Migration.start`; `health` tells how it goes. Raises ClusterError."""
         return await asyncio.get_running_loop().run_in_executor(None, self._computing().move_experts, rows)
 
     def _computing(self) -> Computing:

@@ -9,21 +9,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from examples import make_tiny_model
 from tercet.core import Moves, Role
 from tercet.distributed.expert_map import ExpertMap
 from tercet.engine.group import GroupExecutor
-from tercet.errors import ClusterError
+from tercet.errors import ClusterError, PeerMismatch
+from tercet.kernels.moe import TorchExperts
 from tercet.roles import migration
+from tercet.roles.expert_links import ExpertLinks
 from tercet.roles.expert_mover import ExpertMover
+from tercet.roles.part import Identity
 from tercet.roles.worker import Worker
 from tercet.spec import ParallelSpec
 from tests.chaos.test_lost_ranks import CLIENTS, Clients, model
-from tests.helpers import cluster, spec_of, start_rank
+from tests.helpers import TOKEN, cluster, spec_of, start_rank
 
 EXPERTS = 8  # of each family
 SHAPES = {
@@ -91,8 +96,7 @@ async def test_answers_stay_right_while_experts_move(role, family, shape, kernel
         for seed in range(4):
             before = await worker.routed()
             wanted = another(before.phy2log, degrees["expert"], seed)
-            changed = await worker.move_experts(wanted)
-            assert changed == len(wanted)
+            assert await worker.move_experts(wanted) == (len(wanted), seed + 1)
             moves = await ended(worker)
             assert (moves.alarm, moves.done, moves.failed) == ("", seed + 1, 0)
             after = await worker.routed()
@@ -104,6 +108,26 @@ async def test_answers_stay_right_while_experts_move(role, family, shape, kernel
         counted = await worker.routed()
         assert counted.load.sum() * degrees.get("tensor", 1) >= counted.computed.sum() > 0
         assert (await ended(worker)).epoch == 4 * len(wanted)
+
+
+async def test_a_stage_without_experts_takes_part(monkeypatch, tmp_path):
+    """Rank 0 has none, and yet says how the others' move."""
+    monkeypatch.setitem(make_tiny_model.LATENT, "first_k_dense_replace", 2)
+    make_tiny_model.make(make_tiny_model.Family.DEEPSEEK_V3, tmp_path)
+    degrees = {"pipeline": 2, "data": 2, "expert": 2, "expert_redundancy": 4}
+    async with cluster(grouped(Role.AGGREGATED, "qwen3-moe", degrees, source=str(tmp_path))) as made:
+        worker = made.workers["aggregated-0"]
+        events, _ = await made.generate([1, 2, 3], max_tokens=12, ignore_eos=True)
+        before = await worker.routed()
+        assert len(before.phy2log) == 2
+        await worker.move_experts(another(before.phy2log, 2, 1))
+        moves = await ended(worker)
+        assert (moves.alarm, moves.done, moves.epoch) == ("", 1, 2)
+        again, _ = await made.generate([1, 2, 3], max_tokens=12, ignore_eos=True)
+        assert [event.token_id for event in again] == [event.token_id for event in events]
+        async with asyncio.timeout(10):
+            while len((await worker.health()).experts) < 2:
+                await asyncio.sleep(0.1)
 
 
 REPLICATED = {"data": 3, "expert": 3, "expert_redundancy": 10}  # any rank may be lost
@@ -131,10 +155,10 @@ class Striking:
                 self._strike(strike)
             return ask(asking, rank, said, *rest)
 
-        def between_steps(executor: GroupExecutor, work: Callable[[], None]) -> float:
+        def between_steps(executor: GroupExecutor, work: Callable[[], None], timeout_s: float) -> float:
             if verb == "commit":
                 self._strike(strike)
-            return between(executor, work)
+            return between(executor, work, timeout_s)
 
         monkeypatch.setattr(migration._Asking, "one", one)
         monkeypatch.setattr(GroupExecutor, "between_steps", between_steps)
@@ -205,7 +229,7 @@ async def test_a_move_that_hangs_is_given_up(monkeypatch, verb):
         await worker.move_experts(wanted)
         moves = await ended(worker, 5.0)
         assert hangs.is_set()
-        assert ("what experts cross by" if verb == "begin" else "layer 0") in moves.alarm
+        assert ("the links for experts" if verb == "begin" else "layer 0") in moves.alarm
         assert (moves.failed, moves.done, moves.epoch) == (1, 0, 0)
         await answers(clients)
         go_on.set()
@@ -225,23 +249,25 @@ async def test_what_cannot_be_moved_is_refused_and_nothing_changes(monkeypatch):
         before = await worker.routed()
         placed = before.phy2log.tolist()
         wrong = {
-            "1 layers does not fit": placed[:1],
-            "of 8 slots": [row[:-1] for row in placed],
+            "1 layers of 8 slots; the worker has 4 layers": placed[:1],
+            "4 layers of 7 slots": [row[:-1] for row in placed],
+            "4 layers of 7, 8 slots": [placed[0][:-1], *placed[1:]],
             "no slot holds experts": [[0] * 8 for _ in placed],
             "slots of experts": [[*range(7), 8] for _ in placed],
-            "does not fit": [],
+            "0 layers of no slots": [],
         }
         for said, rows in wrong.items():
             with pytest.raises(ClusterError, match=said):
                 await worker.move_experts(rows)
-        assert await worker.move_experts(placed) == 0
-        assert await worker.move_experts([row[:4][::-1] + row[4:][::-1] for row in placed]) == 0  # of the same ranks
+        assert await worker.move_experts(placed) == (0, 0)
+        assert await worker.move_experts([row[:4][::-1] + row[4:][::-1] for row in placed]) == (0, 0)  # the same ranks
         held = threading.Event()
         real = ExpertMover.begin
         monkeypatch.setattr(ExpertMover, "begin", lambda mover, move: (held.wait(), real(mover, move))[1])
-        assert await worker.move_experts(another(before.phy2log, 2, 1)) > 0
-        with pytest.raises(ClusterError, match="already"):
-            await worker.move_experts(another(before.phy2log, 2, 2))
+        assert await worker.move_experts(another(before.phy2log, 2, 1)) == (len(placed), 1)
+        for other in (another(before.phy2log, 2, 2), placed):  # the last is where they are, for now
+            with pytest.raises(ClusterError, match="already"):
+                await worker.move_experts(other)
         held.set()
         assert (await ended(worker)).alarm == ""
         await answers(clients)
@@ -258,3 +284,60 @@ async def test_a_worker_that_stops_does_not_wait_for_a_move(monkeypatch):
         asyncio.get_running_loop().call_later(0.5, held.set)
         began = time.monotonic()
     assert time.monotonic() - began < 20
+
+
+async def test_a_worker_that_stops_does_not_wait_for_a_step_that_hangs():
+    """A switch waits for it, too."""
+    async with cluster(grouped(Role.AGGREGATED, "qwen3-moe", SHAPES["replicas"])) as made:
+        worker = made.workers["aggregated-0"]
+        executor, migration_ = worker._group.executor, worker._group.migration
+        executor._turn.acquire()
+        await worker.move_experts(another((await worker.routed()).phy2log, 2, 1))
+        await asyncio.sleep(1.0)
+        began = time.monotonic()
+        await asyncio.to_thread(migration_.close)
+        assert time.monotonic() - began < 10
+        assert migration_.moves.alarm == "cancelled: the worker stops"
+        with pytest.raises(ClusterError):
+            await worker.move_experts([])
+        executor._turn.release()
+
+
+def test_links_that_are_cancelled_are_free_once_nothing_can_be_written():
+    """Again and again, while the other side gives, or never does."""
+    spec = grouped(Role.AGGREGATED, "qwen3-moe", SHAPES["replicas"])
+    who = Identity("w", Role.AGGREGATED, 1, spec, "127.0.0.1", TOKEN, (Role.AGGREGATED,), ())
+    experts = TorchExperts(torch.randn(2, 400, 300), torch.randn(2, 300, 200))
+    for number in range(6):
+        one, other = (ExpertLinks(who, rank, "same", experts) for rank in (0, 1))
+        room = experts.empty()
+        taking = [[weight[slot] for weight in room.weights] for slot in (0, 1)]
+        giving = [[weight[slot] for weight in experts.weights] for slot in (0, 1)]
+        with ThreadPoolExecutor(2) as pool:
+            waits = [pool.submit(other.take, "these", taking, 5.0)]
+            if number % 3:
+                waits.append(pool.submit(one.give, "these", 1, other.endpoint, giving, 5.0))
+            time.sleep(0.005 * (number % 4))
+            if number % 3 != 2:
+                for links in (one, other):
+                    links.cancel()
+            ended = [wait.exception(10) for wait in waits]
+        if number % 3 == 2:
+            assert ended == [None, None]
+            assert all(map(torch.equal, room.weights, experts.weights))
+        assert one.close(5.0)
+        assert other.close(5.0)
+
+
+def test_links_refuse_experts_that_are_kept_otherwise():
+    spec = grouped(Role.AGGREGATED, "qwen3-moe", SHAPES["replicas"])
+    who = Identity("w", Role.AGGREGATED, 1, spec, "127.0.0.1", TOKEN, (Role.AGGREGATED,), ())
+    narrow = TorchExperts(torch.randn(2, 400, 300).bfloat16(), torch.randn(2, 300, 200).bfloat16())
+    one, other = (
+        ExpertLinks(who, rank, "same", experts)
+        for rank, experts in enumerate((narrow, TorchExperts(torch.randn(2, 400, 300), torch.randn(2, 300, 200))))
+    )
+    with pytest.raises(PeerMismatch):
+        one.give("these", 1, other.endpoint, [[weight[0] for weight in narrow.weights]], 5.0)
+    assert one.close(5.0)
+    assert other.close(5.0)

@@ -71,6 +71,7 @@ RUN_BY = {
         "tests/unit/test_experts_cli.py:test_the_picture_is_an_image_without_links"
     ),
     "tercet experts apply plan.json": EXPERTS,
+    "tercet experts show --plan": EXPERTS,
     "tercet experts import counts.pt counts.npz --ranks 32 --top-k 8": (
         "tests/unit/test_foreign_counts.py:test_what_was_imported_is_solved"
     ),

@@ -4,8 +4,10 @@ slow, dies or talks nonsense."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +42,8 @@ class Worker:
         self.computed = np.zeros((LAYERS, RANKS), np.int64)
         self.asked: list[list[list[int]]] = []
         self.error: TercetError | None = None
+        self.refuses = self.moves_fail = False
+        self.moves = Moves()
 
     def step(self, count: int) -> None:
         self.steps += count
@@ -55,8 +59,13 @@ class Worker:
             raise self.error
         if method == "move_experts":
             self.asked.append(args[0])
-            self.phy2log = np.array(args[0])
-            return LAYERS
+            if self.refuses:
+                raise ClusterError("experts are being moved already")
+            if self.moves_fail:
+                self.moves = replace(self.moves, failed=self.moves.failed + 1, alarm="peer_down: gone")
+            else:
+                self.phy2log = np.array(args[0])
+            return LAYERS, len(self.asked)
         assert method == "routed"
         return Routed(self.load.copy(), self.computed.copy(), self.phy2log.copy(), 2, 1000, self.steps)
 
@@ -71,7 +80,9 @@ def made(worker: Worker, wanted: ExpertPlacementSpec = WANTED) -> tuple[Rebalanc
 async def looks(its: Rebalancing, worker: Worker, count: int, steps: int = 10) -> None:
     for _ in range(count):
         worker.step(steps)
-        await its._look()
+        its._slot.status = Load(moves=worker.moves)
+        with contextlib.suppress(ClusterError):
+            await its._look()
 
 
 async def test_uneven_ranks_are_placed_anew_once_an_interval_is_over():
@@ -88,11 +99,11 @@ async def test_uneven_ranks_are_placed_anew_once_an_interval_is_over():
     assert slot.placing["solves"] == 1
     assert slot.placing["gain"] == pytest.approx(0.4)  # 100 of the busiest rank's rows before, 60 after
     assert slot.placing["bytes"] > 0
-    assert "2 layers placed anew; busiest ranks -40.0% on held-out counts" in said[0]
+    assert "decode worker-0: layers placed anew: 2; busiest ranks -40.0% on held-out counts" in said[0]
     await looks(its, worker, 8)
     assert len(worker.asked) == 1
     assert slot.placing["outcome"] == (
-        "kept: at most 22.2% to gain, and no other traffic has settled since one was looked for"
+        "kept: at most 22.2% to gain, but traffic is that of the last placement, or still changes"
     )
     assert slot.placing["solves"] == 1
     worker.hot = (4, 5)
@@ -184,9 +195,74 @@ async def test_a_move_and_its_end_are_reported():
     await its._look()
     await its._look()
     assert said == [
-        "decode worker-0 has moved its experts: 4,096 bytes in 0.50 s, longest pause 2.0 ms",
-        "decode worker-0 could not move its experts, and serves on with those where they are: peer_down: rank 1",
+        "decode worker-0: experts have moved: 4,096 bytes in 0.50 s, longest pause so far 2.0 ms",
+        "decode worker-0: experts could not be moved, and it serves on with them where they are: peer_down: rank 1",
     ]
+
+
+@pytest.mark.parametrize("how", ["refuses", "moves_fail"])
+async def test_a_move_that_was_not_made_is_asked_for_again(how):
+    """Though traffic is what it was solved for."""
+    worker = Worker()
+    its, _, _ = made(worker)
+    setattr(worker, how, True)
+    await looks(its, worker, 12)
+    assert len(worker.asked) > 1
+    setattr(worker, how, False)
+    before = worker.phy2log
+    await looks(its, worker, 6)
+    assert worker.phy2log is not before
+    asked = len(worker.asked)
+    await looks(its, worker, 12)
+    assert len(worker.asked) == asked
+
+
+async def test_without_a_lost_rank_it_is_tried_again_until_it_is_done(monkeypatch):
+    monkeypatch.setattr(rebalancing, "AGAIN_S", 0.0)
+
+    async def solved(counts: Counts, wanted: ExpertPlacementSpec) -> dict[str, Any]:
+        return answer(counts)
+
+    monkeypatch.setattr(rebalancing, "solve_apart", solved)
+    worker = Worker(redundancy=EXPERTS)
+    its, _, _ = made(worker)
+    await looks(its, worker, 2)
+    worker.others[0], worker.refuses = {"rank": 1, "pid": 0, "node": "", "lost": True}, True
+    await looks(its, worker, 3, steps=1)
+    assert len(worker.asked) == 3
+    worker.refuses = False
+    await looks(its, worker, 3, steps=1)
+    assert len(worker.asked) == 4
+
+
+async def test_traffic_that_alternates_for_ever_is_solved_for_now_and_then():
+    worker = Worker()
+    its, slot, _ = made(worker)
+    await looks(its, worker, 4)
+    for number in range(100):
+        worker.hot = ((2, 3), (4, 5))[number % 2]
+        await looks(its, worker, 1)
+    assert 2 <= slot.placing["solves"] <= 6
+
+
+@pytest.mark.parametrize("error", [OSError("no room"), RuntimeError("a fault")])
+async def test_nothing_that_is_raised_ends_the_watch(monkeypatch, error):
+    monkeypatch.setattr(rebalancing, "LOOK_S", 0.001)
+
+    def fails(*args: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(solver.tempfile, "TemporaryDirectory", fails)
+    worker = Worker()
+    its, slot, said = made(worker)
+    running = asyncio.create_task(its.run())
+    async with asyncio.timeout(20):
+        while not slot.placing.get("failures"):
+            worker.step(10)
+            await asyncio.sleep(0.005)
+    assert not running.done()
+    running.cancel()
+    assert str(error) in said[0]
 
 
 async def test_what_fails_is_said_once_and_tried_again(monkeypatch):
@@ -202,7 +278,7 @@ async def test_what_fails_is_said_once_and_tried_again(monkeypatch):
         worker.step(5)
         await asyncio.sleep(0.01)
     running.cancel()
-    assert said[0] == "decode worker-0 its experts were not placed anew: cluster_error: it is just starting"
+    assert said[0] == "decode worker-0: experts were not placed anew: cluster_error: it is just starting"
     assert "just starting" not in "".join(said[1:])
 
 
@@ -275,18 +351,23 @@ async def test_a_solver_ends_with_who_asked(monkeypatch, tmp_path):
         os.kill(int(told.read_text()), signal.SIGCONT)
 
 
-async def test_only_groups_of_experts_are_looked_at():
-    def role(**parallelism: int) -> Any:
-        placed = SimpleNamespace(policy="none" if parallelism.pop("none", 0) else "ilp")
-        return SimpleNamespace(parallelism=SimpleNamespace(**parallelism), expert_placement=placed)
-
-    worker = Worker()
+async def test_only_groups_of_experts_are_looked_at(monkeypatch):
+    """Under policy none they are told what others move."""
+    monkeypatch.setattr(rebalancing, "LOOK_S", 0.01)
+    worker, said = Worker(), list[str]()
+    worker.error = ClusterError("it was asked")
     _, slot, _ = made(worker)
-    for its in (role(expert=1), role(expert=2, none=1)):
-        spec = SimpleNamespace(roles={R.DECODE: its})
+    slot.status = Load(moves=Moves(epoch=2, done=1, moved_bytes=5))
+    for expert in (1, 2):
+        placed = ExpertPlacementSpec(policy="none")
+        role = SimpleNamespace(parallelism=SimpleNamespace(expert=expert), expert_placement=placed)
+        spec = SimpleNamespace(roles={R.DECODE: role})
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await rebalancing.keep_placed(slot, worker, spec, lambda said: None)  # type: ignore[arg-type]
+            async with asyncio.timeout(0.2):
+                await rebalancing.keep_placed(slot, worker, spec, said.append)  # type: ignore[arg-type]
+    (line,) = said
+    assert "experts have moved: 5 bytes" in line
+    assert slot.placing["outcome"] == "policy none: experts stay where they are"
 
 
 async def test_a_worker_that_is_lost_ends_nothing_here(monkeypatch):

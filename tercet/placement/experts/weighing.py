@@ -125,7 +125,7 @@ def weigh(counts: Counts, wish: Wish) -> Weighed:
         (has & ~had).sum(axis=(1, 2)),
         kept,
         held_out,
-        (_survives(counts.phy2log, counts), _survives(placement.phy2log, counts)),
+        (survives(counts.phy2log, counts.ranks), survives(placement.phy2log, counts.ranks)),
     )
 
 
@@ -199,16 +199,18 @@ def _topology(counts: Counts, wish: Wish) -> Topology:
         told = f"{least}, {least + counts.ranks}, {least + 2 * counts.ranks} ... at most {most}"
         raise SpecError(f"redundancy {slots - experts}: {experts} experts on {counts.ranks} ranks take {told}")
     least = (
-        2 if wish.objective is Objective.BALANCE and slots >= 2 * experts and _survives(counts.phy2log, counts) else 1
+        2
+        if wish.objective is Objective.BALANCE and slots >= 2 * experts and survives(counts.phy2log, counts.ranks)
+        else 1
     )
     shape = nodes, counts.ranks // nodes, slots // counts.ranks
     return Topology(*shape, counts.expert_bytes, least_replicas=least)
 
 
-def _survives(phy2log: NDArray[np.integer[Any]], counts: Counts) -> bool:
-    """Whether each expert lies on two ranks, so that one may be lost."""
-    holds = _holds(phy2log, counts.ranks, counts.load.shape[3]) > 0
-    return bool((holds.sum(axis=1) > 1).all())
+def survives(phy2log: NDArray[np.integer[Any]], ranks: int) -> bool:
+    """phy2log [L, P]: whether each expert that is there lies on two ranks, so that one may be lost."""
+    ranks_with = (_holds(phy2log, ranks, int(phy2log.max()) + 1) > 0).sum(axis=1)
+    return bool((ranks_with != 1).all())
 
 
 def _stats(counts: Counts, windows: slice, wish: Wish) -> RoutingStats:
