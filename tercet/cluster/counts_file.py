@@ -12,7 +12,7 @@ import numpy as np
 
 from tercet.cluster.run_file import reaching
 from tercet.errors import SpecError
-from tercet.placement.experts.weighing import Counts
+from tercet.placement.expert_counts import Counts
 
 FORMAT = 1
 ARRAYS = ("load", "computed", "phy2log")

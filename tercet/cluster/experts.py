@@ -13,7 +13,7 @@ from tercet.cluster import ray_runtime, remote
 from tercet.cluster.windows import Longs, Look, Rows, counts_of, look_at, rows_between
 from tercet.distributed.routed import Routed
 from tercet.errors import ClusterError
-from tercet.placement.experts.weighing import Counts, survives
+from tercet.placement.expert_counts import Counts, survives
 
 MOST_BYTES = 1 << 30  # of what is recorded
 MOVED_S = 0.2  # between two looks how a move goes

@@ -17,7 +17,8 @@ from tercet.cluster.options import Address, AsJson, ClusterName, refuse_unwritab
 from tercet.errors import SpecError
 
 if TYPE_CHECKING:
-    from tercet.placement.experts.weighing import Counts, Weighed, Wish
+    from tercet.placement.expert_counts import Counts
+    from tercet.placement.experts.weighing import Weighed, Wish
 
 app = typer.Typer(help="Where the experts of a mixture lie, and where they should.", no_args_is_help=True)
 

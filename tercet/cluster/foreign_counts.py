@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from tercet.cluster.run_file import reaching
 from tercet.distributed.expert_map import default_map
 from tercet.errors import SpecError
-from tercet.placement.experts.weighing import MOST_ROWS, Counts, served
+from tercet.placement.expert_counts import MOST_ROWS, Counts
+from tercet.placement.experts.weighing import served
 from tercet.spec import MOST_RANKS
 
 KEY = "logical_count"

@@ -22,8 +22,7 @@ from tercet.cluster.solver import solve_apart
 from tercet.cluster.windows import Longs, Look, Rows, counts_of, look_at, of_ranks, rows_between
 from tercet.core import Moves, Role
 from tercet.errors import InternalError, TercetError
-from tercet.placement.experts.model import Floats
-from tercet.placement.experts.weighing import Counts
+from tercet.placement.expert_counts import Counts, Floats
 from tercet.spec import ClusterSpec, ExpertPlacementSpec
 
 log = logging.getLogger(__name__)
@@ -143,11 +142,8 @@ class Rebalancing:
         per_rank = rows.shape[1] // look.routed.ranks
         rows[:, [rank * per_rank + slot for rank in live for slot in range(per_rank)]] = phy2log
         self._placed = rows
-        try:
-            layers: int = (await self._actor.call("move_experts", rows.tolist(), timeout_s=ANSWER_S))[0]
-        except TercetError:
-            self._forget()
-            raise
+        layers: int
+        layers, _ = await self._actor.call("move_experts", rows.tolist(), timeout_s=ANSWER_S)
         return layers
 
     def _forget(self) -> None:
@@ -169,6 +165,7 @@ class Rebalancing:
     def _failed(self, error: TercetError) -> None:
         said = f"{error.code()}: {error}"
         self._failures += 1
+        self._forget()
         if said != self._slot.placing.get("outcome"):
             self._say(f"experts were not placed anew: {said}")
         self._note(said)

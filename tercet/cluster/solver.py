@@ -13,7 +13,7 @@ from typing import Any
 
 from tercet.cluster.counts_file import write_counts
 from tercet.errors import ClusterError
-from tercet.placement.experts.weighing import Counts
+from tercet.placement.expert_counts import Counts
 from tercet.spec import ExpertPlacementSpec
 
 START_S = 30.0  # beyond its own limit, to import what it needs and to say what it found

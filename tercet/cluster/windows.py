@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.distributed.routed import Routed
-from tercet.placement.experts.weighing import Counts
+from tercet.placement.expert_counts import Counts
 
 Longs = NDArray[np.int64]
 Rows = tuple[Longs, Longs]  # of a window: [S, L, n] of each replica's requests, [L, R] computed by each rank

@@ -28,7 +28,7 @@ from tercet.engine.group import GroupExecutor
 from tercet.errors import Cancelled, ClusterError, DeadlineExceeded, InternalError, TercetError
 from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer
-from tercet.placement.experts.fetching import fetches, rounds, settled
+from tercet.placement.expert_moves import fetches, rounds, settled
 from tercet.roles.expert_mover import ExpertMover
 from tercet.roles.losses import Losses
 

@@ -81,7 +81,7 @@ def grouped(role: Role, family: str, degrees: dict[str, int], kernels: str = "na
     ("role", "family", "shape", "kernels", "transport"),
     [
         (Role.AGGREGATED, "qwen3-moe", "replicas", "native", "shm"),
-        (Role.AGGREGATED, "deepseek-v3", "tensor", "torch", "tcp"),
+        pytest.param(Role.AGGREGATED, "deepseek-v3", "tensor", "torch", "tcp", marks=pytest.mark.slow),
         pytest.param(Role.PREFILL, "mixtral", "stages", "native", "auto", marks=pytest.mark.slow),
         (Role.DECODE, "deepseek-v3", "with replicas of experts", "native", "tcp"),
     ],
@@ -173,7 +173,7 @@ class Striking:
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "verb",
-    ["take", "commit", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("begin", "stage", "give", "end"))],
+    ["commit", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("begin", "stage", "take", "give", "end"))],
 )
 async def test_a_rank_that_is_lost_while_experts_move(monkeypatch, verb, number):
     """The others serve on by a whole placement, the rank comes back into it, and experts move again."""
@@ -207,7 +207,7 @@ async def test_a_rank_that_is_lost_while_experts_move(monkeypatch, verb, number)
 
 
 @pytest.mark.parametrize(
-    "verb", ["begin", "take", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("stage", "give"))]
+    "verb", ["take", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("begin", "stage", "give"))]
 )
 async def test_a_move_that_hangs_is_given_up(monkeypatch, verb):
     """At rank 0, whose threads nobody watches but the watchdog: nothing of it is switched later either."""
@@ -308,7 +308,7 @@ def test_links_that_are_cancelled_are_free_once_nothing_can_be_written():
     spec = grouped(Role.AGGREGATED, "qwen3-moe", SHAPES["replicas"])
     who = Identity("w", Role.AGGREGATED, 1, spec, "127.0.0.1", TOKEN, (Role.AGGREGATED,), ())
     experts = TorchExperts(torch.randn(2, 400, 300), torch.randn(2, 300, 200))
-    for number in range(6):
+    for number in range(3):
         one, other = (ExpertLinks(who, rank, "same", experts) for rank in (0, 1))
         room = experts.empty()
         taking = [[weight[slot] for weight in room.weights] for slot in (0, 1)]

@@ -20,7 +20,8 @@ from tercet.core import Leg, Outcome, Role, SamplingParams, Ticket
 from tercet.distributed.expert_map import default_map
 from tercet.distributed.routed import Routed
 from tercet.errors import LeaseExpired
-from tercet.placement.experts.weighing import Counts, Wish, served, weigh
+from tercet.placement.expert_counts import Counts
+from tercet.placement.experts.weighing import Wish, served, weigh
 from tercet.spec import ClusterSpec, ParallelSpec
 from tercet.wire.worker_client import WorkerLink
 from tests.helpers import TOKEN, LocalCluster, cluster, next_token, request_of, spec_of

@@ -19,9 +19,10 @@ from tercet.cluster import counts_file
 from tercet.cluster.counts_file import read_counts, write_counts
 from tercet.distributed.expert_map import ExpertMap, default_map
 from tercet.errors import ClusterError, SpecError, UnsupportedSpec
+from tercet.placement.expert_counts import Counts
 from tercet.placement.experts.keeping import NEAR
 from tercet.placement.experts.model import Dispatch, Objective
-from tercet.placement.experts.weighing import Counts, Wish, max_over_mean, served, weigh
+from tercet.placement.experts.weighing import Wish, max_over_mean, served, weigh
 
 
 def counts_of(

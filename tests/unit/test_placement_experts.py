@@ -134,7 +134,7 @@ def test_small_layers_are_solved_as_by_brute_force(dispatch):
 
 @pytest.mark.parametrize("dispatch", Dispatch)
 def test_with_each_expert_on_two_gpus_small_layers_are_solved_as_by_brute_force(dispatch):
-    for seed in range(30):
+    for seed in range(12):
         rng = np.random.default_rng(seed)
         topo = Topology(1, 3, int(rng.integers(2, 4)), least_replicas=2)
         experts = int(rng.integers(topo.slots_per_gpu, topo.slots // 2 + 1))

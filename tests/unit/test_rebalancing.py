@@ -4,7 +4,6 @@ slow, dies or talks nonsense."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 from dataclasses import replace
@@ -24,7 +23,7 @@ from tercet.core import Load, Moves, WorkerInfo
 from tercet.core import Role as R
 from tercet.distributed.routed import Routed
 from tercet.errors import ClusterError, TercetError, WorkerLost
-from tercet.placement.experts.weighing import Counts
+from tercet.placement.expert_counts import Counts
 from tercet.spec import ExpertPlacementSpec
 
 LAYERS, EXPERTS, RANKS = 2, 6, 3
@@ -81,8 +80,10 @@ async def looks(its: Rebalancing, worker: Worker, count: int, steps: int = 10) -
     for _ in range(count):
         worker.step(steps)
         its._slot.status = Load(moves=worker.moves)
-        with contextlib.suppress(ClusterError):
+        try:
             await its._look()
+        except ClusterError as error:
+            its._failed(error)
 
 
 async def test_uneven_ranks_are_placed_anew_once_an_interval_is_over():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tercet.errors import ClusterError
-from tercet.placement.experts.fetching import Fetch, fetches, rounds, settled
+from tercet.placement.expert_moves import Fetch, fetches, rounds, settled
 
 Row = Sequence[int]
 
