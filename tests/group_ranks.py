@@ -110,7 +110,7 @@ class Member(Rank):
 
     def __init__(self, line: Line, seat: Seat, way: Transport, on_end: Callable[[WorkerLost], None]) -> None:
         self._stopped, self._running, self._on_end = threading.Event(), None, on_end
-        self._sender, self._receiver = None, None
+        self._sender = self._receiver = self._experts = None
         self.gate = threading.Event()  # clear: what is asked waits
         self.gate.set()
         self.region = seat.region()
