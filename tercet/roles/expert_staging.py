@@ -26,9 +26,9 @@ class ExpertStaging:
     """Room for some experts, at places 0, 1 ... Not thread-safe."""
 
     def __init__(self, like: Experts) -> None:
-        self.expert_bytes = sum(weight[0].nbytes for weight in like.weights)
-        self._chunks = -(-self.expert_bytes // CHUNK)
-        chunk = -(-self.expert_bytes // self._chunks)
+        num_bytes = sum(weight[0].nbytes for weight in like.weights)  # of an expert
+        self._chunks = -(-num_bytes // CHUNK)
+        chunk = -(-num_bytes // self._chunks)
         self.room = max(1, MOST_BYTES // (self._chunks * chunk))  # experts
         self.memory = Region(KvLayout(1, self.room * self._chunks, 1, 1, chunk, "int8", parts=1))
         flat = torch.frombuffer(self.memory.view, dtype=torch.uint8)

@@ -143,13 +143,9 @@ def _topology(counts: Counts, wish: Wish) -> Topology:
     if slots % counts.ranks or not experts <= slots <= experts + most:
         told = f"{least}, {least + counts.ranks}, {least + 2 * counts.ranks} ... at most {most}"
         raise SpecError(f"redundancy {slots - experts}: {experts} experts on {counts.ranks} ranks take {told}")
-    least = (
-        2
-        if wish.objective is Objective.BALANCE and slots >= 2 * experts and survives(counts.phy2log, counts.ranks)
-        else 1
-    )
+    stays = wish.objective is Objective.BALANCE and slots >= 2 * experts and survives(counts.phy2log, counts.ranks)
     shape = nodes, counts.ranks // nodes, slots // counts.ranks
-    return Topology(*shape, counts.expert_bytes, least_replicas=least)
+    return Topology(*shape, counts.expert_bytes, least_replicas=2 if stays else 1)
 
 
 def _stats(counts: Counts, windows: slice, wish: Wish) -> RoutingStats:
