@@ -88,10 +88,14 @@ class ExpertPlacementSpec(Frozen):
     policy: Literal["ilp", "eplb", "none"] = "ilp"  # eplb: DeepSeek's, to compare; none: they stay where they are
     window_size: Positive = 1000  # steps in which routing is counted before it is looked at
     step_interval: Positive = 3000  # steps between two placements
-    objective: Literal["balance"] = "balance"  # the busiest rank's rows; others share rows by weights: ranks cannot
+    # balance: the busiest rank's rows; internode: rows that leave their node; internode_dedup: a token once for a node
+    objective: Literal["balance", "internode", "internode_dedup"] = "balance"
+    # Steps until it is solved again which share of an expert's rows each of its replicas gets, without moving any.
+    # None: objective balance has rows take replicas by turns, their own rank's first; others set shares as they move
+    dispatch_interval: Positive | None = None
     max_moved_bytes: Annotated[int, Field(ge=0)] | None = None  # of weights that change ranks, each time
     time_limit_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0  # of the solver, a process of its own
-    # Of the busiest ranks' rows, on counts that a placement was not solved on; what gains less is not applied
+    # Of what the objective counts, on counts that a placement was not solved on; what gains less is not applied
     min_gain: Annotated[float, Field(ge=0, le=1)] = 0.03
 
     @model_validator(mode="after")
@@ -103,7 +107,19 @@ class ExpertPlacementSpec(Frozen):
             )
         if self.policy == "eplb" and self.max_moved_bytes is not None:
             raise ValueError("max_moved_bytes: policy eplb places everything anew; use ilp")
+        if self.dispatch_interval is not None and self.dispatch_interval < self.window_size:
+            raise ValueError(f"dispatch_interval: {self.dispatch_interval} steps are no window of {self.window_size}")
+        if self.objective != "balance":
+            self._refuse_for_nodes()
         return self
+
+    def _refuse_for_nodes(self) -> None:
+        """Raises ValueError for what goes with objective balance only."""
+        if self.policy != "ilp":
+            raise ValueError(f"objective: policy {self.policy} knows no {self.objective}; use ilp")
+        for name in ("max_moved_bytes", "dispatch_interval"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: objective {self.objective} does not take it; leave it out, or use balance")
 
 
 class SchedulerSpec(Frozen):

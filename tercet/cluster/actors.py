@@ -94,13 +94,15 @@ class WorkerActor:
         """Those that the others go on without."""
         return self._worker.lost_ranks()
 
-    async def routed(self) -> Routed:
+    async def routed(self, pairs: bool = False) -> Routed:  # Ray calls go by position here
         """For `tercet experts`."""
-        return await self._worker.routed()
+        return await self._worker.routed(pairs=pairs)
 
-    async def move_experts(self, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+    async def move_experts(
+        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None = None
+    ) -> tuple[int, int]:
         """Begin to place the experts of its ranks anew. -> how many layers change, and the number of the move."""
-        return await self._worker.move_experts(rows)
+        return await self._worker.move_experts(rows, shares)
 
     async def drain(self, timeout_s: float) -> None:
         await self._worker.drain(timeout_s)

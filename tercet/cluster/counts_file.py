@@ -14,14 +14,16 @@ from tercet.cluster.run_file import reaching
 from tercet.errors import SpecError
 from tercet.placement.expert_counts import Counts
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS = ("load", "computed", "phy2log")
+OPTIONAL = ("shares", "pairs")  # arrays, too
 MOST_BYTES = 1 << 31  # unpacked
 
 
 def write_counts(path: Path, counts: Counts) -> None:
     """At once, or not at all. Raises ClusterError if it cannot be written."""
-    values: dict[str, Any] = {field.name: np.asarray(getattr(counts, field.name)) for field in fields(counts)}
+    given = {field.name: getattr(counts, field.name) for field in fields(counts)}
+    values: dict[str, Any] = {name: np.asarray(value) for name, value in given.items() if value is not None}
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with reaching(path):
         try:
@@ -53,16 +55,17 @@ def read_counts(path: Path) -> Counts:
 
 def _counts(found: dict[str, Any]) -> Counts:
     """Raises SpecError."""
-    wanted = {field.name for field in fields(Counts)} | {"format"}
-    if found.keys() != wanted:
+    if "format" in found and found["format"].tolist() != FORMAT:
+        raise SpecError(f"it is not of format {FORMAT}; record it again")
+    wanted = {field.name for field in fields(Counts)} - {*OPTIONAL} | {"format"}
+    if found.keys() - {*OPTIONAL} != wanted:
         raise SpecError(f"it has {sorted(found)}, and should have {sorted(wanted)}")
-    for name in ARRAYS:
-        if found[name].dtype != np.int64:
-            raise SpecError(f"{name} is {found[name].dtype}, and should be int64")
-    values = {name: found[name].item() for name in wanted - {*ARRAYS}}
-    if values.pop("format") != FORMAT:
-        raise SpecError(f"it is not of format {FORMAT}")
+    arrays = {name: found[name] for name in (*ARRAYS, *OPTIONAL) if name in found}
+    for name, array in arrays.items():
+        if array.dtype != np.int64:
+            raise SpecError(f"{name} is {array.dtype}, and should be int64")
+    values = {name: found[name].item() for name in wanted - {*ARRAYS, "format"}}
     for name in ("nodes", "top_k", "expert_bytes"):
         if not isinstance(values[name], int):
             raise SpecError(f"{name} is {values[name]!r:.40}, and should be a whole number")
-    return Counts(*(found[name] for name in ARRAYS), **values)
+    return Counts(**arrays, **values)

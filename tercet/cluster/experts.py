@@ -28,39 +28,43 @@ def record(
     window_s: float,
     keep: Callable[[Counts], None],
     say: Callable[[str], None],
+    *,
+    pairs: bool = False,
 ) -> None:
-    """Of so many windows from now on. keep: gets them at the end, or those so far if anything ends it before. Raises
-    ClusterError, also if nothing was counted."""
+    """Of so many windows from now on; pairs: also which experts follow each other. keep: gets them at the end, or
+    those so far if anything ends it before. Raises ClusterError, also if nothing was counted."""
     with ray_runtime.joined(address):
         cluster = remote.pick(name, address)
         chosen = chosen_of(_members(cluster), worker)
-        first, found = _look(cluster, chosen), list[Rows]()
-        if windows * (first.routed.load.nbytes + first.routed.computed.nbytes) > MOST_BYTES:
+        first, found = _look(cluster, chosen, pairs=pairs), list[Rows]()
+        its = first.routed
+        size = its.load.nbytes + its.computed.nbytes + (0 if its.pairs is None else its.pairs.nbytes)
+        if windows * size > MOST_BYTES:
             raise ClusterError(f"{windows} windows would take over {MOST_BYTES:,} bytes; record fewer")
         try:
-            for rows in _windows(cluster, chosen, first, windows, window_s, say):
+            for rows in _windows(cluster, chosen, first, windows, window_s, say, pairs=pairs):
                 found.append(rows)
         finally:
-            if any(load.any() for load, _ in found):
+            if any(rows.load.any() for rows in found):
                 keep(counts_of(chosen, first, found, window_s))
-    if not any(load.any() for load, _ in found):
+    if not any(rows.load.any() for rows in found):
         raise ClusterError("nothing was counted, so nothing is written: no request was computed meanwhile")
 
 
 def _windows(
-    cluster: str, worker: str, before: Look, windows: int, window_s: float, say: Callable[[str], None]
+    cluster: str, worker: str, before: Look, windows: int, window_s: float, say: Callable[[str], None], *, pairs: bool
 ) -> Iterator[Rows]:
     """Raises ClusterError."""
     placed, began = before.routed.phy2log, time.monotonic()
     for number in range(1, windows + 1):
         time.sleep(max(0.0, began + number * window_s - time.monotonic()))
-        after = _look(cluster, worker)
+        after = _look(cluster, worker, pairs=pairs)
         if not np.array_equal(after.routed.phy2log, placed):
             raise ClusterError(f"the experts of {worker} were placed anew meanwhile; export again")
         if (rows := rows_between(before, after)) is None:
             say(f"window {number} of {windows}: left out, since a rank was lost or started anew")
         else:
-            say(f"window {number} of {windows}: {rows[0].sum():,} rows (a token at an expert in a layer)")
+            say(f"window {number} of {windows}: {rows.load.sum():,} rows (a token at an expert in a layer)")
             yield rows
         before = after
 
@@ -81,7 +85,8 @@ def placed(name: str | None, address: str, worker: str | None) -> dict[str, Any]
         cluster = remote.pick(name, address)
         chosen = chosen_of(_members(cluster), worker)
         routed = remote.ask(cluster, "routed", member=chosen)
-        return {"worker": chosen, "ranks": routed.ranks, "phy2log": routed.phy2log.tolist()}
+        shares = None if routed.shares is None else routed.shares.tolist()
+        return {"worker": chosen, "ranks": routed.ranks, "phy2log": routed.phy2log.tolist(), "shares": shares}
 
 
 def move(
@@ -102,14 +107,16 @@ def move(
         cluster = remote.pick(name, address)
         chosen = chosen_of(_members(cluster), worker)
         routed = remote.ask(cluster, "routed", member=chosen)
-        rows = read_plan(str(plan), plan, routed.ranks)
+        rows, shares = read_plan(str(plan), plan, routed.ranks)
         if not give_up_survival and _gives_up_survival(routed, rows.numpy()):
             lost = "some experts would lie on one rank alone, without which the group would not go on"
             raise ClusterError(f"{plan}: {lost}; --give-up-survival moves there all the same")
         before = _members(cluster)[chosen]
-        layers, number = remote.ask(cluster, "move_experts", rows.tolist(), member=chosen)
-        say(f"{chosen}: layers to place anew: {layers}" if layers else f"{chosen}: its experts lie so already")
-        moves = _moved(cluster, chosen, before, number, say) if layers else before["moves"]
+        told = None if shares is None else shares.tolist()
+        layers, number = remote.ask(cluster, "move_experts", rows.tolist(), told, member=chosen)
+        already = "its experts lie so already" + ("" if number == 0 else "; new shares of replicas")
+        say(f"{chosen}: layers to place anew: {layers}" if layers else f"{chosen}: {already}")
+        moves = _moved(cluster, chosen, before, number, say) if number else before["moves"]
         return {"layers": layers, **moves, "bytes": moves["moved_bytes"] - before["moves"]["moved_bytes"]}
 
 
@@ -164,12 +171,12 @@ def _members(cluster: str) -> Mapping[str, Any]:
     return members
 
 
-def _look(cluster: str, worker: str) -> Look:
+def _look(cluster: str, worker: str, *, pairs: bool) -> Look:
     """Waits a while for one that is being started anew. Raises ClusterError."""
     deadline = time.monotonic() + AGAIN_S
     while True:
         try:
-            routed, member = remote.ask(cluster, "routed", member=worker), _members(cluster)[worker]
+            routed, member = remote.ask(cluster, "routed", pairs, member=worker), _members(cluster)[worker]
             return look_at(routed, member["pid"], member["node"], member.get("ranks", ()))
         except (ClusterError, KeyError) as error:
             if time.monotonic() > deadline or cluster not in remote.clusters():

@@ -29,16 +29,19 @@ WorkerName = Annotated[
 SvgFile = Annotated[Path | None, typer.Option("--svg", help="Write the picture here, too.")]
 
 # Of `solve`.
-Policy = Annotated[str, typer.Option(help="ilp, or eplb: DeepSeek's, to compare.")]
+Policy = Annotated[
+    str, typer.Option(help="ilp; eplb: DeepSeek's, to compare; keep: experts stay, only shares of replicas are solved.")
+]
 ObjectiveName = Annotated[
     str,
     typer.Option(
         help="balance: the busiest rank's rows; with --dispatch weighted also internode: rows that leave their node, "
-        "and internode_dedup: the same, a token once for each node."
+        "and internode_dedup: the same, a token once for each node; of counts with pairs also interlayer: experts that "
+        "follow each other on one node, or on one rank where there is one node."
     ),
 ]
 DispatchName = Annotated[
-    str, typer.Option(help="Among replicas: even; or weighted, by shares that ranks cannot follow yet.")
+    str, typer.Option(help="Among replicas: even; or weighted, by shares, which the plan has, too.")
 ]
 Nodes = Annotated[int | None, typer.Option(help="Nodes that the ranks are on; default: as recorded.")]
 Redundancy = Annotated[
@@ -91,6 +94,9 @@ def export(
     worker: WorkerName = None,
     windows: Annotated[int, typer.Option(min=1, max=10_000, help="Windows of time to count in.")] = 4,
     seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="Length of a window.")] = 15.0,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Also which experts follow each other, for objective interlayer.")
+    ] = False,
     name: ClusterName = None,
     address: Address = None,
 ) -> None:
@@ -105,7 +111,7 @@ def export(
         write_counts(file, counts)
         output.say(f"{file}: {len(counts.load)} windows of {seconds:g} s of {counts.worker}, {counts.total:,} rows")
 
-    experts.record(name, address, worker, windows, seconds, keep, output.say)
+    experts.record(name, address, worker, windows, seconds, keep, output.say, pairs=pairs)
 
 
 @app.command("import")
@@ -164,7 +170,7 @@ def solve(
 
     wish = Wish(
         policy,
-        Objective(_one_of("--objective", objective, [each for each in Objective if each != Objective.INTERLAYER])),
+        Objective(_one_of("--objective", objective, [*Objective])),
         Dispatch(_one_of("--dispatch", dispatch, [*Dispatch])),
         nodes,
         redundancy,
@@ -246,17 +252,21 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
 
     how = "solved on the other windows" if found.held_out else "solved on the same one, so it flatters"
     yield f"Judged by the last window, {how}."
-    yield "Before: by how ranks choose replicas, their own first, else by turns. After: " + (
-        "by the placement's shares, which ranks cannot follow yet; a part of the gain is theirs alone."
-        if wish.dispatch == "weighted"
-        else "likewise."
-    )
+    turns, by_shares = "ranks choose replicas by turns, their own ones first", "ranks choose replicas by their shares"
+    chosen = [turns if shares is None else by_shares for shares in (counts.shares, found.shares)]
+    yield f"Before: {chosen[0]}. After: {chosen[1]}."
     yield f"Measured in that window, before: {max_over_mean(counts.computed[-1]).mean():.3f} (mean of layers)."
     before, after = (float(rows.max(axis=1).sum()) for rows in (found.before, found.after))
     gain = f"{before:,.0f} rows before, {after:,.0f} after: {after / before - 1:+.1%}"
     yield f"The busiest ranks of all layers compute {gain}."
     fetched = int(found.fetched.sum())
     yield f"Ranks would fetch {fetched:,} experts that they lack: {fetched * counts.expert_bytes:,} bytes."
+    if found.topology.nodes > 1:
+        yield f"Rows that leave their node: {found.crossing[0]:.1%} before, {found.crossing[1]:.1%} after."
+    if found.staying is not None:
+        unit = "node" if found.topology.nodes > 1 else "rank"
+        told = f"{found.staying[0]:.1%} before, {found.staying[1]:.1%} after"
+        yield f"Pairs of experts of neighbouring layers that lie on one {unit}: {told}."
     if kept := int(found.kept.sum()):
         yield f"{kept} of {len(found.kept)} layers keep what they have: nothing better was found for them."
     if found.topology.least_replicas > 1 and wish.policy == "ilp":
@@ -291,7 +301,10 @@ def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:
         "kept": found.kept.tolist(),
         "fetched": found.fetched.tolist(),
         "fetched_bytes": int(found.fetched.sum()) * counts.expert_bytes,
+        "cross_node": dict(zip(("before", "after"), found.crossing, strict=True)),
+        "pairs_staying": None if found.staying is None else dict(zip(("before", "after"), found.staying, strict=True)),
         "survives_a_rank": dict(zip(("before", "after"), found.survives, strict=True)),
         "layers": finite,
         "phy2log": found.placement.phy2log.tolist(),
+        "shares": None if found.shares is None else found.shares.tolist(),
     }

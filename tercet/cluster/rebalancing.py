@@ -3,6 +3,7 @@ in another process, and has the ranks move to it if it gains enough on counts th
 
     look ─window_size steps─> window ─step_interval steps─> solve ─gain─> move ─> its end is reported
           a rank is lost ────────────────────────────────────^ for the others, at once
+                              window ─dispatch_interval steps─> solve shares ─gain─> have ranks take replicas by them
 
 It never ends a worker: what fails is said, kept in `Slot.placing`, and tried again an interval later.
 """
@@ -47,7 +48,7 @@ class Rebalancing:
         self._slot, self._actor, self._wanted, self._report = slot, actor, wanted, report
         self._before: Look | None = None  # where the window that is open began
         self._windows: list[Rows] = []
-        self._solved_at = 0  # steps
+        self._solved_at = self._shared_at = 0  # steps
         self._known: Floats | None = None  # shares of experts that the last placement was solved for
         self._placed: Longs | None = None  # where experts are since
         self._skipped, self._patience = 0, PATIENCE  # times that something was to gain, and nothing was looked for
@@ -73,9 +74,10 @@ class Rebalancing:
     async def _look(self) -> None:
         """Raises TercetError."""
         self._tell_moves()
-        if self._wanted.policy == "none":
+        if self._stays and self._wanted.dispatch_interval is None:
             self._note("policy none: experts stay where they are")
-        if self._wanted.policy == "none" or self._moves.layers_left:
+            return
+        if self._moves.layers_left:
             return
         routed = await self._actor.call("routed", timeout_s=ANSWER_S)
         look = look_at(routed, self._slot.info.pid, self._slot.info.node, self._actor.others)
@@ -83,15 +85,21 @@ class Rebalancing:
         before = self._before
         if before is None or not np.array_equal(before.routed.phy2log, look.routed.phy2log):
             self._begin(look)
-        elif lost and lost != self._lost and self._windows and time.monotonic() > self._not_before:
-            await self._solve(look, lost)
-        elif not lost:
+        elif lost:
+            if lost != self._lost and self._windows and not self._stays and time.monotonic() > self._not_before:
+                await self._solve(look, lost)
+        else:
             self._lost = []
             await self._go_on(before, look)
 
+    @property
+    def _stays(self) -> bool:
+        return self._wanted.policy == "none"
+
     def _begin(self, look: Look) -> None:
         """Counts of another placement say nothing of how even this one is."""
-        self._before, self._windows, self._solved_at = look, [], look.routed.steps
+        self._before, self._windows = look, []
+        self._solved_at = self._shared_at = look.routed.steps
         if self._placed is None or not same_ranks(self._placed, look.routed.phy2log, look.routed.ranks):
             self._known = None
 
@@ -99,51 +107,86 @@ class Rebalancing:
         if look.routed.steps - before.routed.steps < self._wanted.window_size:
             return
         self._before = look
-        if (rows := rows_between(before, look)) is not None and rows[0].any():
+        if (rows := rows_between(before, look)) is not None and rows.load.any():
             most = self._wanted.step_interval // self._wanted.window_size  # older ones are of other traffic
             self._windows = [*self._windows, rows][-most:]
-        if look.routed.steps - self._solved_at >= self._wanted.step_interval and len(self._windows) > 1:
+        steps, interval = look.routed.steps, self._wanted.dispatch_interval
+        if len(self._windows) < 2:
+            return
+        if not self._stays and steps - self._solved_at >= self._wanted.step_interval:
             await self._solve(look, [])
+        elif interval is not None and steps - self._shared_at >= interval:
+            await self._share(look, self._windows[-max(2, interval // self._wanted.window_size) :])
 
     # ---- a placement
 
     async def _solve(self, look: Look, lost: list[int]) -> None:
         """Raises TercetError."""
-        self._solved_at, self._lost = look.routed.steps, lost
+        self._solved_at = self._shared_at = look.routed.steps
+        self._lost = lost
         counts = counts_of(self._slot.member_id, look, self._windows, 0.0)
         live = [rank for rank in range(counts.ranks) if rank not in lost]
         if lost:
             counts = of_ranks(counts, live)
-        elif (most := most_to_gain(counts)) < self._wanted.min_gain:
+        elif (most := self._most(counts)) < self._wanted.min_gain:
             self._note(f"kept: ranks are even, with at most {most:.1%} to gain")
             return
         elif self._known is not None and not has_drifted(self._known, counts) and self._skipped < self._patience:
             self._skipped += 1
             self._note(f"kept: at most {most:.1%} to gain, but traffic is that of the last placement, or still changes")
             return
-        found = await solve_apart(counts, self._wanted)
+        wanted = self._wanted.model_copy(update={"objective": "balance"}) if lost else self._wanted
+        found = await solve_apart(counts, wanted)
         self._patience = 2 * self._patience if self._skipped >= self._patience else PATIENCE
         self._solves, self._skipped = self._solves + 1, 0
         self._known, self._placed = shares(counts.load[:-1]), look.routed.phy2log
-        told = self._last = told_of(found)
+        told = self._last = told_of(found, wanted.objective)
         if found["survives_a_rank"] == {"before": True, "after": False}:
             self._note("kept: the group would not survive the loss of a rank with what was found")
         elif told["gain"] < self._wanted.min_gain:
             self._note(f"kept: what was found would gain {told['gain']:.1%}")
         else:
-            layers = await self._move(look, live, found["phy2log"])
-            outcome = f"layers placed anew: {layers}; busiest ranks {-told['gain']:+.1%} on held-out counts"
+            layers = await self._move(look, live, found)
+            counted = "busiest ranks" if wanted.objective == "balance" else "rows that leave their node"
+            outcome = f"layers placed anew: {layers}; {counted} {-told['gain']:+.1%} on held-out counts"
             self._note(outcome)
             self._say(f"{outcome}; solved in {told['seconds']:.2f} s")
 
-    async def _move(self, look: Look, live: Sequence[int], phy2log: Sequence[Sequence[int]]) -> int:
-        """Of the slots of ranks that live; a lost one will have what it had. -> layers. Raises TercetError."""
-        rows = look.routed.phy2log.copy()
+    async def _share(self, look: Look, windows: Sequence[Rows]) -> None:
+        """Raises TercetError."""
+        self._shared_at = look.routed.steps
+        counts = counts_of(self._slot.member_id, look, windows, 0.0)
+        if self._most(counts) < self._wanted.min_gain:
+            return
+        found = await solve_apart(counts, self._wanted, keep=True)
+        self._solves += 1
+        told = self._last = told_of(found, "balance")
+        if told["gain"] < self._wanted.min_gain:
+            self._note(f"shares kept: others would gain {told['gain']:.1%}")
+        else:
+            await self._move(look, range(look.routed.ranks), found)
+            outcome = f"shares of replicas set anew: busiest ranks {-told['gain']:+.1%} on held-out counts"
+            self._note(outcome)
+            self._say(outcome)
+
+    def _most(self, counts: Counts) -> float:
+        """What may be gained at most, as far as that is known before it is solved."""
+        return most_to_gain(counts) if self._wanted.objective == "balance" else 1.0
+
+    async def _move(self, look: Look, live: Sequence[int], found: Mapping[str, Any]) -> int:
+        """found: for ranks that live; a lost one will have what it had, and no shares. -> layers. Raises
+        TercetError."""
+        rows, shares = look.routed.phy2log.copy(), found["shares"]
         per_rank = rows.shape[1] // look.routed.ranks
-        rows[:, [rank * per_rank + slot for rank in live for slot in range(per_rank)]] = phy2log
+        slots = [rank * per_rank + slot for rank in live for slot in range(per_rank)]
+        rows[:, slots] = found["phy2log"]
+        if shares is not None:
+            every = np.zeros((len(rows), len(shares[0]), rows.shape[1]), np.int64)
+            every[:, :, slots] = shares
+            shares = every.tolist()
         self._placed = rows
         layers: int
-        layers, _ = await self._actor.call("move_experts", rows.tolist(), timeout_s=ANSWER_S)
+        layers, _ = await self._actor.call("move_experts", rows.tolist(), shares, timeout_s=ANSWER_S)
         return layers
 
     def _forget(self) -> None:
@@ -156,7 +199,7 @@ class Rebalancing:
         moves = getattr(self._slot.status, "moves", None) or Moves()
         before, self._moves = self._moves, moves
         moved = f"{moves.moved_bytes - before.moved_bytes:,} bytes in {moves.seconds:.2f} s"
-        if moves.done > before.done:
+        if moves.epoch > before.epoch and moves.done > before.done:
             self._say(f"experts have moved: {moved}, longest pause so far {moves.longest_pause_s * 1e3:.1f} ms")
         if moves.failed > before.failed:
             self._forget()
@@ -178,12 +221,16 @@ class Rebalancing:
         self._report(f"{self._slot.title}: {what}")
 
 
-def told_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """found: what `tercet experts solve --json` says. gain: of the busiest ranks' rows, by the window that it is judged
-    by; gap: of the worst layer, to the bound of all placements, if it has one."""
+def told_of(found: Mapping[str, Any], objective: str) -> dict[str, Any]:
+    """found: what `tercet experts solve --json` says. gain: of the busiest ranks' rows, or of those that leave their
+    node, by the window that it is judged by; gap: of the worst layer, to the bound of all placements, if it has one."""
     gaps = [layer["gap"] for layer in found["layers"] if layer["gap"] is not None]
+    if objective == "balance":
+        before, after = max(found["before"]["busiest"], 1.0), found["after"]["busiest"]
+    else:
+        before, after = found["cross_node"]["before"], found["cross_node"]["after"]
     return {
-        "gain": 1 - found["after"]["busiest"] / max(found["before"]["busiest"], 1.0),
+        "gain": 1 - after / before if before else 0.0,
         "gap": max(gaps, default=None),
         "seconds": sum(layer["seconds"] for layer in found["layers"]),
         "bytes": found["fetched_bytes"],

@@ -7,7 +7,7 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,22 @@ NICE = 10  # it yields to ranks on the same cores
 RUN = f"import os; os.nice({NICE}); from tercet.cluster.cli import main; main()"
 
 
-async def solve_apart(counts: Counts, wanted: ExpertPlacementSpec) -> Mapping[str, Any]:
-    """-> what `tercet experts solve --json` says. Raises ClusterError."""
+async def solve_apart(counts: Counts, wanted: ExpertPlacementSpec, *, keep: bool = False) -> Mapping[str, Any]:
+    """keep: experts stay, only shares of replicas are solved. -> what `tercet experts solve --json` says. Raises
+    ClusterError."""
     try:
-        return await _solve(counts, wanted)
+        return await _solve(counts, wanted, _options(wanted, keep=keep))
     except OSError as error:
         raise ClusterError(f"the solver could not be run: {error}") from error
 
 
-async def _solve(counts: Counts, wanted: ExpertPlacementSpec) -> Mapping[str, Any]:
+async def _solve(counts: Counts, wanted: ExpertPlacementSpec, options: Sequence[str]) -> Mapping[str, Any]:
     loop = asyncio.get_running_loop()
     with tempfile.TemporaryDirectory(prefix="tercet-experts-") as folder:
         file = Path(folder) / "counts.npz"
         await loop.run_in_executor(None, write_counts, file, counts)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", RUN, "experts", "solve", str(file), "--json", *_options(wanted)),
+            *(sys.executable, "-c", RUN, "experts", "solve", str(file), "--json", *options),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -60,8 +61,15 @@ async def _solve(counts: Counts, wanted: ExpertPlacementSpec) -> Mapping[str, An
     return found
 
 
-def _options(wanted: ExpertPlacementSpec) -> list[str]:
-    given = {"policy": wanted.policy, "objective": wanted.objective, "time-limit": wanted.time_limit_s}
-    if wanted.max_moved_bytes is not None:
+def _options(wanted: ExpertPlacementSpec, *, keep: bool) -> list[str]:
+    policy = "keep" if keep else wanted.policy
+    by_shares = policy != "eplb" and (wanted.dispatch_interval is not None or wanted.objective != "balance")
+    given = {
+        "policy": policy,
+        "objective": wanted.objective,
+        "dispatch": "weighted" if by_shares else "even",
+        "time-limit": wanted.time_limit_s,
+    }
+    if wanted.max_moved_bytes is not None and not keep:
         given["max-moved-bytes"] = wanted.max_moved_bytes
     return [f"--{name}={value}" for name, value in given.items()]

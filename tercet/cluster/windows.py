@@ -12,7 +12,14 @@ from tercet.distributed.routed import Routed
 from tercet.placement.expert_counts import Counts
 
 Longs = NDArray[np.int64]
-Rows = tuple[Longs, Longs]  # of a window: [S, L, n] of each replica's requests, [L, R] computed by each rank
+
+
+class Rows(NamedTuple):
+    """Of a window."""
+
+    load: Longs  # [S, L, n] of each replica's requests
+    computed: Longs  # [L, R] by each rank
+    pairs: Longs | None = None  # [L - 1, n, n], if they were asked for
 
 
 class Look(NamedTuple):
@@ -39,20 +46,38 @@ def look_at(routed: Routed, pid: int, node: str, others: Sequence[Mapping[str, A
 
 def rows_between(before: Look, after: Look) -> Rows | None:
     """None: a rank was lost or started anew meanwhile, so that its counts are no differences."""
-    rows = after.routed.load - before.routed.load, after.routed.computed - before.routed.computed
-    if before.pids != after.pids or 0 in after.pids or min(each.min() for each in rows) < 0:
+    if before.pids != after.pids or 0 in after.pids:
         return None
-    return rows
+    load, computed = after.routed.load - before.routed.load, after.routed.computed - before.routed.computed
+    pairs = None
+    if after.routed.pairs is not None and before.routed.pairs is not None:
+        pairs = after.routed.pairs - before.routed.pairs
+    if min(each.min(initial=0) for each in (load, computed, pairs) if each is not None) < 0:
+        return None
+    return Rows(load, computed, pairs)
 
 
 def counts_of(worker: str, look: Look, found: Sequence[Rows], window_s: float) -> Counts:
     its = look.routed
-    load, computed = (np.array(each) for each in zip(*found, strict=True))
-    return Counts(load, computed, its.phy2log, look.nodes, its.top_k, its.expert_bytes, window_s, worker)
+    load, computed = np.array([each.load for each in found]), np.array([each.computed for each in found])
+    pairs = [each.pairs for each in found if each.pairs is not None]
+    return Counts(
+        load,
+        computed,
+        its.phy2log,
+        look.nodes,
+        its.top_k,
+        its.expert_bytes,
+        window_s,
+        worker,
+        its.shares,
+        np.array(pairs) if len(pairs) == len(found) else None,
+    )
 
 
 def of_ranks(counts: Counts, ranks: Sequence[int]) -> Counts:
-    """Only these ranks, each a data replica of its own: what they have counted, and their slots."""
+    """Only these ranks, each a data replica of its own: what they have counted, and their slots. Without shares, which
+    are of all ranks."""
     per_rank = counts.phy2log.shape[1] // counts.ranks
     slots = [rank * per_rank + slot for rank in ranks for slot in range(per_rank)]
     load, computed, phy2log = counts.load[:, ranks], counts.computed[:, :, ranks], counts.phy2log[:, slots]

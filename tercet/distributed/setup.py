@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -85,13 +86,13 @@ class Setup:
         """Where this rank's exchange listens; empty: it has none of its own."""
         return "" if self._meeting is None else self._meeting.endpoint
 
-    def place_anew(self, epoch: int, rows: bytes) -> None:
-        """Experts were moved since the group started. epoch: of the placement; rows: its phy2log, int64, of all layers.
-        Raises ClusterError."""
+    def place_anew(self, epoch: int, rows: bytes, shares: Mapping[int, Sequence[Sequence[int]]]) -> None:
+        """How experts lie since the group started. epoch: of the placement; rows: its phy2log, int64, of all layers;
+        shares: as `ExpertMap.with_shares`. Raises ClusterError."""
         assert self._experts is not None, "none can have moved"
         phy2log = torch.frombuffer(bytearray(rows), dtype=torch.int64).view(-1, self._experts.phy2log.shape[1])
-        self._experts = ExpertMap(phy2log, self._experts.experts, self._experts.slots_per_rank)
-        self._placement = epoch
+        placed = ExpertMap(phy2log, self._experts.experts, self._experts.slots_per_rank)
+        self._experts, self._placement = placed.with_shares(shares), epoch
 
     def ranks(self, venue: Venue, memory: int | None) -> Ranks:
         """memory: the file descriptor of `shared_memory`, which is closed. Blocks until the others do the same. Raises

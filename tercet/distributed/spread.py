@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from tercet.distributed.direct_exchange import DirectExchange
 from tercet.distributed.exchange import Exchange
 from tercet.distributed.expert_map import ExpertMap
 from tercet.distributed.place import Place, share
+from tercet.errors import ClusterError
 from tercet.kernels.moe import ELSEWHERE, Experts
 
 
@@ -50,6 +51,15 @@ class Spread:
             self._computed.pop(layer, None)
             self.map = experts
             self.epoch += 1
+
+    def share(self, epoch: int, shares: Mapping[int, Sequence[Sequence[int]]]) -> None:
+        """Rows of this rank take replicas by these shares from now on, layer -> [nodes, P]; epoch: of the placement
+        that they are for. Whichever replica a row takes, its result is the same, so ranks need not begin at once. Any
+        thread. Raises ClusterError."""
+        with self._counting:
+            if self.epoch != epoch:
+                raise ClusterError(f"shares are for placement {epoch}, and rank {self.rank} is at {self.epoch}")
+            self.map = self.map.with_shares(shares)
 
     def survives(self, ranks: Collection[int]) -> bool:
         """Whether the others go on without these: the exchange can, and each expert lies on one of the others, too."""

@@ -61,6 +61,10 @@ class RoutingCounts:
         """-> [L, n], a copy."""
         return self._load[:, 1:].cpu().numpy().copy()
 
+    def pairs(self, layer: int) -> NDArray[np.int64]:
+        """-> [n, n], a copy, of this layer and the next."""
+        return self._pairs[layer, 1:, 1:].cpu().numpy().copy()
+
     def read(self) -> RoutingSums:
         """Copies, of whole steps."""
         return RoutingSums(self.load(), self._pairs[:, 1:, 1:].cpu().numpy().copy())

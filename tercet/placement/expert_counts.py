@@ -1,6 +1,6 @@
 """What a group of ranks has counted of its routing. Apart from what solves placements: who counts needs no solver.
 
-W windows   S data replicas   L layers   E experts   R ranks   P slots of a layer
+W windows   S data replicas   L layers   E experts   R ranks   P slots of a layer   N nodes, as shares are given
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.errors import SpecError
+from tercet.placement.expert_shares import check_shares
 
 Floats = NDArray[np.float64]
 MOST_ROWS, MOST_BYTES = 2.0**53, 2**50  # more of them is a damaged file
@@ -29,6 +30,10 @@ class Counts:
     expert_bytes: int  # of one expert in one layer
     window_s: float
     worker: str
+    shares: NDArray[np.int64] | None = (
+        None  # [L, N, P] of replicas (expert_shares.py); zeros in a layer, None: by turns
+    )
+    pairs: NDArray[np.int64] | None = None  # [W, L - 1, E, E] of a token's experts in a layer and in the next, sampled
 
     def __post_init__(self) -> None:
         if self.load.ndim != 4 or not self.load.size:
@@ -53,6 +58,26 @@ class Counts:
             raise SpecError(
                 f"top_k {self.top_k}, expert_bytes {self.expert_bytes} or window_s {self.window_s} cannot be"
             )
+        self._check_shares()
+        self._check_pairs()
+
+    def _check_shares(self) -> None:
+        if self.shares is None:
+            return
+        if self.shares.ndim != 3 or len(self.shares) != len(self.phy2log):
+            raise SpecError(f"shares is {self.shares.shape}, and load has {len(self.phy2log)} layers")
+        for row, its in zip(self.phy2log, self.shares, strict=True):
+            if its.any():
+                check_shares(row, its, self.ranks)
+
+    def _check_pairs(self) -> None:
+        if self.pairs is None:
+            return
+        windows, _, layers, experts = self.load.shape
+        if self.pairs.shape != (windows, layers - 1, experts, experts):
+            raise SpecError(f"pairs is {self.pairs.shape}, and must be {(windows, layers - 1, experts, experts)}")
+        if (self.pairs < 0).any() or self.pairs.sum(dtype=np.float64) > MOST_ROWS:
+            raise SpecError(f"pairs has values below 0, or of over {MOST_ROWS:g} in all")
 
     @property
     def ranks(self) -> int:

@@ -41,7 +41,7 @@ from tercet.roles.part import Identity, Part
 from tercet.roles.peers import Sender
 from tercet.roles.placed import agreed
 from tercet.roles.prefill import Prefill
-from tercet.roles.routed import own_counts, routed
+from tercet.roles.routed import own_counts, own_pairs, pair_layers, paired, routed
 from tercet.transfer.memory.device import DeviceRegion, KvRegion
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover.receiver import KvReceiver
@@ -163,18 +163,25 @@ class Computing(Part):
         rows = [*([] if own is None else [own]), *(others[rank] for rank in sorted(others))]
         return replace(load, experts=tuple(rows), moves=moves)
 
-    def routed(self) -> Routed:
-        model = self._loaded.model
-        others = {} if self._group is None else self._group.routed()
+    def routed(self, *, pairs: bool) -> Routed:
+        model, group = self._loaded.model, self._group
+        others = {} if group is None else group.routed()
         found = routed(model, self._who.spec.model.dtype, {0: own_counts(model), **others})
-        executor = None if self._group is None else self._group.executor
-        return replace(found, steps=0 if executor is None else executor.steps)
+        executor = None if group is None else group.executor
+        found = replace(found, steps=0 if executor is None else executor.steps)
+        if not pairs:
+            return found
+        layers = partial(pair_layers, model)
+        there = {} if group is None else group.pairs(layers)
+        return replace(found, pairs=paired(model, {0: [own_pairs(model, layer) for layer in layers(0)], **there}))
 
-    def move_experts(self, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+    def move_experts(
+        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None
+    ) -> tuple[int, int]:
         """As `Migration.start`. Raises ClusterError."""
         if self._group is None or self._group.migration is None:
             raise ClusterError(f"the experts of {self._who.worker_id} lie on one rank")
-        return self._group.migration.start(rows)
+        return self._group.migration.start(rows, shares)
 
     def begin_stop(self) -> None:
         self.engine.stop()

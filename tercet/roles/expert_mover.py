@@ -5,6 +5,7 @@
                                                                         ─> commit: behind a step, the new set
                                                                         ─> drop: the old one stays
           ─> end
+    share: which replicas its rows take from now on
 
 The weights in use are never written, so a layer that does not get ready leaves no trace. Moves are numbered: what is
 said for one that is over is refused. Weights go by the mover of `transfer/`, from memory to memory of the two ranks,
@@ -29,7 +30,7 @@ from tercet.models.transformer import Transformer
 from tercet.roles.expert_links import ExpertLinks
 from tercet.roles.part import Identity
 
-MOVES = ("begin", "stage", "take", "give", "drop", "end")  # what rank 0 asks for
+MOVES = ("begin", "stage", "take", "give", "share", "drop", "end")  # what rank 0 asks for
 STEP_S = 30.0  # for the steps that rank 0 has sent before to end
 QUIET_S = 5.0  # for what was cancelled to be written no more
 MOST_KEPT = 4  # moves whose memory a peer may still write to
@@ -92,9 +93,7 @@ class ExpertMover:
     def stage(self, move: int, epoch: int, layer: int, row: Sequence[int]) -> None:
         """row: phy2log [P] of the layer from its switch on; epoch: of the placement until then. Raises ClusterError."""
         current, spread = self._of(move), self._spread
-        with self._placed:  # this rank may be some steps behind
-            if not self._placed.wait_for(lambda: spread.epoch == epoch, STEP_S):
-                raise ClusterError(f"rank {self._rank} is at placement {spread.epoch}, not {epoch}")
+        self._until(epoch)
         placed = spread.map.with_rows({layer: torch.tensor(row)}, self._model.config.num_layers)
         mixture = self._model.mixtures.get(layer)
         if mixture is None:
@@ -153,6 +152,11 @@ class ExpertMover:
 
         return put
 
+    def share(self, epoch: int, shares: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> None:
+        """As `Spread.share`, once this rank is at that placement. Raises ClusterError."""
+        self._until(epoch)
+        self._spread.share(epoch, dict(shares))
+
     def drop(self, move: int) -> None:
         """The layer that is staged is not to be used; what waits for weights of it ends."""
         current = self._of(move)
@@ -168,6 +172,12 @@ class ExpertMover:
         self._take_out(lambda current: True)
 
     # ---- within
+
+    def _until(self, epoch: int) -> None:
+        """This rank may be some steps behind rank 0. Raises ClusterError."""
+        with self._placed:
+            if not self._placed.wait_for(lambda: self._spread.epoch == epoch, STEP_S):
+                raise ClusterError(f"rank {self._rank} is at placement {self._spread.epoch}, not {epoch}")
 
     def _take_out(self, which: Callable[[_Move], bool]) -> None:
         with self._changing:

@@ -98,7 +98,7 @@ class Group:
                 line.send("setup", *astuple(venue), memory is not None)
                 if memory is not None and rank in venue.together:
                     line.send_fd(memory)
-                line.send("placed", 0, b"")
+                line.send("placed", 0, b"", [])
             on_error.pop_all()
         self.talks = {rank: self._talk(line) for rank, line in sorted(lines.items())}
         self._ranks = setup.ranks(venue, memory)
@@ -161,12 +161,14 @@ class Group:
                     return self._talk(line), exchange
             raise WorkerLost(f"rank {line.rank} did not say that it is here")
 
-    def _placed(self) -> tuple[int, bytes]:
-        """The epoch of the placement of experts, and phy2log of all layers if it is another one than at the start."""
+    def _placed(self) -> tuple[int, bytes, list[tuple[int, list[list[int]]]]]:
+        """The epoch of the placement of experts, phy2log of all layers, and the shares of those that have any. Empty if
+        no experts are spread."""
         spread = None if self._ranks is None else self._ranks.spread
-        if spread is None or spread.epoch == 0:
-            return 0, b""
-        return spread.epoch, spread.map.phy2log.numpy().tobytes()
+        if spread is None:
+            return 0, b"", []
+        placed = spread.map
+        return spread.epoch, placed.phy2log.contiguous().numpy().tobytes(), [*placed.told_shares().items()]
 
     def until_ready(self, rank: int, timeout_s: float) -> str:
         with self._changed:
@@ -183,6 +185,14 @@ class Group:
         for rank, talk in list(self.talks.items()):
             with contextlib.suppress(WorkerLost):  # it is lost meanwhile
                 found[rank] = talk.ask("routed", timeout_s=HERE_S)
+        return found
+
+    def pairs(self, layers: Callable[[int], range]) -> dict[int, list[bytes]]:
+        """Likewise, the pairs of each of its `layers`."""
+        found = {}
+        for rank, talk in list(self.talks.items()):
+            with contextlib.suppress(WorkerLost):
+                found[rank] = [talk.ask("pairs", layer, timeout_s=HERE_S) for layer in layers(rank)]
         return found
 
     def begin_stop(self) -> None:

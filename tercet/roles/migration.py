@@ -2,6 +2,7 @@
 
     start(rows) ─> for each layer that changes:  stage ─> take, give, in rounds ─> commit, between two steps
                                                    any failure, or the deadline ─> drop: the layer stays as it is
+                ─> share: which replicas rows take, at all ranks
 
 A layer is switched at all ranks behind the same step, or at none. Those that were switched before a failure stay
 switched, since each is a placement of its own. Nobody waits for a move: `moves` says how it goes, and why one failed.
@@ -29,6 +30,7 @@ from tercet.errors import Cancelled, ClusterError, DeadlineExceeded, InternalErr
 from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer
 from tercet.placement.expert_moves import fetches, rounds, settled
+from tercet.placement.expert_shares import resettled
 from tercet.roles.expert_mover import ExpertMover
 from tercet.roles.losses import Losses
 
@@ -37,6 +39,7 @@ GRACE_S = 2.0  # beyond that, until the move is taken for stuck
 ANSWER_S = 10.0  # for what needs no other rank
 STOP_S = 5.0  # for the last move to end
 log = logging.getLogger(__name__)
+Shares = list[tuple[int, list[list[int]]]]  # of layers
 
 
 class Owner(Protocol):
@@ -69,25 +72,29 @@ class Migration:
         """Any thread."""
         return self._moves
 
-    def start(self, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Begin to place experts anew; rows: phy2log [L, P] of the L mixture layers. -> how many layers change, and the
-        number of the move, if any do. Any thread. Raises ClusterError if it is no placement, or experts move already,
-        or a rank is coming back."""
+    def start(
+        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None = None
+    ) -> tuple[int, int]:
+        """Begin to place experts anew; rows: phy2log [L, P] of the L mixture layers; shares [L, nodes, P]: of replicas,
+        in the end; None: by turns. -> how many layers change, and the number of the move; both 0 if nothing does. Any
+        thread. Raises ClusterError if it is no placement, or experts move already, or a rank is coming back."""
         if self._closed or not self._owner.placing.acquire(blocking=False):
             raise ClusterError("experts are being moved already, or a rank is coming back; try again later")
         try:
-            work = self._changed(rows)
+            work, shared = self._changed(rows, shares)
         except BaseException:
             self._owner.placing.release()
             raise
-        if not work:
+        if not work and dict(shared) == self._spread.map.told_shares():
             self._owner.placing.release()
             return 0, 0
         with self._deciding:
             self._number += 1
             self._live, self._began = self._number, time.monotonic()
             self._moves = replace(self._moves, layers_left=len(work))
-        self._thread = threading.Thread(target=self._run, args=(self._number, work), name="experts-move", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(self._number, work, shared), name="experts-move", daemon=True
+        )
         self._thread.start()
         return len(work), self._number
 
@@ -99,8 +106,10 @@ class Migration:
             self._thread.join(STOP_S)
         self._own.close()
 
-    def _changed(self, rows: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-        """Layer -> its row, of those that change."""
+    def _changed(
+        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None
+    ) -> tuple[dict[int, list[int]], Shares]:
+        """-> layer -> its row, of those that change; and the shares in the end."""
         assert self._config.mixture is not None, "its experts are spread"
         layers, placed = self._config.mixture.layers, self._spread.map
         slots = placed.phy2log.shape[1]
@@ -111,8 +120,27 @@ class Migration:
             layer: settled(self._row(layer), row, placed.slots_per_rank)
             for layer, row in zip(layers, rows, strict=True)
         }
-        placed.with_rows({layer: torch.tensor(row) for layer, row in wanted.items()}, self._config.num_layers)
-        return {layer: row for layer, row in wanted.items() if row != self._row(layer)}
+        made = placed.with_rows({layer: torch.tensor(row) for layer, row in wanted.items()}, self._config.num_layers)
+        shared = [] if shares is None else self._shared(layers, rows, shares, wanted)
+        made.with_shares(dict(shared))
+        return {layer: row for layer, row in wanted.items() if row != self._row(layer)}, shared
+
+    def _shared(
+        self,
+        layers: Sequence[int],
+        rows: Sequence[Sequence[int]],
+        shares: Sequence[Sequence[Sequence[int]]],
+        wanted: Mapping[int, list[int]],
+    ) -> Shares:
+        """In the slots that experts get; of layers that have any."""
+        slots = self._spread.map.phy2log.shape[1]
+        if len(shares) != len(layers) or any(len(node) != slots for layer in shares for node in layer):
+            raise ClusterError(f"shares of replicas for {len(shares)} layers; wanted: {len(layers)} of {slots} slots")
+        return [
+            (layer, resettled(row, its, wanted[layer], self._spread.map.slots_per_rank))
+            for layer, row, its in zip(layers, rows, shares, strict=True)
+            if any(map(any, its))
+        ]
 
     def _row(self, layer: int) -> list[int]:
         placed = self._spread.map
@@ -120,14 +148,18 @@ class Migration:
 
     # ---- a move, on a thread of its own
 
-    def _run(self, move: int, work: Mapping[int, list[int]]) -> None:
+    def _run(self, move: int, work: Mapping[int, list[int]], shares: Shares) -> None:
         asking = _Asking(self._owner, self._own)
         try:
-            with self._watched(move, "the links for experts"):
-                there = asking.all("begin", ANSWER_S, move)
+            if work:
+                with self._watched(move, "the links for experts"):
+                    there = asking.all("begin", ANSWER_S, move)
             for layer, row in work.items():
                 with self._watched(move, f"layer {layer}"):
                     self._layer(asking, move, layer, row, there)
+            if shares or self._spread.map.shares:
+                with self._watched(move, "shares of replicas"):
+                    asking.all("share", LAYER_S, self._spread.epoch, shares)
         except TercetError as error:
             self._give_up(move, error)
         except Exception as error:  # whatever it is, the group goes on as it is, and it is told

@@ -27,7 +27,7 @@ def placed_experts(wanted: ParallelSpec, config: ModelConfig) -> ExpertMap | Non
     if wanted.expert_plan is None:
         return default
     told = f"expert_plan {wanted.expert_plan}"
-    rows = read_plan(told, Path(wanted.expert_plan).expanduser(), wanted.expert)
+    rows, shares = read_plan(told, Path(wanted.expert_plan).expanduser(), wanted.expert)
     layers, slots = config.mixture.layers, default.phy2log.shape[1]
     if tuple(rows.shape) != (len(layers), slots):
         has = f"{len(layers)} layers with experts, and {slots} slots with expert_redundancy {wanted.expert_redundancy}"
@@ -35,7 +35,9 @@ def placed_experts(wanted: ParallelSpec, config: ModelConfig) -> ExpertMap | Non
     phy2log = default.phy2log.repeat(config.num_layers, 1)  # of a layer without experts nobody asks
     phy2log[list(layers)] = rows
     try:
-        return ExpertMap(phy2log, config.mixture.experts, default.slots_per_rank)
+        placed = ExpertMap(phy2log, config.mixture.experts, default.slots_per_rank)
+        its = {} if shares is None else dict(zip(layers, shares.tolist(), strict=True))
+        return placed.with_shares({layer: nodes for layer, nodes in its.items() if any(map(any, nodes))})
     except ClusterError as error:
         raise UnsupportedSpec(f"{told}: {error}") from error
 
@@ -46,9 +48,9 @@ def agreed(loaded: LoadedModel) -> str:
     return loaded.fingerprint if spread is None else f"{loaded.fingerprint} {spread.map.digest}"
 
 
-def read_plan(told: str, path: Path, ranks: int) -> Tensor:
-    """-> phy2log [L, P] int64 of a file of `tercet experts solve --json`. told: begins errors. Raises UnsupportedSpec
-    for what is none, or for another number of ranks."""
+def read_plan(told: str, path: Path, ranks: int) -> tuple[Tensor, Tensor | None]:
+    """-> phy2log [L, P] int64 of a file of `tercet experts solve --json`, and its shares [L, nodes, P], if it has any.
+    told: begins errors. Raises UnsupportedSpec for what is none, or for another number of ranks."""
     if not path.is_file():  # also a pipe, which would be waited for
         raise UnsupportedSpec(f"{told}: {'not a file' if path.exists() else 'there is no such file'}")
     wanted = "`tercet experts solve --json` and `tercet experts show --plan` print plans"
@@ -60,14 +62,25 @@ def read_plan(told: str, path: Path, ranks: int) -> Tensor:
         raise UnsupportedSpec(f"{told}: it is no JSON; {wanted} ({error!s:.60})") from error
     if not isinstance(plan, dict) or not {"ranks", "phy2log"} <= plan.keys():
         raise UnsupportedSpec(f"{told}: it has no `ranks` and `phy2log`; {wanted}")
-    of_ranks = plan["ranks"]
-    try:
-        rows = torch.tensor(plan["phy2log"])
-    except (ValueError, TypeError, RuntimeError) as error:
-        said = "phy2log is no table of whole numbers, as many in each row"
-        raise UnsupportedSpec(f"{told}: {said} ({error!s:.60})") from error
-    if rows.ndim != 2 or rows.dtype != torch.int64 or not rows.numel():
-        raise UnsupportedSpec(f"{told}: phy2log is {rows.dtype} {list(rows.shape)}, not whole numbers [layers, slots]")
+    rows, of_ranks = _table(told, plan, "phy2log", ["layers", "slots"]), plan["ranks"]
     if of_ranks != ranks:
         raise UnsupportedSpec(f"{told}: it is for {of_ranks} ranks, and not for {ranks}")
-    return rows
+    if plan.get("shares") is None:
+        return rows, None
+    shares = _table(told, plan, "shares", ["layers", "nodes", "slots"])
+    if (len(shares), shares.shape[2]) != tuple(rows.shape):
+        raise UnsupportedSpec(f"{told}: shares is {list(shares.shape)}, and phy2log {list(rows.shape)}")
+    return rows, shares
+
+
+def _table(told: str, plan: Any, name: str, axes: list[str]) -> Tensor:
+    """Raises UnsupportedSpec."""
+    try:
+        table = torch.tensor(plan[name])
+    except (ValueError, TypeError, RuntimeError) as error:
+        said = f"{name} is no table of whole numbers, as many in each row"
+        raise UnsupportedSpec(f"{told}: {said} ({error!s:.60})") from error
+    if table.ndim != len(axes) or table.dtype != torch.int64 or not table.numel():
+        wanted = f"whole numbers [{', '.join(axes)}]"
+        raise UnsupportedSpec(f"{told}: {name} is {table.dtype} {list(table.shape)}, not {wanted}")
+    return table

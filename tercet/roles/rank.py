@@ -37,7 +37,7 @@ from tercet.roles.measure import measured
 from tercet.roles.memory import region_of
 from tercet.roles.part import Identity
 from tercet.roles.placed import agreed
-from tercet.roles.routed import own_counts
+from tercet.roles.routed import own_counts, own_pairs
 from tercet.spec import ClusterSpec
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
@@ -112,9 +112,9 @@ class Rank:
 
     def _place_anew(self, line: Line, setup: Setup) -> None:
         match line.receive():
-            case ["placed", int(epoch), bytes(rows)]:
+            case ["placed", int(epoch), bytes(rows), [*shares]]:
                 if rows:
-                    setup.place_anew(epoch, rows)
+                    setup.place_anew(epoch, rows, dict(shares))
                 return
         raise WorkerLost("rank 0 did not say where experts lie")
 
@@ -167,6 +167,7 @@ class Rank:
             "connect": self._connect,
             "measure": self._measure,
             "routed": lambda: own_counts(self._model),  # only behind `ready`
+            "pairs": lambda layer: own_pairs(self._model, layer),
             **{f"experts_{verb}": partial(self._move, verb) for verb in MOVES},
         }
 

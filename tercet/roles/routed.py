@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tercet.distributed.routed import Routed
+from tercet.distributed.spread import Spread
 from tercet.errors import ClusterError
 from tercet.models.footprint import expert_bytes
 from tercet.models.shard import Shard
@@ -24,6 +26,33 @@ def own_counts(model: Transformer) -> OwnCounts:
     if spread is not None:
         computed = spread.computed(Shard(model.config, model.ranks.place).mixture_layers).sum(1).numpy()
     return load.tobytes(), computed.tobytes()
+
+
+def own_pairs(model: Transformer, layer: int) -> bytes:
+    """[n, n] int64 of this rank's mixture layers `layer` and the next. May wait for the device."""
+    assert model.routing is not None, "it has layers with experts"
+    return model.routing.pairs(layer).tobytes()
+
+
+def pair_layers(model: Transformer, rank: int) -> range:
+    """Those of a rank's mixture layers that have a next one there, if it is to be asked for pairs: tensor ranks have
+    the same requests. model: rank 0's."""
+    at = model.ranks.place.of(rank)
+    return range(len(Shard(model.config, at).mixture_layers) - 1 if at.tensor_rank == 0 else 0)
+
+
+def paired(model: Transformer, pairs: Mapping[int, Sequence[bytes]]) -> NDArray[np.int64]:
+    """model: rank 0's; pairs: rank -> of each of its `pair_layers`. -> [L - 1, n, n], zeros between the last layer of a
+    pipeline stage and the first of the next, which no rank sees both of."""
+    config, place = model.config, model.ranks.place
+    assert config.mixture is not None, "it has counted"
+    experts, layers = config.mixture.experts, config.mixture.layers
+    found = np.zeros((len(layers) - 1, experts, experts), np.int64)
+    for rank, its in pairs.items():
+        here = Shard(config, place.of(rank)).mixture_layers
+        for layer, counted in zip(here, its, strict=False):
+            found[layers.index(layer)] += np.frombuffer(counted, np.int64).reshape(experts, experts)
+    return found
 
 
 def routed(model: Transformer, dtype: str, counts: Mapping[int, OwnCounts]) -> Routed:
@@ -44,4 +73,13 @@ def routed(model: Transformer, dtype: str, counts: Mapping[int, OwnCounts]) -> R
     held = np.arange(experts)[None] if spread is None else spread.map.phy2log.numpy()
     held = held[list(layers)] if len(held) > 1 else held
     placed = np.ascontiguousarray(np.broadcast_to(held, (len(layers), held.shape[1])))
-    return Routed(load, computed, placed, config.mixture.top_k, expert_bytes(config, dtype))
+    return Routed(load, computed, placed, config.mixture.top_k, expert_bytes(config, dtype), _shares(spread, layers))
+
+
+def _shares(spread: Spread | None, layers: Sequence[int]) -> NDArray[np.int64] | None:
+    """-> [L, nodes, P]; zeros for layers without shares."""
+    if spread is None or not spread.map.shares:
+        return None
+    its = {layer: shares.numpy() for layer, shares in spread.map.shares.items()}
+    none = np.zeros_like(next(iter(its.values())))
+    return np.stack([its.get(layer, none) for layer in layers])

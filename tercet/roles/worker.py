@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -143,13 +143,17 @@ class Worker:
         losses = None if self._group is None else self._group.losses
         return [] if losses is None else sorted(losses.out)
 
-    async def routed(self) -> Routed:
-        """What its ranks have counted of their routing. Raises ClusterError."""
-        return await asyncio.get_running_loop().run_in_executor(None, self._computing().routed)
+    async def routed(self, *, pairs: bool = False) -> Routed:
+        """What its ranks have counted of their routing; pairs: also which experts follow each other. Raises
+        ClusterError."""
+        counted = partial(self._computing().routed, pairs=pairs)
+        return await asyncio.get_running_loop().run_in_executor(None, counted)
 
-    async def move_experts(self, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+    async def move_experts(
+        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None = None
+    ) -> tuple[int, int]:
         """As `Migration.start`; `health` tells how it goes. Raises ClusterError."""
-        return await asyncio.get_running_loop().run_in_executor(None, self._computing().move_experts, rows)
+        return await asyncio.get_running_loop().run_in_executor(None, self._computing().move_experts, rows, shares)
 
     def _computing(self) -> Computing:
         """Raises ClusterError."""

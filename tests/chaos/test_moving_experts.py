@@ -4,6 +4,7 @@ any stage leaves a placement behind which the group serves on."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import signal
 import threading
@@ -21,6 +22,8 @@ from tercet.distributed.expert_map import ExpertMap
 from tercet.engine.group import GroupExecutor
 from tercet.errors import ClusterError, PeerMismatch
 from tercet.kernels.moe import TorchExperts
+from tercet.placement.expert_shares import TURNS
+from tercet.placement.experts.weighing import served
 from tercet.roles import migration
 from tercet.roles.expert_links import ExpertLinks
 from tercet.roles.expert_mover import ExpertMover
@@ -170,10 +173,102 @@ class Striking:
             strike()
 
 
+def shares_of(rows: list[list[int]], nodes: int, seed: int) -> list[list[list[int]]]:
+    """Random ones [L, nodes, P]."""
+    rng, made = np.random.default_rng(seed), np.zeros((len(rows), nodes, len(rows[0])), np.int64)
+    for layer, row in enumerate(rows):
+        for expert, node in itertools.product(range(EXPERTS), range(nodes)):
+            slots = [slot for slot, held in enumerate(row) if held == expert]
+            made[layer, node, slots] = rng.multinomial(TURNS, rng.dirichlet(np.full(len(slots), 0.5)))
+    shares: list[list[list[int]]] = made.tolist()
+    return shares
+
+
+async def rows_follow_shares(worker: Worker, clients: Clients, wanted: list[list[list[int]]] | None) -> None:
+    """wanted: as told, of slots in the order of the ranks. What each rank computes is what its shares say."""
+    before = await worker.routed()
+    await answers(clients, 40)
+    after = await worker.routed()
+    assert (after.shares is None) == (wanted is None)
+    sent = (after.load - before.load).astype(float)
+    expected = served(after.phy2log, sent, after.shares).reshape(len(after.phy2log), after.ranks, -1).sum(axis=2)
+    assert expected == pytest.approx((after.computed - before.computed).astype(float), rel=0.15, abs=100)
+    if wanted is not None:
+        parts = [
+            np.array(shares).reshape(*np.array(shares).shape[:2], after.ranks, -1) for shares in (wanted, after.shares)
+        ]
+        assert (parts[0].sum(axis=3) == parts[1].sum(axis=3)).all()
+
+
+async def test_rows_follow_shares_while_it_serves():
+    """With a move, without one, taken back, and at a rank that was lost meanwhile."""
+    spec = grouped(Role.AGGREGATED, "qwen3-moe", REPLICATED)
+    async with cluster(spec) as made:
+        worker, clients = made.workers["aggregated-0"], Clients(made, "qwen3-moe")
+        await answers(clients)
+        rows = surviving((await worker.routed()).phy2log, 1)
+        for number, nodes in enumerate((3, 1)):
+            shares = shares_of(rows, nodes, nodes)
+            layers, move = await worker.move_experts(rows, shares)
+            assert (layers, move) == ((len(rows), 0)[number], number + 1)
+            while (moves := await ended(worker)).ended < move:
+                await asyncio.sleep(0.02)
+            assert (moves.alarm, moves.done, moves.epoch) == ("", number + 1, len(rows))
+            assert await worker.move_experts(rows, shares) == (0, 0)
+            await rows_follow_shares(worker, clients, shares)
+        process = made.ranks["aggregated-0", 1]
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        while not worker.lost_ranks():
+            await clients.go_on(0.05, answered=False)
+        await answers(clients, 10)
+        made.ranks["aggregated-0", 1] = start_rank("aggregated-0", 1, Role.AGGREGATED, 1, spec, worker._group.endpoint)
+        while worker.lost_ranks():
+            await clients.go_on(0.1, answered=False)
+        await rows_follow_shares(worker, clients, shares)
+        for wrong in (
+            shares[:1],
+            [[node[:-1] for node in layer] for layer in shares],
+            [[[1] * len(rows[0])]] * len(rows),
+        ):
+            with pytest.raises(ClusterError, match="shares of"):
+                await worker.move_experts(rows, wrong)
+        assert await worker.move_experts(rows) == (0, 3)
+        while (await ended(worker)).ended < 3:
+            await asyncio.sleep(0.02)
+        await rows_follow_shares(worker, clients, None)
+        await clients.stop()
+
+
+@pytest.mark.slow
+async def test_shares_that_do_not_arrive_are_given_up(monkeypatch):
+    real, go_on = ExpertMover.share, threading.Event()
+    monkeypatch.setattr(ExpertMover, "share", lambda mover, *fields: (go_on.wait(), real(mover, *fields))[1])
+    monkeypatch.setattr(migration, "LAYER_S", 0.5)
+    monkeypatch.setattr(migration, "GRACE_S", 0.1)
+    async with cluster(grouped(Role.AGGREGATED, "qwen3-moe", REPLICATED)) as made:
+        worker, clients = made.workers["aggregated-0"], Clients(made, "qwen3-moe")
+        rows = (await worker.routed()).phy2log.tolist()
+        await worker.move_experts(rows, shares_of(rows, 1, 1))
+        async with asyncio.timeout(5):
+            while (moves := (await worker.health()).moves).ended < 1:
+                await asyncio.sleep(0.02)
+        assert "shares of replicas" in moves.alarm
+        assert (moves.done, moves.failed, moves.epoch) == (0, 1, 0)
+        await answers(clients)
+        go_on.set()
+        await answers(clients)
+        await clients.stop()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "verb",
-    ["commit", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("begin", "stage", "take", "give", "end"))],
+    [
+        "commit",
+        *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("begin", "stage", "take", "give", "share", "end")),
+    ],
 )
 async def test_a_rank_that_is_lost_while_experts_move(monkeypatch, verb, number):
     """The others serve on by a whole placement, the rank comes back into it, and experts move again."""
@@ -185,12 +280,13 @@ async def test_a_rank_that_is_lost_while_experts_move(monkeypatch, verb, number)
         await worker.move_experts(surviving(before.phy2log, 1))
         assert (await ended(worker)).alarm == ""
         striking = Striking(monkeypatch, verb, lambda: made.ranks["aggregated-0", 1].send_signal(number))
-        await worker.move_experts(surviving(before.phy2log, 2))
+        rows = surviving(before.phy2log, 2)
+        await worker.move_experts(rows, shares_of(rows, 1, 2) if verb == "share" else None)
         moves = await ended(worker)
         while not striking.struck or not worker.lost_ranks():
             await clients.go_on(0.05, answered=False)
         assert worker.lost_ranks() == [1]
-        assert moves.alarm or verb in {"commit", "end"}, moves
+        assert moves.alarm or verb in {"commit", "share", "end"}, moves
         await answers(clients, 10)
         process = made.ranks["aggregated-0", 1]
         process.kill()

@@ -227,7 +227,7 @@ async def test_all_shapes_count_the_routing_of_one_process(made, shape):
         async with cluster(spec) as workers:
             before = await workers.workers["aggregated-0"].routed()
             assert await tokens_of(workers, PROMPTS) == expected
-            after = await workers.workers["aggregated-0"].routed()
+            after = await workers.workers["aggregated-0"].routed(pairs=True)
             # The difference, since a model of one process is loaded once for all tests.
             return replace(after, load=after.load - before.load, computed=after.computed - before.computed)
 
@@ -249,6 +249,16 @@ async def test_all_shapes_count_the_routing_of_one_process(made, shape):
     sent = np.repeat(rows, wanted.tensor, axis=0) / wanted.tensor
     expected = served(spread.phy2log, sent).reshape(len(layers), spread.ranks, -1).sum(axis=2)
     assert expected == pytest.approx(layers, rel=0.1)  # what placements are judged by is what ranks do
+    for counted_pairs in (alone.pairs, spread.pairs):
+        assert counted_pairs is not None
+        assert counted_pairs.shape == (len(layers) - 1, EXPERTS, EXPERTS)
+    ends = {stage * len(layers) // wanted.pipeline for stage in range(1, wanted.pipeline)}
+    stays = [layer for layer in range(len(layers) - 1) if layer + 1 not in ends]
+    assert [layer for layer, pairs in enumerate(spread.pairs) if pairs.any()] == stays
+    for layer in stays:  # of the same tokens in both: each of its experts here is paired with each of the next layer's
+        assert spread.pairs[layer].sum() % alone.top_k**2 == 0
+        if layer + 1 in stays:
+            assert (spread.pairs[layer].sum(axis=0) == spread.pairs[layer + 1].sum(axis=1)).all()
 
 
 @pytest.mark.parametrize(

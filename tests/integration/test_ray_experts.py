@@ -12,6 +12,7 @@ import pytest
 
 from examples.make_tiny_model import Family, make
 from tercet.cluster.counts_file import read_counts
+from tercet.placement.expert_shares import TURNS
 from tests.machine import Machine, Served, new_machine, serve, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(170)]
@@ -47,7 +48,7 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
     assert idle.returncode == 1
     assert "nothing was counted" in idle.stderr
     assert not (machine.folder / "counts.npz").exists()
-    recording = machine.start("tercet", "experts", "export", file, "--windows=3", "--seconds=2")
+    recording = machine.start("tercet", "experts", "export", file, "--windows=3", "--seconds=2", "--pairs")
     number = 0
     while recording.poll() is None:
         ask(served, number % 4)
@@ -58,6 +59,8 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
     assert counts.load.shape[:2] == (3, 2)
     assert 0 < counts.total <= number * (TOKENS - 1) * layers * k  # the first token is the prefill worker's
     assert (counts.ranks, counts.nodes, counts.worker) == (2, 1, worker)
+    assert counts.pairs.shape == (3, layers - 1, *counts.load.shape[3:] * 2)
+    assert 0 < counts.pairs.sum() <= counts.total * k
 
     shown = machine.run("tercet", "experts", "show", "--svg", svg)
     assert shown.returncode == 0, shown.stderr
@@ -69,6 +72,8 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
     solved = json.loads(machine.run("tercet", "experts", "solve", file, "--json").stdout)
     assert solved["after"]["busiest"] <= solved["before"]["busiest"]
     assert solved["held_out"] is True
+    together = json.loads(machine.run("tercet", "experts", "solve", file, "--json", "--objective=interlayer").stdout)
+    assert 0 < together["pairs_staying"]["before"] <= together["pairs_staying"]["after"] <= 1
 
     with urllib.request.urlopen(f"http://127.0.0.1:{served.http}/metrics") as answer:
         series = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
@@ -97,6 +102,13 @@ def test_counts_of_a_running_mixture_are_recorded_and_solved(machine):
     assert (again.returncode, f"{worker}: its experts lie so already" in again.stdout) == (0, True), again.stderr
     refused = machine.run("tercet", "experts", "apply", str(other))
     assert refused.returncode == 2
+    weighted = machine.run("tercet", "experts", "solve", file, "--json", "--dispatch=weighted")
+    plan.write_text(weighted.stdout)
+    shared = json.loads(machine.run("tercet", "experts", "apply", str(plan), "--json").stdout)
+    assert (shared["done"], shared["failed"]) == (2, 0)
+    shares = json.loads(machine.run("tercet", "experts", "show", "--plan").stdout)["shares"]
+    assert all(sum(node) == TURNS * counts.load.shape[3] for layer in shares for node in layer)
+    assert served.client().chat(asked, temperature=0, max_tokens=TOKENS).text == before
     assert "it is for 4 ranks, and not for 2" in refused.stderr
 
     assert machine.run("tercet", "down", "--name", "experts").returncode == 0
@@ -110,7 +122,7 @@ def test_a_cluster_places_experts_by_itself(machine):
     """By default: what is uneven is placed anew while clients are answered, and each answer is the same as before."""
     source = machine.folder / "tiny"
     make(Family("qwen3-moe"), source)
-    placement = "{window_size: 25, step_interval: 50, min_gain: 0.01}"
+    placement = "{window_size: 25, step_interval: 50, dispatch_interval: 25, min_gain: 0.01}"
     ranks = (
         "{aggregated: {pool: cpu, cpus: 0.25, parallelism: {data: 2, expert: 2}, expert_placement: " + placement + "}}"
     )

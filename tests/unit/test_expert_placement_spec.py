@@ -20,7 +20,11 @@ SPREAD = {"data": 2, "expert": 2}
         ({"window_size": 1501}, r"step_interval: 3000 steps have no two windows of 1501 \(window_size\)"),
         ({"step_interval": 1999}, "step_interval: 1999 steps have no two windows of 1000"),
         ({"step_interval": -1}, "step_interval"),
-        ({"objective": "internode"}, "should be 'balance'"),
+        ({"objective": "interlayer"}, "should be 'balance', 'internode' or 'internode_dedup'"),
+        ({"objective": "internode", "policy": "eplb"}, "objective: policy eplb knows no internode; use ilp"),
+        ({"objective": "internode", "policy": "none"}, "objective: policy none knows no internode; use ilp"),
+        ({"objective": "internode_dedup", "max_moved_bytes": 5}, "max_moved_bytes: objective internode_dedup does not"),
+        ({"objective": "internode", "dispatch_interval": 2000}, "dispatch_interval: objective internode does not"),
         ({"max_moved_bytes": -1}, "greater than or equal to 0"),
         ({"policy": "eplb", "max_moved_bytes": 5}, "max_moved_bytes: policy eplb places everything anew; use ilp"),
         ({"time_limit_s": 0.0}, "greater than or equal to 0.1"),
@@ -30,7 +34,8 @@ SPREAD = {"data": 2, "expert": 2}
         ({"min_gain": -0.1}, "greater than or equal to 0"),
         ({"min_gain": float("nan")}, "min_gain"),
         ({"num_redundant_experts": 2}, "num_redundant_experts"),
-        ({"dispatch_interval": 2}, "dispatch_interval"),
+        ({"dispatch_interval": 999}, "dispatch_interval: 999 steps are no window of 1000"),
+        ({"dispatch_interval": 0}, "dispatch_interval"),
     ],
 )
 def test_a_wrong_value_is_refused(wrong, said):
@@ -49,7 +54,16 @@ def test_it_is_refused_where_it_would_have_no_effect():
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"window_size": 1, "step_interval": 2}, {"min_gain": 0.0}, {"max_moved_bytes": 0}]
+    "given",
+    [
+        {},
+        {"window_size": 1, "step_interval": 2},
+        {"min_gain": 0.0},
+        {"max_moved_bytes": 0},
+        *({"policy": policy, "dispatch_interval": 1000} for policy in ("ilp", "eplb", "none")),
+        {"objective": "internode"},
+    ],
 )
 def test_what_may_be_said(given):
-    assert ExpertPlacementSpec.model_validate(given).objective == "balance"
+    found = ExpertPlacementSpec.model_validate(given)
+    assert found.model_dump(exclude_unset=True) == given

@@ -59,9 +59,10 @@ def test_solve_as_json(file, policy):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["--policy", "best"], "neither ilp nor eplb"),
+        (["--policy", "best"], "none of ilp, eplb and keep"),
+        (["--policy", "keep"], "dispatch must be weighted"),
         (["--objective", "all"], "balance, internode, internode_dedup"),
-        (["--objective", "interlayer"], "balance, internode, internode_dedup"),
+        (["--objective", "interlayer"], "needs pair, which was not counted"),
         (["--dispatch", "odd"], "even, weighted"),
         (["--nodes", "3"], "do not divide"),
         (["--redundancy", "1"], "take 0, 4, 8"),
@@ -157,7 +158,7 @@ def look_at(monkeypatch: pytest.MonkeyPatch, there: Iterator[Look]) -> None:
     monkeypatch.setattr(experts.ray_runtime, "joined", contextlib.nullcontext)
     monkeypatch.setattr(experts.remote, "pick", lambda name, address: "c")
     monkeypatch.setattr(experts, "_members", lambda cluster: {"w": {"experts": [0, 1]}})
-    monkeypatch.setattr(experts, "_look", lambda cluster, worker: next(there))
+    monkeypatch.setattr(experts, "_look", lambda cluster, worker, pairs: next(there))
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 
 from tercet.cluster import counts_file
 from tercet.cluster.counts_file import read_counts, write_counts
 from tercet.distributed.expert_map import ExpertMap, default_map
 from tercet.errors import ClusterError, SpecError, UnsupportedSpec
 from tercet.placement.expert_counts import Counts
+from tercet.placement.expert_shares import TURNS
 from tercet.placement.experts.keeping import NEAR
 from tercet.placement.experts.model import Dispatch, Objective
 from tercet.placement.experts.weighing import Wish, max_over_mean, served, weigh
@@ -37,14 +39,21 @@ def counts_of(
     return replace(made, **changed)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 500])
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_go_to_the_slots_that_ranks_choose(seed, rows):
-    """In steps of few rows, too, as decode has them."""
+def test_rows_go_to_the_slots_that_ranks_choose(seed, rows, shared):
+    """In steps of few rows, too, as decode has them; by turns, and by shares."""
     rng = np.random.default_rng(seed)
     experts, ranks, each, total = 6, 3, 3, 3000
     held = np.concatenate([rng.permutation(experts), rng.integers(experts, size=ranks * each - experts)])
-    there = ExpertMap(torch.from_numpy(held[None]), experts, each)
+    there, shares = ExpertMap(torch.from_numpy(held[None]), experts, each), None
+    if shared:
+        shares = np.zeros((1, ranks, len(held)), np.int64)  # each rank as a node of its own
+        for expert, node in itertools.product(range(experts), range(ranks)):
+            slots = (held == expert).nonzero()[0]
+            shares[0, node, slots] = rng.multinomial(TURNS, rng.dirichlet(np.ones(len(slots))))
+        there = there.with_shares({0: shares[0].tolist()})
     asked = rng.choice(experts, size=(ranks, total), p=rng.dirichlet(np.ones(experts)))
     sent = np.array([np.bincount(each, minlength=experts) for each in asked])[:, None]
     found = np.zeros(ranks * each)
@@ -52,7 +61,7 @@ def test_rows_go_to_the_slots_that_ranks_choose(seed, rows):
         for turn, first in enumerate(range(0, total, rows)):
             batch = torch.from_numpy(asked[rank, first : first + rows])[:, None]
             found += np.bincount(there.choose(batch, rank, turn=turn).flatten().numpy(), minlength=len(found))
-    expected = served(held[None], sent.astype(float))[0]
+    expected = served(held[None], sent.astype(float), shares)[0]
     assert expected.sum() == pytest.approx(found.sum())
     assert found == pytest.approx(expected, rel=0.1, abs=100)
 
@@ -137,15 +146,74 @@ def test_a_group_that_survives_a_rank_goes_on_doing_so(seed):
     assert weigh(counts_of(seed), Wish()).topology.least_replicas == 1
 
 
-def test_weighted_is_by_the_placements_shares():
-    counts = counts_of()
-    found = weigh(counts, Wish(dispatch=Dispatch.WEIGHTED, objective=Objective.INTERNODE))
+@pytest.mark.parametrize("objective", [Objective.INTERNODE, Objective.INTERNODE_DEDUP])
+def test_fewer_rows_leave_their_node(objective):
+    """Requests of each node prefer experts of their own."""
+    rng = np.random.default_rng(0)
+    load = rng.poisson(rng.gamma(0.5, 400, (1, 4, 2, 8)), (3, 4, 2, 8)).astype(np.int64)
+    counts = counts_of(load=load)
+    found = weigh(counts, Wish(dispatch=Dispatch.WEIGHTED, objective=objective))
     assert found.after.sum() == pytest.approx(counts.load[-1].sum())
-    assert found.placement.layers[0].cross_node < 0.5
+    assert found.crossing[1] < found.crossing[0]
+    for when, (phy2log, shares) in enumerate(((counts.phy2log, None), (found.placement.phy2log, found.shares))):
+        placed = ExpertMap(torch.from_numpy(phy2log.astype(np.int64)), 8, 3)
+        if shares is not None:
+            placed = placed.with_shares(dict(enumerate(shares.tolist())))
+        crossed = 0
+        for rank, layer, expert in itertools.product(range(4), range(2), range(8)):
+            asked = torch.full((int(load[-1, rank, layer, expert]), 1), expert)
+            slots = placed.choose(asked, rank, layer)
+            crossed += int((slots // 6 != rank // 2).sum())
+        assert crossed / load[-1].sum() == pytest.approx(found.crossing[when], abs=0.02)
+
+
+def test_other_objectives_are_refused_by_name():
+    counts = counts_of()
     with pytest.raises(UnsupportedSpec, match="dispatch must be weighted"):
         weigh(counts, Wish(objective=Objective.INTERNODE))
     with pytest.raises(SpecError, match="pair"):
         weigh(counts, Wish(objective=Objective.INTERLAYER))
+    for wish in (Wish("keep"), Wish("keep", Objective.INTERNODE, Dispatch.WEIGHTED)):
+        with pytest.raises(SpecError, match="policy keep solves shares for the busiest rank"):
+            weigh(counts, wish)
+    for more in ({"redundancy": 4}, {"max_moved_bytes": 5}):
+        with pytest.raises(SpecError, match="policy keep moves nothing"):
+            weigh(counts, Wish("keep", dispatch=Dispatch.WEIGHTED, **more))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_alone_are_the_best_there_are_for_the_busiest_rank(seed):
+    """Against the linear programme  min t:  what each slot gets of its expert's rows, no rank more than t."""
+    counts = counts_of(seed)
+    known = counts.load[:-1].sum(axis=(0, 1)).astype(float)
+    found = weigh(counts, Wish("keep", dispatch=Dispatch.WEIGHTED))
+    assert (found.placement.phy2log == counts.phy2log).all()
+    assert not found.fetched.any()
+    sent = replace(counts, load=counts.load[:-1].sum(axis=0, keepdims=True), computed=counts.computed[:1])
+    loads = served(counts.phy2log, sent.of_windows(slice(None)), found.shares).reshape(2, 4, 3).sum(axis=2)
+    for layer, row in enumerate(counts.phy2log):
+        cost = np.array([0.0] * 12 + [1.0])
+        sums = np.array([[*(row == expert).astype(float), 0.0] for expert in range(8)])
+        most = np.array([[*(np.arange(12) // 3 == rank).astype(float), -1.0] for rank in range(4)])
+        best = linprog(cost, most, np.zeros(4), sums, known[layer]).fun
+        assert best - 1e-6 <= loads[layer].max() <= best + known[layer].max() / TURNS * 3
+    now = weigh(replace(counts, shares=found.shares), Wish("keep", dispatch=Dispatch.WEIGHTED))
+    assert now.kept.all()
+    assert (now.shares == found.shares).all()
+    assert (now.before == now.after).all()
+
+
+def test_experts_that_follow_each_other_come_to_lie_together():
+    """Expert e of a layer is always followed by e + 1 of the next."""
+    pairs = np.zeros((3, 1, 8, 8), np.int64)
+    pairs[:, 0, range(8), [1, 2, 3, 4, 5, 6, 7, 0]] = 100
+    counts = counts_of(load=np.full((3, 4, 2, 8), 100), pairs=pairs)
+    found = weigh(counts, Wish(objective=Objective.INTERLAYER))
+    assert found.staying is not None
+    before, after = found.staying
+    assert before < after == pytest.approx(1.0)
+    assert weigh(counts, Wish()).staying[0] == before
+    assert weigh(counts_of(), Wish()).staying is None
 
 
 def test_other_shapes():
@@ -198,6 +266,11 @@ def test_what_cannot_be_weighed_is_said(changed, match):
         ({"phy2log": np.zeros((2, 0), np.int64)}, "phy2log is"),
         ({"phy2log": np.zeros(2, np.int64)}, "phy2log is"),
         ({"phy2log": np.array(0)}, "phy2log is"),
+        ({"pairs": np.ones((2, 1, 8, 8), np.int64)}, "pairs is"),
+        ({"pairs": -np.ones((3, 1, 8, 8), np.int64)}, "pairs has values below 0"),
+        ({"shares": np.ones((2, 12), np.int64)}, "shares is"),
+        ({"shares": np.ones((2, 1, 12), np.int64)}, "shares of expert 0 sum to"),
+        ({"shares": np.ones((2, 1, 11), np.int64)}, "must be"),
         ({"nodes": 3}, "3 nodes"),
         ({"nodes": 0}, "0 nodes"),
         ({"top_k": 0}, "cannot be"),
@@ -216,8 +289,12 @@ def test_silent_layers_are_even():
     assert max_over_mean(np.zeros((2, 4))).tolist() == [1.0, 1.0]
 
 
-def test_a_file_of_counts_is_read_as_it_was_written(tmp_path):
+@pytest.mark.parametrize("more", [False, True])
+def test_a_file_of_counts_is_read_as_it_was_written(tmp_path, more):
     counts = counts_of()
+    if more:
+        shares = weigh(counts, Wish("keep", dispatch=Dispatch.WEIGHTED)).shares
+        counts = replace(counts, shares=shares, pairs=np.arange(3 * 64).reshape(3, 1, 8, 8))
     write_counts(tmp_path / "a.npz", counts)
     read = read_counts(tmp_path / "a.npz")
     for name, value in vars(counts).items():
@@ -265,7 +342,7 @@ def changes() -> Iterator[dict[str, Any]]:
     for name in ("nodes", "top_k", "expert_bytes"):
         yield from ({name: value} for value in (np.ones(2, int), 1.5, np.inf, 1j, "2", np.datetime64("2026-01-01")))
     yield from ({"window_s": value} for value in (np.ones(2), "x", 1j, np.nan))
-    yield from ({"format": value} for value in (2, np.ones(2), "1", 1j, np.inf))
+    yield from ({"format": value} for value in (1, 3, np.ones(2), "1", 1j, np.inf))
     yield {"worker": np.array({}, dtype=object)}
 
 

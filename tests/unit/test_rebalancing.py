@@ -4,6 +4,7 @@ slow, dies or talks nonsense."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from tercet.cluster import rebalancing, solver
+from tercet.cluster.experts_cli import _as_json
 from tercet.cluster.members import Slot
 from tercet.cluster.rebalancing import Rebalancing
 from tercet.cluster.reconcile import Member, State
@@ -24,6 +26,9 @@ from tercet.core import Role as R
 from tercet.distributed.routed import Routed
 from tercet.errors import ClusterError, TercetError, WorkerLost
 from tercet.placement.expert_counts import Counts
+from tercet.placement.expert_shares import TURNS, check_shares
+from tercet.placement.experts.model import Dispatch, Objective
+from tercet.placement.experts.weighing import Wish, served, weigh
 from tercet.spec import ExpertPlacementSpec
 
 LAYERS, EXPERTS, RANKS = 2, 6, 3
@@ -40,6 +45,7 @@ class Worker:
         self.load = np.zeros((RANKS, LAYERS, EXPERTS), np.int64)
         self.computed = np.zeros((LAYERS, RANKS), np.int64)
         self.asked: list[list[list[int]]] = []
+        self.shares: Any = None  # [L, N, P], as last asked for
         self.error: TercetError | None = None
         self.refuses = self.moves_fail = False
         self.moves = Moves()
@@ -58,6 +64,7 @@ class Worker:
             raise self.error
         if method == "move_experts":
             self.asked.append(args[0])
+            self.shares = args[1]
             if self.refuses:
                 raise ClusterError("experts are being moved already")
             if self.moves_fail:
@@ -66,7 +73,20 @@ class Worker:
                 self.phy2log = np.array(args[0])
             return LAYERS, len(self.asked)
         assert method == "routed"
-        return Routed(self.load.copy(), self.computed.copy(), self.phy2log.copy(), 2, 1000, self.steps)
+        shares = None if self.shares is None else np.array(self.shares)
+        return Routed(self.load.copy(), self.computed.copy(), self.phy2log.copy(), 2, 1000, shares, steps=self.steps)
+
+
+@pytest.fixture
+def solved_here(monkeypatch):
+    """As `solve_apart`, without a process, which takes seconds to start."""
+
+    async def solved(counts: Counts, wanted: ExpertPlacementSpec, *, keep: bool = False) -> Any:
+        told = dict(option.removeprefix("--").split("=") for option in solver._options(wanted, keep=keep))
+        wish = Wish(told["policy"], Objective(told["objective"]), Dispatch(told["dispatch"]))
+        return json.loads(json.dumps(_as_json(counts, wish, weigh(counts, wish))))
+
+    monkeypatch.setattr(rebalancing, "solve_apart", solved)
 
 
 def made(worker: Worker, wanted: ExpertPlacementSpec = WANTED) -> tuple[Rebalancing, Slot, list[str]]:
@@ -122,6 +142,7 @@ async def test_even_ranks_are_left_alone_without_a_solver(monkeypatch):
     assert slot.placing["outcome"] == "kept: ranks are even, with at most 0.0% to gain"
 
 
+@pytest.mark.usefixtures("solved_here")
 async def test_what_gains_too_little_on_held_out_counts_is_not_applied():
     """One expert has nearly all, so nothing helps without replicas."""
     worker = Worker(hot=(0,))
@@ -147,6 +168,89 @@ async def test_a_placement_that_no_longer_survives_a_rank_is_not_applied(monkeyp
     assert "would not survive" in slot.placing["outcome"]
 
 
+class Sharing(Worker):
+    """Expert 0 has most rows, and replicas on two of three ranks; by turns both get as many."""
+
+    def __init__(self) -> None:
+        super().__init__(hot=(0,))
+        self.phy2log = np.array([[0, 1, 2, 0, 3, 4, 5, 1, 2]] * LAYERS)
+
+    def step(self, count: int) -> None:
+        before = self.load.copy()
+        super().step(count)
+        rows = (self.load - before).astype(float)
+        shares = None if self.shares is None else np.array(self.shares)
+        self.computed += served(self.phy2log, rows, shares).reshape(LAYERS, RANKS, -1).sum(axis=2).astype(np.int64)
+        self.computed[:] = np.maximum(self.computed, 0)
+
+
+@pytest.mark.parametrize("policy", ["none", "ilp", "eplb"])
+@pytest.mark.usefixtures("solved_here")
+async def test_shares_are_solved_anew_between_placements(policy):
+    worker = Sharing()
+    wanted = ExpertPlacementSpec(policy=policy, window_size=10, step_interval=2000, dispatch_interval=20, min_gain=0.01)
+    its, slot, said = made(worker, wanted)
+    await looks(its, worker, 3)
+    (rows,) = worker.asked
+    assert (np.array(rows) == worker.phy2log).all()
+    assert np.array(worker.shares).shape == (LAYERS, 1, 9)
+    assert "shares of replicas set anew: busiest ranks -" in said[0]
+    assert slot.placing["gain"] > 0.01
+    await looks(its, worker, 6)
+    assert len(worker.asked) == 1, "what is even stays"
+    worker.hot = (2,)
+    await looks(its, worker, 6)
+    assert len(worker.asked) == 2
+
+
+@pytest.mark.usefixtures("solved_here")
+async def test_a_placement_brings_its_shares():
+    worker = Worker(redundancy=3)
+    wanted = ExpertPlacementSpec(window_size=10, step_interval=20, dispatch_interval=10, min_gain=0.01)
+    its, _, _ = made(worker, wanted)
+    await looks(its, worker, 3)
+    (rows,) = worker.asked
+    for row, shares in zip(rows, worker.shares, strict=True):
+        check_shares(np.array(row), np.array(shares), RANKS)
+
+
+async def test_shares_without_a_lost_rank_give_it_none(monkeypatch):
+    async def solved(counts: Counts, wanted: ExpertPlacementSpec) -> dict[str, Any]:
+        return answer(counts) | {"shares": [[[TURNS] * counts.phy2log.shape[1]]] * LAYERS}
+
+    monkeypatch.setattr(rebalancing, "solve_apart", solved)
+    worker = Worker(redundancy=EXPERTS)
+    its, _, _ = made(worker, ExpertPlacementSpec(window_size=10, step_interval=2000, dispatch_interval=1000))
+    await looks(its, worker, 2)
+    worker.others[0] = {"rank": 1, "pid": 0, "node": "", "lost": True}
+    await looks(its, worker, 1, steps=1)
+    shares = np.array(worker.shares)
+    assert shares.shape == (LAYERS, 1, 12)
+    assert not shares[:, :, 4:8].any()
+    assert (shares[:, :, [0, 1, 2, 3, 8, 9, 10, 11]] == TURNS).all()
+
+
+@pytest.mark.usefixtures("solved_here")
+async def test_rows_that_leave_their_node_are_what_internode_counts():
+    """Ranks on three nodes; each has requests for other experts than lie there."""
+    worker = Worker(hot=())
+    worker.others = [{"rank": rank, "pid": 10 + rank, "node": name} for rank, name in ((1, "b"), (2, "c"))]
+    real = worker.step
+
+    def step(count: int) -> None:
+        real(count)
+        for rank in range(RANKS):
+            worker.load[rank][:, [(2 * rank + 2) % 6, (2 * rank + 3) % 6]] += 100 * count
+
+    worker.step = step  # type: ignore[method-assign]
+    its, slot, said = made(worker, ExpertPlacementSpec(window_size=10, step_interval=20, objective="internode"))
+    await looks(its, worker, 3)
+    (rows,) = worker.asked
+    assert [sorted(rows[0][at : at + 2]) for at in (0, 2, 4)] == [[2, 3], [4, 5], [0, 1]]
+    assert "rows that leave their node -" in said[0]
+    assert slot.placing["gain"] > 0.5
+
+
 def answer(counts: Counts, survives: tuple[bool, bool] = (True, True)) -> dict[str, Any]:
     return {
         "before": {"busiest": 100.0},
@@ -155,6 +259,7 @@ def answer(counts: Counts, survives: tuple[bool, bool] = (True, True)) -> dict[s
         "layers": [{"gap": None, "seconds": 0.5}, {"gap": 0.25, "seconds": 0.5}],
         "fetched_bytes": 7,
         "phy2log": counts.phy2log[:, ::-1].tolist(),
+        "shares": None,
     }
 
 
@@ -202,6 +307,7 @@ async def test_a_move_and_its_end_are_reported():
 
 
 @pytest.mark.parametrize("how", ["refuses", "moves_fail"])
+@pytest.mark.usefixtures("solved_here")
 async def test_a_move_that_was_not_made_is_asked_for_again(how):
     """Though traffic is what it was solved for."""
     worker = Worker()
@@ -236,6 +342,7 @@ async def test_without_a_lost_rank_it_is_tried_again_until_it_is_done(monkeypatc
     assert len(worker.asked) == 4
 
 
+@pytest.mark.usefixtures("solved_here")
 async def test_traffic_that_alternates_for_ever_is_solved_for_now_and_then():
     worker = Worker()
     its, slot, _ = made(worker)

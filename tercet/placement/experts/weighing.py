@@ -1,6 +1,7 @@
 """What another placement would be worth to a group of ranks that has counted its routing. Pure.
 
 W windows   S data replicas   L layers   E experts   R ranks, G GPUs of the topology: the same   P slots of a layer
+N nodes
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from numpy.typing import NDArray
 
 from tercet.errors import SpecError
 from tercet.placement.expert_counts import Counts, holds, survives
+from tercet.placement.expert_shares import TURNS, in_turns
+from tercet.placement.experts.chain_model import local_fraction
 from tercet.placement.experts.eplb import rebalance_experts
-from tercet.placement.experts.model import Dispatch, Floats, Objective, Placement, RoutingStats, Topology
-from tercet.placement.experts.scoring import dispatched, evenly
+from tercet.placement.experts.model import NO_SLOT, Dispatch, Floats, Objective, Placement, RoutingStats, Topology
+from tercet.placement.experts.scoring import evenly
 from tercet.placement.experts.solve import solve_experts
+from tercet.placement.experts.tables import placement_of
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a placement is solved for. dispatch: how ranks share rows among replicas; `weighted` is by the placement's
-    shares, which ranks cannot yet. nodes, redundancy: those that there are now, if not given."""
+    """What a placement is solved for. dispatch: how ranks share rows among replicas; even: their own first, else by
+    turns; weighted: by shares that are solved, too. nodes, redundancy: those that there are now, if not given."""
 
-    policy: str = "ilp"  # or eplb
+    policy: str = "ilp"  # or eplb; or keep: experts stay where they are, and only shares are solved
     objective: Objective = Objective.BALANCE
     dispatch: Dispatch = Dispatch.EVEN
     nodes: int | None = None
@@ -42,6 +46,11 @@ class Weighed:
     after: Floats
     fetched: NDArray[np.int64]  # [L] experts that a rank would have to fetch, since it has none of them
     kept: NDArray[np.bool_]  # [L] what was found is no better than what there is, by what it was solved on
+    shares: NDArray[np.int64] | None  # [L, N, P] of replicas, for dispatch weighted (`expert_shares`)
+    crossing: tuple[float, float]  # before, after: share of the rows whose slot is on another node
+    staying: (
+        tuple[float, float] | None
+    )  # before, after: share of the pairs that stay on their node, or rank; if counted
     held_out: bool  # it was solved on other windows than those it is judged by
     survives: tuple[bool, bool]  # before, after: whether each expert lies on two ranks, so that one may be lost
 
@@ -55,33 +64,70 @@ def weigh(counts: Counts, wish: Wish) -> Weighed:
         raise SpecError("nothing was counted in a window that is needed: no request was computed there")
     topo, stats = _topology(counts, wish), _stats(counts, known, wish)
     placement, kept = _solved(counts, stats, topo, wish), np.zeros(len(counts.phy2log), dtype=bool)
-    if wish.policy == "ilp" and wish.dispatch is Dispatch.EVEN:
-        placement, kept = _no_worse(placement, counts, counts.of_windows(known), topo)
+    shares = shares_of(placement) if wish.dispatch is Dispatch.WEIGHTED else None
+    if wish.policy != "eplb" and wish.objective is Objective.BALANCE:
+        placement, shares, kept = _no_worse(placement, shares, counts, counts.of_windows(known), topo)
     sent = counts.of_windows(judged)
-    before, after = served(counts.phy2log, sent), served(placement.phy2log, sent)
-    if wish.dispatch is Dispatch.WEIGHTED:
-        after = dispatched(placement, _by_node(sent, topo.nodes), wish.dispatch).sum(axis=1)
+    before = taken(counts.phy2log, sent, counts.shares, topo.nodes)
+    after = taken(placement.phy2log, sent, shares, topo.nodes)
     had, has = (holds(each, *sent.shape[::2]) > 0 for each in (counts.phy2log, placement.phy2log))
     return Weighed(
         placement,
         topo,
-        _of_ranks(before, counts.ranks),
-        _of_ranks(after, counts.ranks),
+        _of_ranks(before.sum(axis=0), counts.ranks),
+        _of_ranks(after.sum(axis=0), counts.ranks),
         (has & ~had).sum(axis=(1, 2)),
         kept,
+        shares,
+        (_crossing(before), _crossing(after)),
+        _staying(counts, placement, judged, topo),
         held_out,
         (survives(counts.phy2log, counts.ranks), survives(placement.phy2log, counts.ranks)),
     )
 
 
-def _no_worse(found: Placement, counts: Counts, sent: Floats, topo: Topology) -> tuple[Placement, NDArray[np.bool_]]:
-    """-> the better one of each layer by how ranks choose replicas, which the solver does not know; which are kept"""
-    if found.phy2log.shape != counts.phy2log.shape:
-        return found, np.zeros(len(found.phy2log), dtype=bool)
-    busiest = [_of_ranks(served(each, sent), topo.gpus).max(axis=1) for each in (counts.phy2log, found.phy2log)]
+def shares_of(placement: Placement) -> NDArray[np.int64]:
+    """-> [L, N, P], its dispatch in turns."""
+    layers, nodes = placement.dispatch_prob.shape[:2]
+    found = np.zeros((layers, nodes, placement.phy2log.shape[1]), np.int64)
+    layer, expert, replica = (placement.log2phy != NO_SLOT).nonzero()
+    turns = in_turns(placement.dispatch_prob)
+    found[layer, :, placement.log2phy[layer, expert, replica]] = turns[layer, :, expert, replica]
+    return found
+
+
+def _no_worse(
+    found: Placement, shares: NDArray[np.int64] | None, counts: Counts, sent: Floats, topo: Topology
+) -> tuple[Placement, NDArray[np.int64] | None, NDArray[np.bool_]]:
+    """-> the better one of each layer by how ranks choose replicas, which the solver does not know; which are kept."""
+    now = counts.shares
+    other_nodes = now is not None and shares is not None and now.shape != shares.shape
+    if found.phy2log.shape != counts.phy2log.shape or other_nodes:
+        return found, shares, np.zeros(len(found.phy2log), dtype=bool)
+    each = (counts.phy2log, now), (found.phy2log, shares)
+    busiest = [_of_ranks(served(row, sent, its), topo.gpus).max(axis=1) for row, its in each]
     keeps = busiest[0] <= busiest[1]
     phy2log = np.where(keeps[:, None], counts.phy2log, found.phy2log).astype(np.int32)
-    return replace(evenly(phy2log, sent.shape[2], topo.nodes), layers=found.layers), keeps
+    if now is not None or shares is not None:  # zeros: by turns
+        kept_ones, found_ones = (0 if its is None else its for its in (now, shares))
+        shares = np.where(keeps[:, None, None], kept_ones, found_ones)
+    return replace(evenly(phy2log, sent.shape[2], topo.nodes), layers=found.layers), shares, keeps
+
+
+def _crossing(rows: Floats) -> float:
+    """rows [N, L, P], by node that sends them."""
+    nodes, layers, slots = rows.shape
+    flow = rows.reshape(nodes, layers, nodes, slots // nodes).sum(axis=(1, 3))
+    return float(1 - np.trace(flow) / flow.sum())
+
+
+def _staying(counts: Counts, placement: Placement, judged: slice, topo: Topology) -> tuple[float, float] | None:
+    if counts.pairs is None or not len(counts.pairs[0]):
+        return None
+    pairs = counts.pairs[judged].sum(axis=0).astype(np.float64)
+    before = evenly(counts.phy2log.astype(np.int32), counts.load.shape[3], topo.nodes)
+    there = replace(topo, slots_per_gpu=counts.phy2log.shape[1] // topo.gpus)
+    return local_fraction(before, pairs, there), local_fraction(placement, pairs, topo)
 
 
 def max_over_mean(loads: Floats) -> Floats:
@@ -91,16 +137,27 @@ def max_over_mean(loads: Floats) -> Floats:
     return found
 
 
-def served(phy2log: NDArray[np.integer[Any]], sent: Floats) -> Floats:
-    """phy2log [L, P], sent [R, L, E] -> [L, P], the rows of each slot as ranks choose replicas today
-    (`distributed.expert_map.ExpertMap.choose`): their own if they have one, else all by turns."""
+def served(phy2log: NDArray[np.integer[Any]], sent: Floats, shares: NDArray[np.int64] | None = None) -> Floats:
+    """-> [L, P], the rows of each slot, as `taken`."""
+    rows: Floats = taken(phy2log, sent, shares, 1)[0]
+    return rows
+
+
+def taken(phy2log: NDArray[np.integer[Any]], sent: Floats, shares: NDArray[np.int64] | None, nodes: int) -> Floats:
+    """phy2log [L, P], sent [R, L, E], shares [L, any nodes, P] -> [N, L, P], the rows of each node in each slot, as
+    ranks choose replicas (`distributed.expert_map.ExpertMap.choose`): by shares where a layer has any; else their own
+    if they have one, else all by turns."""
     ranks, experts = sent.shape[::2]
     here = np.arange(phy2log.shape[1]) // (phy2log.shape[1] // ranks) == np.arange(ranks)[:, None]
-    found = np.zeros(phy2log.shape)
+    found = np.zeros((nodes, *phy2log.shape))
     for layer, there in enumerate(holds(phy2log, ranks, experts)):
-        own, everywhere = there[:, phy2log[layer]], there.sum(axis=0)[phy2log[layer]]
-        part = np.where(own > 0, here / np.maximum(own, 1), 1 / everywhere)  # [R, P]
-        found[layer] = (part * sent[:, layer, phy2log[layer]]).sum(axis=0)
+        if shares is not None and shares[layer].any():
+            part = np.repeat(shares[layer] / TURNS, ranks // shares.shape[1], axis=0)  # [R, P]
+        else:
+            own, everywhere = there[:, phy2log[layer]], there.sum(axis=0)[phy2log[layer]]
+            part = np.where(own > 0, here / np.maximum(own, 1), 1 / everywhere)
+        rows = part * sent[:, layer, phy2log[layer]]
+        found[:, layer] = rows.reshape(nodes, ranks // nodes, -1).sum(axis=1)
     return found
 
 
@@ -111,8 +168,10 @@ def _solved(counts: Counts, stats: RoutingStats, topo: Topology, wish: Wish) -> 
             raise SpecError("policy eplb takes no objective, dispatch or max_moved_bytes: it only balances")
         phy2log, _, _ = rebalance_experts(stats.weight, topo.slots, 1, 1, topo.gpus)
         return evenly(phy2log.astype(np.int32), stats.load.shape[2], topo.nodes)
+    if wish.policy == "keep":
+        return _shared_anew(counts, stats, topo, wish)
     if wish.policy != "ilp":
-        raise SpecError(f"policy {wish.policy!r} is neither ilp nor eplb")
+        raise SpecError(f"policy {wish.policy!r} is none of ilp, eplb and keep")
     old = None
     if wish.max_moved_bytes is not None and counts.phy2log.shape[1] != topo.slots:
         raise SpecError("max_moved_bytes is for as many slots as there are now: leave redundancy out")
@@ -128,6 +187,16 @@ def _solved(counts: Counts, stats: RoutingStats, topo: Topology, wish: Wish) -> 
         time_limit_s=wish.time_limit_s,
         seed=wish.seed,
     )
+
+
+def _shared_anew(counts: Counts, stats: RoutingStats, topo: Topology, wish: Wish) -> Placement:
+    """Experts stay; the shares of their replicas that are best for the busiest rank."""
+    if wish.dispatch is not Dispatch.WEIGHTED or wish.objective is not Objective.BALANCE:
+        raise SpecError("policy keep solves shares for the busiest rank: dispatch must be weighted, objective balance")
+    if wish.redundancy is not None or wish.max_moved_bytes is not None:
+        raise SpecError("policy keep moves nothing: leave redundancy and max_moved_bytes out")
+    held = counts.phy2log.reshape(len(counts.phy2log), topo.gpus, -1).astype(np.int32)
+    return placement_of(held, stats.weight, topo, Dispatch.WEIGHTED)
 
 
 def _topology(counts: Counts, wish: Wish) -> Topology:
@@ -151,7 +220,8 @@ def _topology(counts: Counts, wish: Wish) -> Topology:
 def _stats(counts: Counts, windows: slice, wish: Wish) -> RoutingStats:
     nodes = counts.nodes if wish.nodes is None else wish.nodes
     load = counts.load[windows].sum(axis=1).astype(np.float64)
-    return RoutingStats(load, _by_node(counts.of_windows(windows), nodes), None, counts.top_k)
+    pairs = None if counts.pairs is None else counts.pairs[windows].sum(axis=0).astype(np.float64)
+    return RoutingStats(load, _by_node(counts.of_windows(windows), nodes), pairs, counts.top_k)
 
 
 def _by_node(sent: Floats, nodes: int) -> Floats:
