@@ -251,7 +251,12 @@ class ExpertRows:
     experts: tuple[int, ...]  # that it has in some layer, with how many rows it has computed of each
     rows: tuple[int, ...]  # for requests of all ranks
     routed: tuple[int, ...]  # to each expert of the model, of the rank's own requests; tensor ranks share theirs
-    sent_bytes: int = 0  # to other ranks, of rows to experts and back
+    sent_to: tuple[int, ...] = ()  # bytes to each rank of its stage, of rows to experts and back
+    crossing_bytes: int = 0  # of them, to ranks on other nodes, as far as its controller has said
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(self.sent_to)
 
 
 @dataclass(frozen=True)

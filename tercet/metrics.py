@@ -112,6 +112,8 @@ class ExpertGauges(Collector):
         of_rank = CounterMetricFamily("tercet_expert_rank_rows", "Rows of a rank's experts", labels=["worker", "rank"])
         text = "Bytes that a rank sent to others: rows to experts, and what these made of them"
         sent = CounterMetricFamily("tercet_expert_sent_bytes", text, labels=["worker", "rank"])
+        text = "Of them, bytes to ranks on other nodes"
+        crossing = CounterMetricFamily("tercet_expert_crossing_bytes", text, labels=["worker", "rank"])
         text = "Mean rows of a worker's ranks over those of the busiest one, since they started; 1 is even"
         balance = GaugeMetricFamily("tercet_expert_balancedness", text, labels=["worker"])
         for worker, ranks in self._experts().items():
@@ -119,6 +121,7 @@ class ExpertGauges(Collector):
             for rank, count in zip(ranks, rows, strict=True):
                 of_rank.add_metric([worker, str(rank.rank)], count)
                 sent.add_metric([worker, str(rank.rank)], rank.sent_bytes)
+                crossing.add_metric([worker, str(rank.rank)], rank.crossing_bytes)
             total = Counts[int]()
             for rank in ranks:
                 for expert, count in zip(rank.experts, rank.rows, strict=True):
@@ -127,7 +130,7 @@ class ExpertGauges(Collector):
                 of_expert.add_metric([worker, str(expert)], count)
             if any(rows):
                 balance.add_metric([worker], sum(rows) / len(rows) / max(rows))
-        yield from (of_expert, of_rank, sent, balance)
+        yield from (of_expert, of_rank, sent, crossing, balance)
 
 
 class PlacementGauges(Collector):

@@ -98,6 +98,7 @@ class Out:
     y: Any  # [T, E] float32, numpy
     received: Any  # x, slots, weights, numpy
     sent: Sent
+    sent_to: list[int]
 
 
 class _Child:
@@ -137,10 +138,11 @@ class _Child:
         return [[self._layer(case, layer) for layer in range(case.layers)] for case in cases]
 
     def _layer(self, case: Case, layer: int) -> Out:
-        before = self.exchange.sent
+        before, to_each = self.exchange.sent, [*self.exchange.sent_to]
         received = self.dispatch(case, layer)
         y = self.combine()
-        return Out(y, [part.float().numpy() for part in received], self.exchange.sent - before)
+        sent_to = [after - before for before, after in zip(to_each, self.exchange.sent_to, strict=True)]
+        return Out(y, [part.float().numpy() for part in received], self.exchange.sent - before, sent_to)
 
     def dispatch(self, case: Case, layer: int = 0) -> list[Tensor]:
         rank, found = self.exchange.rank, case.map()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from tercet.cluster.reconcile import GATEWAY, Member, State, Told, moved
-from tercet.core import Load, WorkerInfo
+from tercet.core import ExpertRows, Load, WorkerInfo
 from tercet.errors import TercetError
 from tercet.placement.roles import Assignment, Placement
 from tercet.spec import ClusterSpec
@@ -140,6 +140,19 @@ def overview(target: Target, slots: Mapping[str, Slot]) -> dict[str, Any]:
     }
 
 
+def _by_node(slot: Slot, experts: Sequence[ExpertRows]) -> list[ExpertRows]:
+    """With what each rank has sent to other nodes."""
+    others = slot.actor.others if slot.actor is not None else ()
+    nodes = [slot.info.node if isinstance(slot.info, WorkerInfo) else "", *(place["node"] for place in others)]
+    found = []
+    for rows in experts:
+        first = rows.rank - rows.rank % max(1, len(rows.sent_to))  # of its stage
+        there = nodes[first : first + len(rows.sent_to)]
+        away = sum(sent for sent, node in zip(rows.sent_to, there, strict=False) if node != nodes[rows.rank])
+        found.append(replace(rows, crossing_bytes=away))
+    return found
+
+
 def _told_of(slot: Slot) -> dict[str, Any]:
     member = slot.member
     told: dict[str, Any] = {
@@ -153,7 +166,7 @@ def _told_of(slot: Slot) -> dict[str, Any]:
         if slot.actor is not None and slot.actor.others:
             told |= {"ranks": [dict(place) for place in slot.actor.others]}
     if isinstance(slot.status, Load) and slot.status.experts:  # with the health alone, not in the gateway's reports
-        told |= {"experts": [asdict(rows) for rows in slot.status.experts]}
+        told |= {"experts": [asdict(rows) for rows in _by_node(slot, slot.status.experts)]}
         if slot.status.moves is not None:
             told |= {"moves": asdict(slot.status.moves), "placing": dict(slot.placing)}
     if member.state is State.DRAINING and isinstance(slot.status, Load):  # the gateway no longer gets its reports

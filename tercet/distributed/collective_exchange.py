@@ -39,7 +39,7 @@ class CollectiveExchange:
 
     def __init__(self, group: dist.ProcessGroup, slots_per_rank: int) -> None:
         self.rank, self.size = group.rank(), group.size()
-        self.sent = Sent()
+        self.sent, self.sent_to = Sent(), [0] * self.size
         self._group = group
         self._slots_per_rank = slots_per_rank
 
@@ -56,17 +56,23 @@ class CollectiveExchange:
         wire = self._packed(x, slots, weights, routes)
         sources = self._swap_counts(routes.counts, layer, wire)
         received = self._unpacked(self._swap(wire, routes.counts, sources), x, slots.shape[1])
-        away = len(wire) - routes.counts[self.rank]
-        row_bytes = x.shape[1] * x.element_size()
-        self.sent += Sent(away * row_bytes, away * slots.shape[1] * ROUTING_BYTES, (self.size - 1) * HEADER_BYTES)
+        row_bytes, routing_bytes = x.shape[1] * x.element_size(), slots.shape[1] * ROUTING_BYTES
+        for rank, count in enumerate(routes.counts):
+            self._count(rank, Sent(count * row_bytes, count * routing_bytes, HEADER_BYTES))
         return received, Handle(routes, sources, len(x), x.new_empty((0, x.shape[1])), layer)
 
     def combine(self, y: Tensor, handle: Handle) -> Tensor:
         """y [M, E] -> [T, E]. Raises PeerDown if the group fails."""
         handle.check(y)
         back = self._swap(_bytes_of(y), handle.sources, handle.routes.counts)
-        self.sent += Sent(rows=(len(y) - handle.sources[self.rank]) * y.shape[1] * y.element_size())
+        for rank, count in enumerate(handle.sources):
+            self._count(rank, Sent(rows=count * y.shape[1] * y.element_size()))
         return sum_of_ranks(back.view(y.dtype), handle)
+
+    def _count(self, rank: int, sent: Sent) -> None:
+        if rank != self.rank:
+            self.sent += sent
+            self.sent_to[rank] += sent.total
 
     def without(self, ranks: Sequence[int]) -> None:
         """Raises UnsupportedSpec: a process group cannot go on without a rank."""

@@ -51,7 +51,7 @@ class DirectExchange:
 
     def __init__(self, meeting: Meeting, timeout_s: float) -> None:
         self.rank, self.size = meeting.rank, meeting.group.size
-        self.sent = Sent()
+        self.sent, self.sent_to = Sent(), [0] * self.size
         self.number, self.attempt = 0, 0  # of the next exchange
         self._meeting = meeting
         self._slots_per_rank = meeting.group.slots_per_rank
@@ -185,8 +185,9 @@ class DirectExchange:
             for rank, link in self._links.items():
                 frame = replace(wanted, rows=counts[rank])
                 link.send([memoryview(frame.encode()), *out[rank]])
-                routing = frame.rows * frame.k * ROUTING_BYTES
-                self.sent += Sent(frame.rows * frame.row_bytes, routing, HEADER.size)
+                sent = Sent(frame.rows * frame.row_bytes, frame.rows * frame.k * ROUTING_BYTES, HEADER.size)
+                self.sent += sent
+                self.sent_to[rank] += sent.total
             links = list(self._links.values())
             await_frames(links, wanted, self._timeout_s)
             return {link.rank: link.frame.rows for link in links if link.frame}

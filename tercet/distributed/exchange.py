@@ -99,6 +99,7 @@ class Exchange(Protocol):
     rank: int
     size: int  # ranks of the exchange
     sent: Sent  # since it was made
+    sent_to: list[int]  # of `sent.total`, to each rank
 
     @property
     def active(self) -> tuple[bool, ...]:

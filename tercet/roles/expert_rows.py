@@ -18,7 +18,9 @@ def expert_rows(model: Transformer) -> ExpertRows | None:
         held = {expert for layer in layers for expert in spread.map.experts_on(spread.rank, layer)}
         computed = spread.computed(layers).sum(0).tolist()
         rows = {expert: count for expert, count in enumerate(computed) if count or expert in held}
-        return ExpertRows(ranks.place.rank, tuple(rows), tuple(rows.values()), tuple(routed), spread.traffic.num_bytes)
+        return ExpertRows(
+            ranks.place.rank, tuple(rows), tuple(rows.values()), tuple(routed), tuple(spread.exchange.sent_to)
+        )
     if ranks.place.ranks > 1:
         return None
     return ExpertRows(0, tuple(range(len(routed))), tuple(routed), tuple(routed))

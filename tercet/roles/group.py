@@ -268,8 +268,8 @@ class Group:
         for mover in self.movers:
             mover.counts[rank] = counts
 
-    def _count_rows(self, rank: int, experts: list[int], rows: list[int], routed: list[int], sent: int) -> None:
-        self.experts[rank] = ExpertRows(rank, tuple(experts), tuple(rows), tuple(routed), sent)
+    def _count_rows(self, rank: int, experts: list[int], rows: list[int], routed: list[int], sent: list[int]) -> None:
+        self.experts[rank] = ExpertRows(rank, tuple(experts), tuple(rows), tuple(routed), tuple(sent))
 
     def _goes_on_without(self, rank: int, error: WorkerLost) -> bool:
         assert self.losses is not None

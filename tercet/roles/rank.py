@@ -224,7 +224,7 @@ class Rank:
         while not self._stopped.wait(COUNT_EVERY_S):
             self._talk.tell("counts", self._counts())
             if (rows := expert_rows(self._model)) is not None:
-                self._talk.tell("experts", rows.experts, rows.rows, rows.routed, rows.sent_bytes)
+                self._talk.tell("experts", rows.experts, rows.rows, rows.routed, rows.sent_to)
 
     def _counts(self) -> dict[str, int]:
         counts = {}

@@ -79,6 +79,8 @@ def check(wanted: list[Case], found: list[list[list[Out]]], header: int) -> None
                 check_received(case, rank, slots, layer, out)
                 row_bytes = case.width * case.dtype.itemsize
                 assert out.sent == expected_bytes(slots, rank, case.slots_per_rank, row_bytes, header)
+                assert sum(out.sent_to) == out.sent.total
+                assert out.sent_to[rank] == 0
 
 
 def check_received(case: Case, rank: int, slots: list[torch.Tensor], layer: int, out: Out) -> None:

@@ -22,7 +22,7 @@ def series_of(metrics: Metrics) -> dict[str, float]:
 
 
 def test_rows_by_expert_and_by_rank_and_how_even_they_are():
-    ranks = [ExpertRows(0, (0, 1, 2), (5, 10, 15), (), 640), ExpertRows(1, (2, 3, 3), (3, 4, 3), (), 32)]
+    ranks = [ExpertRows(0, (0, 1, 2), (5, 10, 15), (), (0, 640), 640), ExpertRows(1, (2, 3, 3), (3, 4, 3), (), (32, 0))]
     assert exposed({"w": ranks, "idle": [ExpertRows(0, (0, 1), (0, 0), ())]}) == {
         'tercet_expert_rows_total{expert="0",worker="w"}': 5,
         'tercet_expert_rows_total{expert="1",worker="w"}': 10,
@@ -36,6 +36,9 @@ def test_rows_by_expert_and_by_rank_and_how_even_they_are():
         'tercet_expert_sent_bytes_total{rank="0",worker="w"}': 640,
         'tercet_expert_sent_bytes_total{rank="1",worker="w"}': 32,
         'tercet_expert_sent_bytes_total{rank="0",worker="idle"}': 0,
+        'tercet_expert_crossing_bytes_total{rank="0",worker="w"}': 640,
+        'tercet_expert_crossing_bytes_total{rank="1",worker="w"}': 0,
+        'tercet_expert_crossing_bytes_total{rank="0",worker="idle"}': 0,
         'tercet_expert_balancedness{worker="w"}': 20 / 30,
     }
 

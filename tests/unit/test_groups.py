@@ -365,6 +365,20 @@ def test_status_shows_a_rank_a_line():
     assert [line.split() for line in lines if "rank 2" in line] == [["rank", "2", "lost"]]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "crossing"),
+    [("aaaa", [0, 0, 0, 0]), ("aabb", [0, 0, 0, 0]), ("abab", [2, 10, 2, 10]), ("abbc", [2, 10, 2, 10])],
+)
+def test_bytes_to_other_nodes_are_told_of_each_stage(nodes, crossing):
+    """Two stages of two ranks."""
+    rows = tuple(ExpertRows(rank, (), (), (), ((0, 2), (10, 0))[rank % 2]) for rank in range(4))
+    actor = SimpleNamespace(others=[{"rank": rank, "pid": 1, "node": nodes[rank]} for rank in (1, 2, 3)])
+    info = replace(INFO, node=nodes[0])
+    slot = Slot("w", Member(1, State.LIVE, 0.0, role="decode"), actor=actor, info=info, status=Load(experts=rows))
+    told = overview(Target(spec_of(), plan(spec_of(), nodes_of(4.0))), {"w": slot})["members"]["w"]["experts"]
+    assert [each["crossing_bytes"] for each in told] == crossing
+
+
 def test_status_shows_who_computed_which_experts():
     target = Target(spec_of(), plan(spec_of(), nodes_of(4.0)))
     load = Load(experts=(ExpertRows(0, (0, 1, 2, 5), (9000, 0, 0, 345), (1, 2)), ExpertRows(2, (3, 4), (0, 3115), ())))
@@ -375,7 +389,7 @@ def test_status_shows_who_computed_which_experts():
     members = json.loads(json.dumps(overview(target, slots)["members"]))
     assert members["worker-0"]["experts"][0] == {
         "rank": 0, "experts": [0, 1, 2, 5], "rows": [9000, 0, 0, 345], "routed": [1, 2],
-        "sent_bytes": 0,
+        "sent_to": [], "crossing_bytes": 0,
     }  # fmt: skip
     assert not any("experts" in members[name] for name in ("worker-1", "worker-2"))
     lines = shown(experts_table({"members": members})).splitlines()
