@@ -1,9 +1,10 @@
-"""Experts that move while a cluster serves, in one run: policies `none`, `eplb` and `ilp` on two ranks, a core each.
+"""Experts that move while a cluster serves, in one run: policies `none`, `eplb` and `ilp`, and `shares`, which is ilp
+with shares of replicas in place of turns, on two ranks, a core each.
 
     python -m benchmarks.placement_live --rounds 5 --result placement_live.json
     python -m benchmarks.placement_live --at-once 8 --inputs 4 --outputs 64         small batches, decode all but alone
 
-Starts three clusters (`tercet serve`) of a mixture with random weights whose routing is skewed, and differs between two
+Starts four clusters (`tercet serve`) of a mixture with random weights whose routing is skewed, and differs between two
 kinds of text. Each policy first adapts to one kind, then all are measured in turn, round by round, so that noise hits
 them alike; an idle cluster takes no core. Then the text changes. Every answer is compared with the first one to its
 prompt, from whatever cluster, before, while and after experts moved.
@@ -38,7 +39,12 @@ from benchmarks.machine import facts
 from benchmarks.topologies import serve_command
 from examples.make_tiny_model import save_byte_tokenizer
 
-POLICIES = ("none", "eplb", "ilp")
+INTERVALS = {"window_size": 30, "step_interval": 90}
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    **{policy: {"policy": policy, **INTERVALS} for policy in ("none", "eplb", "ilp")},
+    "shares": {"policy": "ilp", "dispatch_interval": 60, **INTERVALS},
+}
+POLICIES = tuple(PLACEMENTS)
 PORTS = {policy: 18500 + 10 * number for number, policy in enumerate(POLICIES)}
 TOPICS = {"first": range(400, 4200), "second": range(4300, 8100)}  # ids of tokens
 PULL, SPREAD = 0.05, 1.4  # of a topic's tokens in one direction; of what routers make of it
@@ -74,7 +80,7 @@ def serve(policy: str, model: Path, spec: Path) -> subprocess.Popen[bytes]:
                 "cpus": 0.25,
                 "cpu_affinity": [0, 1],
                 "parallelism": {"data": 2, "expert": 2, "expert_redundancy": 4},
-                "expert_placement": {"policy": policy, "window_size": 30, "step_interval": 90},
+                "expert_placement": PLACEMENTS[policy],
             }
         },
     }

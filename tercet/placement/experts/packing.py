@@ -102,7 +102,12 @@ def packed(weight: Floats, count: Ints, topo: Topology) -> Packing:
     held: list[list[int]] = [[] for _ in range(topo.gpus)]
     load, full = np.zeros(topo.gpus), np.zeros(topo.gpus, dtype=bool)
     speed, share = topo.speed, weight / count
-    for expert in np.argsort(-share, kind="stable").tolist():
+    order = np.argsort(-share, kind="stable")
+    if topo.slots_per_gpu == 1:  # the same, since a GPU is either free or full
+        placed = np.empty((topo.gpus, 1), dtype=np.int32)
+        placed[np.argsort(-speed, kind="stable"), 0] = np.repeat(order, count[order])
+        return Packing(placed, share[placed], speed)
+    for expert in order.tolist():
         busy = np.where(full, np.inf, (load + share[expert]) / speed)
         chosen = np.argsort(busy, kind="stable")[: count[expert]]
         chosen = chosen[~full[chosen]]
