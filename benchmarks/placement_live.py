@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -239,16 +239,16 @@ def sum_of(found: Mapping[str, float], name: str) -> float:
     return sum(value for key, value in found.items() if key.split()[0] == name)
 
 
-async def measure(rounds: int, work: Work, seconds: float, adapt_s: float) -> dict[str, Any]:
+async def measure(policies: Sequence[str], rounds: int, work: Work, seconds: float, adapt_s: float) -> dict[str, Any]:
     answers: dict[str, list[int]] = {}
     found: dict[str, Any] = {}
     for topic in TOPICS:
         adapted = {
-            policy: await adapt(policy, topic, work, answers, adapt_s) for policy in POLICIES if policy != "none"
+            policy: await adapt(policy, topic, work, answers, adapt_s) for policy in policies if policy != "none"
         }
-        turns: dict[str, list[Figures]] = {policy: [] for policy in POLICIES}
+        turns: dict[str, list[Figures]] = {policy: [] for policy in policies}
         for number in range(rounds + 1):
-            for policy in POLICIES:
+            for policy in policies:
                 figures = await segment(policy, topic, work, answers, seconds)
                 if number:  # round 0 warms up
                     turns[policy].append(figures)
@@ -258,13 +258,15 @@ async def measure(rounds: int, work: Work, seconds: float, adapt_s: float) -> di
 
 def show(found: Mapping[str, Any]) -> None:
     for topic, its in found.items():
-        table = Table("", *POLICIES, *(f"{policy} / none" for policy in POLICIES[1:]), title=f"{topic} topic")
-        for key in its["rounds"]["none"][0]:
-            values = {policy: statistics.median(turn[key] for turn in its["rounds"][policy]) for policy in POLICIES}
-            ratios = [f"{values[policy] / values['none']:.3f}" if values["none"] else "" for policy in POLICIES[1:]]
+        first, *others = its["rounds"]
+        table = Table("", first, *others, *(f"{policy} / {first}" for policy in others), title=f"{topic} topic")
+        for key in its["rounds"][first][0]:
+            values = {policy: statistics.median(turn[key] for turn in turns) for policy, turns in its["rounds"].items()}
+            ratios = [f"{values[policy] / values[first]:.3f}" if values[first] else "" for policy in others]
             table.add_row(key, *(f"{value:,.3f}" for value in values.values()), *ratios)
-        for key in its["adapting"]["ilp"]:
-            table.add_row(f"adapting: {key}", "", *(f"{its['adapting'][policy][key]:,.3f}" for policy in POLICIES[1:]))
+        for key in next(iter(its["adapting"].values()), {}):
+            adapted = (its["adapting"].get(policy, {}).get(key) for policy in its["rounds"])
+            table.add_row(f"adapting: {key}", *("" if value is None else f"{value:,.3f}" for value in adapted))
         Console(width=110).print(table)
 
 
@@ -285,18 +287,23 @@ def main(
     inputs: Annotated[int, typer.Option(min=4, help="Tokens of the longest prompt; the shortest has a quarter.")] = 256,
     outputs: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     seconds: Annotated[float, typer.Option(min=0.5, help="Of a turn.")] = 6.0,
+    policies: Annotated[
+        str, typer.Option(help="Some of none, eplb, ilp and shares; the others are compared with the first.")
+    ] = ",".join(POLICIES),
     adapt_s: Annotated[float, typer.Option(min=0.5, help="For a policy to adapt to a topic, at most.")] = 60.0,
     result: Annotated[Path | None, typer.Option(help="Write all figures as JSON here.")] = None,
 ) -> None:
-    work = Work(at_once, inputs, outputs)
+    work, chosen = Work(at_once, inputs, outputs), policies.split(",")
+    if unknown := {*chosen} - {*POLICIES}:
+        raise SystemExit(f"--policies: {sorted(unknown)} are none of {', '.join(POLICIES)}")
     with tempfile.TemporaryDirectory(prefix="tercet-placement-") as folder:
         save_model(Path(folder) / "model")
         served: dict[str, subprocess.Popen[bytes]] = {}
         try:
-            for policy in POLICIES:
+            for policy in chosen:
                 served[policy] = serve(policy, Path(folder) / "model", Path(folder) / f"{policy}.yaml")
                 wait_until_ready(policy, served[policy])
-            found = asyncio.run(measure(rounds, work, seconds, adapt_s))
+            found = asyncio.run(measure(chosen, rounds, work, seconds, adapt_s))
         finally:
             for process in served.values():
                 process.send_signal(signal.SIGINT)

@@ -178,6 +178,10 @@ class RoleSpec(Frozen):
         given = self.expert_placement != ExpertPlacementSpec() and self.expert_placement.policy != "none"
         if given and self.parallelism.expert == 1:
             raise ValueError("expert_placement: it has no effect where parallelism.expert is 1; leave it out")
+        if self.expert_placement.dispatch_interval is not None and not self.parallelism.expert_redundancy:
+            raise ValueError(
+                "expert_placement: dispatch_interval shares rows among replicas, and parallelism.expert_redundancy is 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ LOOK_S = 1.0  # between two looks
 ANSWER_S = 10.0
 AGAIN_S = 5.0  # until a placement without a lost rank is tried again
 PATIENCE = 8  # intervals; traffic that alternates never settles. It doubles each time
+MOST_DOUBLED = 4  # times, of `dispatch_interval`
 DRIFT = 0.02  # of the rows of a layer that are at other experts, beyond what windows differ by
 
 
@@ -49,6 +50,7 @@ class Rebalancing:
         self._before: Look | None = None  # where the window that is open began
         self._windows: list[Rows] = []
         self._solved_at = self._shared_at = 0  # steps
+        self._fruitless = 0  # solutions of shares in a row that gained too little; each doubles the time to the next
         self._known: Floats | None = None  # shares of experts that the last placement was solved for
         self._placed: Longs | None = None  # where experts are since
         self._skipped, self._patience = 0, PATIENCE  # times that something was to gain, and nothing was looked for
@@ -115,7 +117,7 @@ class Rebalancing:
             return
         if not self._stays and steps - self._solved_at >= self._wanted.step_interval:
             await self._solve(look, [])
-        elif interval is not None and steps - self._shared_at >= interval:
+        elif interval is not None and steps - self._shared_at >= interval << min(self._fruitless, MOST_DOUBLED):
             await self._share(look, self._windows[-max(2, interval // self._wanted.window_size) :])
 
     # ---- a placement
@@ -123,7 +125,7 @@ class Rebalancing:
     async def _solve(self, look: Look, lost: list[int]) -> None:
         """Raises TercetError."""
         self._solved_at = self._shared_at = look.routed.steps
-        self._lost = lost
+        self._fruitless, self._lost = 0, lost
         counts = counts_of(self._slot.member_id, look, self._windows, 0.0)
         live = [rank for rank in range(counts.ranks) if rank not in lost]
         if lost:
@@ -162,8 +164,10 @@ class Rebalancing:
         self._solves += 1
         told = self._last = told_of(found, "balance")
         if told["gain"] < self._wanted.min_gain:
+            self._fruitless += 1
             self._note(f"shares kept: others would gain {told['gain']:.1%}")
         else:
+            self._fruitless = 0
             await self._move(look, range(look.routed.ranks), found)
             outcome = f"shares of replicas set anew: busiest ranks {-told['gain']:+.1%} on held-out counts"
             self._note(outcome)

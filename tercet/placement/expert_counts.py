@@ -30,9 +30,8 @@ class Counts:
     expert_bytes: int  # of one expert in one layer
     window_s: float
     worker: str
-    shares: NDArray[np.int64] | None = (
-        None  # [L, N, P] of replicas (expert_shares.py); zeros in a layer, None: by turns
-    )
+    # [L, N, P] of replicas (expert_shares.py); zeros in a layer, or None: rows take replicas by turns
+    shares: NDArray[np.int64] | None = None
     pairs: NDArray[np.int64] | None = None  # [W, L - 1, E, E] of a token's experts in a layer and in the next, sampled
 
     def __post_init__(self) -> None:

@@ -48,6 +48,12 @@ def test_it_is_refused_where_it_would_have_no_effect():
         RoleSpec.model_validate({"expert_placement": {"window_size": 10, "step_interval": 20}})
     assert RoleSpec.model_validate({"expert_placement": {"policy": "none"}}).expert_placement.policy == "none"
     assert RoleSpec.model_validate({"expert_placement": {}}) == RoleSpec()  # as `tercet spec` prints it
+    shares = {"dispatch_interval": 1000}
+    with pytest.raises(ValidationError, match=r"among replicas, and parallelism\.expert_redundancy is 0"):
+        RoleSpec.model_validate({"parallelism": SPREAD, "expert_placement": shares})
+    replicated = SPREAD | {"expert_redundancy": 2}
+    role = RoleSpec.model_validate({"parallelism": replicated, "expert_placement": shares})
+    assert role.expert_placement.dispatch_interval == 1000
     role = RoleSpec.model_validate({"parallelism": SPREAD, "expert_placement": {"policy": "eplb"}})
     assert role.parallelism == ParallelSpec(**SPREAD)
     assert role.expert_placement.policy == "eplb"

@@ -4,6 +4,7 @@ slow, dies or talks nonsense."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -199,8 +200,25 @@ async def test_shares_are_solved_anew_between_placements(policy):
     await looks(its, worker, 6)
     assert len(worker.asked) == 1, "what is even stays"
     worker.hot = (2,)
-    await looks(its, worker, 6)
+    await looks(its, worker, 10)  # windows of both kinds of traffic gain nothing, so the next try is later
     assert len(worker.asked) == 2
+
+
+async def test_shares_that_gain_nothing_are_solved_less_and_less_often(monkeypatch):
+    solves: list[int] = []
+
+    async def solved(counts: Counts, wanted: ExpertPlacementSpec, *, keep: bool = False) -> dict[str, Any]:
+        solves.append(worker.steps)
+        return answer(counts) | {"after": {"busiest": 100.0}}
+
+    monkeypatch.setattr(rebalancing, "solve_apart", solved)
+    worker = Sharing()
+    wanted = ExpertPlacementSpec(policy="none", window_size=10, step_interval=20, dispatch_interval=20)
+    its, slot, _ = made(worker, wanted)
+    await looks(its, worker, 120)
+    gaps = [after - before for before, after in itertools.pairwise(solves)]
+    assert gaps[:5] == [40, 80, 160, 320, 320]
+    assert slot.placing["outcome"] == "shares kept: others would gain 0.0%"
 
 
 @pytest.mark.usefixtures("solved_here")

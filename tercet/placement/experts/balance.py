@@ -1,6 +1,7 @@
 """The objective `balance`: the busiest GPU of each layer has as little to do as can be.
 
-    greedy ─> swaps; with weighted dispatch shares and swaps by turns ─> small layers: the integer programme
+    greedy ─> weighted, two slots a GPU: groups (pairing.py)
+           ─> swaps; with weighted dispatch shares and swaps by turns ─> small layers: the integer programme
            ─> other numbers of replicas
 
 The greedy placement of every layer is made first, and no later step makes it worse.
@@ -16,6 +17,7 @@ from tercet.placement.experts.arranging import arranged, recounted, worst_of
 from tercet.placement.experts.exact import exactly, is_small
 from tercet.placement.experts.model import OPTIMAL, Clock, Dispatch, Floats, Ints, Topology
 from tercet.placement.experts.packing import bound_of, packed, replicas_of
+from tercet.placement.experts.pairing import can_pair, paired
 
 GOOD = 2e-3  # above it: other numbers of replicas are not tried
 EXACT_S = 5.0  # for one small layer
@@ -52,7 +54,7 @@ class Layer:
 def balanced(weight: Floats, topo: Topology, dispatch: Dispatch, deadline: float, clock: Clock) -> list[Layer]:
     """weight [L, E]; deadline on the clock. Raises SpecError if the experts do not fill the slots."""
     layers = [_greedy(row, topo, dispatch, clock) for row in weight]
-    for step in (_by_swaps, _exact, _by_counts):
+    for step in (_by_groups, _by_swaps, _exact, _by_counts):
         for layer in layers:
             began = clock()
             if layer.worst > layer.target and began < deadline:
@@ -82,6 +84,12 @@ def weighted_bound(weight: Floats, topo: Topology) -> float:
         fits = needed.sum() <= topo.slots and needed.max() <= topo.gpus
         low, high = (low, middle) if fits else (middle, high)
     return low
+
+
+def _by_groups(layer: Layer, topo: Topology, dispatch: Dispatch, left_s: Clock) -> None:
+    if can_pair(len(layer.weight), topo, dispatch):
+        held = paired(layer.weight, topo, layer.target, lambda: left_s() > 0)
+        layer.take(held, worst_of(held, layer.weight, topo, dispatch))
 
 
 def _by_swaps(layer: Layer, topo: Topology, dispatch: Dispatch, left_s: Clock) -> None:

@@ -48,9 +48,8 @@ class Weighed:
     kept: NDArray[np.bool_]  # [L] what was found is no better than what there is, by what it was solved on
     shares: NDArray[np.int64] | None  # [L, N, P] of replicas, for dispatch weighted (`expert_shares`)
     crossing: tuple[float, float]  # before, after: share of the rows whose slot is on another node
-    staying: (
-        tuple[float, float] | None
-    )  # before, after: share of the pairs that stay on their node, or rank; if counted
+    # before, after: share of the pairs that stay on their node, or on their rank if there is one; None: not counted
+    staying: tuple[float, float] | None
     held_out: bool  # it was solved on other windows than those it is judged by
     survives: tuple[bool, bool]  # before, after: whether each expert lies on two ranks, so that one may be lost
 
