@@ -252,7 +252,7 @@ class ExpertRows:
     rows: tuple[int, ...]  # for requests of all ranks
     routed: tuple[int, ...]  # to each expert of the model, of the rank's own requests; tensor ranks share theirs
     sent_to: tuple[int, ...] = ()  # bytes to each rank of its stage, of rows to experts and back
-    crossing_bytes: int = 0  # of them, to ranks on other nodes, as far as its controller has said
+    crossing_bytes: int = 0  # of them, to ranks that are on other nodes now, as far as its controller has said
 
     @property
     def sent_bytes(self) -> int:

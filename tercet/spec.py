@@ -108,7 +108,15 @@ class ExpertPlacementSpec(Frozen):
         if self.policy == "eplb" and self.max_moved_bytes is not None:
             raise ValueError("max_moved_bytes: policy eplb places everything anew; use ilp")
         if self.dispatch_interval is not None and self.dispatch_interval < self.window_size:
-            raise ValueError(f"dispatch_interval: {self.dispatch_interval} steps are no window of {self.window_size}")
+            raise ValueError(
+                f"dispatch_interval: {self.dispatch_interval} steps have no window of {self.window_size} "
+                f"(window_size); at least {self.window_size}"
+            )
+        if self.policy != "none" and (self.dispatch_interval or 0) >= self.step_interval:
+            raise ValueError(
+                f"dispatch_interval: shares are solved between placements, and {self.dispatch_interval} steps are not "
+                f"below step_interval, {self.step_interval}"
+            )
         if self.objective != "balance":
             self._refuse_for_nodes()
         return self
@@ -116,10 +124,13 @@ class ExpertPlacementSpec(Frozen):
     def _refuse_for_nodes(self) -> None:
         """Raises ValueError for what goes with objective balance only."""
         if self.policy != "ilp":
-            raise ValueError(f"objective: policy {self.policy} knows no {self.objective}; use ilp")
+            raise ValueError(f"objective: policy {self.policy} cannot solve for {self.objective}; use policy ilp")
         for name in ("max_moved_bytes", "dispatch_interval"):
             if getattr(self, name) is not None:
-                raise ValueError(f"{name}: objective {self.objective} does not take it; leave it out, or use balance")
+                raise ValueError(
+                    f"{name}: objective {self.objective} does not take it, as each placement sets shares; leave "
+                    "it out, or use objective balance"
+                )
 
 
 class SchedulerSpec(Frozen):

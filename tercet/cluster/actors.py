@@ -99,10 +99,13 @@ class WorkerActor:
         return await self._worker.routed(pairs=pairs)
 
     async def move_experts(
-        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        shares: Sequence[Sequence[Sequence[int]]] | None = None,
+        shares_only: bool = False,
     ) -> tuple[int, int]:
         """Begin to place the experts of its ranks anew. -> how many layers change, and the number of the move."""
-        return await self._worker.move_experts(rows, shares)
+        return await self._worker.move_experts(rows, shares, shares_only=shares_only)
 
     async def drain(self, timeout_s: float) -> None:
         await self._worker.drain(timeout_s)

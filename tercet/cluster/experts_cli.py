@@ -252,9 +252,8 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
 
     how = "solved on the other windows" if found.held_out else "solved on the same one, so it flatters"
     yield f"Judged by the last window, {how}."
-    turns, by_shares = "ranks choose replicas by turns, their own ones first", "ranks choose replicas by their shares"
-    chosen = [turns if shares is None else by_shares for shares in (counts.shares, found.shares)]
-    yield f"Before: {chosen[0]}. After: {chosen[1]}."
+    chosen = [_how_chosen(shares, len(counts.phy2log)) for shares in (counts.shares, found.shares)]
+    yield f"Before: ranks choose replicas {chosen[0]}. After: {chosen[1]}."
     yield f"Measured in that window, before: {max_over_mean(counts.computed[-1]).mean():.3f} (mean of layers)."
     before, after = (float(rows.max(axis=1).sum()) for rows in (found.before, found.after))
     gain = f"{before:,.0f} rows before, {after:,.0f} after: {after / before - 1:+.1%}"
@@ -263,6 +262,7 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
     yield f"Ranks would fetch {fetched:,} experts that they lack: {fetched * counts.expert_bytes:,} bytes."
     if found.topology.nodes > 1:
         yield f"Rows that leave their node: {found.crossing[0]:.1%} before, {found.crossing[1]:.1%} after."
+        yield f"Other nodes that a token goes to in a layer: {found.copies[0]:.3f} before, {found.copies[1]:.3f} after."
     if found.staying is not None:
         unit = "node" if found.topology.nodes > 1 else "rank"
         told = f"{found.staying[0]:.1%} before, {found.staying[1]:.1%} after"
@@ -277,12 +277,20 @@ def _summary(counts: Counts, wish: Wish, found: Weighed) -> Iterator[str]:
         yield "The group would no longer go on without a lost rank: some experts would lie on one rank alone."
     if reports := found.placement.layers:
         gap, seconds = max(report.gap for report in reports), sum(report.seconds for report in reports)
-        told = f"at most {gap:.2%} above the bound of all placements, whatever may move"
+        every = "the bound of all placements, whatever may move" if wish.objective == "balance" else "its bound"
+        told = f"at most {gap:.2%} above {every}" if gap < math.inf else "nothing is known of how far from the best one"
         yield f"The solver, where {wish.dispatch} shares are kept to: {told}; {seconds:.2f} s."
     if found.placement.phy2log.shape != counts.phy2log.shape:
         yield "Nothing was changed. A running worker cannot be moved to this plan: it has another number of slots."
     else:
         yield "Nothing was changed. `tercet experts apply` moves a running worker to the plan that --json prints."
+
+
+def _how_chosen(shares: Any, layers: int) -> str:
+    by_shares = 0 if shares is None else int(shares.any(axis=(1, 2)).sum())
+    if not by_shares:
+        return "by turns, their own ones first"
+    return "by shares" if by_shares == layers else f"by shares in {by_shares} of {layers} layers, else by turns"
 
 
 def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:
@@ -302,6 +310,7 @@ def _as_json(counts: Counts, wish: Wish, found: Weighed) -> dict[str, Any]:
         "fetched": found.fetched.tolist(),
         "fetched_bytes": int(found.fetched.sum()) * counts.expert_bytes,
         "cross_node": dict(zip(("before", "after"), found.crossing, strict=True)),
+        "node_copies": dict(zip(("before", "after"), found.copies, strict=True)),
         "pairs_staying": None if found.staying is None else dict(zip(("before", "after"), found.staying, strict=True)),
         "survives_a_rank": dict(zip(("before", "after"), found.survives, strict=True)),
         "layers": finite,

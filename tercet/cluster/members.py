@@ -141,14 +141,15 @@ def overview(target: Target, slots: Mapping[str, Slot]) -> dict[str, Any]:
 
 
 def _by_node(slot: Slot, experts: Sequence[ExpertRows]) -> list[ExpertRows]:
-    """With what each rank has sent to other nodes."""
+    """With what each rank has sent to those that are on other nodes now; of a lost one nobody knows."""
     others = slot.actor.others if slot.actor is not None else ()
     nodes = [slot.info.node if isinstance(slot.info, WorkerInfo) else "", *(place["node"] for place in others)]
     found = []
     for rows in experts:
         first = rows.rank - rows.rank % max(1, len(rows.sent_to))  # of its stage
         there = nodes[first : first + len(rows.sent_to)]
-        away = sum(sent for sent, node in zip(rows.sent_to, there, strict=False) if node != nodes[rows.rank])
+        here = nodes[rows.rank] if rows.rank < len(nodes) else ""
+        away = sum(sent for sent, node in zip(rows.sent_to, there, strict=False) if node and here and node != here)
         found.append(replace(rows, crossing_bytes=away))
     return found
 

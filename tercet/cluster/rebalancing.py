@@ -56,7 +56,7 @@ class Rebalancing:
         self._skipped, self._patience = 0, PATIENCE  # times that something was to gain, and nothing was looked for
         self._not_before = 0.0  # time.monotonic(): another try without a lost rank
         self._lost: list[int] = []  # ranks that the last placement was solved without
-        self._moves = Moves()  # as last seen
+        self._moves = self._told = Moves()  # as last seen; and when an end of one was last told
         self._solves, self._failures = 0, 0
         self._last: dict[str, Any] = {}  # of the last placement found (`told_of`)
 
@@ -124,8 +124,7 @@ class Rebalancing:
 
     async def _solve(self, look: Look, lost: list[int]) -> None:
         """Raises TercetError."""
-        self._solved_at = self._shared_at = look.routed.steps
-        self._fruitless, self._lost = 0, lost
+        self._solved_at, self._lost = look.routed.steps, lost
         counts = counts_of(self._slot.member_id, look, self._windows, 0.0)
         live = [rank for rank in range(counts.ranks) if rank not in lost]
         if lost:
@@ -138,6 +137,11 @@ class Rebalancing:
             self._note(f"kept: at most {most:.1%} to gain, but traffic is that of the last placement, or still changes")
             return
         wanted = self._wanted.model_copy(update={"objective": "balance"}) if lost else self._wanted
+        if wanted.objective != "balance" and counts.nodes == 1:
+            self._note(
+                f"kept: all ranks are on one node, or not laid out node by node: {wanted.objective} has no effect"
+            )
+            return
         found = await solve_apart(counts, wanted)
         self._patience = 2 * self._patience if self._skipped >= self._patience else PATIENCE
         self._solves, self._skipped = self._solves + 1, 0
@@ -149,8 +153,10 @@ class Rebalancing:
             self._note(f"kept: what was found would gain {told['gain']:.1%}")
         else:
             layers = await self._move(look, live, found)
-            counted = "busiest ranks" if wanted.objective == "balance" else "rows that leave their node"
-            outcome = f"layers placed anew: {layers}; {counted} {-told['gain']:+.1%} on held-out counts"
+            self._shared_at, self._fruitless = look.routed.steps, 0
+            counted = "busiest ranks" if wanted.objective == "balance" else f"what {wanted.objective} counts"
+            moved = f"layers placed anew: {layers}" if layers else "shares of replicas set anew, and no expert moves"
+            outcome = f"{moved}; {counted} {-told['gain']:+.1%} on held-out counts"
             self._note(outcome)
             self._say(f"{outcome}; solved in {told['seconds']:.2f} s")
 
@@ -168,7 +174,7 @@ class Rebalancing:
             self._note(f"shares kept: others would gain {told['gain']:.1%}")
         else:
             self._fruitless = 0
-            await self._move(look, range(look.routed.ranks), found)
+            await self._move(look, range(look.routed.ranks), found, shares_only=True)
             outcome = f"shares of replicas set anew: busiest ranks {-told['gain']:+.1%} on held-out counts"
             self._note(outcome)
             self._say(outcome)
@@ -177,9 +183,11 @@ class Rebalancing:
         """What may be gained at most, as far as that is known before it is solved."""
         return most_to_gain(counts) if self._wanted.objective == "balance" else 1.0
 
-    async def _move(self, look: Look, live: Sequence[int], found: Mapping[str, Any]) -> int:
-        """found: for ranks that live; a lost one will have what it had, and no shares. -> layers. Raises
-        TercetError."""
+    async def _move(
+        self, look: Look, live: Sequence[int], found: Mapping[str, Any], *, shares_only: bool = False
+    ) -> int:
+        """found: for ranks that live; a lost one will have what it had, and no shares. shares_only: it is refused if
+        experts lie elsewhere by now. -> layers. Raises TercetError."""
         rows, shares = look.routed.phy2log.copy(), found["shares"]
         per_rank = rows.shape[1] // look.routed.ranks
         slots = [rank * per_rank + slot for rank in live for slot in range(per_rank)]
@@ -190,7 +198,7 @@ class Rebalancing:
             shares = every.tolist()
         self._placed = rows
         layers: int
-        layers, _ = await self._actor.call("move_experts", rows.tolist(), shares, timeout_s=ANSWER_S)
+        layers, _ = await self._actor.call("move_experts", rows.tolist(), shares, shares_only, timeout_s=ANSWER_S)
         return layers
 
     def _forget(self) -> None:
@@ -201,7 +209,10 @@ class Rebalancing:
 
     def _tell_moves(self) -> None:
         moves = getattr(self._slot.status, "moves", None) or Moves()
-        before, self._moves = self._moves, moves
+        before, self._moves = self._told, moves
+        if (moves.done, moves.failed) == (before.done, before.failed):
+            return
+        self._told = moves
         moved = f"{moves.moved_bytes - before.moved_bytes:,} bytes in {moves.seconds:.2f} s"
         if moves.epoch > before.epoch and moves.done > before.done:
             self._say(f"experts have moved: {moved}, longest pause so far {moves.longest_pause_s * 1e3:.1f} ms")
@@ -226,13 +237,14 @@ class Rebalancing:
 
 
 def told_of(found: Mapping[str, Any], objective: str) -> dict[str, Any]:
-    """found: what `tercet experts solve --json` says. gain: of the busiest ranks' rows, or of those that leave their
-    node, by the window that it is judged by; gap: of the worst layer, to the bound of all placements, if it has one."""
+    """found: what `tercet experts solve --json` says. gain: of the busiest ranks' rows, or of what leaves its node,
+    by the window that it is judged by; gap: of the worst layer, to the bound of all placements, if it has one."""
     gaps = [layer["gap"] for layer in found["layers"] if layer["gap"] is not None]
     if objective == "balance":
         before, after = max(found["before"]["busiest"], 1.0), found["after"]["busiest"]
     else:
-        before, after = found["cross_node"]["before"], found["cross_node"]["after"]
+        counted = found["cross_node" if objective == "internode" else "node_copies"]
+        before, after = counted["before"], counted["after"]
     return {
         "gain": 1 - after / before if before else 0.0,
         "gap": max(gaps, default=None),

@@ -63,8 +63,10 @@ class Counts:
     def _check_shares(self) -> None:
         if self.shares is None:
             return
-        if self.shares.ndim != 3 or len(self.shares) != len(self.phy2log):
-            raise SpecError(f"shares is {self.shares.shape}, and load has {len(self.phy2log)} layers")
+        layers, slots = self.phy2log.shape
+        fits = self.shares.ndim == 3 and self.shares.shape[::2] == (layers, slots)
+        if not fits or not self.shares.shape[1] or self.ranks % self.shares.shape[1]:
+            raise SpecError(f"shares is {self.shares.shape}, and must be [{layers}, nodes, {slots}]")
         for row, its in zip(self.phy2log, self.shares, strict=True):
             if its.any():
                 check_shares(row, its, self.ranks)

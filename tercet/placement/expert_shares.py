@@ -35,7 +35,8 @@ def check_shares(row: Integers, shares: Integers, ranks: int) -> None:
 
 def in_turns(prob: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     """prob [..., R], shares that sum to one -> the same in TURNS; what rounding leaves goes to the largest rests."""
-    exact = prob.astype(np.float64) / prob.sum(axis=-1, keepdims=True, dtype=np.float64) * TURNS
+    total = prob.sum(axis=-1, keepdims=True, dtype=np.float64)
+    exact = prob.astype(np.float64) / np.where(total > 0, total, 1.0) * TURNS
     whole = np.floor(exact)
     left = TURNS - whole.sum(axis=-1, keepdims=True)
     rank = np.argsort(np.argsort(whole - exact, axis=-1, kind="stable"), axis=-1, kind="stable")

@@ -176,12 +176,16 @@ class Computing(Part):
         return replace(found, pairs=paired(model, {0: [own_pairs(model, layer) for layer in layers(0)], **there}))
 
     def move_experts(
-        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None
+        self,
+        rows: Sequence[Sequence[int]],
+        shares: Sequence[Sequence[Sequence[int]]] | None,
+        *,
+        shares_only: bool,
     ) -> tuple[int, int]:
         """As `Migration.start`. Raises ClusterError."""
         if self._group is None or self._group.migration is None:
             raise ClusterError(f"the experts of {self._who.worker_id} lie on one rank")
-        return self._group.migration.start(rows, shares)
+        return self._group.migration.start(rows, shares, shares_only=shares_only)
 
     def begin_stop(self) -> None:
         self.engine.stop()

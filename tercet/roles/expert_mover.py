@@ -55,7 +55,7 @@ class _Move:
 
 
 class ExpertMover:
-    """For threads that answer rank 0. `take` and `give` may run at once; all else one by one."""
+    """For threads that answer rank 0. `take` and `give` may run at once, and a late `share`; all else one by one."""
 
     def __init__(self, who: Identity, rank: int, model: Transformer, fingerprint: str) -> None:
         assert model.ranks.spread is not None, "its experts are not spread"
@@ -63,6 +63,7 @@ class ExpertMover:
         self._spread = model.ranks.spread
         self._move: _Move | None = None
         self._newest = 0  # number of a move
+        self._shared = 0  # number of the move that last told shares
         self._kept: list[ExpertLinks] = []  # that a peer may still write by
         self._changing = threading.Lock()
         self._placed = threading.Condition()  # another placement is in use
@@ -152,10 +153,15 @@ class ExpertMover:
 
         return put
 
-    def share(self, epoch: int, shares: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> None:
-        """As `Spread.share`, once this rank is at that placement. Raises ClusterError."""
+    def share(self, move: int, epoch: int, shares: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> None:
+        """As `Spread.share`, once this rank is at that placement, and if no later move has told others. Raises
+        ClusterError."""
         self._until(epoch)
-        self._spread.share(epoch, dict(shares))
+        with self._changing:
+            if move < self._shared:
+                raise ClusterError(f"rank {self._rank}: move {move} of experts is over")
+            self._shared = move
+            self._spread.share(epoch, dict(shares))
 
     def drop(self, move: int) -> None:
         """The layer that is staged is not to be used; what waits for weights of it ends."""

@@ -63,6 +63,7 @@ class Migration:
         self._number = 0  # of the last move
         self._began = 0.0  # the last move, time.monotonic()
         self._closed = False
+        self._alike = True  # all ranks have the same shares of replicas
         self._live = 0  # the move that may still switch layers; 0: none
         self._thread: threading.Thread | None = None  # of the last move
         self._deciding = threading.Lock()  # whether it still may
@@ -73,19 +74,26 @@ class Migration:
         return self._moves
 
     def start(
-        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        shares: Sequence[Sequence[Sequence[int]]] | None = None,
+        *,
+        shares_only: bool = False,
     ) -> tuple[int, int]:
         """Begin to place experts anew; rows: phy2log [L, P] of the L mixture layers; shares [L, nodes, P]: of replicas,
-        in the end; None: by turns. -> how many layers change, and the number of the move; both 0 if nothing does. Any
-        thread. Raises ClusterError if it is no placement, or experts move already, or a rank is coming back."""
+        in the end; None: by turns; shares_only: refuse rows that are not those of now. -> how many layers change, and
+        the number of the move; both 0 if nothing does. Any thread. Raises ClusterError if it is no placement, or
+        experts move already, or a rank is coming back."""
         if self._closed or not self._owner.placing.acquire(blocking=False):
             raise ClusterError("experts are being moved already, or a rank is coming back; try again later")
         try:
             work, shared = self._changed(rows, shares)
+            if work and shares_only:
+                raise ClusterError("experts lie elsewhere than where these shares of replicas are for")
         except BaseException:
             self._owner.placing.release()
             raise
-        if not work and dict(shared) == self._spread.map.told_shares():
+        if not work and self._alike and dict(shared) == self._spread.map.told_shares():
             self._owner.placing.release()
             return 0, 0
         with self._deciding:
@@ -157,9 +165,11 @@ class Migration:
             for layer, row in work.items():
                 with self._watched(move, f"layer {layer}"):
                     self._layer(asking, move, layer, row, there)
-            if shares or self._spread.map.shares:
+            if shares or self._spread.map.shares or not self._alike:
+                self._alike = False
                 with self._watched(move, "shares of replicas"):
-                    asking.all("share", LAYER_S, self._spread.epoch, shares)
+                    asking.all("share", LAYER_S, move, self._spread.epoch, shares)
+                self._alike = True
         except TercetError as error:
             self._give_up(move, error)
         except Exception as error:  # whatever it is, the group goes on as it is, and it is told
@@ -239,7 +249,7 @@ class Migration:
     def _give_up(self, move: int, error: TercetError) -> None:
         """Nothing more of this move is switched, wherever it may hang. Any thread."""
         if self._end(move, error):
-            log.error("experts stay where they are: %s", error)
+            log.error("no more experts are moved: %s", error)
             _Asking(self._owner, self._own).everywhere("drop", move)
 
     def _end(self, move: int, error: TercetError | None) -> bool:

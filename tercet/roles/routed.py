@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tercet.distributed.expert_map import ExpertMap
 from tercet.distributed.routed import Routed
-from tercet.distributed.spread import Spread
 from tercet.errors import ClusterError
 from tercet.models.footprint import expert_bytes
 from tercet.models.shard import Shard
@@ -70,16 +70,18 @@ def routed(model: Transformer, dtype: str, counts: Mapping[int, OwnCounts]) -> R
         if at.tensor_rank == 0:
             load[at.data_rank, here] = np.frombuffer(own_load, np.int64).reshape(-1, experts)
         computed[here, rank % ranks] = np.frombuffer(own_computed, np.int64)
-    held = np.arange(experts)[None] if spread is None else spread.map.phy2log.numpy()
+    placed_now = None if spread is None else spread.map  # read once: it may be exchanged meanwhile
+    held = np.arange(experts)[None] if placed_now is None else placed_now.phy2log.numpy()
     held = held[list(layers)] if len(held) > 1 else held
     placed = np.ascontiguousarray(np.broadcast_to(held, (len(layers), held.shape[1])))
-    return Routed(load, computed, placed, config.mixture.top_k, expert_bytes(config, dtype), _shares(spread, layers))
+    size, shares = expert_bytes(config, dtype), _shares(placed_now, layers)
+    return Routed(load, computed, placed, config.mixture.top_k, size, shares)
 
 
-def _shares(spread: Spread | None, layers: Sequence[int]) -> NDArray[np.int64] | None:
+def _shares(placed: ExpertMap | None, layers: Sequence[int]) -> NDArray[np.int64] | None:
     """-> [L, nodes, P]; zeros for layers without shares."""
-    if spread is None or not spread.map.shares:
+    if placed is None or not placed.shares:
         return None
-    its = {layer: shares.numpy() for layer, shares in spread.map.shares.items()}
+    its = {layer: shares.numpy() for layer, shares in placed.shares.items()}
     none = np.zeros_like(next(iter(its.values())))
     return np.stack([its.get(layer, none) for layer in layers])

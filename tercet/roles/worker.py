@@ -150,10 +150,15 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(None, counted)
 
     async def move_experts(
-        self, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[Sequence[int]]] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        shares: Sequence[Sequence[Sequence[int]]] | None = None,
+        *,
+        shares_only: bool = False,
     ) -> tuple[int, int]:
         """As `Migration.start`; `health` tells how it goes. Raises ClusterError."""
-        return await asyncio.get_running_loop().run_in_executor(None, self._computing().move_experts, rows, shares)
+        move = partial(self._computing().move_experts, rows, shares, shares_only=shares_only)
+        return await asyncio.get_running_loop().run_in_executor(None, move)
 
     def _computing(self) -> Computing:
         """Raises ClusterError."""

@@ -234,6 +234,9 @@ async def test_rows_follow_shares_while_it_serves():
         ):
             with pytest.raises(ClusterError, match="shares of"):
                 await worker.move_experts(rows, wrong)
+        others = surviving(np.array(rows), 2)
+        with pytest.raises(ClusterError, match="experts lie elsewhere"):
+            await worker.move_experts(others, shares_of(others, 1, 3), shares_only=True)
         assert await worker.move_experts(rows) == (0, 3)
         while (await ended(worker)).ended < 3:
             await asyncio.sleep(0.02)

@@ -21,8 +21,14 @@ SPREAD = {"data": 2, "expert": 2}
         ({"step_interval": 1999}, "step_interval: 1999 steps have no two windows of 1000"),
         ({"step_interval": -1}, "step_interval"),
         ({"objective": "interlayer"}, "should be 'balance', 'internode' or 'internode_dedup'"),
-        ({"objective": "internode", "policy": "eplb"}, "objective: policy eplb knows no internode; use ilp"),
-        ({"objective": "internode", "policy": "none"}, "objective: policy none knows no internode; use ilp"),
+        (
+            {"objective": "internode", "policy": "eplb"},
+            "policy eplb cannot solve for internode; use policy ilp",
+        ),
+        (
+            {"objective": "internode", "policy": "none"},
+            "policy none cannot solve for internode; use policy ilp",
+        ),
         ({"objective": "internode_dedup", "max_moved_bytes": 5}, "max_moved_bytes: objective internode_dedup does not"),
         ({"objective": "internode", "dispatch_interval": 2000}, "dispatch_interval: objective internode does not"),
         ({"max_moved_bytes": -1}, "greater than or equal to 0"),
@@ -34,8 +40,10 @@ SPREAD = {"data": 2, "expert": 2}
         ({"min_gain": -0.1}, "greater than or equal to 0"),
         ({"min_gain": float("nan")}, "min_gain"),
         ({"num_redundant_experts": 2}, "num_redundant_experts"),
-        ({"dispatch_interval": 999}, "dispatch_interval: 999 steps are no window of 1000"),
+        ({"dispatch_interval": 999}, "999 steps have no window of 1000 .window_size.; at least 1000"),
         ({"dispatch_interval": 0}, "dispatch_interval"),
+        ({"dispatch_interval": 3000}, "3000 steps are not below step_interval, 3000"),
+        ({"policy": "eplb", "dispatch_interval": 4000}, "4000 steps are not below step_interval, 3000"),
     ],
 )
 def test_a_wrong_value_is_refused(wrong, said):
@@ -68,6 +76,7 @@ def test_it_is_refused_where_it_would_have_no_effect():
         {"max_moved_bytes": 0},
         *({"policy": policy, "dispatch_interval": 1000} for policy in ("ilp", "eplb", "none")),
         {"objective": "internode"},
+        {"policy": "none", "dispatch_interval": 4000},
     ],
 )
 def test_what_may_be_said(given):

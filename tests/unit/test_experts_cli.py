@@ -62,7 +62,7 @@ def test_solve_as_json(file, policy):
         (["--policy", "best"], "none of ilp, eplb and keep"),
         (["--policy", "keep"], "dispatch must be weighted"),
         (["--objective", "all"], "balance, internode, internode_dedup"),
-        (["--objective", "interlayer"], "needs pair, which was not counted"),
+        (["--objective", "interlayer"], "needs pairs, which were not counted"),
         (["--dispatch", "odd"], "even, weighted"),
         (["--nodes", "3"], "do not divide"),
         (["--redundancy", "1"], "take 0, 4, 8"),

@@ -21,9 +21,10 @@ from tercet.cluster.counts_file import read_counts, write_counts
 from tercet.distributed.expert_map import ExpertMap, default_map
 from tercet.errors import ClusterError, SpecError, UnsupportedSpec
 from tercet.placement.expert_counts import Counts
-from tercet.placement.expert_shares import TURNS
+from tercet.placement.expert_shares import TURNS, check_shares
 from tercet.placement.experts.keeping import NEAR
 from tercet.placement.experts.model import Dispatch, Objective
+from tercet.placement.experts.sharing import Sharing
 from tercet.placement.experts.weighing import Wish, max_over_mean, served, weigh
 
 
@@ -203,6 +204,52 @@ def test_shares_alone_are_the_best_there_are_for_the_busiest_rank(seed):
     assert (now.before == now.after).all()
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "wish",
+    [
+        Wish(),
+        Wish(max_moved_bytes=3000),
+        Wish(dispatch=Dispatch.WEIGHTED),
+        Wish("keep", dispatch=Dispatch.WEIGHTED),
+        Wish(dispatch=Dispatch.WEIGHTED, objective=Objective.INTERNODE),
+    ],
+)
+def test_a_rank_may_have_an_expert_twice_before(wish, seed):
+    """EPLB places so. No expert is lost by what is found behind it, and no row."""
+    rng = np.random.default_rng(seed)
+    rows = [[*range(8), *rng.integers(0, 8, 4)] for _ in range(2)]
+    row = np.array([rng.permutation(row) for row in rows])
+    row[0, :3] = (3, 3, row[0, 2])
+    row[0, 3:] = rng.permutation([e for e in range(8) if e not in row[0, :3]] * 2)[:9]
+    missing = [e for e in range(8) if e not in row[0]]
+    row[0, 12 - len(missing) :] = missing
+    if {*row[0].tolist()} != {*range(8)}:
+        row[0] = [3, 3, 0, 1, 2, 4, 5, 6, 7, 3, 3, 0]
+    found = weigh(counts_of(seed, phy2log=row), wish)
+    assert all({*layer} == {*range(8)} for layer in found.placement.phy2log.tolist())
+    assert found.after.sum() == pytest.approx(found.before.sum())
+    if found.shares is not None:
+        for layer, shares in zip(found.placement.phy2log, found.shares, strict=True):
+            if shares.any():
+                check_shares(layer, shares, 4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_are_the_best_where_a_rank_has_an_expert_twice(seed):
+    rng = np.random.default_rng(seed)
+    row = np.array([[3, 3, 0, 1, 2, 4, 5, 6, 7, 3, 4, 0]] * 2)
+    known = rng.gamma(0.5, 400, (2, 8))
+    shares = Sharing(row.reshape(2, 4, 3), 8, np.ones(4)).solve(known)
+    for layer in range(2):
+        cost = np.array([0.0] * 12 + [1.0])
+        sums = np.array([[*(row[layer] == expert).astype(float), 0.0] for expert in range(8)])
+        most = np.array([[*(np.arange(12) // 3 == rank).astype(float), -1.0] for rank in range(4)])
+        best = linprog(cost, most, np.zeros(4), sums, known[layer]).fun
+        assert shares[layer].sum(axis=1).max() == pytest.approx(best, rel=1e-3)
+        assert np.bincount(row[layer], shares[layer].ravel()) == pytest.approx(known[layer])
+
+
 def test_experts_that_follow_each_other_come_to_lie_together():
     """Expert e of a layer is always followed by e + 1 of the next."""
     pairs = np.zeros((3, 1, 8, 8), np.int64)
@@ -271,6 +318,7 @@ def test_what_cannot_be_weighed_is_said(changed, match):
         ({"shares": np.ones((2, 12), np.int64)}, "shares is"),
         ({"shares": np.ones((2, 1, 12), np.int64)}, "shares of expert 0 sum to"),
         ({"shares": np.ones((2, 1, 11), np.int64)}, "must be"),
+        *(({"shares": np.zeros(shape, np.int64)}, "must be") for shape in ((2, 3, 12), (2, 0, 12), (2, 1, 5))),
         ({"nodes": 3}, "3 nodes"),
         ({"nodes": 0}, "0 nodes"),
         ({"top_k": 0}, "cannot be"),

@@ -367,12 +367,18 @@ def test_status_shows_a_rank_a_line():
 
 @pytest.mark.parametrize(
     ("nodes", "crossing"),
-    [("aaaa", [0, 0, 0, 0]), ("aabb", [0, 0, 0, 0]), ("abab", [2, 10, 2, 10]), ("abbc", [2, 10, 2, 10])],
+    [
+        ("aaaa", [0, 0, 0, 0]),
+        ("aabb", [0, 0, 0, 0]),
+        ("abab", [2, 10, 2, 10]),
+        ("abbc", [2, 10, 2, 10]),
+        ("a aa", [0, 0, 0, 0]),  # a lost one
+    ],
 )
 def test_bytes_to_other_nodes_are_told_of_each_stage(nodes, crossing):
     """Two stages of two ranks."""
     rows = tuple(ExpertRows(rank, (), (), (), ((0, 2), (10, 0))[rank % 2]) for rank in range(4))
-    actor = SimpleNamespace(others=[{"rank": rank, "pid": 1, "node": nodes[rank]} for rank in (1, 2, 3)])
+    actor = SimpleNamespace(others=[{"rank": rank, "pid": 1, "node": nodes[rank].strip()} for rank in (1, 2, 3)])
     info = replace(INFO, node=nodes[0])
     slot = Slot("w", Member(1, State.LIVE, 0.0, role="decode"), actor=actor, info=info, status=Load(experts=rows))
     told = overview(Target(spec_of(), plan(spec_of(), nodes_of(4.0))), {"w": slot})["members"]["w"]["experts"]

@@ -222,7 +222,7 @@ def test_units():
 @pytest.mark.parametrize(
     ("load", "pair", "eps", "said"),
     [
-        ((1, 3, 4), None, 0.05, "needs pair"),
+        ((1, 3, 4), None, 0.05, "needs pairs"),
         ((1, 1, 4), (0, 4, 4), 0.05, "at least 2 layers"),
         ((1, 2, 4), (1, 4, 4), -1.0, "eps is -1.0"),
         ((1, 2, 4), (1, 4, 4), float("nan"), "eps is nan"),

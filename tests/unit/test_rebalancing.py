@@ -265,7 +265,7 @@ async def test_rows_that_leave_their_node_are_what_internode_counts():
     await looks(its, worker, 3)
     (rows,) = worker.asked
     assert [sorted(rows[0][at : at + 2]) for at in (0, 2, 4)] == [[2, 3], [4, 5], [0, 1]]
-    assert "rows that leave their node -" in said[0]
+    assert "what internode counts -" in said[0]
     assert slot.placing["gain"] > 0.5
 
 

@@ -45,7 +45,8 @@ SEARCH = 0.6  # of the time; the rest is for the bounds
 def check_pairs(stats: RoutingStats, eps: float) -> Floats:
     """-> pair. Raises SpecError for what this objective cannot be asked of."""
     if stats.pair is None:
-        raise SpecError("objective interlayer needs pair, which was not counted")
+        recorded = "`tercet experts export --pairs` records them"
+        raise SpecError(f"objective interlayer needs pairs, which were not counted; {recorded}")
     if not len(stats.pair):
         raise SpecError("objective interlayer needs at least 2 layers, and there is 1")
     if not eps >= 0:

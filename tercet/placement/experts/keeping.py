@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from tercet.placement.expert_moves import settled
 from tercet.placement.experts.arranging import Arrangement, worst_of
 from tercet.placement.experts.model import Dispatch, Floats, Ints, Topology
 from tercet.placement.experts.moving import repaired
@@ -58,6 +59,5 @@ def renamed(new: Ints, old: Ints, speed: Floats) -> Ints:
 
 
 def _ordered(new: Ints, old: Ints) -> Ints:
-    """A GPU's experts, those that it had in their slots."""
-    comes = iter(new[~np.isin(new, old)])
-    return np.array([e if stays else next(comes) for e, stays in zip(old, np.isin(old, new), strict=True)], new.dtype)
+    """A GPU's experts, those that it had in their slots. It may have had one twice, by a policy that allows that."""
+    return np.array(settled(old.tolist(), new.tolist(), len(old)), new.dtype)

@@ -2,8 +2,8 @@
 
 A group of m experts on m - 1 GPUs can be laid out so that each GPU has as much to do as the others, whatever the
 loads: the smallest expert goes to a GPU whole, the largest one fills that up, and so on. So G GPUs and E experts,
-G < E < 2G, make E - G groups, and the level of a group is its tokens over its GPUs. Groups are made alike by parting the
-experts of the worst one and of another one anew, again and again: bin covering with few items a bin.
+G < E < 2G, make E - G groups, and the level of a group is its tokens over its GPUs. Groups are made alike by parting
+the experts of the worst one and of another one anew, again and again: bin covering with few items a bin.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ class Sharing:
         self._order, self._first = np.argsort(self._held, axis=1, kind="stable"), np.cumsum(self.count, axis=1)
         self._first -= self.count
         self._gpu_of = np.arange(gpus * slots) // slots
+        self._first_there = _first_there(held)
         self._gpus = gpus
         self._turns = [self._turn(turn) for turn in range(int((self.count > 1).sum(axis=1).max(initial=0)))]
 
@@ -36,6 +37,7 @@ class Sharing:
         replica has as much as the others."""
         layers, _ = weight.shape
         share = self._flat_even(weight) if start is None else self._scaled(weight, start.reshape(layers, -1))
+        share = self._merged(share)
         load = share.reshape(layers, self._gpus, -1).sum(axis=2).ravel()
         flat, small = share.ravel(), ENOUGH * float(load.mean())
         for _ in range(sweeps):
@@ -66,6 +68,12 @@ class Sharing:
         )
         return scaled
 
+    def _merged(self, share: Floats) -> Floats:
+        """[L, P], the first slot that a GPU has of an expert with the tokens of all of them."""
+        at = self._first_there + np.arange(len(share))[:, None] * share.shape[1]
+        merged: Floats = np.bincount(at.ravel(), share.ravel(), share.size).astype(np.float64)
+        return merged.reshape(share.shape)
+
     def _turn(self, number: int) -> tuple[NDArray[np.int64], ...]:
         """Of each layer its expert of this number among those with replicas, if it has so many: layer [n], expert [n],
         and [n, R] its slots, their GPUs over all layers, and whether each is real or pads."""
@@ -76,6 +84,7 @@ class Sharing:
         real = turn < self.count[layer, expert][:, None]
         at = np.where(real, self._first[layer, expert][:, None] + turn, self._first[layer, expert][:, None])
         slots = np.take_along_axis(self._order[layer], at, axis=1)
+        real &= np.take_along_axis(self._first_there[layer], slots, axis=1) == slots
         gpus = self._gpu_of[slots] + layer[:, None] * self._gpus
         return layer, expert, slots + layer[:, None] * self._held.shape[1], gpus, real
 
@@ -102,6 +111,15 @@ class Sharing:
         change = after - before
         share[slots[real]], load[gpus[real]] = after[real], load[gpus[real]] + change[real]
         return float(change.max(initial=0.0))
+
+
+def _first_there(held: Ints) -> NDArray[np.int64]:
+    """held [L, G, K] -> [L, P], of each slot the first one with the same expert on its GPU: some policies put one there
+    twice."""
+    layers, gpus, slots = held.shape
+    same = (held[:, :, :, None] == held[:, :, None, :]).argmax(axis=3)
+    found: NDArray[np.int64] = (same + np.arange(gpus)[:, None] * slots).reshape(layers, -1)
+    return found
 
 
 def _count(held: NDArray[np.int64], experts: int) -> NDArray[np.int64]:

@@ -63,7 +63,8 @@ def solve_experts(
         )
     if objective is not Objective.BALANCE:
         if dispatch is not Dispatch.WEIGHTED:
-            raise UnsupportedSpec(f"objective {objective.value} chooses replicas by source: dispatch must be weighted")
+            told = f"objective {objective.value} gives each node shares of its own"
+            raise UnsupportedSpec(f"{told}: dispatch must be weighted (--dispatch weighted)")
         return by_nodes(stats, topo, objective, rules, old=old, deadline=deadline, clock=clock)
     layers = balanced(weight, topo, dispatch, deadline if old is None else began + time_limit_s / 2, clock)
     moved = [0] * len(layers)

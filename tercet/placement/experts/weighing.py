@@ -6,19 +6,20 @@ N nodes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tercet.errors import SpecError
+from tercet.errors import InternalError, SpecError
 from tercet.placement.expert_counts import Counts, holds, survives
 from tercet.placement.expert_shares import TURNS, in_turns
 from tercet.placement.experts.chain_model import local_fraction
 from tercet.placement.experts.eplb import rebalance_experts
 from tercet.placement.experts.model import NO_SLOT, Dispatch, Floats, Objective, Placement, RoutingStats, Topology
-from tercet.placement.experts.scoring import evenly
+from tercet.placement.experts.scoring import evenly, node_copies
 from tercet.placement.experts.solve import solve_experts
 from tercet.placement.experts.tables import placement_of
 
@@ -48,6 +49,7 @@ class Weighed:
     kept: NDArray[np.bool_]  # [L] what was found is no better than what there is, by what it was solved on
     shares: NDArray[np.int64] | None  # [L, N, P] of replicas, for dispatch weighted (`expert_shares`)
     crossing: tuple[float, float]  # before, after: share of the rows whose slot is on another node
+    copies: tuple[float, float]  # before, after: other nodes that a token goes to in a layer, as expected
     # before, after: share of the pairs that stay on their node, or on their rank if there is one; None: not counted
     staying: tuple[float, float] | None
     held_out: bool  # it was solved on other windows than those it is judged by
@@ -62,7 +64,13 @@ def weigh(counts: Counts, wish: Wish) -> Weighed:
     if not counts.load[known].any() or not counts.load[judged].any():
         raise SpecError("nothing was counted in a window that is needed: no request was computed there")
     topo, stats = _topology(counts, wish), _stats(counts, known, wish)
+    if topo.nodes == 1 and wish.objective in {Objective.INTERNODE, Objective.INTERNODE_DEDUP}:
+        raise SpecError(
+            f"objective {wish.objective.value}: all ranks are on one node, and no row leaves it; use balance"
+        )
     placement, kept = _solved(counts, stats, topo, wish), np.zeros(len(counts.phy2log), dtype=bool)
+    if (placement.count == 0).any():
+        raise InternalError(f"a placement without experts {np.argwhere(placement.count == 0)[:4].tolist()} was found")
     shares = shares_of(placement) if wish.dispatch is Dispatch.WEIGHTED else None
     if wish.policy != "eplb" and wish.objective is Objective.BALANCE:
         placement, shares, kept = _no_worse(placement, shares, counts, counts.of_windows(known), topo)
@@ -79,6 +87,7 @@ def weigh(counts: Counts, wish: Wish) -> Weighed:
         kept,
         shares,
         (_crossing(before), _crossing(after)),
+        (_copies(before, counts.top_k), _copies(after, counts.top_k)),
         _staying(counts, placement, judged, topo),
         held_out,
         (survives(counts.phy2log, counts.ranks), survives(placement.phy2log, counts.ranks)),
@@ -100,9 +109,11 @@ def _no_worse(
 ) -> tuple[Placement, NDArray[np.int64] | None, NDArray[np.bool_]]:
     """-> the better one of each layer by how ranks choose replicas, which the solver does not know; which are kept."""
     now = counts.shares
-    other_nodes = now is not None and shares is not None and now.shape != shares.shape
-    if found.phy2log.shape != counts.phy2log.shape or other_nodes:
+    if found.phy2log.shape != counts.phy2log.shape:
         return found, shares, np.zeros(len(found.phy2log), dtype=bool)
+    if now is not None and shares is not None:
+        nodes = math.lcm(now.shape[1], shares.shape[1])
+        now, shares = (np.repeat(its, nodes // its.shape[1], axis=1) for its in (now, shares))
     each = (counts.phy2log, now), (found.phy2log, shares)
     busiest = [_of_ranks(served(row, sent, its), topo.gpus).max(axis=1) for row, its in each]
     keeps = busiest[0] <= busiest[1]
@@ -115,9 +126,20 @@ def _no_worse(
 
 def _crossing(rows: Floats) -> float:
     """rows [N, L, P], by node that sends them."""
-    nodes, layers, slots = rows.shape
-    flow = rows.reshape(nodes, layers, nodes, slots // nodes).sum(axis=(1, 3))
+    flow = _flow(rows).sum(axis=0)
     return float(1 - np.trace(flow) / flow.sum())
+
+
+def _copies(rows: Floats, top_k: int) -> float:
+    """rows [N, L, P], by node that sends them."""
+    return float(node_copies(_flow(rows), top_k).sum() / (rows.sum() / top_k))
+
+
+def _flow(rows: Floats) -> Floats:
+    """[N, L, P] -> [L, N, N], from node to node."""
+    nodes, layers, slots = rows.shape
+    flow: Floats = rows.reshape(nodes, layers, nodes, slots // nodes).sum(axis=3).swapaxes(0, 1)
+    return flow
 
 
 def _staying(counts: Counts, placement: Placement, judged: slice, topo: Topology) -> tuple[float, float] | None:
@@ -126,7 +148,8 @@ def _staying(counts: Counts, placement: Placement, judged: slice, topo: Topology
     pairs = counts.pairs[judged].sum(axis=0).astype(np.float64)
     before = evenly(counts.phy2log.astype(np.int32), counts.load.shape[3], topo.nodes)
     there = replace(topo, slots_per_gpu=counts.phy2log.shape[1] // topo.gpus)
-    return local_fraction(before, pairs, there), local_fraction(placement, pairs, topo)
+    found = local_fraction(before, pairs, there), local_fraction(placement, pairs, topo)
+    return min(1.0, found[0]), min(1.0, found[1])  # shares are of float32
 
 
 def max_over_mean(loads: Floats) -> Floats:
