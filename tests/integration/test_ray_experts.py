@@ -122,7 +122,7 @@ def test_a_cluster_places_experts_by_itself(machine):
     """By default: what is uneven is placed anew while clients are answered, and each answer is the same as before."""
     source = machine.folder / "tiny"
     make(Family("qwen3-moe"), source)
-    placement = "{window_size: 25, step_interval: 50, dispatch_interval: 25, min_gain: 0.01}"
+    placement = "{window_size: 25, step_interval: 50, min_gain: 0.01}"
     ranks = (
         "{aggregated: {pool: cpu, cpus: 0.25, parallelism: {data: 2, expert: 2}, expert_placement: " + placement + "}}"
     )
