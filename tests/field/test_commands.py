@@ -248,6 +248,7 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     until(lambda: not machine.left(), 20)
 
 
+@pytest.mark.slow  # the same model is served and asked in test_what_the_readme_types_about_pictures
 def test_make_demo_vision_says_what_is_in_each_picture(machine):
     done = machine.run(*MAKE, "demo-vision", f"ARGS={ANYWHERE}", seconds=150)
     assert done.returncode == 0, done.stderr
@@ -315,9 +316,7 @@ SHORT = {
     "transfer_tail": [str(BIN / "python"), "-m", "benchmarks.transfer_tail", "--rounds", "1", "--only", "tcp"],
 }
 
-MARKS = dict.fromkeys(
-    ("topologies", "encode", "placement_live"), pytest.mark.slow
-)  # several clusters with large models
+MARKS = dict.fromkeys(("soak", "topologies", "encode", "placement_live"), pytest.mark.slow)  # clusters for a minute
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in SHORT])

@@ -256,7 +256,7 @@ async def test_rank_0_that_dies_while_the_group_starts_ends_the_start_of_the_oth
     lines = await asyncio.to_thread(meeting.joined, [1], time.monotonic() + 10, lambda: False)
     if at == "set up":
         lines[1].send("setup", "127.0.0.1:1", (0, 1), 2, (), False)
-        lines[1].send("placed", 0, b"")
+        lines[1].send("placed", 0, b"", [])
     lines[1].dispose()
     meeting.close()
     async with asyncio.timeout(10):

@@ -75,7 +75,7 @@ def raylet_of(pid: int) -> str:
     return Path(f"/proc/{parent}/cmdline").read_bytes().replace(b"\0", b" ").replace(b": ", b":").decode()
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_killed_or_hung_worker_comes_back_with_the_next_epoch(on_two_nodes, blow):
     before = on_two_nodes.status()["workers"]["worker-1"]
     os.kill(before["pid"], blow)

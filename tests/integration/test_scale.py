@@ -122,6 +122,7 @@ def members_of(served: Served) -> dict[str, tuple[str, int]]:
     return {name: (member["role"], member["epoch"]) for name, member in served.status()["members"].items()}
 
 
+@pytest.mark.slow  # test_role_switch does so without Ray, and test_commands once with it
 def test_workers_change_their_roles_under_load_and_no_request_fails(served):
     machine = served.machine
     refused = machine.run("tercet", "role", "set", "worker-0", "decode")

@@ -225,12 +225,13 @@ def test_weights_and_cache_are_counted(family):
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_bfloat16(family, kernels):
-    """The tokens' logits are those of the same weights in float32, as far as bfloat16 goes."""
+    """The tokens' logits are those of the same weights in float32, as far as bfloat16 goes. Many tokens, since the
+    first ones have little context, and where rounding decides which experts they get, their logits are others."""
     directory, reference = family
     model, ids = loaded(directory, kernels, "bfloat16").model, torch.randint(VOCAB, (3, 72))
-    logits = model.forward(batch_of([], [(0, 0, 20)], ids), empty_cache(model))
+    logits = model.forward(batch_of([], [(row, 0, 72) for row in range(3)], ids), empty_cache(model))
     rounded = copy.deepcopy(reference).bfloat16().float()
-    expected = logits_of(rounded, ids[0][:20])
+    expected = torch.cat([logits_of(rounded, row) for row in ids])
     assert torch.nn.functional.cosine_similarity(logits, expected).median() > 0.98
     assert logits.isfinite().all()
 
