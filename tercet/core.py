@@ -264,7 +264,8 @@ class Moves:
     """Of experts between the ranks of a worker, since it started."""
 
     epoch: int = 0  # of the placement: how many times a layer was placed anew
-    layers_left: int = 0  # of the move that is under way, the one that is moved included
+    live: bool = False  # a move is under way
+    layers_left: int = 0  # of it, the one that is moved included; none while it tells shares of replicas
     moved_bytes: int = 0  # of weights that came from another rank
     done: int = 0  # moves that ended as asked
     failed: int = 0

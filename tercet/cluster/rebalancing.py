@@ -79,7 +79,7 @@ class Rebalancing:
         if self._stays and self._wanted.dispatch_interval is None:
             self._note("policy none: experts stay where they are")
             return
-        if self._moves.layers_left:
+        if self._moves.live:
             return
         routed = await self._actor.call("routed", timeout_s=ANSWER_S)
         look = look_at(routed, self._slot.info.pid, self._slot.info.node, self._actor.others)

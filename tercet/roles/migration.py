@@ -99,7 +99,7 @@ class Migration:
         with self._deciding:
             self._number += 1
             self._live, self._began = self._number, time.monotonic()
-            self._moves = replace(self._moves, layers_left=len(work))
+            self._moves = replace(self._moves, live=True, layers_left=len(work))
         self._thread = threading.Thread(
             target=self._run, args=(self._number, work, shared), name="experts-move", daemon=True
         )
@@ -259,7 +259,7 @@ class Migration:
                 return False
             done, failed = self._moves.done + (error is None), self._moves.failed + (error is not None)
             alarm = "" if error is None else f"{error.code()}: {error}"
-            ended = replace(self._moves, layers_left=0, seconds=time.monotonic() - self._began)
+            ended = replace(self._moves, live=False, layers_left=0, seconds=time.monotonic() - self._began)
             self._live, self._moves = 0, replace(ended, ended=move, done=done, failed=failed, alarm=alarm)
             self._owner.placing.release()
             return True

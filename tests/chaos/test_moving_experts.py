@@ -59,7 +59,7 @@ def another(placed: np.ndarray, ranks: int, seed: int) -> list[list[int]]:
 
 async def ended(worker: Worker, timeout_s: float = 30.0) -> Moves:
     deadline = time.monotonic() + timeout_s
-    while (moves := (await worker.health()).moves).layers_left:
+    while (moves := (await worker.health()).moves).live:
         assert time.monotonic() < deadline, moves
         await asyncio.sleep(0.02)
     return moves

@@ -311,7 +311,7 @@ async def test_without_a_lost_rank_the_others_are_placed_at_once(monkeypatch):
 async def test_a_move_and_its_end_are_reported():
     worker = Worker(hot=())
     its, slot, said = made(worker)
-    slot.status = Load(moves=Moves(layers_left=2))
+    slot.status = Load(moves=Moves(live=True, layers_left=2))
     await its._look()
     slot.status = Load(moves=Moves(epoch=2, done=1, moved_bytes=4096, seconds=0.5, longest_pause_s=0.002))
     await its._look()
