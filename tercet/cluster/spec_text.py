@@ -1,4 +1,4 @@
-"""A spec as YAML: every key that it may have, its value, and what `tercet/spec.py` says of it."""
+"""A spec as YAML: every key that it may have, its value, and what `tercet/spec/` says of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import json
 import tokenize
 from collections.abc import Iterator, Mapping
 from textwrap import wrap
+from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel
 
-from tercet import spec as module
-from tercet.spec import ClusterSpec
+from tercet.spec import ClusterSpec, base, cluster, gateway, role
 
 WIDTH = 100
 Comments = Mapping[tuple[str, str], str]  # (class, field) -> what is said of it
@@ -48,6 +48,10 @@ def _entry(name: str, value: Any, comment: str, comments: Comments, indent: str,
 
 
 def _comments() -> Comments:
+    return {key: told for module in (base, role, gateway, cluster) for key, told in _comments_of(module).items()}
+
+
+def _comments_of(module: ModuleType) -> Comments:
     """Those above a field and behind it."""
     source = inspect.getsource(module)
     lines = source.splitlines()
