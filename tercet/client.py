@@ -14,7 +14,9 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import re
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -98,10 +100,20 @@ class Stream:
 class Client:
     """Opens one connection a request; may be used from many threads."""
 
-    def __init__(self, base_url: str = "http://127.0.0.1:8000", timeout_s: float = 300.0) -> None:
-        """timeout_s: the longest silence of the gateway."""
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        timeout_s: float = 300.0,
+        api_key: str | None = None,
+        ca: str | Path | None = None,
+    ) -> None:
+        """timeout_s: the longest silence of the gateway. api_key: by default what TERCET_API_KEY says. ca: authorities
+        (PEM) that an https gateway's certificate may be of; None: the system's. Raises InvalidRequest."""
         self._url = _parsed(base_url)
         self._timeout_s = timeout_s
+        key = api_key or os.environ.get("TERCET_API_KEY")
+        self._headers = {"Content-Type": "application/json"} | _authorization(key)
+        self._tls = _trusting(ca) if self._url.scheme == "https" else None
 
     def chat(self, messages: Messages, *, images: Sequence[str | Path] = (), **params: Any) -> Result:
         """images: files that are shown with a text. params: as in the OpenAI API and vLLM. Raises TercetError."""
@@ -159,11 +171,14 @@ class Client:
     def _open(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._url.hostname or "", self._url.port, timeout=self._timeout_s)
+        host, port = self._url.hostname or "", self._url.port
+        if self._tls is None:
+            connection = http.client.HTTPConnection(host, port, timeout=self._timeout_s)
+        else:
+            connection = http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
         content = None if body is None else json.dumps(body).encode()
         try:
-            connection.request(method, self._url.path.rstrip("/") + path, content, {"Content-Type": "application/json"})
+            connection.request(method, self._url.path.rstrip("/") + path, content, self._headers)
             return connection, connection.getresponse()
         except TimeoutError as error:
             connection.close()
@@ -252,6 +267,21 @@ def _parsed(base_url: str) -> SplitResult:
     except ValueError:  # of brackets, or of a port that is no number or out of range
         pass
     raise InvalidRequest(f"base_url must look like http://host:port, got {base_url!r}")
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    if not api_key:
+        return {}
+    if not api_key.isascii() or not api_key.isprintable():
+        raise InvalidRequest("api_key has characters that no header can carry")
+    return {"Authorization": f"Bearer {api_key}"}
+
+
+def _trusting(ca: str | Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"ca: {ca} has no certificates of authorities: {error}") from error
 
 
 def _messages(messages: Messages, images: Sequence[str | Path]) -> list[Mapping[str, Any]]:

@@ -12,6 +12,8 @@
     │   ├── UnknownUrl              404   UNIMPLEMENTED
     │   ├── MethodNotAllowed        405   UNIMPLEMENTED
     │   ├── ModelNotFound           404   NOT_FOUND
+    │   ├── Unauthenticated         401   UNAUTHENTICATED      no API key, or one that is not known
+    │   ├── RateLimited             429   RESOURCE_EXHAUSTED   its key has used what it may
     │   ├── ImageNotCached          404   NOT_FOUND            an image was named by its uuid alone; send it
     │   └── ImageNotFetched         400   INVALID_ARGUMENT     its address is refused, or gave no image in time
     ├── SpecError                   400   INVALID_ARGUMENT     the cluster spec is wrong: file, line, path
@@ -57,6 +59,7 @@ class TercetError(Exception):
 
     http_status: ClassVar[int] = 500
     grpc_status: ClassVar[str] = "INTERNAL"
+    retry_after_s: float | None = None  # when the same request may be tried again, if that is known
 
     @classmethod
     def code(cls) -> str:
@@ -114,6 +117,20 @@ class MethodNotAllowed(UserError):
 class ModelNotFound(UserError):
     http_status = 404
     grpc_status = "NOT_FOUND"
+
+
+class Unauthenticated(UserError):
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
+
+
+class RateLimited(UserError):
+    http_status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ImageNotCached(UserError):

@@ -20,7 +20,19 @@ from rich.console import Console
 
 from tercet.cluster import bounded, output, run_file
 from tercet.cluster.experts_cli import app as experts_app
-from tercet.cluster.options import Address, AsJson, ClusterName, Settings, SpecPath, Url, refuse_unwritable, where
+from tercet.cluster.keys_cli import app as keys_app
+from tercet.cluster.options import (
+    Address,
+    ApiKey,
+    AsJson,
+    Authorities,
+    ClusterName,
+    Settings,
+    SpecPath,
+    Url,
+    refuse_unwritable,
+    where,
+)
 from tercet.cluster.spec_file import load_spec
 from tercet.errors import SpecError, TercetError
 from tercet.spec import ClusterSpec
@@ -35,6 +47,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(experts_app, name="experts")
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:
@@ -157,6 +170,8 @@ def demo(
     from tercet.cluster.demo import show
 
     checked = load_spec(spec, settings or ())
+    if checked.gateway.api_keys or checked.gateway.tls:
+        raise SpecError("gateway: the demo has no key and trusts no certificate; use `tercet serve` and `tercet chat`")
     _serve(checked, _announce, partial(show, cluster=checked.name, images=image or ()))
 
 
@@ -240,13 +255,15 @@ def chat(
     ] = None,
     name: ClusterName = None,
     url: Url = None,
+    api_key: ApiKey = None,
+    ca: Authorities = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
 ) -> None:
     """Talk to a running cluster."""
     from tercet.client import Client, chat_loop
 
-    client = Client(url or run_file.find_reachable(name).http_url)
+    client = Client(url or run_file.find_reachable(name).http_url, api_key=api_key, ca=ca)
     if not chat_loop(client, None, question, image or (), temperature=temperature, max_tokens=max_tokens):
         raise typer.Exit(1)
 

@@ -29,7 +29,8 @@ from tercet.cluster.ray_runtime import NAMESPACE, log_folder
 from tercet.cluster.reconcile import GATEWAY
 from tercet.errors import ClusterError, TercetError, WorkerLost
 from tercet.placement.roles import Assignment, Placement, plan
-from tercet.spec import ClusterSpec
+from tercet.spec import ClusterSpec, PeerTlsSpec
+from tercet.tls import PeerTls
 
 NODE_ID_LABEL = "ray.io/node-id"
 PLACE_TIMEOUT_S = 30.0
@@ -83,8 +84,10 @@ class Actor:
 class Launcher:
     """Starts members, for the controller (`members.Starter`)."""
 
-    def __init__(self, cluster: str, cluster_token: str, home: Home) -> None:
+    def __init__(self, cluster: str, cluster_token: str, home: Home, tls: PeerTlsSpec | None) -> None:
+        """Raises SpecError for the files of `tls`."""
         self._cluster = cluster
+        self._tls = None if tls is None else PeerTls(tls)
         self._home = home
         self._token = cluster_token
 
@@ -101,7 +104,7 @@ class Launcher:
 
     async def ask_ports(self, info: Any, timeout_s: float) -> None:
         """Raises WorkerLost naming the port."""
-        await ports.ask_ports(info, timeout_s)
+        await ports.ask_ports(info, timeout_s, self._tls)
 
     async def watch_home(self) -> None:
         """Raises RayLost."""

@@ -18,6 +18,14 @@ Settings = Annotated[
 ClusterName = Annotated[str | None, typer.Option(help="The cluster's name; may be left out if there is only one.")]
 Address = Annotated[str | None, typer.Option(help="host:port of the Ray it runs in; default: this machine's clusters.")]
 Url = Annotated[str | None, typer.Option(help="Base URL of the endpoint; default: the cluster served here.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="TERCET_API_KEY", help="For a gateway that asks for one."),
+]
+Authorities = Annotated[
+    Path | None,
+    typer.Option("--ca", envvar="TERCET_CA", help="Whose certificates are trusted (PEM); default: the system's."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -15,23 +15,44 @@ from tercet.models.config import ModelConfig
 from tercet.models.sources import is_local, load_config, locate, refuse_blocks
 from tercet.placement.cores import refuse_missing_cores
 from tercet.placement.groups import ModelShape, refuse_indivisible
+from tercet.roles.gateway.keys import KeyRing
 from tercet.spec import ClusterSpec, ListenSpec
+from tercet.tls import GatewayTls, PeerTls
 from tercet.transfer.transports import table as transports
-from tercet.wire.listening import EVERYWHERE, listen_error
+from tercet.wire.listening import EVERYWHERE, is_loopback, listen_error
 
 if TYPE_CHECKING:
     from tercet.devices import Device
 
 
 def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
-    """Check the gateway's ports and model, since it always runs on this machine. Raises ClusterError, ModelError,
-    UnsupportedSpec."""
+    """Check the gateway's ports, keys, certificates and model, since it always runs on this machine. Raises
+    ClusterError, ModelError, SpecError."""
     for name, listen in (("http", spec.gateway.http), ("grpc", spec.gateway.grpc)):
         try:
             _bind(listen)
         except OSError as error:
             raise listen_error(listen.host, listen.port, error, f"gateway.{name}") from error
+    _check_doors(spec, report)
     check_model(spec, report)
+
+
+def _check_doors(spec: ClusterSpec, report: Callable[[str], None]) -> None:
+    """Raises SpecError for files that cannot be read."""
+    gateway = spec.gateway
+    if gateway.api_keys is not None:
+        KeyRing(gateway.api_keys)
+    if gateway.tls is not None:
+        GatewayTls(gateway.tls, ())
+    if spec.network.tls is not None:
+        PeerTls(spec.network.tls)
+    far = [f"gateway.{name}" for name in ("http", "grpc") if not is_loopback(getattr(gateway, name).host)]
+    if far and gateway.api_keys is None:
+        report(f"{' and '.join(far)}: whoever reaches {'them' if len(far) > 1 else 'it'} may call; gateway.api_keys")
+    elif far and gateway.tls is None:
+        report(f"{' and '.join(far)}: API keys cross the network as they are, without gateway.tls")
+    if spec.network.host == "node" and spec.network.tls is None:
+        report("network.host: node: tokens and KV cross the network as they are, without network.tls")
 
 
 def check_model(spec: ClusterSpec, report: Callable[[str], None]) -> None:

@@ -87,7 +87,7 @@ class _Serving:
         from tercet.cluster.launcher import Launcher  # only now: Ray reads its environment when it is imported
 
         home = Home(servers, self._spec.ray.lost_after_s, self._report)
-        launcher = Launcher(self._spec.name, secrets.token_hex(16), home)
+        launcher = Launcher(self._spec.name, secrets.token_hex(16), home, self._spec.network.tls)
         controller = Controller(Target(self._spec, placement), launcher, self._report, self._gateway_is_up)
         ends.push_async_exit(self._ending(controller))
         await controller.bring_up()

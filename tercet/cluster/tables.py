@@ -15,6 +15,19 @@ from tercet.wire.listening import address
 
 if TYPE_CHECKING:
     from tercet.cluster.doctor import Finding
+    from tercet.roles.gateway.keys import Key
+
+
+def keys_table(keys: Sequence[Key]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("name", "requests a minute", "tokens a minute", "at once", "digest"):
+        table.add_column(column, overflow="fold")
+    for key in keys:
+        limits = (key.requests_per_minute, key.tokens_per_minute, key.concurrent)
+        table.add_row(
+            key.name, *("any" if limit is None else f"{limit:,}" for limit in limits), f"{key.sha256[:12]}..."
+        )
+    return table
 
 
 def plan_table(spec: ClusterSpec, placement: Placement) -> Table:

@@ -22,6 +22,8 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
         _refuse_transport(role, wanted, accelerator, spec.transfer.transport)
     for name, pool in spec.pools.items():
         _refuse_devices(f"pools.{name}", pool, pool.accelerator)
+    if spec.network.tls is not None:
+        _refuse_open_transport(spec.transfer.transport)
     if spec.topology == "aggregated" and spec.transfer.model_fields_set:
         key = min(spec.transfer.model_fields_set)
         raise UnsupportedSpec(f"transfer.{key}: has no effect, since no KV moves in topology aggregated; leave it out")
@@ -29,9 +31,6 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
 
 def _not_yet(spec: ClusterSpec) -> dict[str, object]:
     return {
-        "gateway.api_keys": spec.gateway.api_keys,
-        "gateway.tls": spec.gateway.tls,
-        "network.tls": spec.network.tls,
         "tracing": spec.tracing.model_fields_set,
         "logging": spec.logging.model_fields_set,
     }
@@ -45,6 +44,8 @@ def refuse_groups(spec: ClusterSpec, role: Role, wanted: RoleSpec) -> None:
         raise UnsupportedSpec(
             f"{path}.parallelism: {parallelism.ranks} ranks take no images yet; use 1 for each degree"
         )
+    if spec.network.tls is not None:
+        raise UnsupportedSpec(f"{path}.parallelism: {ranks} ranks do not speak TLS with each other yet (network.tls)")
     if not isinstance(wanted.cuda_graphs, str):
         raise UnsupportedSpec(f"{path}.cuda_graphs: no step of {ranks} ranks is captured yet; use auto")
 
@@ -93,6 +94,16 @@ def _refuse_kernels(role: Role, wanted: RoleSpec, accelerator: str, dtype: str) 
         raise UnsupportedSpec(
             f"{path}.cuda_graphs: steps are captured on a GPU, with Triton's kernels, which role {role} does not have; "
             "use auto"
+        )
+
+
+def _refuse_open_transport(transport: str) -> None:
+    from tercet.transfer.transports.table import keeps_secret  # only now: numpy
+
+    if not keeps_secret(transport):
+        raise UnsupportedSpec(
+            f"transfer.transport: {transport} sends KV to other hosts as it is, and network.tls asks for TLS; use "
+            "auto, tcp or shm"
         )
 
 

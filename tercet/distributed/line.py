@@ -94,7 +94,7 @@ class Line:
     @property
     def is_local(self) -> bool:
         """Whether both ends are on one host."""
-        return self._channel.sock.family == socket.AF_UNIX
+        return self._channel.is_local
 
     def settimeout(self, seconds: float | None) -> None:
         self._channel.settimeout(seconds)
@@ -197,8 +197,7 @@ class Rendezvous:
         try:
             if line.is_local:
                 os.close(vet_unix(sock))
-            else:
-                tune_tcp(sock)
+            tune_tcp(sock)
             self._welcome(line)
         except (WorkerLost, ProtocolViolation, PeerDown, PeerMismatch, OSError):
             line.dispose()  # a stranger, or one that died; who is missing is named in the end

@@ -119,8 +119,7 @@ class Meeting:
             self._given_up.discard(rank)
         welcome = Welcome(str(self.rank), 0, self._shape(), "", b"")
         channel.send(proof.signed(welcome, self.group.token, hello.nonce))
-        if channel.sock.family != socket.AF_UNIX:
-            tune_tcp(channel.sock)
+        tune_tcp(channel.sock)
         link = Link(rank, channel)
         with self._changed:
             if rank in self._arrived:

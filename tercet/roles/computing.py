@@ -48,7 +48,6 @@ from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.transports.contract import MoverConfig, Transport
 from tercet.transfer.transports.group_endpoint import GroupEndpoint, meets
-from tercet.transfer.transports.table import usable
 
 STOP_S = 5.0  # for the last step to end
 STUCK_S = 60.0  # a step that runs longer than any step should: the worker is unhealthy
@@ -77,7 +76,7 @@ class Computing(Part):
         spec, transport = who.role_spec, who.spec.transfer.transport
         layout = loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size)
         self._region = await loop.run_in_executor(None, region_of, layout, transport, self._kernels, who.cores)
-        mover = _Mover(who.mover_config(loaded.fingerprint), self._region, usable(transport))
+        mover = _Mover(who.mover_config(loaded.fingerprint), self._region, who.transports)
         handlers = [self._handler(kind, mover) for kind in who.serves]
         self._legs.handlers.update(zip(who.serves, handlers, strict=True))
         push = next((handler.push for handler in handlers if handler.push is not None), None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 from tercet.core import Load, Role
 from tercet.kernels.kinds import Kernels
 from tercet.spec import ClusterSpec, RoleSpec
-from tercet.transfer.transports.contract import MoverConfig
+from tercet.tls import PeerTls
+from tercet.transfer.transports.contract import MoverConfig, Transport
+from tercet.transfer.transports.table import usable
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,19 @@ class Identity:
             transfer.heartbeat_s,
             transfer.integrity,
             transfer.links,
+            tls=self.tls,
         )
+
+    @cached_property
+    def tls(self) -> PeerTls | None:
+        """Raises SpecError."""
+        wanted = self.spec.network.tls
+        return None if wanted is None else PeerTls(wanted)
+
+    @property
+    def transports(self) -> list[Transport]:
+        """What its KV may cross by. Raises SpecError."""
+        return usable(self.spec.transfer.transport, tls=self.tls is not None)
 
     def prepare_thread(self, kernels: Kernels) -> None:
         """Pin the calling thread, and set how many threads compute for it."""

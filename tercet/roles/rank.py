@@ -41,7 +41,6 @@ from tercet.roles.routed import own_counts, own_pairs
 from tercet.spec import ClusterSpec
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
-from tercet.transfer.transports.table import usable
 
 COUNT_EVERY_S = 1.0
 STOP_S = 5.0  # for a step to end
@@ -124,7 +123,7 @@ class Rank:
         layout = loaded.model.kv_layout(spec.kv.blocks, spec.kv.block_size)
         transport, endpoint = who.spec.transfer.transport, ""
         self._region = region_of(layout, transport, kernels, who.cores)
-        config, usables = who.mover_config(loaded.fingerprint), usable(transport)
+        config, usables = who.mover_config(loaded.fingerprint), who.transports
         if who.role is Role.PREFILL:
             self._sender = KvSender(config, self._region, usables, self._tell_sent, self._computed)
         elif who.role is Role.DECODE:

@@ -38,10 +38,11 @@ def embedding_fingerprint(config: VisionConfig, model: ModelSpec) -> str:
     return f"embeddings-{hashlib.sha256(told).hexdigest()}"
 
 
-def embedding_transports(transport: str) -> Sequence[Transport]:
+def embedding_transports(who: Identity) -> Sequence[Transport]:
     """What embeddings cross by: what the spec names, or any if that is for the memory of GPUs, since embeddings cross
     by the host's. Raises SpecError."""
-    return usable(AUTO if in_device_memory(transport) else transport)
+    transport = who.spec.transfer.transport
+    return usable(AUTO, tls=who.tls is not None) if in_device_memory(transport) else who.transports
 
 
 class Seeing(Part):
@@ -70,7 +71,7 @@ class Encoding(Part):
         self._encoder = encoder_of(who, self._tower, self._kernels, keep=_on_host)
         region = EmbeddingRegion(self._tower.config, spec.images.blocks)
         handler = Encode(self._legs, self._encoder, region, capacity(Role.ENCODE, spec.scheduler))
-        transports = embedding_transports(who.spec.transfer.transport)
+        transports = embedding_transports(who)
         config, on_event = who.mover_config(self.fingerprint), handler.on_event
         handler.send_by(KvSender(config, region.memory, transports, on_event, lambda: self._encoder.progress))
         self._legs.handlers[Role.ENCODE] = handler
@@ -91,7 +92,7 @@ class Landing(Part):
         region = EmbeddingRegion(self._config, who.role_spec.images.blocks)
         source = EncodeWorkers(asyncio.get_running_loop(), region, who.epoch, transfer.quarantine_blocks)
         config = who.mover_config(self._embeddings)
-        transports = embedding_transports(transfer.transport)
+        transports = embedding_transports(who)
         source.receiver = KvReceiver(config, who.epoch, region.memory, transports, source.on_event)
         source.endpoint = source.receiver.start(who.host).encode()
         self._legs.images = source

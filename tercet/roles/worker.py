@@ -107,7 +107,7 @@ class Worker:
         for part in await loop.run_in_executor(None, self._loaded, kernels):
             await part.start()
             self._parts.append(part)
-        self._server = WorkerServer(self.legs, self.legs.load, who.token)
+        self._server = WorkerServer(self.legs, self.legs.load, who.token, who.tls)
         address = await self._server.start(who.host)
         return WorkerInfo(
             who.worker_id,

@@ -38,7 +38,6 @@ class TlsSpec(Frozen):
 
     certificate: Text  # the gateway's, with those that lead to its authority
     key: Text
-    client_ca: Text | None = None  # authorities of clients' certificates; then who has none cannot connect
 
 
 class GatewaySpec(Frozen):

@@ -3,6 +3,7 @@
     accept --> Guard(inner protocol) --> HEAD | IDLE | WATCHING  --serving()-->  nobody's business but the request's
                                           ^ waits for the client  <--ended-----
 
+With TLS the handshake comes first, as a part of the first head.
 Whoever waits for its client may be closed: at its phase's deadline, or, the longest idle first, when a new connection
 finds no room. A connection that is being served is closed only when its client has gone, or sends so much ahead that it
 could have. When as many are served as may be, some more are let in: who asks for health hears it, and whoever wants
@@ -16,16 +17,18 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import select
 import socket
+import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
-from tercet.errors import Overloaded, RequestTimeout, TercetError
+from tercet.errors import Overloaded, PeerMismatch, RequestTimeout, TercetError
 from tercet.wire.listening import EVERYWHERE
 
 AT_ONCE = 16 * 1024  # bytes of one connection that are read in a turn of the loop, at most
@@ -34,6 +37,9 @@ TURN_S = 1e-3  # of the processor, for one connection
 SWEEP_S = 1.0  # deadlines are looked at so often
 BACKLOG = 100
 SPARE = 16  # connections beyond the bound
+FAREWELL_S = 2.0  # for a client to end TLS as it should
+
+log = logging.getLogger(__name__)
 
 
 class ConnectionPhase(enum.Enum):
@@ -65,11 +71,20 @@ class Guarded(Protocol):
         """The last bytes to the client; None: the connection was only idle. Also called before connection_made."""
 
 
+class ServerTls(Protocol):
+    """`tercet.tls`'s."""
+
+    def server(self) -> ssl.SSLContext: ...
+    def check(self, certificate: Any) -> None:
+        """Of the client, as `SSLObject.getpeercert` has it. Raises PeerMismatch."""
+
+
 class Connections:
     """Event loop only. `closed` counts by reason what was not closed by the client or its request."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self._limits = limits
+        self.head_s = limits.head_s
         self._all: set[Guard] = set()
         # Insertion order is age: the first of each phase has waited longest.
         self._waiting: dict[ConnectionPhase, dict[Guard, float]] = {phase: {} for phase in ConnectionPhase}
@@ -80,15 +95,21 @@ class Connections:
     def __len__(self) -> int:
         return len(self._all)
 
-    async def listen(self, host: str, port: int, protocol: Callable[[Guard], Guarded]) -> asyncio.Server:
+    async def listen(
+        self, host: str, port: int, protocol: Callable[[Guard], Guarded], tls: ServerTls | None = None
+    ) -> asyncio.Server:
         """Serve `protocol` on a port, each connection behind a Guard. Raises OSError."""
         loop = asyncio.get_running_loop()
+
+        def guard() -> Guard:
+            return Guard(self, protocol, tls)
+
         if self._sweeper is None:
             self._sweep()
         if host == EVERYWHERE and socket.has_dualstack_ipv6():  # asyncio would leave IPv4 out
             bound = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
-            return await loop.create_server(lambda: Guard(self, protocol), sock=bound, backlog=BACKLOG)
-        return await loop.create_server(lambda: Guard(self, protocol), host, port, backlog=BACKLOG)
+            return await loop.create_server(guard, sock=bound, backlog=BACKLOG)
+        return await loop.create_server(guard, host, port, backlog=BACKLOG)
 
     def close(self) -> None:
         """Close whatever is still open."""
@@ -96,6 +117,7 @@ class Connections:
             self._sweeper.cancel()
         for guard in list(self._all):
             guard.cut("stopped")
+            guard.leave()
 
     # ---- what guards say
 
@@ -163,10 +185,15 @@ class Connections:
 class Guard(asyncio.BufferedProtocol):
     """Wraps a protocol, between it and its transport, and enforces the limits."""
 
-    def __init__(self, connections: Connections, protocol: Callable[[Guard], Guarded]) -> None:
+    def __init__(
+        self, connections: Connections, protocol: Callable[[Guard], Guarded], tls: ServerTls | None = None
+    ) -> None:
         self._connections = connections
+        self._tls = tls
+        self._handshake: asyncio.Task[None] | None = None  # until TLS stands; nothing else may be said before
+        self._early = b""
         self._guarded = protocol(self)
-        self._inner = cast("asyncio.Protocol", self._guarded)
+        self._inner = asyncio.Protocol()  # until it is opened
         self._phase: ConnectionPhase | None = None
         self._served = 0  # requests
         self._watched = 0
@@ -243,12 +270,20 @@ class Guard(asyncio.BufferedProtocol):
         """Say why, if the client is in the middle of a request, and close; what it does not take at once is dropped."""
         self.fault(reason)
         self._connections.forget(self, self._phase)
+        if self._handshake is not None:  # no word of ours could be read
+            self.transport.abort()
+            return
         if not self.transport.get_write_buffer_size() and not self.transport.is_closing():
             self.transport.write(self._guarded.farewell(error if self._phase is not ConnectionPhase.IDLE else None))
         if self.transport.get_write_buffer_size():
             self.transport.abort()
-        else:
+        elif not self.transport.is_closing():
             self.transport.close()
+
+    def leave(self) -> None:
+        """Do not wait for the client to end TLS, as it should."""
+        if self._tls is not None:
+            self.transport.abort()
 
     # ---- what the transport says
 
@@ -257,20 +292,63 @@ class Guard(asyncio.BufferedProtocol):
         try:
             self._connections.admit(self)
         except Overloaded as error:
-            self._inner = asyncio.Protocol()
             self.cut("refused", error)
             return
+        if self._tls is None:
+            self._open()
+            return
+        self.transport.pause_reading()
+        self._enter(ConnectionPhase.HEAD)
+        self._handshake = asyncio.get_running_loop().create_task(self._secure(self._tls))
+
+    def _open(self) -> None:
+        self._inner = cast("asyncio.Protocol", self._guarded)
         self._enter(self._guarded.opens)
-        self._inner.connection_made(transport)
+        self._inner.connection_made(self.transport)
+
+    async def _secure(self, tls: ServerTls) -> None:
+        """The handshake, in the time that a head has; the connection counts meanwhile."""
+        loop, bare = asyncio.get_running_loop(), self.transport
+        try:
+            secured = await loop.start_tls(
+                bare,
+                self,
+                tls.server(),
+                server_side=True,
+                ssl_handshake_timeout=self._connections.head_s,
+                ssl_shutdown_timeout=FAREWELL_S,
+            )
+            if secured is None:  # it was lost meanwhile
+                raise ConnectionError("it ended in the middle")
+            tls.check(secured.get_extra_info("peercert"))
+        except (OSError, PeerMismatch) as error:
+            log.info("a TLS handshake failed: %s", error)
+            self.fault("tls_handshake")
+            bare.abort()
+            self.connection_lost(error)  # in the middle of a handshake nobody else says so
+            return
+        self.transport, self._handshake = secured, None
+        if not self._lost:
+            self._open()
+            early, self._early = self._early, b""
+            if early:
+                self._take(early)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._connections.buffer[: self._portion]
 
     def buffer_updated(self, nbytes: int) -> None:
+        self._unread_since = None
+        data = bytes(self._connections.buffer[:nbytes])
+        if self._handshake is not None:  # what came with the handshake's end
+            self._early += data
+            return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
         if self._phase is ConnectionPhase.IDLE and self._guarded.opens is ConnectionPhase.IDLE:
             self._enter(ConnectionPhase.HEAD)
-        self._unread_since = None
-        data, start, self._to_come_s = bytes(self._connections.buffer[:nbytes]), time.thread_time(), 0.0
+        nbytes, start, self._to_come_s = len(data), time.thread_time(), 0.0
         self._inner.data_received(data)
         took = time.thread_time() - start + self._to_come_s
         fitting = int(nbytes * TURN_S / took) if took > TURN_S else 2 * self._portion
@@ -280,6 +358,8 @@ class Guard(asyncio.BufferedProtocol):
         return self._inner.eof_received()
 
     def connection_lost(self, error: BaseException | None) -> None:
+        if self._lost:
+            return
         self._lost = True
         self._connections.forget(self, self._phase)
         self._connections.lost(self)

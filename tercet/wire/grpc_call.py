@@ -70,6 +70,7 @@ class Call:
         self._offload = offload
         self.served = served  # within it a call that was only watching is one that is served
         self.ended = False  # with its status
+        self.caller: Any = None  # who it is; the server's door says so
         self._body: Body | None = None
         self._begun = False  # whether the answer's head is out
         self._code, self._details = grpc.StatusCode.OK, ""

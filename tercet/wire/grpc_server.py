@@ -4,7 +4,7 @@
     stream of a client --accept--> Call --run--> servicer's method --> status
 
 A TercetError is its gRPC status with details `code: message`; anything else that a servicer raises is an
-InternalError, logged once. Every failure is counted by `on_failure`.
+InternalError, logged once. Every failure is counted by `on_failure`. Whom `door` refuses calls no method.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from h2.errors import ErrorCodes
 
 from tercet.errors import Cancelled, DeadlineExceeded, TercetError, UnknownUrl, as_named
 from tercet.wire.bodies import Bodies
-from tercet.wire.connections import Connections, Guard
+from tercet.wire.connections import Connections, Guard, ServerTls
 from tercet.wire.grpc_call import Aborted, Call, Offload, inline
 from tercet.wire.http2 import Http2
 
@@ -47,12 +47,17 @@ class GrpcServer:
         limits: GrpcLimits,
         on_failure: Callable[[type[TercetError]], None] = lambda _: None,
         offload: Offload = inline,
+        door: Callable[[Call], None] = lambda _: None,
+        tls: ServerTls | None = None,
     ) -> None:
+        """door: says who calls (`Call.caller`), before any message is read, or raises Unauthenticated."""
         self._connections = connections
         self.bodies = bodies
         self.limits = limits
         self.on_failure = on_failure
         self.offload = offload
+        self.door = door
+        self._tls = tls
         self.methods: dict[bytes, tuple[Any, bool]] = {}  # path -> its RpcMethodHandler, whether it only listens
         self.open: set[_Calls] = set()
         self.watchers: dict[asyncio.Task[None], None] = {}  # the first has listened longest
@@ -72,7 +77,7 @@ class GrpcServer:
 
     async def start(self, host: str, port: int) -> int:
         """-> the port. Raises OSError."""
-        self._listener = await self._connections.listen(host, port, self._protocol)
+        self._listener = await self._connections.listen(host, port, self._protocol, self._tls)
         return int(self._listener.sockets[0].getsockname()[1])
 
     async def stop(self, grace_s: float = 0.0) -> None:
@@ -143,9 +148,10 @@ class _Calls(AbstractHandler):
         """The method, with every failure told to the call."""
         task = asyncio.current_task()
         assert task is not None
-        if watching:
-            self._make_room_for_watcher(task)
         try:
+            self._server.door(call)
+            if watching:
+                self._make_room_for_watcher(task)
             with self.guard.serving(watching=watching):
                 await call.run(method)
         except Aborted:

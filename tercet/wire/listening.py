@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import resource
 import socket
@@ -38,6 +39,15 @@ def listen_error(host: str, port: int, error: OSError, setting: str = "") -> Clu
     what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error})"
     hint = f"free it or set {setting}.port" if setting else "a free one is needed"
     return ClusterError(f"port {port} on {host} {what}; {hint}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine reaches it; by what a name stands for here, if it is one."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(each).is_loopback for each in found)
 
 
 def address(host: str, port: int) -> str:

@@ -13,6 +13,7 @@ import grpc
 from tercet import secret
 from tercet.core import Admitted, Leg, Load, Outcome, Rejection, Ticket, WorkerInfo
 from tercet.errors import PeerMismatch, from_wire
+from tercet.tls import PeerTls
 from tercet.wire.codec import (
     GATEWAY,
     NONCE_METADATA,
@@ -64,11 +65,13 @@ class WorkerLink:
         on_reports: Callable[[Sequence[tuple[Ticket, Outcome]]], None],
         on_load: Callable[[Load], None],
         on_change: Callable[[str | None], None],
+        tls: PeerTls | None = None,
     ) -> None:
         self.info = info
         self.up = False
         self.fault = ""  # why the last stream ended
         self._token = cluster_token
+        self._tls = tls
         self._on_reports = on_reports
         self._on_load = on_load
         self._on_change = on_change
@@ -92,9 +95,9 @@ class WorkerLink:
             await self._task
 
     async def _keep_connected(self) -> None:
-        async with grpc.aio.insecure_channel(self.info.rpc_address, options=OPTIONS) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]  # generated code
-            while True:
+        while True:
+            async with self._channel() as channel:
+                stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]  # generated code
                 try:
                     await self._converse(stub)
                 except grpc.aio.AioRpcError as error:
@@ -110,6 +113,15 @@ class WorkerLink:
                     log.exception("the stream to %s failed", self.info.worker_id)
                     self.fault = f"unexpected {type(error).__name__}: {error}"
                 await asyncio.sleep(RECONNECT_S)
+
+    def _channel(self) -> grpc.aio.Channel:
+        """A new one for each stream: certificates may have been renewed."""
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.info.rpc_address, options=OPTIONS)
+        files, name = self._tls.files(), self._tls.name
+        named = [("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)]
+        credentials = grpc.ssl_channel_credentials(files.root, files.key, files.chain)
+        return grpc.aio.secure_channel(self.info.rpc_address, credentials, options=[*OPTIONS, *named])
 
     async def _converse(self, stub: worker_pb2_grpc.WorkerStub) -> None:
         """One stream: the proofs, then reports until it ends."""

@@ -18,6 +18,7 @@ import grpc
 from tercet import secret
 from tercet.core import Done, Leg, Load, Progress, PromptLogprobs, Ticket, TokenEvent
 from tercet.errors import TercetError
+from tercet.tls import PeerTls
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.codec import (
     GATEWAY,
@@ -162,12 +163,14 @@ class _Service(worker_pb2_grpc.WorkerServicer):
 class WorkerServer:
     """The gRPC server of one worker."""
 
-    def __init__(self, handler: LegHandler, load: Callable[[], Load], cluster_token: str) -> None:
+    def __init__(
+        self, handler: LegHandler, load: Callable[[], Load], cluster_token: str, tls: PeerTls | None = None
+    ) -> None:
         limits = replace(CONNECTIONS, most=most_connections(CONNECTIONS.most))
         self._connections = Connections(limits)
         # Who has proven nothing yet only watches: it is closed to make room.
         bounds = GrpcLimits(MESSAGE_BYTES, max_streams=16, watching=frozenset([SERVICE]))
-        self._server = GrpcServer(self._connections, Bodies(BODIES), bounds)
+        self._server = GrpcServer(self._connections, Bodies(BODIES), bounds, tls=tls)
         self._service = _Service(handler, load, cluster_token)
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]  # generated code
 

@@ -34,14 +34,14 @@ async def running(
     *,
     model: ServedModel = MODEL,
     images: Mapping[str, Any] = MappingProxyType({}),
+    doors: Mapping[str, Any] = MappingProxyType({}),
     fetcher: Callable[[Metrics], Fetcher] | None = None,
     **limits: Any,
 ) -> AsyncIterator[tuple[Gateway, GatewayInfo]]:
-    """images: of the spec's gateway."""
+    """images: of the spec's gateway. doors: its api_keys, tls, cors_origins."""
     asked = spec(**limits)
-    asked = asked.model_copy(
-        update={"gateway": asked.gateway.model_copy(update={"images": GatewayImagesSpec(**images)})}
-    )
+    changed = asked.gateway.model_copy(update={"images": GatewayImagesSpec(**images), **doors})
+    asked = asked.model_copy(update={"gateway": changed})
     gateway = Gateway(asked, "token", router, model, fetcher)
     info = await gateway.start()
     try:

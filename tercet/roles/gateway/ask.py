@@ -25,6 +25,7 @@ from tercet.core import (
 )
 from tercet.models.vision.prompt import ImagePrompts
 from tercet.roles.gateway.images import ImagePart
+from tercet.roles.gateway.keys import Key
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Ask:
     timeout_s: float
     arrived: float  # time.monotonic() when the request's bytes were read
     client: str = ""  # the client in whose queue it waits
+    key: Key | None = None  # whose limits count; None: no key is asked for
     max_tokens_given: bool = True
     n: int = 1  # samples of each prompt
     stop: tuple[str, ...] = ()  # empty ones are ignored

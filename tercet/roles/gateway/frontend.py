@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from tercet.core import GenerateRequest, SamplingParams
@@ -22,6 +22,7 @@ from tercet.roles.gateway.bounds import MOST_CHOICES, STOP_CHARS, STOPS_CHARS, b
 from tercet.roles.gateway.choice import Choice
 from tercet.roles.gateway.image_files import Held, ImageFiles
 from tercet.roles.gateway.offloop import OffLoop
+from tercet.roles.gateway.quotas import Quotas
 from tercet.roles.gateway.session import Session
 from tercet.roles.gateway.tokenising import Encoded, Tokenising
 from tercet.spec import LimitsSpec
@@ -42,6 +43,7 @@ class Frontend:
         self._tokenising = Tokenising(model, limits.max_chars_per_token, self.offloop)
         self._admission = Admission(limits.max_inflight_requests, metrics.inflight.set)
         self._live: dict[str, asyncio.Timeout] = {}  # request id -> its deadline
+        self._quotas = Quotas()
         self._draining = False
         self._stopping = False
 
@@ -52,15 +54,24 @@ class Frontend:
 
     @asynccontextmanager
     async def session(self, ask: Ask) -> AsyncGenerator[Session, None]:
-        """Run the body under the request's deadline, counted against limits.max_inflight_requests."""
+        """Run the body under the request's deadline, counted against its key's limits and
+        limits.max_inflight_requests."""
         self._check(ask)
+        with self._quotas.request(ask.key) as spend:
+            async with self._admitted(ask, spend) as session:
+                yield session
+
+    @asynccontextmanager
+    async def _admitted(self, ask: Ask, spend: Callable[[int], None]) -> AsyncGenerator[Session, None]:
         places = self._admit(ask)
         try:
             async with asyncio.timeout(ask.arrived + ask.timeout_s - time.monotonic()) as deadline:
                 self._live[ask.request_id] = deadline
                 with self._images.held() as held:
                     choices = await self._choices(ask, held)
-                    yield Session(ask, choices, self._backend, self.metrics, places)
+                    session = Session(ask, choices, self._backend, self.metrics, places, spend)
+                    spend(session.prompt_tokens)
+                    yield session
         except TimeoutError as error:
             if not deadline.expired():
                 raise

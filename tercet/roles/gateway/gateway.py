@@ -29,10 +29,11 @@ from tercet.models.vision.config import VisionConfig
 from tercet.models.vision.prompt import ImagePrompts
 from tercet.models.vision.sizes import ImageSizes, processor_settings
 from tercet.roles.gateway.ask import Backend, ServedModel
+from tercet.roles.gateway.clients import Door
 from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.fetching import Fetcher
 from tercet.roles.gateway.frontend import Frontend
-from tercet.roles.gateway.grpc_api import SERVICE, InferenceService, client_of_call
+from tercet.roles.gateway.grpc_api import SERVICE, InferenceService
 from tercet.roles.gateway.grpc_health import HealthService
 from tercet.roles.gateway.http_api import HttpApi
 from tercet.roles.gateway.http_generation import Generation
@@ -41,6 +42,7 @@ from tercet.roles.gateway.image_files import ImageFiles
 from tercet.roles.gateway.readiness import POLL_S, Readiness
 from tercet.roles.router.router import Router
 from tercet.spec import ClusterSpec, LimitsSpec, ModelSpec
+from tercet.tls import GatewayTls
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.connections import ConnectionLimits, Connections
 from tercet.wire.gen import inference_pb2_grpc
@@ -115,12 +117,13 @@ class Gateway:
         self._readiness = Readiness(self._router, self._model, timeout_s, shows=Role.ENCODE in spec.roles)
         connections = _connection_limits(spec.limits)
         self._connections = Connections(connections)
+        self._door = Door(spec.gateway.api_keys)
         self._bodies = Bodies(_body_limits(spec.limits, connections.most))
         self._metrics.watch_connections(self._connections.__len__, lambda: self._connections.closed)
         self._stack = AsyncExitStack()
 
     async def start(self) -> GatewayInfo:
-        """Bind both ports. Raises ClusterError naming the port if one is in use."""
+        """Bind both ports. Raises ClusterError naming the port if one is in use, SpecError for its certificate."""
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._router.close)
             stack.push_async_callback(self._images.close)
@@ -183,19 +186,35 @@ class Gateway:
         # handler_cancellation: a client that goes away must free its blocks at once.
         runner = web.AppRunner(api.app(), handler_cancellation=True, shutdown_timeout=2.0)
         await runner.setup()
+        self._http = runner
         stack.push_async_callback(runner.cleanup)
         try:
-            server = await self._connections.listen(listen.host, listen.port, protocols_of(runner, metrics.failed))
+            protocols, tls = protocols_of(runner, metrics.failed, self._door, cors), self._tls("http/1.1")
+            server = await self._connections.listen(listen.host, listen.port, protocols, tls)
         except OSError as error:
             raise listen_error(listen.host, listen.port, error, "gateway.http") from error
         stack.callback(server.close)
         host = "127.0.0.1" if listen.host in WILDCARDS else listen.host
-        return f"http://{address(host, server.sockets[0].getsockname()[1])}"
+        scheme = "http" if tls is None else "https"
+        return f"{scheme}://{address(host, server.sockets[0].getsockname()[1])}"
+
+    def _tls(self, *protocols: str) -> GatewayTls | None:
+        wanted = self._spec.gateway.tls
+        return None if wanted is None else GatewayTls(wanted, protocols)
 
     async def _start_grpc(self, stack: AsyncExitStack) -> str:
         listen, limits = self._spec.gateway.grpc, self._spec.limits
         bounds = GrpcLimits(limits.max_body_bytes, limits.max_inflight_requests + SPARE_STREAMS, frozenset(STANDARD))
-        server = GrpcServer(self._connections, self._bodies, bounds, self._metrics.failed, self._offload)
+        server = GrpcServer(
+            self._connections,
+            self._bodies,
+            bounds,
+            self._metrics.failed,
+            self._offload,
+            self._let_in,
+            self._tls("h2"),
+        )
+        self._grpc = server
         checker = HealthService(SERVICE)
         service = InferenceService(self._frontend)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call] # generated
@@ -209,9 +228,12 @@ class Gateway:
         self._start_task(stack, asyncio.create_task(self._follow(checker)))
         return address(listen.host, port)
 
+    def _let_in(self, call: Call) -> None:
+        call.caller = self._door.caller(call.header(b"authorization"), call.address())
+
     async def _offload(self, call: Call, size: int, work: Callable[[], T]) -> T:
         """A gRPC message is read as an HTTP body is."""
-        return await self._frontend.offloop.parse(client_of_call(call), size, work)
+        return await self._frontend.offloop.parse(call.caller.client, size, work)
 
     async def _follow(self, checker: HealthService) -> None:
         """The standard health service says SERVING while the gateway is ready."""

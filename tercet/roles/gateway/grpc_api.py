@@ -16,7 +16,6 @@ from tercet.core import SamplingParams
 from tercet.errors import InvalidRequest
 from tercet.roles.gateway.ask import Ask, Chat, Delta, Prompt
 from tercet.roles.gateway.bounds import bound
-from tercet.roles.gateway.clients import client_of
 from tercet.roles.gateway.frontend import Frontend
 from tercet.roles.gateway.openai_messages import messages_of
 from tercet.roles.gateway.openai_reply import LOWEST_LOGPROB
@@ -60,14 +59,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             params=_params(request.sampling),
             timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
             arrived=arrived,
-            client=client_of_call(context),
+            client=context.caller.client,
+            key=context.caller.key,
             max_tokens_given=request.sampling.HasField("max_tokens"),
             stop=tuple(request.sampling.stop),
         )
-
-
-def client_of_call(call: Call) -> str:
-    return client_of(call.header(b"authorization"), call.address())
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:

@@ -16,9 +16,8 @@ from urllib.parse import quote
 from aiohttp import HttpVersion11, hdrs, web
 
 from tercet.errors import Cancelled, InvalidRequest, TercetError, UnsupportedMedia, as_named
-from tercet.roles.gateway.clients import client_of
 from tercet.roles.gateway.frontend import Frontend
-from tercet.roles.gateway.http_server import REQUEST_ID
+from tercet.roles.gateway.http_server import CALLER, REQUEST_ID
 from tercet.roles.gateway.openai_reply import ChatReply, CompletionReply, Reply, error_event
 from tercet.roles.gateway.openai_request import PARAMETERS, Origin, Parsed, parse_chat, parse_completion
 from tercet.roles.gateway.session import Session
@@ -84,13 +83,12 @@ class Generation:
             raise too_large(self._bodies.limits.max_bytes)
 
     async def _parsed(self, request: web.Request, body: Body, parse: _Parse) -> Parsed:
-        key = request.headers.get(hdrs.AUTHORIZATION, "").encode(errors="surrogateescape")
-        client = client_of(key, request.remote or "")
+        caller = request[CALLER]
         encoding = request.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower() or PLAIN
-        origin = Origin(request[REQUEST_ID], client)
+        origin = Origin(request[REQUEST_ID], caller)
         work = partial(self._parse, parse, encoding, body.data, request.headers.get("X-Request-Timeout"), origin)
         size = body.size if encoding == PLAIN else self._bodies.limits.max_bytes
-        return await self._frontend.offloop.parse(client, size, work)
+        return await self._frontend.offloop.parse(caller.client, size, work)
 
     def _parse(self, parse: _Parse, encoding: str, data: bytes, timeout: str | None, origin: Origin) -> Parsed:
         if encoding != PLAIN:

@@ -1,19 +1,21 @@
 """aiohttp's server behind the guard: which connections it serves, and how it answers errors outside handlers.
 
-Every request passes `Boundary`; what is no HTTP ends in `HttpProtocol.handle_error`, a connection that is cut off in
-`HttpProtocol.farewell`. All three answer in the OpenAI shape.
+Every request passes `Boundary`, which lets nobody in whom `Door` refuses; what is no HTTP ends in
+`HttpProtocol.handle_error`, a connection that is cut off in `HttpProtocol.farewell`. All three answer in the OpenAI
+shape.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from aiohttp import ClientConnectionResetError, StreamReader, web
+from aiohttp import ClientConnectionResetError, StreamReader, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from tercet.errors import (
@@ -24,16 +26,22 @@ from tercet.errors import (
     MethodNotAllowed,
     Overloaded,
     TercetError,
+    Unauthenticated,
     UnknownUrl,
     UriTooLong,
     as_named,
 )
+from tercet.roles.gateway.clients import Caller, Door, anybody
+from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.openai_reply import error_body
 from tercet.roles.gateway.openai_request import PARAMETERS
 from tercet.wire.connections import ConnectionPhase, Guard
 
-RETRY_AFTER_S = "1"  # with every 503
+RETRY_AFTER_S = 1.0  # with every 503
 REQUEST_ID = web.RequestKey("request_id", str)
+CALLER = web.RequestKey("caller", Caller)
+OPEN = ("/health", "/ready")  # to everybody: probes have no key
+PAGE = "/dashboard"  # where a browser asks its user for the key
 LINGER_S = 2.0  # an unwanted body is read for so long, so that its sender sees the answer
 MOST_FRAMING = 64 * 1024  # bytes around a body's own: chunk sizes, their extensions, trailers
 FRAMING = 0.5  # and so many more for each byte of it; chunks of 12 bytes need less
@@ -99,20 +107,21 @@ class HttpProtocol(web.RequestHandler):
             return b""
         self._count(type(error))
         body = json.dumps(error_body(error, PARAMETERS)).encode()
-        retry = f"Retry-After: {RETRY_AFTER_S}\r\n" if error.http_status == Overloaded.http_status else ""
-        head = (
-            f"HTTP/1.1 {error.http_status} {error.code()}\r\nContent-Type: application/json\r\n{retry}"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
+        headers = {"Content-Type": "application/json"} | _retry(error)
+        headers |= {"Content-Length": str(len(body)), "Connection": "close"}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"HTTP/1.1 {error.http_status} {error.code()}\r\n{lines}\r\n"
         return head.encode() + body
 
 
 class Boundary:
     """Wraps every request: marks it as served, gives it an id, and names, counts and answers each failure."""
 
-    def __init__(self, handler: _Handler, count: _Count) -> None:
+    def __init__(self, handler: _Handler, count: _Count, door: Door, cors: Cors) -> None:
         self._handler = handler
         self._count = count
+        self._door = door
+        self._cors = cors
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         request[REQUEST_ID] = request_id = uuid.uuid4().hex
@@ -120,6 +129,7 @@ class Boundary:
         assert isinstance(protocol, HttpProtocol)
         try:
             with protocol.guard.serving(brief=request.method != "POST"), protocol.receiving(request.content):
+                request[CALLER] = self._caller(request)
                 return await self._handler(request)
         except asyncio.CancelledError:
             self._count(Cancelled)
@@ -128,8 +138,20 @@ class Boundary:
             return self._failed(_of_router(error, request), request_id, _allowed(error))
         except ClientConnectionResetError:  # what aiohttp raises for a write to a client that has gone
             return self._failed(Cancelled("the client has gone"), request_id)
+        except Unauthenticated as error:
+            response = self._failed(error, request_id, {hdrs.WWW_AUTHENTICATE: _challenge(request)})
+            await self._cors.on_prepare(request, response)  # which aiohttp calls for what it has routed only
+            return response
         except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
             return self._failed(as_named(error, request_id), request_id)
+
+    def _caller(self, request: web.BaseRequest) -> Caller:
+        """Raises Unauthenticated, before any of the body is read."""
+        given, address = request.headers.get(hdrs.AUTHORIZATION, ""), request.remote or ""
+        key = given.encode(errors="surrogateescape")
+        if request.path in OPEN or _is_preflight(request):
+            return anybody(key, address)
+        return self._door.caller(key, address, from_page=_is_of_page(request))
 
     def _failed(self, error: TercetError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
         self._count(type(error))
@@ -138,12 +160,29 @@ class Boundary:
 
 def failure(error: TercetError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
     """The answer to a request that failed."""
-    retry = {"Retry-After": RETRY_AFTER_S} if error.http_status == Overloaded.http_status else {}
     return web.json_response(
         error_body(error, PARAMETERS),
         status=error.http_status,
-        headers={"X-Request-Id": request_id, **retry, **(headers or {})},
+        headers={"X-Request-Id": request_id, **_retry(error), **(headers or {})},
     )
+
+
+def _retry(error: TercetError) -> dict[str, str]:
+    after_s = RETRY_AFTER_S if error.http_status == Overloaded.http_status else error.retry_after_s
+    return {} if after_s is None else {"Retry-After": str(math.ceil(after_s))}
+
+
+def _is_preflight(request: web.BaseRequest) -> bool:
+    """A browser sends it without the key, and gets no more than the names of what it may send."""
+    return request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+
+
+def _is_of_page(request: web.BaseRequest) -> bool:
+    return request.method == hdrs.METH_GET and (request.path == PAGE or request.path.startswith(f"{PAGE}/"))
+
+
+def _challenge(request: web.BaseRequest) -> str:
+    return 'Basic realm="tercet: an API key as the password", charset="UTF-8"' if _is_of_page(request) else "Bearer"
 
 
 def _of_router(error: web.HTTPException, request: web.BaseRequest) -> TercetError:
@@ -173,8 +212,8 @@ def _of_parser(error: HttpProcessingError) -> TercetError:
     return InvalidRequest(f"this is no HTTP request: {reason[:200]}")
 
 
-def protocols_of(runner: web.AppRunner, count: _Count) -> Callable[[Guard], HttpProtocol]:
+def protocols_of(runner: web.AppRunner, count: _Count, door: Door, cors: Cors) -> Callable[[Guard], HttpProtocol]:
     """The protocols of an app that has been set up, every request through the boundary."""
     server: Any = runner.server
-    server.request_handler = Boundary(server.request_handler, count)
+    server.request_handler = Boundary(server.request_handler, count, door, cors)
     return lambda guard: HttpProtocol(server, guard, count)

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -20,6 +21,7 @@ from tercet.core import MOST_LOGPROBS, SamplingParams
 from tercet.errors import InvalidRequest
 from tercet.roles.gateway.ask import Ask, Chat, Prompt
 from tercet.roles.gateway.bounds import KWARGS_CHARS, NAME_CHARS, bound, bound_depth, bound_fields
+from tercet.roles.gateway.clients import Caller
 from tercet.roles.gateway.json_body import json_object
 from tercet.roles.gateway.openai_messages import messages_of, shown, text_of
 
@@ -72,7 +74,7 @@ class Origin:
     """Who asks, when, and the id of the answer."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    client: str = ""
+    caller: Caller = field(default_factory=partial(Caller, ""))
     arrived: float = field(default_factory=time.monotonic)  # when the request's bytes were read
 
 
@@ -193,7 +195,8 @@ def _ask(
         params=params,
         timeout_s=timeout_s,
         arrived=origin.arrived,
-        client=origin.client,
+        client=origin.caller.client,
+        key=origin.caller.key,
         n=b.n,
         stop=(b.stop,) if isinstance(b.stop, str) else tuple(b.stop),
     )

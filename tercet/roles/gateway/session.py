@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -22,12 +22,22 @@ from tercet.roles.gateway.choice import Choice
 class Session:
     """Made by Frontend.session, which enforces the deadline and unregisters it at the end."""
 
-    def __init__(self, ask: Ask, choices: Sequence[Choice], backend: Backend, metrics: Metrics, places: Places) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        choices: Sequence[Choice],
+        backend: Backend,
+        metrics: Metrics,
+        places: Places,
+        spend: Callable[[int], None],
+    ) -> None:
+        """spend: told of tokens as they are generated."""
         self.ask = ask
         self.choices = choices
         self._backend = backend
         self._metrics = metrics
         self._places = places
+        self._spend = spend
 
     def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every choice's deltas as they come; each choice ends with one that has a finish_reason.
@@ -48,7 +58,11 @@ class Session:
                     continue
                 if choice.owes_prompt:
                     raise ProtocolViolation(f"request {choice.request.request_id}: the prompt's logprobs are missing")
-                delta = choice.finish(event) if isinstance(event, Done) else choice.push(event, self._metrics)
+                if isinstance(event, Done):
+                    delta = choice.finish(event)
+                else:
+                    self._spend(1)
+                    delta = choice.push(event, self._metrics)
                 if delta.finish_reason:
                     break
                 yield delta
@@ -58,12 +72,21 @@ class Session:
         yield delta
 
     @property
+    def _firsts(self) -> Sequence[Choice]:
+        """One of each prompt."""
+        return self.choices[:: self.ask.n]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(c.request.token_ids) for c in self._firsts)
+
+    @property
     def usage(self) -> Usage:
         """Of all choices together; a prompt counts once however many samples it has."""
-        firsts = self.choices[:: self.ask.n]
+        firsts = self._firsts
         cached = [c.account.cached_tokens for c in firsts if c.account is not None]
         return Usage(
-            prompt_tokens=sum(len(c.request.token_ids) for c in firsts),
+            prompt_tokens=self.prompt_tokens,
             completion_tokens=sum(c.completion_tokens for c in self.choices),
             cached_tokens=sum(cached) if len(cached) == len(firsts) else None,
         )

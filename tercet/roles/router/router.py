@@ -16,6 +16,7 @@ from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part,
 from tercet.roles.router.pairs import slow_pair
 from tercet.roles.router.policy import capacity
 from tercet.spec import ROLES_OF, ClusterSpec
+from tercet.tls import PeerTls
 from tercet.wire.worker_client import WorkerLink
 
 _Heard = asyncio.Queue[RequestEvent | TercetError]
@@ -30,6 +31,7 @@ class Router:
             roles, {role: capacity(role, spec.roles[role].scheduler) for role in roles}, spec.limits
         )
         self._directory = self._decisions.directory
+        self._tls = None if spec.network.tls is None else PeerTls(spec.network.tls)
         self._links: dict[WorkerView, WorkerLink] = {}
         self._heard: dict[Ongoing, _Heard] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -154,4 +156,4 @@ class Router:
             now = time.monotonic()
             self._carry_out(decisions.on_up(view, now) if fault is None else decisions.on_down(view, fault, now))
 
-        return WorkerLink(view.info, self._token, on_reports, on_load, on_change)
+        return WorkerLink(view.info, self._token, on_reports, on_load, on_change, self._tls)

@@ -24,8 +24,9 @@ OUTBOX = 8192  # frames that may wait for a peer; with more it is treated as gon
 class Channel:
     """A connected stream socket that speaks frames. Errors are PeerDown (the stream ended) or ProtocolViolation."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, over_tls: bool = False) -> None:
         self.sock = sock
+        self.is_local = sock.family == socket.AF_UNIX and not over_tls  # the peer is on this host
         self.deadline: float | None = None  # time.monotonic() by which everything must be received
 
     def send(self, message: Message, payload: Sequence[memoryview] = (), fds: Sequence[int] = ()) -> None:

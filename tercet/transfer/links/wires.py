@@ -50,6 +50,9 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def tune_tcp(sock: socket.socket) -> None:
+    """Of a Unix socket, which may stand before TLS, there is nothing to tune."""
+    if sock.family == socket.AF_UNIX:
+        return
     idle, interval, probes = KEEPALIVE_S
     for level, option, value in (
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),

@@ -8,11 +8,12 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tercet import secret
 from tercet.errors import Overloaded, PeerDown, PeerMismatch, ProtocolViolation
 from tercet.transfer.links.channel import Channel, join_all
+from tercet.transfer.links.secured import secured, wrapped
 from tercet.transfer.links.wires import listen_tcp, listen_unix
 from tercet.transfer.protocol.messages import VERSION, Challenge, Hello, Refuse
 from tercet.transfer.transports.contract import HANDSHAKE_S, STOP_S, MoverConfig, check_hello
@@ -23,7 +24,8 @@ MAX_STRANGERS = 64  # connections without a valid HELLO yet; one more, and the o
 
 
 class _Gone(Exception):
-    """A stranger closed its connection before its HELLO, as one does that only checks whether the port is open."""
+    """A stranger closed its connection before its HELLO, as one does that only checks whether the port is open; or it
+    was closed to make room."""
 
 
 class Acceptor:
@@ -89,6 +91,7 @@ class Acceptor:
         """Serve one connection, from its HELLO to its end."""
         admitted = False
         try:
+            channel = self._secured(channel)
             hello = self._greet(channel)
             with self._lock:
                 admitted = self._num_connections < MAX_CONNECTIONS
@@ -111,8 +114,19 @@ class Acceptor:
             with self._lock:
                 self._num_connections -= admitted
 
-    def _greet(self, channel: Channel) -> Hello:
-        """Send a CHALLENGE and return the HELLO, if it is valid and comes in time."""
+    def _secured(self, channel: Channel) -> Channel:
+        """With TLS, if that is wanted and it comes from another host."""
+        if (tls := self._config.tls) is None or channel.is_local:
+            return channel
+        channel.settimeout(HANDSHAKE_S)
+        spoken = wrapped(channel.sock, tls, dialled=False)
+        with self._stranger(Channel(spoken)):
+            return Channel(secured(spoken, tls), over_tls=True)
+
+    @contextlib.contextmanager
+    def _stranger(self, channel: Channel) -> Iterator[None]:
+        """It may be closed to make room. Raises _Gone if it goes away before its time is over."""
+        deadline = time.monotonic() + HANDSHAKE_S
         with self._lock:
             self._strangers[channel] = None
             if len(self._strangers) > MAX_STRANGERS:
@@ -120,13 +134,8 @@ class Acceptor:
                 del self._strangers[oldest]
                 oldest.shutdown()
                 self._refused[Overloaded.code()] += 1
-        deadline = time.monotonic() + HANDSHAKE_S
         try:
-            challenge = Challenge(VERSION, secret.nonce())
-            channel.deadline = deadline
-            channel.settimeout(HANDSHAKE_S)
-            channel.send(challenge)
-            hello, _ = channel.receive(MAX_HELLO)
+            yield
         except PeerDown as error:
             if time.monotonic() < deadline:
                 raise _Gone from error
@@ -134,6 +143,15 @@ class Acceptor:
         finally:
             with self._lock:
                 self._strangers.pop(channel, None)
+
+    def _greet(self, channel: Channel) -> Hello:
+        """Send a CHALLENGE and return the HELLO, if it is valid and comes in time."""
+        with self._stranger(channel):
+            challenge = Challenge(VERSION, secret.nonce())
+            channel.deadline = time.monotonic() + HANDSHAKE_S
+            channel.settimeout(HANDSHAKE_S)
+            channel.send(challenge)
+            hello, _ = channel.receive(MAX_HELLO)
         channel.deadline = None
         channel.settimeout(HANDSHAKE_S)
         if not isinstance(hello, Hello):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from tercet import secret
 from tercet.core import PairState
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, TransferError
 from tercet.transfer.links.channel import Channel, Mailbox
+from tercet.transfer.links.secured import secured, wrapped
 from tercet.transfer.links.wires import dial_tcp, dial_unix, host_id
 from tercet.transfer.memory.device import KvRegion
 from tercet.transfer.memory.layout import Pair
@@ -126,12 +126,12 @@ class Dialer:
         self.quiet(peer)
 
     def _dial_over(self, encoded: str, endpoint: Endpoint, transport: Transport) -> DecodePeer:
-        channel = Channel(self._socket(transport, endpoint, 0))
+        channel = self._channel(transport, endpoint, 0)
         peer = DecodePeer(encoded, transport, channel, Pair(self._region.layout, self._region.layout), self._lock)
         try:
             self._greet(peer)
             for number in range(self._config.links or transport.links):
-                self._join(peer, Channel(self._socket(transport, endpoint, number)))
+                self._join(peer, self._channel(transport, endpoint, number))
             peer.attested = self._attest(peer)
             for each in (channel, *(link for link, _ in peer.links)):
                 each.settimeout(None)
@@ -153,11 +153,14 @@ class Dialer:
             )
         return found
 
-    def _socket(self, transport: Transport, endpoint: Endpoint, number: int) -> socket.socket:
+    def _channel(self, transport: Transport, endpoint: Endpoint, number: int) -> Channel:
         try:
             if transport.one_host:
-                return dial_unix(endpoint.unix, HANDSHAKE_S)
-            return dial_tcp(endpoint.tcp[number % len(endpoint.tcp)], HANDSHAKE_S)
+                return Channel(dial_unix(endpoint.unix, HANDSHAKE_S))
+            bare = dial_tcp(endpoint.tcp[number % len(endpoint.tcp)], HANDSHAKE_S)
+            if (tls := self._config.tls) is None:
+                return Channel(bare)
+            return Channel(secured(wrapped(bare, tls, dialled=True), tls), over_tls=True)
         except OSError as error:  # this process has no descriptor left
             raise PeerDown(f"no transfer connection to {endpoint.worker_id}: {error}") from error
 

@@ -7,7 +7,6 @@ is called under that lock, in order, on a mover thread; it must be quick and mus
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections import Counter
@@ -142,9 +141,9 @@ class KvReceiver:
         transport = self._transports.get(hello.transport)
         if transport is None:
             raise PeerMismatch(f"no transport {hello.transport!r} here, only {', '.join(self._transports)}")
-        is_unix = channel.sock.family == socket.AF_UNIX
-        if is_unix != transport.one_host:
-            raise PeerMismatch(f"{transport.name} does not come over {'a Unix socket' if is_unix else 'TCP'}")
+        if channel.is_local != transport.one_host:
+            came = "a Unix socket" if channel.is_local else "TCP"
+            raise PeerMismatch(f"{transport.name} does not come over {came}")
         return transport
 
     def _welcome(self, peer_id: str, blob: bytes, hello: Hello) -> Welcome:
@@ -158,8 +157,7 @@ class KvReceiver:
         transport = self._transport_of(hello, channel)
         if transport.one_host:
             os.close(vet_unix(channel.sock))
-        else:
-            tune_tcp(channel.sock)
+        tune_tcp(channel.sock)
         pair = pair_of(hello.layout, self._region.layout, transport, self._config.convert)
         peer = PrefillPeer(transport, channel, Terms(pair, transport.one_sided, transport.fenceable), hello.worker_id)
         with self._lock:
@@ -215,8 +213,7 @@ class KvReceiver:
             peer = self._peers.get(hello.pair)
         if peer is None or peer.transport is not transport:
             raise PeerMismatch("a data link of no pair that is known here")
-        if not transport.one_host:
-            tune_tcp(channel.sock)
+        tune_tcp(channel.sock)
         lander = lander_of(self._region, self._config.integrity)
         inlet = transport.inlet(LinkContext(channel, self._region, self._config.lease_s))
         link = Link(channel, inlet, lander, threading.current_thread())

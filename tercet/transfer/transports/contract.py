@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tercet.errors import PeerDown, PeerMismatch, ProtocolViolation, SpecError, TercetError
+from tercet.tls import PeerTls
 from tercet.transfer.links.channel import Channel
 from tercet.transfer.memory.device import DeviceRegion, KvRegion, Mark
 from tercet.transfer.memory.layout import KvLayout, Pair, Run
@@ -45,6 +46,7 @@ class MoverConfig:
     integrity: bool
     links: int | None = None  # data links of a pair; None: as many as the transport has by default
     convert: bool = False  # a lossy change of dtype is allowed
+    tls: PeerTls | None = None  # of all connections that leave the host
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Transport(ABC):
     name: ClassVar[str]
     one_sided: ClassVar[bool] = False
     fenceable: ClassVar[bool] = True
+    takes_tls: ClassVar[bool] = False  # all its bytes go over the link's channel
     one_host: ClassVar[bool] = False  # reaches only within one host, over Unix sockets
     in_device_memory: ClassVar[bool] = False  # moves KV between GPUs' memories; else between those of hosts
     pack_below: ClassVar[float] = 4096  # mean bytes of a run below which units are gathered, sent once and scattered

@@ -29,14 +29,20 @@ def missing(name: str) -> str | None:
     return _of_name(name).missing()
 
 
-def usable(name: str) -> list[Transport]:
-    """The transports that `name` allows and that are installed. Raises SpecError if a named one is not:
-    no other is silently used instead."""
+def usable(name: str, *, tls: bool = False) -> list[Transport]:
+    """The transports that `name` allows and that are installed. tls: what leaves the host must be encrypted. Raises
+    SpecError if a named one is not: no other is silently used instead."""
     if name == AUTO:
-        return [cls() for cls in ALL if cls.name not in BY_NAME and cls.missing() is None]
+        fitting = (cls for cls in ALL if cls.name not in BY_NAME and (keeps_secret(cls.name) or not tls))
+        return [cls() for cls in fitting if cls.missing() is None]
     if (why := missing(name)) is not None:
         raise SpecError(f"transfer.transport: {name} cannot be used here: {why}")
     return [_of_name(name)()]
+
+
+def keeps_secret(name: str) -> bool:
+    """Whether what it moves never leaves the host, or goes through TLS."""
+    return name == AUTO or _of_name(name).one_host or _of_name(name).takes_tls
 
 
 def in_device_memory(name: str) -> bool:

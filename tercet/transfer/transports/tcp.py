@@ -18,6 +18,7 @@ from tercet.transfer.transports.contract import Inlet, LinkContext, Outlet, Parc
 
 class TcpTransport(Transport):
     name = "tcp"
+    takes_tls = True
     links = 2  # one link's threads pack and digest while the other's bytes are in flight
 
     def inlet(self, context: LinkContext) -> Inlet:
