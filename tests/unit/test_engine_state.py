@@ -242,8 +242,9 @@ def failing_seed(seeds: int = SEEDS) -> int | None:
     return None
 
 
-def test_no_interleaving_breaks_the_engine():
-    for seed in range(SEEDS):
+@pytest.mark.parametrize("seeds", [range(600), pytest.param(range(600, SEEDS), marks=pytest.mark.slow)], ids=str)
+def test_no_interleaving_breaks_the_engine(seeds):
+    for seed in seeds:
         try:
             Simulation(seed).run()
         except AssertionError as error:
