@@ -22,6 +22,7 @@ from tercet.roles import computing
 from tercet.roles.part import Identity
 from tercet.spec import ClusterSpec, ModelSpec, RoleSpec, SchedulerSpec
 from tests.engines import Running, load_tiny
+from tests.few import few
 from tests.tiny import CONTEXT, VOCAB, tiny_model
 from tests.triton_interpreter import DEVICE
 
@@ -54,7 +55,7 @@ def expected() -> list[list[int]]:
     return tokens_of("torch", None)[0]
 
 
-@pytest.mark.parametrize("sizes", [[3, 1], [2]])
+@pytest.mark.parametrize("sizes", few([[3, 1], [2]], 1))
 def test_captured_steps_give_the_same_tokens(sizes, expected):
     tokens, ran = tokens_of("triton", sizes)
     assert tokens == expected
