@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ from tercet.kernels.native.linear import NativeLinear
 from tercet.kernels.native.moe import NativeExperts
 from tercet.kernels.packing import activation_dtype
 from tercet.kernels.routing_counts import RoutingCounts
+from tests.few import few
 
 DTYPES = (torch.float32, torch.bfloat16)
 NATIVE = pytest.mark.skipif(trial.missing() is not None, reason=str(trial.missing()))
@@ -130,11 +132,15 @@ def choices(n, k, rows):
     return [different, torch.randint(-1, n, (rows, k)), torch.full((rows, k), ELSEWHERE), lone]
 
 
+COUNTS = [(5, 2), (1, 1), (5, 1), (4, 4)]  # of experts, and of those that a row takes
+BOTH = sorted(itertools.product(SIZES, COUNTS), key=lambda both: both[0] != SIZES[0] and both[1] != COUNTS[0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 1), (5, 2), (4, 4)])
-def test_experts(kind, dtype, sizes, n, k):
+@pytest.mark.parametrize(("sizes", "counts"), few(BOTH, len(SIZES) + len(COUNTS) - 1))
+def test_experts(kind, dtype, sizes, counts):
+    n, k = counts
     torch.manual_seed(n + k)
     kernels = Kernels(kind)
     (hidden, width), activations = sizes, activation_dtype(dtype, kernels)
