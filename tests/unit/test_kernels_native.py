@@ -3,6 +3,7 @@ to the bit whatever shares the batch."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from tercet.kernels.native.library import library
 from tercet.kernels.native.linear import NativeLinear
 from tercet.kernels.norm import rms_norm_reference
 from tercet.kernels.rope import apply_rope_reference
+from tests.few import few
 
 pytestmark = pytest.mark.skipif(trial.missing() is not None, reason=str(trial.missing()))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -201,11 +203,15 @@ def test_every_short_context(dtype, window, threads):
         assert torch.equal(alone[0], out[i]), f"{length} tokens alone give something else"
 
 
+DIMS, HEADS = [64, 80, 96, 128, 256], [(9, 3), (5, 5), (7, 1), (14, 2), (13, 1)]
+BOTH = sorted(itertools.product(DIMS, HEADS), key=lambda both: both[0] != DIMS[0] and both[1] != HEADS[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (5, 5), (7, 1), (14, 2), (13, 1)])
-def test_long_contexts_of_many_shapes(dtype, dim, heads, kv_heads, threads):
+@pytest.mark.parametrize(("dim", "both_heads"), few(BOTH, len(DIMS) + len(HEADS) - 1))
+def test_long_contexts_of_many_shapes(dtype, dim, both_heads, threads):
     """Around the borders of tiles and blocks, a few and more query heads than are taken at once."""
+    heads, kv_heads = both_heads
     contexts = [255, 256, 257, 1000]
     cache, tables, contents = paged(contexts, 32, kv_heads, dim, dtype, seed=dim)
     query = torch.randn(4, heads, dim)
