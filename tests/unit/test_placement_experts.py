@@ -24,6 +24,7 @@ from tercet.placement.experts import (
 )
 from tercet.placement.experts.model import NO_SLOT
 from tercet.placement.experts.sharing import Sharing
+from tests.few import few
 
 HOTNESS = np.array([600.0, 560, 120, 120, 20, 10, 10, 10])  # vLLM PR 37656: 8 GPUs of 2 slots, even dispatch
 
@@ -122,9 +123,13 @@ def test_the_golden_instance_is_solved_and_certified(monkeypatch, dispatch, opti
 # ---- against brute force
 
 
-@pytest.mark.parametrize("dispatch", Dispatch)
-def test_small_layers_are_solved_as_by_brute_force(dispatch):
-    for seed in range(80 if dispatch is Dispatch.EVEN else 30):
+SMALL = [(Dispatch.EVEN, range(30)), (Dispatch.WEIGHTED, range(10))]
+SMALL += [(Dispatch.EVEN, range(30, 80)), (Dispatch.WEIGHTED, range(10, 30))]
+
+
+@pytest.mark.parametrize(("dispatch", "seeds"), few(SMALL, 2), ids=str)
+def test_small_layers_are_solved_as_by_brute_force(dispatch, seeds):
+    for seed in seeds:
         weight, topo = random_instance(seed, 5 if dispatch is Dispatch.WEIGHTED else 6)
         if not weight.sum():
             continue
@@ -172,9 +177,10 @@ def test_least_replicas_that_cannot_be_are_refused():
         solve_experts(stats(np.ones((1, 2))), Topology(1, 2, 2, least_replicas=2), objective=Objective.INTERNODE)
 
 
-def test_shares_are_the_best_of_a_placement():
+@pytest.mark.parametrize("seeds", few([range(50), range(50, 200)], 1), ids=str)
+def test_shares_are_the_best_of_a_placement(seeds):
     """By Hall's condition over all sets of experts; several layers at once, and from other shares."""
-    for seed in range(200):
+    for seed in seeds:
         weight, topo = random_instance(seed, 6, 4)
         rng = np.random.default_rng(seed)
         tokens = rng.random((3, len(weight))) * rng.choice([1, 9], size=(3, len(weight)))
@@ -253,7 +259,7 @@ def drifted(seed: int, deviation: float) -> tuple[Placement, np.ndarray, Topolog
 
 
 @pytest.mark.parametrize("deviation", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("most", [0, 1, 7, 40, None])
+@pytest.mark.parametrize("most", few([0, 7, None, 1, 40], 3))
 def test_no_more_than_allowed_moves_and_nothing_gets_worse(deviation, most):
     old, weight, topo = drifted(4, deviation)
     before = loads(solve_experts(stats(weight), topo, old=old, max_moved_bytes=0), weight, topo).max(axis=1)
