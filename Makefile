@@ -53,6 +53,8 @@ proto: setup  ## Generate tercet/wire/gen from proto/
 proto-check: setup
 	$(BIN)/python proto/generate.py --check
 
+# Tests start hundreds of processes: none compiles again what another has compiled, nor takes threads on both cores.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 APART = tests/chaos tests/integration/test_lengths.py tests/integration/test_devices.py \
   tests/integration/test_token_exact.py tests/unit/test_gpu_check.py
 RANKS = tests/integration/test_groups.py tests/integration/test_group_requests.py \
@@ -63,12 +65,12 @@ pytest: setup extras  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest
 
 pytest-clusters:
-	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(APART)
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(RANKS)
+	$(PYTEST) -m "ray and not slow and not gpu"
+	$(PYTEST) -m "not ray and not slow and not gpu" $(APART)
+	$(PYTEST) -m "not ray and not slow and not gpu" $(RANKS)
 
 pytest-rest:
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(addprefix --ignore=,$(APART) $(RANKS))
+	$(PYTEST) -m "not ray and not slow and not gpu" $(addprefix --ignore=,$(APART) $(RANKS))
 
 slow: setup extras  ## The tests that take many minutes and are no part of `test`
 	$(BIN)/python -m pytest -m slow $(ARGS)
