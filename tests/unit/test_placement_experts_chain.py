@@ -14,6 +14,7 @@ from tercet.placement.experts.chain_descent import Descent, good_chain, items_of
 from tercet.placement.experts.chain_exact import best_chain, is_few
 from tercet.placement.experts.chain_model import Task, local_pairs, units_of
 from tercet.placement.experts.tables import placement_of
+from tests.few import few
 
 SHAPES = [(1, 2, 2), (1, 3, 1), (1, 2, 1), (2, 1, 2), (2, 2, 1), (1, 1, 4)]  # nodes, GPUs of each, slots of each
 
@@ -122,16 +123,19 @@ def counted(seed, layers, experts, nodes=1):
 
 @pytest.mark.parametrize(
     ("experts", "shape", "dispatch"),  # where the balance placement is soon found
-    [
-        (8, (1, 4, 2), Dispatch.EVEN),
-        (8, (2, 2, 2), Dispatch.WEIGHTED),
-        (8, (1, 1, 8), Dispatch.WEIGHTED),
-        (16, (1, 4, 5), Dispatch.WEIGHTED),
-        (16, (2, 2, 5), Dispatch.WEIGHTED),
-        (64, (1, 8, 9), Dispatch.EVEN),
-        (64, (2, 4, 9), Dispatch.EVEN),
-        (128, (2, 8, 9), Dispatch.WEIGHTED),
-    ],
+    few(
+        [
+            (8, (1, 4, 2), Dispatch.EVEN),
+            (8, (2, 2, 2), Dispatch.WEIGHTED),
+            (8, (1, 1, 8), Dispatch.WEIGHTED),
+            (16, (2, 2, 5), Dispatch.WEIGHTED),
+            (64, (2, 4, 9), Dispatch.EVEN),
+            (16, (1, 4, 5), Dispatch.WEIGHTED),
+            (64, (1, 8, 9), Dispatch.EVEN),
+            (128, (2, 8, 9), Dispatch.WEIGHTED),
+        ],
+        5,
+    ),
 )
 def test_plan(experts, shape, dispatch):
     stats, topo = counted(3, 5, experts, shape[0]), Topology(*shape, expert_bytes=7)
