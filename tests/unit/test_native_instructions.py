@@ -22,8 +22,8 @@ pytestmark = [
 ]
 KERNELS = [str(Path(__file__).with_name(name)) for name in ("test_kernels_native.py", "test_kernels_moe.py")]
 NAME = "from tercet.kernels.native.library import library; print(library().instructions().decode())"
-KINDS = "linear or attention or contexts or number or expert or row"
-ARGUMENTS = ["-q", "-x", "-p", "no:cacheprovider", *KERNELS, "-k", KINDS]
+KINDS = "(linear or attention or contexts or number or expert or row) and not torch"
+ARGUMENTS = ["-q", "-x", "-p", "no:cacheprovider", *KERNELS, "-m", "not slow", "-k", KINDS]
 SUITE = f"import pytest, sys; sys.exit(pytest.main({ARGUMENTS}))"
 REFUSED = "from tests.refused_tiles import refuse_tiles; refuse_tiles(); "
 
