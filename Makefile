@@ -14,7 +14,7 @@ GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack mu
   hypothesis iniconfig pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow soak bench gpu-check gpu-wheels clean setup extras
+.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow test-deploy soak bench gpu-check gpu-wheels clean setup extras
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,19 +61,25 @@ RANKS = tests/integration/test_groups.py tests/integration/test_group_requests.p
   tests/integration/test_group_faults.py tests/integration/test_expert_parallel.py \
   tests/integration/test_group_conformance.py tests/integration/test_group_ends.py
 
-pytest: setup extras  # in two halves, one a core, that take about as long
+pytest: setup extras build/tools/helm  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest
 
 pytest-clusters:
-	$(PYTEST) -m "ray and not slow and not gpu"
-	$(PYTEST) -m "not ray and not slow and not gpu" $(APART)
-	$(PYTEST) -m "not ray and not slow and not gpu" $(RANKS)
+	$(PYTEST) -m "ray and not slow and not gpu and not deploy"
+	$(PYTEST) -m "not ray and not slow and not gpu and not deploy" $(APART)
+	$(PYTEST) -m "not ray and not slow and not gpu and not deploy" $(RANKS)
 
 pytest-rest:
-	$(PYTEST) -m "not ray and not slow and not gpu" $(addprefix --ignore=,$(APART) $(RANKS))
+	$(PYTEST) -m "not ray and not slow and not gpu and not deploy" $(addprefix --ignore=,$(APART) $(RANKS))
 
 slow: setup extras  ## The tests that take many minutes and are no part of `test`
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-deploy: setup build/tools/helm  ## Run the steps of deploy/Dockerfile, and pods of the chart in what they make; minutes, as root
+	$(BIN)/python -m pytest -m deploy tests/deploy $(ARGS)
+
+build/tools/helm: $(VENV)/.stamp
+	$(BIN)/python -m tests.deploy.tools
 
 soak: setup  ## Twenty minutes of kills, aborts and odd requests against a cluster; ARGS="--minutes 2" for less
 	$(BIN)/python -m tests.soak $(ARGS)

@@ -1,6 +1,6 @@
-"""Writes the chart's values.schema.json: what is Kubernetes' own from here, what is the cluster spec's from tercet.spec.
+"""Writes the chart's values.schema.json: Kubernetes' part from here, that of the cluster spec from tercet.spec.
 
-    python deploy/helm/make_schema.py [--check]
+python deploy/helm/make_schema.py [--check]
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ PLACE = {  # of a pod
     "shmSize": QUANTITY,
     "tmpSize": QUANTITY,
 }
-LABELS: Schema = {**any_key(LABEL_KEY, LABEL_VALUE), "propertyNames": {"not": {"enum": ["pool"]}}}
+LABELS: Schema = {**any_key(LABEL_KEY, LABEL_VALUE), "properties": {"pool": False}}  # which is the pool's name
 POOL = fields(
     "accelerator",
     "replicas",
@@ -70,7 +70,9 @@ POOL = fields(
     replicas=SOME,
     labels=LABELS,
     resources=resources(SOME),  # whole cores, as Ray counts them
-    rdma=fields("resource", "count", resource={"type": "string", "pattern": "^[a-z0-9.-]+/[A-Za-z0-9._-]+$"}, count=SOME),
+    rdma=fields(
+        "resource", "count", resource={"type": "string", "pattern": "^[a-z0-9.-]+/[A-Za-z0-9._-]+$"}, count=SOME
+    ),
     **PLACE,
 )
 SCALE = fields(
@@ -102,10 +104,8 @@ def kubernetes() -> dict[str, Schema]:
             pullPolicy=one_of("Always", "IfNotPresent", "Never"),
             pullSecrets={"type": "array", "items": NAME},
         ),
-        "modelArtifacts": fields(
-            "uri", uri=ARTIFACTS, hfToken=SECRET, cache=fields(size=QUANTITY, claim=NO_NAME)
-        ),
-        "pools": {**any_key(POOL_NAME, POOL), "minProperties": 1},
+        "modelArtifacts": fields("uri", uri=ARTIFACTS, hfToken=SECRET, cache=fields(size=QUANTITY, claim=NO_NAME)),
+        "pools": any_key(POOL_NAME, POOL),
         "apiKey": SECRET,
         "tls": fields(
             gateway=fields(secretName=NO_NAME, clientCa=FLAG, clientSecretName=NO_NAME),

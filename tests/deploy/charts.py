@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import yaml
 
 from tests.deploy.tools import ROOT, helm
@@ -19,7 +21,9 @@ Manifest = dict[str, Any]
 CHART = ROOT / "deploy" / "helm" / "tercet"
 HERE = Path(__file__).parent
 CASES = sorted(path.stem for path in (HERE / "cases").glob("*.yaml"))
-KUBERAY = ROOT.parent / "shared" / "kuberay"
+PLAIN = [case for case in CASES if "mode: plain" in (HERE / "cases" / f"{case}.yaml").read_text()]
+WITH_KUBERAY = [case for case in CASES if case not in PLAIN]
+KUBERAY = Path(os.environ.get("KUBERAY_SCHEMAS", ROOT.parent / "shared" / "kuberay"))
 RELEASE = "demo"
 
 
@@ -73,6 +77,13 @@ def pods_of(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
                 yield name, spec["submitterPodTemplate"]
 
 
+def containers_of(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest, Manifest]]:
+    """Where it is said, its pod, the container."""
+    for where, pod in pods_of(manifests):
+        for one in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]:
+            yield f"{where} {one['name']}", pod, one
+
+
 def head_of(manifests: list[Manifest]) -> Manifest:
     return next(pod for _, pod in pods_of(manifests) if component(pod) == "head")
 
@@ -86,14 +97,14 @@ def container(pod: Manifest, name: str) -> Manifest:
 
 
 @functools.cache
-def crd_schema(plural: str) -> dict[str, Any]:
-    """KubeRay's own schema of v1, as strict as the API server that prunes what it does not know."""
-    crd = yaml.load(gzip.decompress((KUBERAY / f"ray.io_{plural}.yaml.gz").read_bytes()), yaml.CSafeLoader)
-    version = next(one for one in crd["spec"]["versions"] if one["name"] == "v1")
+def crd(plural: str) -> jsonschema.Draft202012Validator:
+    """KubeRay's own schema of v1, which also refuses what the API server would drop in silence."""
+    definition = yaml.load(gzip.decompress((KUBERAY / f"ray.io_{plural}.yaml.gz").read_bytes()), yaml.CSafeLoader)
+    version = next(one for one in definition["spec"]["versions"] if one["name"] == "v1")
     schema = json.loads(json.dumps(version["schema"]["openAPIV3Schema"]))
     _close(schema)
     schema["properties"]["metadata"] = {"type": "object"}
-    return schema
+    return jsonschema.Draft202012Validator(schema)
 
 
 def _close(schema: Any) -> None:

@@ -40,6 +40,7 @@ RUN_BY = {
     **dict.fromkeys(("make lint", "make types", "make imports", "make proto-check", "make pytest"), "Makefile:test"),
     **dict.fromkeys(("make setup", "make extras"), "Makefile:pytest"),
     **dict.fromkeys(("make pytest-clusters", "make pytest-rest"), "Makefile:pytest"),
+    "make test-deploy": "tests/deploy/test_image.py:test_make_test_deploy_finds_what_takes_minutes",
     "make slow": f"{HERE}:test_make_slow_finds_what_takes_long",
     "make help": f"{HERE}:test_make_help_names_every_target_for_users",
     "make clean": f"{HERE}:test_make_clean_removes_what_was_made_and_nothing_else",

@@ -1,17 +1,19 @@
 {{/* What the schema cannot say: values that contradict each other. Each fault names its path. */}}
 {{- define "tercet.check" -}}
 {{- $values := .Values -}}
+{{- $pools := include "tercet.pools" . | fromJson -}}
+{{- $roles := include "tercet.roles" . | fromJson -}}
 {{- $wanted := dict "aggregated" "aggregated" "pd" "decode prefill" "ep-d" "decode prefill" "epd" "decode encode prefill" "e-pd" "aggregated encode" -}}
-{{- $given := keys $values.roles | sortAlpha | join " " -}}
+{{- $given := keys $roles | sortAlpha | join " " -}}
 {{- if ne $given (index $wanted $values.topology) -}}
 {{- fail (printf "roles: topology %s has the roles %s, got %s" $values.topology (index $wanted $values.topology) $given) -}}
 {{- end -}}
-{{- range $role, $spec := $values.roles -}}
-{{- if not (hasKey $values.pools (default "default" $spec.pool)) -}}
-{{- fail (printf "roles.%s.pool: no pool %s; pools are %s" $role (default "default" $spec.pool) (keys $values.pools | sortAlpha | join ", ")) -}}
+{{- range $role, $spec := $roles -}}
+{{- if not (hasKey $pools (default "default" $spec.pool)) -}}
+{{- fail (printf "roles.%s.pool: no pool %s; pools are %s" $role (default "default" $spec.pool) (keys $pools | sortAlpha | join ", ")) -}}
 {{- end -}}
 {{- end -}}
-{{- range $name, $pool := $values.pools -}}
+{{- range $name, $pool := $pools -}}
 {{- include "tercet.checkPool" (dict "root" $ "name" $name "pool" $pool) -}}
 {{- end -}}
 {{- if and (eq $values.ray.mode "plain") (eq $values.ray.submitter "rayjob") -}}
@@ -21,7 +23,7 @@
 {{- fail "autoscaling.kind: scales StatefulSets, which ray.mode kuberay has none of; use none" -}}
 {{- end -}}
 {{- range $name, $_ := $values.autoscaling.pools -}}
-{{- if not (hasKey $values.pools $name) }}{{ fail (printf "autoscaling.pools.%s: no such pool" $name) }}{{ end -}}
+{{- if not (hasKey $pools $name) }}{{ fail (printf "autoscaling.pools.%s: no such pool" $name) }}{{ end -}}
 {{- end -}}
 {{- include "tercet.checkAccess" . -}}
 {{- end -}}

@@ -22,8 +22,9 @@ containers:
   - name: ray-head
     {{- include "tercet.imageOf" . | nindent 4 }}
     {{- if eq .Values.ray.mode "plain" }}
-    command: [ray, start, --head, --block, --port=6379, --node-ip-address=$(POD_IP), --dashboard-host=0.0.0.0,
-              --dashboard-agent-listen-port=52365, --metrics-export-port=8080, --num-cpus=0]
+    command: [tini, --]  # takes in what Ray's processes leave
+    args: [ray, start, --head, --block, --port=6379, --node-ip-address=$(POD_IP), --dashboard-host=0.0.0.0,
+           --dashboard-agent-listen-port=52365, --metrics-export-port=8080, --num-cpus=0]
     {{- end }}
     env: {{- include "tercet.rayEnv" $node | nindent 6 }}
     ports:

@@ -46,3 +46,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "tercet.stopSeconds" -}}
 {{- add (ceil (dig "drain_timeout_s" 20 .Values.limits)) 20 -}}
 {{- end -}}
+
+{{/* As JSON: the pools, and the roles, that values name, or those of files/defaults.yaml. */}}
+{{- define "tercet.pools" -}}
+{{- default (.Files.Get "files/defaults.yaml" | fromYaml).pools .Values.pools | toJson -}}
+{{- end -}}
+
+{{- define "tercet.roles" -}}
+{{- default (.Files.Get "files/defaults.yaml" | fromYaml).roles .Values.roles | toJson -}}
+{{- end -}}

@@ -17,7 +17,8 @@ containers:
   - name: ray-worker
     {{- include "tercet.imageOf" .root | nindent 4 }}
     {{- if eq .root.Values.ray.mode "plain" }}
-    command: {{ include "tercet.workerCommand" . }}
+    command: [tini, --]
+    args: {{ include "tercet.workerCommand" . }}
     {{- end }}
     env: {{- include "tercet.rayEnv" . | nindent 6 }}
     ports:

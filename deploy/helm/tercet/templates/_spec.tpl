@@ -5,11 +5,11 @@
 {{- $spec := dict "name" (include "tercet.fullname" .) "topology" $values.topology -}}
 {{- $_ := set $spec "model" (merge (dict "source" (include "tercet.source" .)) $values.model) -}}
 {{- $pools := dict -}}
-{{- range $name, $pool := $values.pools -}}
+{{- range $name, $pool := include "tercet.pools" . | fromJson -}}
 {{- $_ := set $pools $name (include "tercet.pool" (dict "root" $ "name" $name "pool" $pool) | fromJson) -}}
 {{- end -}}
 {{- $_ := set $spec "pools" $pools -}}
-{{- $_ := set $spec "roles" $values.roles -}}
+{{- $_ := set $spec "roles" (include "tercet.roles" . | fromJson) -}}
 {{- $_ := set $spec "gateway" (include "tercet.gateway" . | fromJson) -}}
 {{- $_ := set $spec "ray" (dict "address" "auto" "start_timeout_s" $values.ray.startTimeoutSeconds) -}}
 {{- $_ := set $spec "network" (include "tercet.network" . | fromJson) -}}

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Starts Ray's head on this machine: head.sh. It has no CPUs for workers, only the gateway and the controller.
+# The token lies in ~/.ray/auth_token, or where RAY_AUTH_TOKEN_PATH says; made by `ray get-auth-token --generate`.
+set -euo pipefail
+export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+exec ray start --head --port="${RAY_PORT:-6379}" --dashboard-host="${DASHBOARD_HOST:-127.0.0.1}" --num-cpus=0 --labels=pool=head "$@"
