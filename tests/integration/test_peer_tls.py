@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import socket
 import ssl
 import subprocess
@@ -25,6 +24,7 @@ from tercet.transfer.transports.group_endpoint import GroupEndpoint
 from tercet.transfer.transports.table import usable
 from tercet.watched import LOOK_EVERY_S
 from tests.certificates import Authority
+from tests.field.listening import listeners
 from tests.helpers import cluster, spec_of
 from tests.movers import config
 
@@ -189,8 +189,7 @@ def ports_of(info):
 
 def listening():
     """Addresses at which this process listens, as the system says."""
-    told = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[3] for line in told.splitlines() if f"pid={os.getpid()}," in line}
+    return {f"{host}:{port}" for host, port in listeners()}
 
 
 async def test_every_port_of_a_worker_takes_peers_alone(tmp_path, authority):
