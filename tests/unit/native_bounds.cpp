@@ -13,7 +13,7 @@ static void attend(int format, long rows, long before, long window, long kv_head
     std::vector<int64_t> table(blocks);
     for (long i = 0; i < blocks; i++) table[i] = i;
     Span span{0, rows, context, table.data()};
-    Shape shape{0, heads, kv_heads, dim, 0, 1e-5f, nullptr, nullptr};
+    Shape shape{0, heads, kv_heads, dim, 1e-5f, nullptr, nullptr};
     Step step{rows, nullptr, nullptr, &span, 1, cache.data(), 0, size, format};
     attention_forward(query.data(), heads * dim, &shape, &step, window, out.data());
 }
