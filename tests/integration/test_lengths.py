@@ -14,6 +14,7 @@ import pytest
 
 from tercet.kernels.kinds import choose_kernels
 from tests.engines import Handover, Running, load_tiny
+from tests.few import few
 from tests.helpers import LocalCluster, cluster, spec_of
 from tests.tiny import VOCAB, tiny_model
 
@@ -60,10 +61,12 @@ def test_each_length_is_tried(expected):
     assert len({tuple(tokens) for tokens in expected.values()}) > 400  # the model does not say the same to all
 
 
-@pytest.mark.parametrize("at_once", [1, 8])
-def test_two_engines(at_once, expected):
+@pytest.mark.parametrize(
+    ("at_once", "budgets"), few([(1, BUDGETS[::2]), (8, BUDGETS[1::2]), (1, BUDGETS[1::2]), (8, BUDGETS[::2])], 2)
+)
+def test_two_engines(at_once, budgets, expected):
     loaded = load_tiny(choose_kernels())
-    for budget in BUDGETS:
+    for budget in budgets:
         lengths = lengths_of(budget)
         handover = Handover(loaded, budget)
         got = handover.run([PROMPTS[length] for length in lengths], at_once)
