@@ -14,7 +14,7 @@ GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack mu
   hypothesis iniconfig pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow test-deploy soak bench gpu-check gpu-wheels clean setup extras
+.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow test-deploy soak bench gpu-check gpu-wheels clean setup extras tools
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,7 +61,7 @@ RANKS = tests/integration/test_groups.py tests/integration/test_group_requests.p
   tests/integration/test_group_faults.py tests/integration/test_expert_parallel.py \
   tests/integration/test_group_conformance.py tests/integration/test_group_ends.py
 
-pytest: setup extras build/tools/helm  # in two halves, one a core, that take about as long
+pytest: setup extras tools build/tools/helm  # in two halves, one a core, that take about as long
 	$(MAKE) --no-print-directory --output-sync=target -j2 pytest-clusters pytest-rest
 
 pytest-clusters:
@@ -88,6 +88,8 @@ bench: setup  ## Measure a running endpoint; ARGS="--help" shows how
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 extras: setup $(VENV)/.extras  ## Install the optional transport libraries: ucx, nixl
+
+tools: build/tools/.prometheus  ## Fetch what the tests of metrics and alerts run, into build/tools: Debian's prometheus
 
 gpu-wheels: setup  ## Fetch the wheels that `gpu-check` needs on a bare machine with a GPU, into build/gpu-wheels
 	mkdir -p build && $(BIN)/python -m pip freeze --exclude-editable > build/versions.txt  # which fit each other
@@ -118,4 +120,12 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 $(VENV)/.extras: $(VENV)/.stamp
 	$(BIN)/python -m pip install -q --no-deps $(EXTRAS)
+	touch $@
+
+# Unpacked, not installed: that takes no root and starts no service. Elsewhere than on Debian it must be on the PATH.
+build/tools/.prometheus:
+	mkdir -p build/tools
+	{ command -v prometheus && command -v promtool; } >/dev/null || { cd build/tools && \
+	  { apt-get -qq download prometheus || { apt-get -qq update && apt-get -qq download prometheus; } } && \
+	  dpkg -x prometheus_*.deb . && rm prometheus_*.deb; }
 	touch $@

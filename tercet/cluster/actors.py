@@ -184,6 +184,7 @@ class GatewayActor:
         """Keep what the controller tells (`members.overview`, `Changes.overview`)."""
         before = self._overview if self._is_told else overview  # else an earlier gateway has counted what is in it
         self._overview, self._is_told = overview, True
+        self._gateway.members_told(overview["target"], overview["members"])
         told = {worker: member["experts"] for worker, member in overview["members"].items() if "experts" in member}
         self._gateway.experts_told({worker: [ExpertRows(**rank) for rank in told[worker]] for worker in told})
         members = {worker: member for worker, member in overview["members"].items() if "moves" in member}

@@ -51,6 +51,9 @@ class FakeRouter:
     def slow_pair(self) -> str:
         return ""
 
+    def queued(self) -> int:
+        return 0
+
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         self.workers = tuple(workers)
 

@@ -38,7 +38,7 @@ ON_TINY = f"{HERE}:test_what_the_readme_types_against_a_served_cluster"
 RUN_BY = {
     "make test": ".ci/run",
     **dict.fromkeys(("make lint", "make types", "make imports", "make proto-check", "make pytest"), "Makefile:test"),
-    **dict.fromkeys(("make setup", "make extras"), "Makefile:pytest"),
+    **dict.fromkeys(("make setup", "make extras", "make tools"), "Makefile:pytest"),
     **dict.fromkeys(("make pytest-clusters", "make pytest-rest"), "Makefile:pytest"),
     "make test-deploy": "tests/deploy/test_image.py:test_make_test_deploy_finds_what_takes_minutes",
     "make slow": f"{HERE}:test_make_slow_finds_what_takes_long",

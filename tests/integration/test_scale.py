@@ -109,6 +109,15 @@ def test_it_grows_and_shrinks_under_load_and_no_request_fails(served):
         "worker-0": "live", "worker-1": "live"
     }  # fmt: skip
     assert "lost" not in served.log
+    told = scraped(served)
+    for role in ("prefill", "decode"):
+        assert f'tercet_workers_wanted{{role="{role}"}} 1.0' in told
+        assert f'tercet_workers{{role="{role}",state="live"}} 1.0' in told
+
+
+def scraped(served: Served) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.http}/metrics", timeout=10) as response:
+        return response.read().decode()
 
 
 def set_role(machine: Machine, worker: str, role: str) -> str:
@@ -148,8 +157,7 @@ def test_workers_change_their_roles_under_load_and_no_request_fails(served):
         load.used.clear()
         until(lambda: load.used == {"worker-0", "worker-1", "worker-2"})
     assert load.faults == []
-    with urllib.request.urlopen(f"http://127.0.0.1:{served.http}/metrics", timeout=10) as response:
-        told = response.read().decode()
+    told = scraped(served)
     assert 'tercet_role_switches_total{how="in_place"} 2.0' in told
     assert "tercet_role_switch_seconds_count 3.0" in told
     assert 'tercet_worker_info{role="prefill",worker="worker-0"} 1.0' in told

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", ARCHITECTURE, *DECISIONS]
+DOCUMENTS = [ROOT / "README.md", ARCHITECTURE, *sorted((ROOT / "docs").glob("*.md")), *DECISIONS]
 
 REFERENCE = re.compile(r"\b((?:tercet|proto|tests|benchmarks)/[\w/]+\.py):([A-Za-z_][\w.]*)")
 PATH = re.compile(r"(?<![\w./:-])(?:\.ci|benchmarks|configs|deploy|docs|examples|proto|tercet|tests)/[\w.*/-]*")

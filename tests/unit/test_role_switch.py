@@ -277,16 +277,18 @@ async def test_a_gateway_counts_each_switch_once_and_none_of_an_earlier_gateways
     actor, metrics = GatewayActor(spec_of(), "secret"), Metrics()
     actor._gateway = metrics
     switches = {"a": {"how": "in_place", "seconds": 0.2}}
-    overview = {"members": {}, "answers": {}, "switches": switches}
+    members = {"worker-1": {"role": "decode", "state": "starting", "epoch": 2}}
+    overview = {"target": {"decode": 1}, "members": members, "answers": {}, "switches": switches}
     await actor.note(overview)
     for more in ({"b": {"how": "in_place", "seconds": 0.3}}, {}, {"c": {"how": "failed", "seconds": 9.0}}):
         switches = switches | more
         await actor.note(overview | {"switches": switches})
     found = {
-        (sample.name, sample.labels.get("how")): sample.value
+        (sample.name, sample.labels.get("how") or sample.labels.get("state")): sample.value
         for family in text_string_to_metric_families(metrics.exposition().decode())
         for sample in family.samples
     }
+    assert (found["tercet_workers", "starting"], found["tercet_workers", "live"]) == (1, 0)
     assert found["tercet_role_switches_total", "in_place"] == 1
     assert found["tercet_role_switches_total", "failed"] == 1
     assert found["tercet_role_switch_seconds_count", None] == 1

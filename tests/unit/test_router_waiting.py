@@ -133,3 +133,13 @@ def test_an_encode_worker_that_cannot_reach_who_computes_is_asked_last():
     made.router.on_load(made.view("encode-1"), cut_off)
     made.ask("last", 1, (PromptImage(b"b" * 32, (1, 1, 1), ((0, 1),), b"file"),))
     assert any(name == "last" and worker.startswith("encode") for name, worker in made.started)
+
+
+def test_who_is_in_line_is_counted():
+    made = Cluster(blocks=100, capacity=2)
+    asked = [made.ask(f"r{n}", 1) for n in range(5)]
+    assert made.router.queued == 3
+    made.do(made.router.cancel(asked[4], made.now))
+    assert made.router.queued == 2
+    made.finish_one()
+    assert made.router.queued == 1

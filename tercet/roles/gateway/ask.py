@@ -23,6 +23,7 @@ from tercet.core import (
     TokenEvent,
     WorkerInfo,
 )
+from tercet.metrics import ANONYMOUS, CHAT, TEXT_COMPLETION
 from tercet.models.vision.prompt import ImagePrompts
 from tercet.roles.gateway.images import ImagePart
 from tercet.roles.gateway.keys import Key
@@ -69,8 +70,18 @@ class Ask:
     prompt_only: bool = False  # the workers still generate one token, which is not returned
 
     @property
+    def label(self) -> str:
+        """The client's name in metrics."""
+        return ANONYMOUS if self.key is None else self.key.name
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(filter(None, self.stop))
+
+    @property
+    def operation(self) -> str:
+        """As OpenTelemetry calls it."""
+        return CHAT if any(isinstance(prompt, Chat) for prompt in self.prompts) else TEXT_COMPLETION
 
     @property
     def images(self) -> list[ImagePart]:
@@ -176,4 +187,5 @@ class Backend(Protocol):
     def missing_roles(self) -> list[str]: ...
     def is_ready(self) -> bool: ...
     def slow_pair(self) -> str: ...
+    def queued(self) -> int: ...
     async def close(self) -> None: ...

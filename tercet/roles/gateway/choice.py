@@ -93,12 +93,18 @@ class Choice:
         self._last_at = now
         self.num_tokens += 1
 
+    def spend(self, metrics: Metrics, client: str) -> None:
+        """Count what was computed for it, however it has ended. client: its name in labels."""
+        if self.num_tokens:
+            metrics.spent(client, len(self.request.token_ids), self.num_tokens)
+
     def book(self, reason: FinishReason, metrics: Metrics) -> None:
         """Count a finished choice."""
         metrics.finished(reason)
         metrics.e2e.observe(time.monotonic() - self._arrived)
-        metrics.prompt_tokens.inc(len(self.request.token_ids))
-        metrics.generation_tokens.inc(self.num_tokens)
+        metrics.decode.observe(self._last_at - self._first_at)
+        metrics.prompt_sizes.observe(len(self.request.token_ids))
+        metrics.generation_sizes.observe(self.num_tokens)
         if self.num_tokens > 1:
             metrics.tpot.observe(self._tpot_s)
         if self.account is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from tercet.metrics import ANONYMOUS
 from tercet.roles.gateway.keys import Key, KeyRing
 
 
@@ -12,6 +13,11 @@ from tercet.roles.gateway.keys import Key, KeyRing
 class Caller:
     client: str  # in whose queue its requests wait
     key: Key | None = None  # None: none is asked for
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics."""
+        return ANONYMOUS if self.key is None else self.key.name
 
 
 class Door:

@@ -72,6 +72,7 @@ class Frontend:
                     session = Session(ask, choices, self._backend, self.metrics, places, spend)
                     spend(session.prompt_tokens)
                     yield session
+                    session.book()
         except TimeoutError as error:
             if not deadline.expired():
                 raise

@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tercet.core import ExpertRows, Moves, Role, WorkerInfo
 from tercet.errors import UnsupportedModel
-from tercet.metrics import Metrics, Placing
+from tercet.metrics import Members, Metrics, Placing
 from tercet.models.sources import load_config, load_tokenizer, locate_tower, served_name
 from tercet.models.tokenizer import Tokenizer
 from tercet.models.vision.config import VisionConfig
@@ -109,7 +109,8 @@ class Gateway:
         self._router: Backend = router or Router(spec, cluster_token)
         self._model = model or load_served_model(spec.model)
         self._workers: tuple[WorkerInfo, ...] = ()
-        self._metrics = Metrics(self._router.loads, lambda: {w.worker_id: w.role.value for w in self._workers})
+        told = {"name": spec.name, "topology": spec.topology, "model": self._model.name}
+        self._metrics = Metrics(self._router.loads, lambda: self._workers, told)
         images, fetcher = spec.gateway.images, fetcher or partial(Fetcher, spec.gateway.images)
         self._images = ImageFiles(images.cache_bytes, spec.limits.max_held_bytes, self._metrics, fetcher(self._metrics))
         self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics, self._images)
@@ -120,6 +121,7 @@ class Gateway:
         self._door = Door(spec.gateway.api_keys)
         self._bodies = Bodies(_body_limits(spec.limits, connections.most))
         self._metrics.watch_connections(self._connections.__len__, lambda: self._connections.closed)
+        self._metrics.watch_state(lambda: self._readiness.ready, self._router.queued)
         self._stack = AsyncExitStack()
 
     async def start(self) -> GatewayInfo:
@@ -138,6 +140,10 @@ class Gateway:
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         self._workers = tuple(workers)
         await self._router.set_workers(workers)
+
+    def members_told(self, target: Mapping[str, int], members: Members) -> None:
+        """What the controller wants, role -> workers, and what it last saw of each worker."""
+        self._metrics.members_told(target, members)
 
     def experts_told(self, experts: Mapping[str, Sequence[ExpertRows]]) -> None:
         """What the controller last heard of each worker that has any."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from tercet.core import SamplingParams
 from tercet.errors import InvalidRequest
+from tercet.metrics import CHAT, TEXT_COMPLETION
 from tercet.roles.gateway.ask import Ask, Chat, Delta, Prompt
 from tercet.roles.gateway.bounds import bound
 from tercet.roles.gateway.frontend import Frontend
@@ -37,14 +38,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._frontend = frontend
 
     async def Generate(self, request: pb.GenerateRequest, context: Call) -> None:  # noqa: N802, the proto's name
-        ask = self._ask(request, context)
-        self._frontend.check_model(request.model)
-        async with self._frontend.session(ask) as session, aclosing(session.deltas()) as deltas:
-            context.release()
-            async for delta in deltas:
-                await context.write(_delta(ask.request_id, delta))
-                self._frontend.metrics.gateway_token.observe(time.monotonic() - delta.received)
-            await context.write(_done(session, delta))
+        operation = CHAT if request.WhichOneof("prompt") == "chat" else TEXT_COMPLETION
+        with self._frontend.metrics.request(operation, context.caller.label):
+            ask = self._ask(request, context)
+            self._frontend.check_model(request.model)
+            async with self._frontend.session(ask) as session, aclosing(session.deltas()) as deltas:
+                context.release()
+                async for delta in deltas:
+                    await context.write(_delta(ask.request_id, delta))
+                    self._frontend.metrics.gateway_token.observe(time.monotonic() - delta.received)
+                await context.write(_done(session, delta))
 
     def _ask(self, request: pb.GenerateRequest, context: Call) -> Ask:
         """Raises InvalidRequest. A deadline beyond the limit is reduced to it, not refused."""

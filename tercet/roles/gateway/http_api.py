@@ -7,11 +7,12 @@ GET  /v1/models  /v1/models/{id}  /health  /ready  /metrics
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
-from tercet.metrics import CONTENT_TYPE
+from tercet.metrics import encoder_for
 from tercet.roles.gateway.ask import Backend
 from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.frontend import Frontend
@@ -75,7 +76,10 @@ class HttpApi:
         return _state(self._readiness.ready, self._readiness.reason)
 
     async def _exposition(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._frontend.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+        encode, content_type = encoder_for(request.headers.get(hdrs.ACCEPT, ""))
+        write = partial(encode, self._frontend.metrics.collected())
+        body = await self._frontend.offloop.render(request.remote or "", write)
+        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
 
 
 def _state(good: bool, reason: str, degraded: str = "") -> web.Response:

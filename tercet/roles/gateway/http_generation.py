@@ -16,6 +16,7 @@ from urllib.parse import quote
 from aiohttp import HttpVersion11, hdrs, web
 
 from tercet.errors import Cancelled, InvalidRequest, TercetError, UnsupportedMedia, as_named
+from tercet.metrics import Asked
 from tercet.roles.gateway.frontend import Frontend
 from tercet.roles.gateway.http_server import CALLER, REQUEST_ID
 from tercet.roles.gateway.openai_reply import ChatReply, CompletionReply, Reply, error_event
@@ -57,19 +58,20 @@ class Generation:
         request.writer.output_size = 0  # the answer has not begun
 
     async def _generate(self, request: web.Request, parse: _Parse, kind: type[Reply]) -> web.StreamResponse:
-        self._check_head(request)
-        try:
-            body = await self._bodies.receive(request.content.readany)
-        except web.RequestPayloadError as error:
-            raise InvalidRequest(f"the body cannot be read: {error}") from error
-        try:
-            parsed = await self._parsed(request, body, parse)
-            self._frontend.check_model(parsed.model)
-            if parsed.options.stream:
-                return await self._stream(request, body, parsed, kind)
-            return await self._whole(body, parsed, kind)
-        finally:
-            body.release()
+        with self._metrics.request(kind.operation, request[CALLER].label) as asked:
+            self._check_head(request)
+            try:
+                body = await self._bodies.receive(request.content.readany)
+            except web.RequestPayloadError as error:
+                raise InvalidRequest(f"the body cannot be read: {error}") from error
+            try:
+                parsed = await self._parsed(request, body, parse)
+                self._frontend.check_model(parsed.model)
+                if parsed.options.stream:
+                    return await self._stream(request, body, parsed, kind, asked)
+                return await self._whole(body, parsed, kind)
+            finally:
+                body.release()
 
     def _check_head(self, request: web.Request) -> None:
         """Raises UnsupportedMedia, BodyTooLarge, before the body is read."""
@@ -118,7 +120,9 @@ class Generation:
             return render()
         return await self._frontend.offloop.render(parsed.ask.client, render)
 
-    async def _stream(self, request: web.Request, body: Body, parsed: Parsed, kind: type[Reply]) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, body: Body, parsed: Parsed, kind: type[Reply], asked: Asked
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers=_SSE | _headers(parsed))
         try:
             await self._write_deltas(request, response, body, parsed, kind)
@@ -128,7 +132,8 @@ class Generation:
             if not response.prepared:
                 raise
             named = as_named(error, request[REQUEST_ID])
-            self._metrics.failed(type(named))
+            asked.error = type(named)
+            self._metrics.failed(asked.error)
             await self._last_word(request, response, named)
         return response
 

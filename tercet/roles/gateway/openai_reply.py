@@ -14,6 +14,7 @@ from typing import Any
 
 from tercet.core import TopLogprobs
 from tercet.errors import TercetError, UserError
+from tercet.metrics import CHAT, TEXT_COMPLETION
 from tercet.roles.gateway.ask import Delta, GatewayTokenizer, Usage
 from tercet.roles.gateway.choice import Choice
 from tercet.roles.gateway.openai_request import Options
@@ -33,6 +34,7 @@ class Reply(ABC):
 
     object_name: str
     chunk_name: str
+    operation: str  # as OpenTelemetry calls it
 
     def __init__(self, session: Session, model: str, tokenizer: GatewayTokenizer, options: Options) -> None:
         self._session = session
@@ -130,6 +132,7 @@ class Reply(ABC):
 
 
 class ChatReply(Reply):
+    operation = CHAT
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
@@ -162,6 +165,7 @@ class ChatReply(Reply):
 
 
 class CompletionReply(Reply):
+    operation = TEXT_COMPLETION
     object_name = chunk_name = "text_completion"
 
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:

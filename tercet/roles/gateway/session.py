@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from tercet.core import Done, Progress, PromptLogprobs
+from tercet.core import Done, Progress, PromptLogprobs, TokenEvent
 from tercet.errors import ProtocolViolation
 from tercet.metrics import Metrics
 from tercet.roles.gateway.admission import Places
@@ -48,28 +48,43 @@ class Session:
         return self._run(self.choices[0]) if len(self.choices) == 1 else self._merged()
 
     async def _run(self, choice: Choice) -> AsyncGenerator[Delta, None]:
-        async with aclosing(self._backend.generate(choice.request)) as events:
-            async for event in events:
-                if isinstance(event, PromptLogprobs):
-                    choice.prompt, choice.owes_prompt = event, False
-                    continue
-                if isinstance(event, Progress):
-                    choice.account = event
-                    continue
-                if choice.owes_prompt:
-                    raise ProtocolViolation(f"request {choice.request.request_id}: the prompt's logprobs are missing")
-                if isinstance(event, Done):
-                    delta = choice.finish(event)
+        try:
+            async with aclosing(self._backend.generate(choice.request)) as events:
+                async for event in events:
+                    delta = self._delta(choice, event)
+                    if delta is None:
+                        continue
+                    if delta.finish_reason:
+                        break
+                    yield delta
                 else:
-                    self._spend(1)
-                    delta = choice.push(event, self._metrics)
-                if delta.finish_reason:
-                    break
-                yield delta
-            else:
-                raise ProtocolViolation(f"request {choice.request.request_id}: the router's stream has no end")
+                    raise ProtocolViolation(f"request {choice.request.request_id}: the router's stream has no end")
+        finally:
+            choice.spend(self._metrics, self.ask.label)
+        assert delta is not None
+        assert delta.finish_reason is not None
         choice.book(delta.finish_reason, self._metrics)
         yield delta
+
+    def _delta(self, choice: Choice, event: PromptLogprobs | TokenEvent | Progress | Done) -> Delta | None:
+        """None: the event adds nothing to the answer by itself."""
+        if isinstance(event, PromptLogprobs):
+            choice.prompt, choice.owes_prompt = event, False
+            return None
+        if isinstance(event, Progress):
+            choice.account = event
+            return None
+        if choice.owes_prompt:
+            raise ProtocolViolation(f"request {choice.request.request_id}: the prompt's logprobs are missing")
+        if isinstance(event, Done):
+            return choice.finish(event)
+        self._spend(1)
+        return choice.push(event, self._metrics)
+
+    def book(self) -> None:
+        """Count the request, whose choices have all ended well."""
+        timings, first = self.timings, self.choices[0]
+        self._metrics.answered(self.ask.operation, timings.ttft_s, timings.tpot_s if first.num_tokens > 1 else None)
 
     @property
     def _firsts(self) -> Sequence[Choice]:

@@ -91,6 +91,11 @@ class Decisions:
             return []
         return [*self._close(ongoing), *self._plan(now)]
 
+    @property
+    def queued(self) -> int:
+        """Requests that no worker has, those included whose worker was lost."""
+        return sum(ongoing.attempt is None for ongoing in self._places.values())
+
     def wake_at(self) -> float | None:
         """When `tick` is due; None: no time is set."""
         while self._deadlines and self._deadlines[0][1] not in self._places:

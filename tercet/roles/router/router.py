@@ -56,6 +56,10 @@ class Router:
     def loads(self) -> dict[str, Load]:
         return {worker_id: view.load for worker_id, view in self._directory.views.items() if view.up}
 
+    def queued(self) -> int:
+        """Requests that wait for a worker with room."""
+        return self._decisions.queued
+
     def missing_roles(self) -> list[str]:
         """Roles of the topology without a live worker."""
         return self._directory.missing_roles()
