@@ -9,7 +9,7 @@ TINY_MOE := build/tiny-deepseek-v3
 EXTRAS := ucxx-cu12==0.52.0 libucxx-cu12==0.52.0 'libucx-cu12<1.22' nixl==1.5.1 nixl-cu12==1.5.1
 
 # What `gpu-check` needs beside Python 3.12, torch, transformers and what comes with them: a worker's, and the tests'.
-GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack multidict pillow protobuf pydantic pydantic-core \
+GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack multidict opentelemetry-api pillow protobuf pydantic pydantic-core \
   typing-extensions typing-inspection xxhash \
   hypothesis iniconfig pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
 

@@ -81,6 +81,17 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} must be from 0 to {MOST_LOGPROBS}, got {count}")
 
 
+class TraceContext(NamedTuple):
+    """A span, as W3C Trace Context names it to those who make spans below it."""
+
+    parent: str  # traceparent
+    state: str = ""  # tracestate
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"traceparent": self.parent} | ({"tracestate": self.state} if self.state else {})
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
     """A tokenised request as the router gets it. `n > 1` and stop strings are the gateway's."""
@@ -91,6 +102,7 @@ class GenerateRequest:
     deadline: float  # time.monotonic() of this host, seconds
     client: str = ""  # who asks; requests of one client wait for each other before they wait for others'
     images: tuple[PromptImage, ...] = ()  # in the order of the prompt
+    trace: TraceContext | None = None  # None: it is not traced
 
 
 TopLogprobs = tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
@@ -197,6 +209,11 @@ class Ticket(NamedTuple):
     attempt: int
     epoch: int  # of the worker that decodes
 
+    @property
+    def asked(self) -> str:
+        """The request's id as its client knows it."""
+        return self.request_id.rsplit(".", 1)[0]
+
 
 @dataclass(frozen=True)
 class Leg:
@@ -210,6 +227,7 @@ class Leg:
     timeout_s: float
     peer: str = ""  # prefill, encode: transfer endpoint of the worker for the next stage
     images: tuple[PromptImage, ...] = ()  # in the order of the prompt; encode: those that it encodes
+    trace: TraceContext | None = None  # of the attempt; None: it is not traced
 
     @property
     def size(self) -> int:
@@ -301,6 +319,7 @@ class Load:
     embedding_bytes: int = 0  # that have come from encode workers
     ranks_lost: int = 0  # that a worker of several goes on without
     rank_losses: int = 0  # since its start, those that are back included
+    spans_dropped: int = 0  # of traces, that the collector did not take
     pairs: tuple[PairState, ...] = ()  # with workers for the next stage
     experts: tuple[ExpertRows, ...] = ()  # of each rank that has some; for the controller, and on no wire
     moves: Moves | None = None  # of experts; likewise

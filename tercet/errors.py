@@ -273,5 +273,5 @@ def as_named(error: Exception, request_id: str) -> TercetError:
     """What a boundary tells its client. An error that is not ours is a fault of ours: logged here, once."""
     if isinstance(error, TercetError):
         return error
-    log.error("request %s: %s", request_id, error, exc_info=error)
+    log.error("unexpected %s", type(error).__name__, exc_info=error, extra={"about": {"request_id": request_id}})
     return InternalError(f"unexpected {type(error).__name__}; the log has request {request_id}")

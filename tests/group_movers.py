@@ -139,8 +139,9 @@ class GroupPair(Pair):
         assert self.sent.get(timeout=10) == granted
         self.push_all(ticket, source)
         assert self.next(Noted) == Noted(ticket, NOTE)
-        assert self.next(Complete).num_bytes == self.expect(ticket, tokens, source, first, blocks)
-        assert self.sent.get(timeout=10) == Released(ticket)
+        num_bytes = self.expect(ticket, tokens, source, first, blocks)
+        assert self.next(Complete).num_bytes == num_bytes
+        assert self.sent.get(timeout=10) == Released(ticket, num_bytes)
         assert self.sent.get(timeout=10) == OpDone(ticket)
         assert self.untouched()
         assert self.live() == []

@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import asdict
 
+from tercet import logs
 from tercet.core import Role
 from tercet.roles.worker import Worker
 from tercet.spec import ClusterSpec
@@ -18,7 +19,9 @@ from tercet.spec import ClusterSpec
 
 async def main() -> None:
     worker_id, role, epoch, spec, token = json.loads(sys.stdin.readline())
-    worker = Worker(worker_id, Role(role), epoch, ClusterSpec.model_validate_json(spec), "127.0.0.1", token)
+    read = ClusterSpec.model_validate_json(spec)
+    logs.configure(read.logging, worker=worker_id, role=role, epoch=epoch)
+    worker = Worker(worker_id, Role(role), epoch, read, "127.0.0.1", token)
     print(json.dumps(asdict(await worker.start())), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await worker.stop()

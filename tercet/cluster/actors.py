@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from tercet import logs
 from tercet.core import ExpertRows, Load, Moves, Role, WorkerInfo
 from tercet.errors import Overloaded
 from tercet.spec import ClusterSpec
@@ -77,6 +78,7 @@ class WorkerActor:
     def _worker(self) -> Worker:
         from tercet.roles.worker import Worker
 
+        self._log()
         self._watch = asyncio.create_task(end_with_raylet())
         return Worker(*self._identity, worker_host(self._identity[-1]), self._token, cores=self._cores)
 
@@ -110,7 +112,13 @@ class WorkerActor:
     async def drain(self, timeout_s: float) -> None:
         await self._worker.drain(timeout_s)
 
+    def _log(self) -> None:
+        worker_id, role, epoch, spec = self._identity
+        logs.configure(spec.logging, worker=worker_id, role=role.value, epoch=epoch)
+
     async def switch(self, role: Role, epoch: int, cores: Sequence[int]) -> WorkerInfo:
+        self._identity = (self._identity[0], role, epoch, self._identity[-1])
+        self._log()
         return await self._worker.switch(role, epoch, cores)
 
     async def stop(self) -> None:
@@ -137,6 +145,8 @@ class RankActor:
         """Join rank 0 at its endpoint. -> this process's pid and node."""
         from tercet.roles.rank import Rank
 
+        worker_id, rank, role, epoch, spec = self._identity
+        logs.configure(spec.logging, worker=worker_id, rank=rank, role=role.value, epoch=epoch)
         self._watch = asyncio.create_task(end_with_raylet())
         host = worker_host(self._identity[-1])
         self._rank = Rank(*self._identity, host, self._token, self._cores, lambda _: os._exit(1))
@@ -166,6 +176,7 @@ class GatewayActor:
     async def start(self) -> GatewayInfo:
         from tercet.roles.gateway.gateway import Gateway
 
+        logs.configure(self._spec.logging, hears_clients=True, role="gateway")
         self._gateway = Gateway(self._spec, self._token)
         self._watch = asyncio.create_task(end_with_raylet(self._gateway.stop))
         self._info = await self._gateway.start()

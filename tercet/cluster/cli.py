@@ -7,6 +7,7 @@ Exit codes: 0 done (`serve`: it was ready, and was asked to end); 1 failed; 2 th
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from tercet import logs
 from tercet.cluster import bounded, output, run_file
 from tercet.cluster.experts_cli import app as experts_app
 from tercet.cluster.keys_cli import app as keys_app
@@ -60,7 +62,7 @@ def main() -> None:
         code = end.code
     except TercetError as error:
         for line in str(error).splitlines():  # a spec may have several faults
-            output.report(line)
+            output.report(line, logging.ERROR)
         code = 2 if isinstance(error, SpecError) else 1
     except KeyboardInterrupt:
         code = 130
@@ -138,6 +140,7 @@ def serve(
     """Start a cluster and serve until Ctrl-C or `tercet down`."""
 
     checked = load_spec(spec, settings or ())
+    output.use(checked.logging)
     refuse_unwritable("--ready-file", ready_file)
 
     def ready(info: GatewayInfo) -> None:
@@ -273,6 +276,7 @@ def _serve(
 ) -> None:
     from tercet.cluster.signals import Signals
 
+    logs.configure(spec.logging, role="controller")
     signals = Signals(output.report)
     signals.install()  # before Ray is imported, which takes its time
     from tercet.cluster.serve import serve as serve_cluster

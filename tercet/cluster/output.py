@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import sys
 from collections.abc import Iterator
 
 import typer
+
+from tercet import logs
+from tercet.spec import LoggingSpec
+
+_lines: list[logs.Lines] = []  # none: plain text
 
 
 def open_closed() -> None:
@@ -37,12 +43,23 @@ def foreign_silenced() -> Iterator[None]:
         os.close(own)
 
 
+def use(spec: LoggingSpec) -> None:
+    """For a command that runs on and on: where the log is JSON, so is what the command says."""
+    _lines[:] = [logs.JsonLines({"role": "controller"})] if spec.format == "json" else []
+
+
 def say(line: str) -> None:
+    line = _json(line, logging.INFO) if _lines else line
     with contextlib.suppress(OSError, ValueError):  # a closed terminal, a full disk, a reader that has gone
         typer.echo(line)
 
 
-def report(line: str) -> None:
+def report(line: str, level: int = logging.INFO) -> None:
     """To standard error, where the log goes."""
+    line = _json(line, level) if _lines else f"tercet: {line}"
     with contextlib.suppress(OSError, ValueError):
-        typer.echo(f"tercet: {line}", err=True)
+        typer.echo(line, err=True)
+
+
+def _json(line: str, level: int) -> str:
+    return _lines[0].format(logging.LogRecord("tercet.serve", level, "", 0, line, None, None))

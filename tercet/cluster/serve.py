@@ -101,6 +101,7 @@ class _Serving:
         ends.push_async_exit(_leaving(ray_runtime.disconnect))
         self._signals.install()  # again: Ray has replaced our handler by one that prints a stack trace
         await bounded.wait("asking Ray for its clusters", 2 * ASK_TIMEOUT_S, remote.refuse_second, self._spec.name)
+        self._report(f"its processes log to {ray_runtime.log_folder()}, each on its node")
         nodes = await bounded.wait("asking Ray for its nodes", ASK_TIMEOUT_S, ray_runtime.nodes)
         placement = plan(self._spec, nodes)
         servers = await bounded.wait("asking Ray for its servers", ASK_TIMEOUT_S, ray_runtime.servers, address)

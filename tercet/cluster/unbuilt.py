@@ -9,9 +9,6 @@ from tercet.spec import ClusterSpec, PoolSpec, RoleSpec
 
 def refuse_unbuilt(spec: ClusterSpec) -> None:
     """Raises UnsupportedSpec `dotted.path: what is not built`, or what has no effect there."""
-    for path, said in _not_yet(spec).items():
-        if said:
-            raise UnsupportedSpec(f"{path}: not built yet; leave it out")
     for role, wanted in spec.roles.items():
         _refuse_role(role, wanted)
         if wanted.parallelism.ranks > 1:
@@ -27,13 +24,6 @@ def refuse_unbuilt(spec: ClusterSpec) -> None:
     if spec.topology == "aggregated" and spec.transfer.model_fields_set:
         key = min(spec.transfer.model_fields_set)
         raise UnsupportedSpec(f"transfer.{key}: has no effect, since no KV moves in topology aggregated; leave it out")
-
-
-def _not_yet(spec: ClusterSpec) -> dict[str, object]:
-    return {
-        "tracing": spec.tracing.model_fields_set,
-        "logging": spec.logging.model_fields_set,
-    }
 
 
 def refuse_groups(spec: ClusterSpec, role: Role, wanted: RoleSpec) -> None:

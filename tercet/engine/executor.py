@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+from tercet import logs
 from tercet.engine.plan import ImageKey, Piece, PieceResult, StepPlan, StepResult
 from tercet.errors import EngineFault
 
@@ -149,5 +150,5 @@ class Done:
 
 
 def _fault(piece: Piece, error: Exception) -> PieceResult:
-    log.error("the step of request %s failed", piece.ticket.request_id, exc_info=error)
+    log.error("the step of a request failed", exc_info=error, extra=logs.about(piece.ticket.asked))
     return PieceResult(fault=EngineFault(f"the engine failed on this request: {type(error).__name__}: {error}"))

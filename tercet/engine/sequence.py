@@ -60,6 +60,7 @@ class Sequence:
     published: int = 0  # blocks offered to the prefix cache
     arrived: float = 0.0  # time.monotonic()
     first_scheduled: float | None = None
+    chunks: int = 0  # of its prompt that were planned
     here: set[int] = field(default_factory=set)  # images whose embeddings are here
 
     @property

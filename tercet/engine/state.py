@@ -205,6 +205,7 @@ class EngineState:
             sequence.planned += 1
         for chunk in step.chunks:
             chunk.sequence.planned += chunk.length
+            chunk.sequence.chunks += 1
             chunk.sequence.pushed_blocks = max(chunk.sequence.pushed_blocks, chunk.push.stop)
         for sequence in step.drawing:
             sequence.drawing += 1

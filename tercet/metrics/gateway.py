@@ -30,7 +30,7 @@ from tercet.errors import Cancelled, InternalError, TercetError
 from tercet.metrics.clients import ANONYMOUS, ClientCounters
 from tercet.metrics.experts import ExpertGauges, PlacementGauges, Placing
 from tercet.metrics.gen_ai import GenAi
-from tercet.metrics.ports import ConnectionGauges, StateGauges
+from tercet.metrics.ports import ConnectionGauges, SpanGauges, StateGauges
 from tercet.metrics.workers import MemberGauges, Members, WorkerGauges
 
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
@@ -143,6 +143,9 @@ class Metrics:
 
     def watch_connections(self, opened: Callable[[], int], closed: Callable[[], Mapping[str, int]]) -> None:
         self._registry.register(ConnectionGauges(opened, closed))
+
+    def watch_spans(self, dropped: Callable[[], int]) -> None:
+        self._registry.register(SpanGauges(dropped))
 
     def watch_state(self, ready: Callable[[], bool], queued: Callable[[], int]) -> None:
         self._registry.register(StateGauges(ready, queued))

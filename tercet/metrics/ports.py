@@ -25,6 +25,15 @@ class ConnectionGauges(Collector):
         yield closed
 
 
+class SpanGauges(Collector):
+    def __init__(self, dropped: Callable[[], int]) -> None:
+        self._dropped = dropped
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Spans of the gateway that its collector did not take"
+        yield CounterMetricFamily("tercet_gateway_spans_dropped", text, value=self._dropped())
+
+
 class StateGauges(Collector):
     """Whether the gateway is ready, and who waits in it."""
 

@@ -22,6 +22,7 @@ _COUNTERS = {  # name -> field of Load, help
     "encoder_patches": ("encoder_patches", "Patches of images that went through the vision tower"),
     "rank_losses": ("rank_losses", "Ranks that a worker went on without"),
     "embedding_bytes": ("embedding_bytes", "Bytes of embeddings that came from encode workers"),
+    "spans_dropped": ("spans_dropped", "Spans of a worker that its collector did not take"),
 }
 _LIVE = "live"  # a member's state
 Members = Mapping[str, Mapping[str, Any]]  # worker id -> role, state, ...: what the controller tells of it

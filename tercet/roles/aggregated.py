@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tercet import tracing
 from tercet.core import Done, Progress, StageTimes
 from tercet.engine.report import Faulted, Scored, StepItem, StepReport
 from tercet.errors import TercetError
@@ -20,7 +21,7 @@ class Aggregated(Handler):
         active.stream.admitted(active.leg)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
-        self._forget(active)
+        self._forget(active, error)
         self.engine.abort(active.sequence)
 
     def on_step(self, report: StepReport) -> None:
@@ -31,7 +32,7 @@ class Aggregated(Handler):
         if active is None:
             return
         if isinstance(item, Faulted):
-            self._forget(active)
+            self._forget(active, item.error)
             self.legs.fail(active, item.error)
             return
         if isinstance(item, Scored):
@@ -57,6 +58,12 @@ class Aggregated(Handler):
         until = until_first_token(sequence.arrived, scheduled, active.last_image, first)
         return StageTimes((*until, ("first_decode", now - first)))
 
-    def _forget(self, active: ActiveLeg) -> None:
-        self._first_token_at.pop(active, None)
+    def _forget(self, active: ActiveLeg, error: TercetError | None = None) -> None:
+        first, sequence, spans = self._first_token_at.pop(active, None), active.sequence, self.legs.spans
+        if first is not None:
+            computed = spans.child(active.span, "prefill.compute", began=sequence.first_scheduled)
+            told = {"tercet.chunks": sequence.chunks, "tercet.cached_tokens": sequence.cached_tokens}
+            tracing.end(computed, None, told, first)
+            decoded = spans.child(active.span, "decode.generate", began=first)
+            tracing.end(decoded, error, {"gen_ai.usage.output_tokens": sequence.num_output})
         self._times.pop(active, None)

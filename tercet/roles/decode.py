@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
+from tercet import tracing
 from tercet.core import Done, Load, Progress, StageTimes, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Sampled, Scored, StepItem, StepReport
 from tercet.errors import EngineFault, InvalidRequest, Overloaded, ProtocolViolation, TercetError
@@ -51,6 +52,7 @@ class Decode(Handler):
         incoming = self._incoming.get(active.ticket)
         if incoming is not None and incoming.joined_at is not None:
             del self._incoming[active.ticket]
+            self._end_span(incoming, error)
             self.engine.abort(active.sequence)
         else:
             self.receiver.cancel(active.ticket, error)
@@ -104,6 +106,7 @@ class Decode(Handler):
             self.receiver.cancel(active.ticket, incoming.error)
             return
         incoming.note = first
+        active.span.add_event("first_token")
         over = self.engine.finish_after(active.sequence, first.token_id)
         finish, stop_token_id = over or (None, None)
         token = TokenEvent(first.token_id, first.logprob, first.top_logprobs, finish)
@@ -122,6 +125,7 @@ class Decode(Handler):
             transport=note.transport if complete.num_bytes else "",
         )
         incoming.joined_at = time.monotonic()
+        active.span.add_event("kv_landed", {"tercet.kv.bytes": complete.num_bytes})
         self.engine.join(active.sequence, note.token_id)
         if first.token.finish is not None:
             self._finish(incoming, first)
@@ -148,6 +152,7 @@ class Decode(Handler):
         assert not isinstance(item, Scored), "prompts are not computed here"
         if isinstance(item, Faulted):
             del self._incoming[active.ticket]
+            self._end_span(incoming, item.error)
             self.legs.fail(active, item.error)
             return
         if not incoming.decoded:
@@ -161,6 +166,7 @@ class Decode(Handler):
 
     def _finish(self, incoming: _Incoming, last: Sampled) -> None:
         active, note = incoming.active, incoming.note
+        self._end_span(incoming)
         if self.legs.of(active.ticket) is active:
             assert note is not None
             assert last.token.finish is not None
@@ -168,3 +174,8 @@ class Decode(Handler):
             active.stream.finished(active.leg, done)
             self.legs.forget(active)
         del self._incoming[active.ticket]
+
+    def _end_span(self, incoming: _Incoming, error: TercetError | None = None) -> None:
+        """Of the decoding itself; its leg also has the wait for the prompt's KV."""
+        decoded = self.legs.spans.child(incoming.active.span, "decode.generate", began=incoming.joined_at)
+        tracing.end(decoded, error, {"gen_ai.usage.output_tokens": incoming.active.sequence.num_output})

@@ -17,8 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from opentelemetry.trace import Span
 from torch import Tensor
 
+from tercet import logs, tracing
 from tercet.core import Done, FinishReason, Load, PromptImage, Ticket
 from tercet.engine.blocks import Hold
 from tercet.engine.report import StepReport
@@ -45,6 +47,8 @@ class _Outgoing:
     copying: bool = False  # into them
     ended: bool = False  # meanwhile: nothing of it is under way
     given_up: TercetError | None = None
+    encoding: Span = tracing.UNTRACED
+    transfer: Span = tracing.UNTRACED  # from when it is in the region
 
 
 class Encode(Handler):
@@ -94,6 +98,8 @@ class Encode(Handler):
             self.peers.open(outgoing.ticket, leg.peer, outgoing.image.tokens, deadline, wanted, opened)
             ended = asyncio.wrap_future(outgoing.future, loop=self.legs.loop)
             ended.add_done_callback(partial(self._encoded, outgoing))
+            told = {"tercet.tokens": outgoing.image.tokens}
+            outgoing.encoding = self.legs.spans.child(active.span, "encode.image", told)
 
     def give_up(self, active: ActiveLeg, error: TercetError) -> None:
         for outgoing in self._of_leg.get(active.ticket, ()):
@@ -136,6 +142,7 @@ class Encode(Handler):
         if ended.cancelled():
             return
         error = ended.exception()
+        tracing.end(outgoing.encoding, error if isinstance(error, TercetError) else None)
         if outgoing.given_up is not None:
             return
         if error is None:
@@ -147,7 +154,8 @@ class Encode(Handler):
             self._unexpected(outgoing, error)
 
     def _unexpected(self, outgoing: _Outgoing, error: BaseException) -> None:
-        log.error("an image of %s could not be encoded", outgoing.active.ticket, exc_info=error)
+        told = logs.about(outgoing.active.ticket.asked, outgoing.active.span)
+        log.error("an image could not be encoded", exc_info=error, extra=told)
         where = f"an image of {outgoing.active.ticket}"
         self._fail(outgoing, EngineFault(f"{where}: unexpected {type(error).__name__}: {error}"))
 
@@ -180,6 +188,7 @@ class Encode(Handler):
         elif error is not None:
             self._unexpected(outgoing, error)
         elif outgoing.given_up is None:
+            outgoing.transfer = self.legs.spans.child(outgoing.active.span, "embedding.transfer")
             for level in range(self._region.levels):
                 self.sender.push(outgoing.ticket, level, 0, outgoing.blocks)
             self.sender.finish(outgoing.ticket, b"")
@@ -197,9 +206,10 @@ class Encode(Handler):
                 outgoing.granted = True
                 self._write_if_ready(outgoing)
             case SendFailed(_, error):
+                tracing.end(outgoing.transfer, error)
                 self._fail(outgoing, error)
-            case Released():
-                pass
+            case Released(_, num_bytes):
+                tracing.end(outgoing.transfer, None, {"tercet.embedding.bytes": num_bytes})
             case OpDone() if outgoing.copying:  # its blocks are not free yet
                 outgoing.ended = True
             case OpDone():
@@ -208,6 +218,8 @@ class Encode(Handler):
     def _forget(self, outgoing: _Outgoing) -> None:
         """Nothing of it is under way any more; with the last image of a leg, the leg has ended."""
         del self._outgoing[outgoing.ticket]
+        tracing.end(outgoing.encoding, outgoing.given_up)
+        tracing.end(outgoing.transfer, outgoing.given_up)
         if outgoing.blocks:
             self._region.pool.release(outgoing.blocks, Hold.IN_FLIGHT)
         active = outgoing.active

@@ -12,16 +12,20 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from opentelemetry.trace import Span, SpanKind
+
+from tercet import logs, tracing
 from tercet.core import Leg, Load, Role, Ticket
 from tercet.engine.loop import Engine
 from tercet.engine.report import StepItem, StepReport
 from tercet.engine.runner import PushBlocks
 from tercet.engine.sequence import Sequence
 from tercet.errors import (
+    Cancelled,
     DeadlineExceeded,
     EngineFault,
     InvalidRequest,
@@ -47,6 +51,7 @@ class ActiveLeg:
     timer: asyncio.TimerHandle
     unseen: dict[int, Leave] = field(default_factory=dict)  # images whose embeddings are on their way
     last_image: LastImage | None = None  # of those that came
+    span: Span = tracing.UNTRACED  # from here until `Legs.forget`
 
     @property
     def ticket(self) -> Ticket:
@@ -54,8 +59,9 @@ class ActiveLeg:
 
 
 class Legs:
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, spans: tracing.Tracing = tracing.OFF) -> None:
         self.loop = loop
+        self.spans = spans
         self.handlers: dict[Role, Handler] = {}  # kind of leg -> who serves it
         self._active: dict[Ticket, ActiveLeg] = {}
         self.engine: Engine | None = None  # of a worker that computes prompts or decodes
@@ -81,7 +87,7 @@ class Legs:
             return
         sequence = Sequence(ticket, list(leg.token_ids), leg.num_prompt, leg.params, kind=leg.kind, images=leg.images)
         timer = self.loop.call_later(leg.timeout_s, self._expire, ticket)
-        active = self._active[ticket] = ActiveLeg(leg, stream, sequence, timer)
+        active = self._active[ticket] = ActiveLeg(leg, stream, sequence, timer, span=self._span(leg))
         try:
             if self.engine is not None:
                 self.engine.check_ids(leg.token_ids)
@@ -89,7 +95,7 @@ class Legs:
             handler.begin(active)
             self._want_images(active)
         except Overloaded as error:
-            self.forget(active)
+            self.forget(active, error)
             stream.rejected(leg, str(error))
         except TercetError as error:
             self.fail(active, error)
@@ -97,8 +103,9 @@ class Legs:
     def abort(self, ticket: Ticket) -> None:
         active = self._active.get(ticket)
         if active is not None:
-            self.forget(active)
-            self._give_up(active, TercetError("the request was aborted"))
+            aborted = Cancelled("the request was aborted")
+            self.forget(active, aborted)
+            self._give_up(active, aborted)
 
     def meet(self, endpoints: Iterable[str]) -> None:
         for handler in self.handlers.values():
@@ -124,11 +131,15 @@ class Legs:
 
     def fail(self, active: ActiveLeg, error: TercetError) -> None:
         """End a leg with an error, if it has not ended yet."""
-        if self.forget(active):
+        if self.forget(active, error):
             active.stream.failed(active.leg, error)
 
-    def forget(self, active: ActiveLeg) -> bool:
-        """Remove a leg from the table. False: it was removed before."""
+    def forget(self, active: ActiveLeg, error: TercetError | None = None) -> bool:
+        """Remove a leg from the table; error: why it did not succeed. False: it was removed before."""
+        if log.isEnabledFor(logging.DEBUG):
+            how = "is done" if error is None else logs.reason(error)
+            log.debug("a %s leg %s", active.leg.kind, how, extra=logs.about(active.ticket.asked, active.span))
+        tracing.end(active.span, error)
         active.timer.cancel()
         if active.leg.images and self.engine is not None:
             self.engine.abort(active.sequence)  # one that was never queued may have been given embeddings
@@ -146,7 +157,7 @@ class Legs:
             try:
                 take(item, now)
             except Exception as error:  # a boundary between requests
-                log.exception("a report on %s could not be passed on", item.sequence.ticket)
+                log.exception("a report could not be passed on", extra=logs.about(item.sequence.ticket.asked))
                 if (active := self._active.get(item.sequence.ticket)) is not None:
                     self._end(active, EngineFault(f"{active.ticket}: unexpected {type(error).__name__}: {error}"))
 
@@ -172,6 +183,7 @@ class Legs:
         load = Load() if self.engine is None else self.engine.load()
         for handler in self.handlers.values():
             load = handler.counted(load)
+        load = replace(load, spans_dropped=self.spans.dropped)
         return load if self.images is None else self.images.counted(load)
 
     async def close(self) -> None:
@@ -216,11 +228,19 @@ class Legs:
         if isinstance(what, TercetError):
             self._end(active, what)
         elif isinstance(what, BaseException):
-            log.error("an image of %s could not be encoded", active.ticket, exc_info=what)
+            log.error("an image could not be encoded", exc_info=what, extra=logs.about(active.ticket.asked))
             self._end(active, EngineFault(f"an image of {active.ticket}: unexpected {type(what).__name__}: {what}"))
         else:
             active.last_image = LastImage(time.monotonic(), what.transfer_s)
             self.engine.see(active.sequence, number, what.values)
+
+    def _span(self, leg: Leg) -> Span:
+        told: tracing.Told = {
+            "tercet.request_id": leg.ticket.asked,
+            "tercet.attempt": leg.ticket.attempt,
+            "tercet.tokens": leg.size,
+        }
+        return self.spans.below(leg.trace, leg.kind.value, told, SpanKind.SERVER)
 
     def _settling(self, ticket: Ticket) -> bool:
         return any(handler.settling(ticket) for handler in self.handlers.values())

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from opentelemetry.trace import Span
+
+from tercet import tracing
 from tercet.core import Done, FinishReason, Load, Ticket, TokenEvent
 from tercet.engine.report import Faulted, Scored, StepReport
 from tercet.engine.sequence import Sequence
@@ -29,6 +32,8 @@ class _Outgoing:
     arrived: float
     transport: str = ""
     given_up: TercetError | None = None  # set while the peer was still being dialled
+    sampled: float | None = None  # when its first token was, as time.monotonic()
+    transfer: Span = tracing.UNTRACED  # from the grant on
 
 
 class Prefill(Handler):
@@ -100,17 +105,29 @@ class Prefill(Handler):
             case Granted(_, first_block):
                 self._compute(outgoing, first_block)
             case SendFailed(_, error):
+                self._end_spans(outgoing, error)
                 self.engine.abort(active.sequence)
                 self.legs.fail(active, error)
-            case Released():
+            case Released(_, num_bytes):
+                self._end_spans(outgoing, num_bytes=num_bytes)
                 if self.legs.forget(active):
                     active.stream.finished(active.leg, Done(FinishReason.LENGTH))
             case OpDone():
                 del self._outgoing[active.ticket]
                 self.engine.op_done(active.sequence)
 
+    def _end_spans(self, outgoing: _Outgoing, error: TercetError | None = None, num_bytes: int = 0) -> None:
+        active, sequence = outgoing.active, outgoing.active.sequence
+        if outgoing.sampled is not None:
+            computed = self.legs.spans.child(active.span, "prefill.compute", began=sequence.first_scheduled)
+            told = {"tercet.chunks": sequence.chunks, "tercet.cached_tokens": sequence.cached_tokens}
+            tracing.end(computed, None, told, outgoing.sampled)
+        tracing.end(outgoing.transfer, error, {"tercet.kv.bytes": num_bytes})
+
     def _compute(self, outgoing: _Outgoing, first_block: int) -> None:
         active = outgoing.active
+        told = {"tercet.kv.transport": outgoing.transport}
+        outgoing.transfer = self.legs.spans.child(active.span, "kv.transfer", told)
         if active.sequence.over:
             return
         active.sequence.hand_over = True
@@ -140,6 +157,8 @@ class Prefill(Handler):
     def _note_of(self, sequence: Sequence, token: TokenEvent) -> bytes:
         outgoing = self._outgoing.get(sequence.ticket)
         now = time.monotonic()
+        if outgoing is not None:
+            outgoing.sampled = now
         scheduled = sequence.first_scheduled or now
         first = FirstToken(
             token_id=token.token_id,

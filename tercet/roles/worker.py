@@ -33,6 +33,7 @@ from tercet.roles.group import Group
 from tercet.roles.legs import Legs
 from tercet.roles.part import Identity, Part
 from tercet.spec import ClusterSpec
+from tercet.tracing import Tracing
 from tercet.transfer.transports.table import in_device_memory
 from tercet.wire.worker_server import WorkerServer
 
@@ -58,6 +59,7 @@ class Worker:
         its role's. cores: what its compute threads are pinned to; none: any."""
         kinds = tuple(serves) or (role,)
         self._who = Identity(worker_id, role, epoch, spec, host, cluster_token, kinds, tuple(cores))
+        self._spans = Tracing(spec, "worker", worker_id)
         self._parts: list[Part] = []
         self._group: Group | None = None  # of a worker of several ranks
         # By kernels, for which weights are packed; the last ones are kept over changes of role.
@@ -103,7 +105,7 @@ class Worker:
         alone, row = {who.role: 1}, device_of(device)
         if self._group is None or row.kind == "cpu":  # a device holds a rank's share, which is not known before
             await loop.run_in_executor(None, refuse_too_large, who.spec, alone, row, row.memory_bytes())
-        self.legs = Legs(loop)
+        self.legs = Legs(loop, self._spans)
         for part in await loop.run_in_executor(None, self._loaded, kernels):
             await part.start()
             self._parts.append(part)
@@ -172,6 +174,7 @@ class Worker:
 
     async def stop(self) -> None:
         await self._end()
+        await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
 
     async def _until_quiet(self) -> None:
         """Return once no peer can write here any more, nor reads, and the gateway has parted. Raises WorkerLost."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -67,8 +68,16 @@ class NetworkSpec(Frozen):
 
 
 class TracingSpec(Frozen):
-    otlp_endpoint: Text | None = None  # of an OpenTelemetry collector, such as http://127.0.0.1:4317; null: no traces
+    # Of an OpenTelemetry collector, by gRPC: http://127.0.0.1:4317, or https:// for TLS; null: no traces
+    otlp_endpoint: Text | None = None
     sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0  # of requests whose caller has not decided
+
+    @model_validator(mode="after")
+    def _has_an_address(self) -> Self:
+        endpoint = self.otlp_endpoint
+        if endpoint is not None and not re.fullmatch(r"https?://[^\s/@?#]+:\d{1,5}/?", endpoint):
+            raise ValueError(f"otlp_endpoint: must be http://HOST:PORT or https://HOST:PORT, got {endpoint!r}")
+        return self
 
 
 class LoggingSpec(Frozen):

@@ -21,6 +21,7 @@ from tercet.core import (
     Ticket,
     TokenEvent,
     TopLogprobs,
+    TraceContext,
 )
 from tercet.wire.gen import inference_pb2 as inf
 from tercet.wire.gen import worker_pb2 as pb
@@ -63,6 +64,7 @@ def leg_to_proto(leg: Leg) -> pb.Command:
             peer=leg.peer,
             prompt_logprobs=leg.params.prompt_logprobs,
             images=[_image_to_proto(image) for image in leg.images],
+            trace=None if leg.trace is None else _trace_to_proto(leg.trace),
         )
     )
 
@@ -80,7 +82,12 @@ def leg_from_proto(start: pb.Start) -> Leg:
         start.timeout_s,
         start.peer,
         tuple(_image_from_proto(image) for image in start.images),
+        TraceContext(start.trace.traceparent, start.trace.tracestate) if start.HasField("trace") else None,
     )
+
+
+def _trace_to_proto(trace: TraceContext) -> pb.TraceContext:
+    return pb.TraceContext(traceparent=trace.parent, tracestate=trace.state)
 
 
 def _image_to_proto(image: PromptImage) -> pb.Image:

@@ -103,7 +103,7 @@ class Http2(asyncio.Protocol):
             self._end("protocol_error", error)
         except Exception as error:  # noqa: BLE001  # a boundary: whatever the libraries below raise ends this connection alone
             self._end("protocol_error", error)
-            log.warning("an HTTP/2 connection was closed: %s: %s", type(error).__name__, error)
+            log.warning("an HTTP/2 connection was closed: %s", type(error).__name__)
 
     def earn(self, frames: float = EARNED) -> None:
         """A message has passed, or what pays for `frames`: the client may send more that ask for nothing."""

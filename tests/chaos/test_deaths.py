@@ -46,7 +46,7 @@ class Processes(LocalCluster):
         assert process.stdout is not None
         order = [worker_id, role.value, epoch, self.spec.model_dump_json(), TOKEN]
         process.stdin.write(json.dumps(order).encode() + b"\n")
-        line = await asyncio.wait_for(process.stdout.readline(), 60)
+        line = await asyncio.wait_for(process.stdout.readline(), 150)
         info = json.loads(line)
         self.processes[worker_id] = process
         self.infos[worker_id] = WorkerInfo(**(info | {"role": Role(info["role"])}))

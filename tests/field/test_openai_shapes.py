@@ -292,7 +292,7 @@ async def test_a_fault_of_ours_is_named_counted_and_logged_once(stream, caplog):
         logged = [r for r in caplog.records if r.exc_info]
         assert len(logged) == 1
         assert headers["x-request-id"] in error["message"]
-        assert headers["x-request-id"] in logged[0].getMessage()
+        assert logged[0].about["request_id"] == headers["x-request-id"]
 
 
 async def test_a_fault_of_ours_in_mid_stream_is_an_error_event(caplog):

@@ -53,13 +53,14 @@ def test_bytes_arrive_exactly_where_they_were_granted(pair):
     pair.grant(ticket, first=1, blocks=[5, 2], total=3)
     pair.push_all(ticket, [3, 6, 7])
     assert pair.next(facts.Noted).note == NOTE
-    assert pair.next(facts.Complete).num_bytes == 2 * LAYOUT.layers * LAYOUT.block_bytes
+    num_bytes = 2 * LAYOUT.layers * LAYOUT.block_bytes
+    assert pair.next(facts.Complete).num_bytes == num_bytes
     assert pair.same(6, 5)
     assert pair.same(7, 2)
     for layer, block in itertools.product(LAYOUT.window, (0, 1, 3, 4, 6, 7)):  # nothing else changed
         start = LAYOUT.offset(layer, block)
         assert pair.region.block(layer, block) == before[start : start + LAYOUT.block_bytes]
-    assert pair.sent.get(timeout=5) == facts.Released(ticket)
+    assert pair.sent.get(timeout=5) == facts.Released(ticket, num_bytes)
     assert pair.sent.get(timeout=5) == facts.OpDone(ticket)
     assert pair.live() == []
 

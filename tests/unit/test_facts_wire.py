@@ -29,7 +29,7 @@ SECONDS, COUNTS = st.floats(0, 1e6), st.integers(0, 2**62)
 FACTS = st.one_of(
     st.builds(Granted, TICKETS, COUNTS),
     st.builds(SendFailed, TICKETS, ERRORS),
-    st.builds(Released, TICKETS),
+    st.builds(Released, TICKETS, COUNTS),
     st.builds(OpDone, TICKETS),
     st.builds(Noted, TICKETS, st.binary()),
     st.builds(Complete, TICKETS, COUNTS, SECONDS),

@@ -48,7 +48,7 @@ from tercet.roles.router import decisions as module
 from tercet.roles.router.attempt import Attempt, Told
 from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
-from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, StartLeg, Tell
+from tercet.roles.router.effects import AbortLeg, Begun, End, Ended, Introduce, Ongoing, Part, StartLeg, Tell
 from tercet.roles.router.line import Line, Place
 from tercet.roles.router.policy import History
 from tercet.roles.router.waiting import ROOM_S, Waiting
@@ -73,6 +73,7 @@ class Asked:
     moves: int = 0  # words that a worker is taken away
     turned_away: bool = False  # the last such word came behind the last that it was admitted
     admitted: bool = False  # this attempt
+    trying: bool = False  # an attempt runs, as those who watch attempts are told
     unreachable: set[WorkerView] = field(default_factory=set)  # the pair that cannot reach each other
     blamed: set[WorkerView] = field(default_factory=set)  # had a part in an attempt that failed
     scored: bool = False  # the prompt's logprobs were told
@@ -130,6 +131,12 @@ class Simulation:
                     self.start(view, leg)
                 case AbortLeg(view, leg):
                     assert self.asked[leg.ticket.request_id].legs.pop(view) is leg, "a leg is aborted that does not run"
+                case Begun(ongoing, _):
+                    assert not self.asked[ongoing.name].trying, "two attempts at once"
+                    self.asked[ongoing.name].trying = True
+                case Ended(ongoing, _):
+                    assert self.asked[ongoing.name].trying, "an attempt ends twice"
+                    self.asked[ongoing.name].trying = False
                 case Introduce(view, _):
                     assert view.info.role in self.roles[:-1]
                 case Part(view):
@@ -141,6 +148,7 @@ class Simulation:
                 case Tell(ongoing, event):
                     self.tell(self.asked[ongoing.name], event)
                 case End(ongoing, error):
+                    assert not self.asked[ongoing.name].trying, "the request has ended, and its attempt has not"
                     self.asked[ongoing.name].ends.append(error)
 
     def start(self, view: WorkerView, leg: Leg) -> None:
@@ -596,11 +604,11 @@ def forgets_to_take_a_leg_off(_: Callable) -> Callable:
 
 
 def sends_the_rejected_to_the_back(real: Callable) -> Callable:
-    def again(self, ongoing, now):
+    def again(self, ongoing, now, error):
         self._waiting.leave(ongoing, planned=False)
         old, ongoing.place = ongoing.place, self._waiting.place(ongoing.request)
         self._places[ongoing.place.number] = self._places.pop(old.number)
-        return real(self, ongoing, now)
+        return real(self, ongoing, now, error)
 
     return again
 
@@ -621,9 +629,8 @@ def asks_the_worker_at_fault_again(_: Callable) -> Callable:
 
 
 def leaves_legs_running(real: Callable) -> Callable:
-    def stop(self, ongoing):
-        real(self, ongoing)
-        return []
+    def stop(self, ongoing, error):
+        return [effect for effect in real(self, ongoing, error) if not isinstance(effect, AbortLeg)]
 
     return stop
 

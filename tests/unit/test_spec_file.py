@@ -240,6 +240,14 @@ def test_a_text_is_taken_as_it_stands_and_a_number_as_it_is_written(setting, rea
         ("model.source=", 'model.source: must not be empty, got ""'),
         ("gateway.http.host=", 'gateway.http.host: must not be empty, got ""'),
         ("limits.max_body_bytes=99999999999999999999", "limits.max_body_bytes: must be at most"),
+        (
+            "tracing.otlp_endpoint=collector:4317",
+            "tracing.otlp_endpoint: must be http://HOST:PORT or https://HOST:PORT",
+        ),
+        ("tracing.otlp_endpoint=http://collector", "tracing.otlp_endpoint: must be http://HOST:PORT"),
+        ("tracing.otlp_endpoint=http://me@collector:4317/v1", "tracing.otlp_endpoint: must be http://HOST:PORT"),
+        ("tracing.sample_ratio=2", "tracing.sample_ratio: must be at most 1"),
+        ("logging.format=xml", "logging.format"),
         ("gateway.http.port=70000", "gateway.http.port: must be at most 65535, got 70000"),
     ],
 )

@@ -36,8 +36,8 @@ def test_a_source_hears_of_its_destinations_as_of_one():
     joint = SendJoint("ab")
     assert heard(joint, ("b", Granted(TICKET, 3))) == []
     assert heard(joint, ("a", Granted(TICKET, 1))) == [Granted(TICKET, 1)]
-    assert heard(joint, ("a", Released(TICKET)), ("a", OpDone(TICKET))) == []
-    assert heard(joint, ("b", Released(TICKET)), ("b", OpDone(TICKET))) == [Released(TICKET), OpDone(TICKET)]
+    assert heard(joint, ("a", Released(TICKET, 5)), ("a", OpDone(TICKET))) == []
+    assert heard(joint, ("b", Released(TICKET, 7)), ("b", OpDone(TICKET))) == [Released(TICKET, 12), OpDone(TICKET)]
 
 
 def test_the_first_failure_of_a_destination_cancels_the_others_that_are_not_done():

@@ -21,6 +21,7 @@ from tercet.core import (
     PromptLogprobs,
     SamplingParams,
     TokenEvent,
+    TraceContext,
     WorkerInfo,
 )
 from tercet.metrics import ANONYMOUS, CHAT, TEXT_COMPLETION
@@ -67,6 +68,7 @@ class Ask:
     stop: tuple[str, ...] = ()  # empty ones are ignored
     add_special: bool = True  # whether special tokens, such as beginning-of-sequence, are added to a text prompt
     echo: bool = False  # the answer begins with the prompt
+    trace: TraceContext | None = None  # None: it is not traced
     prompt_only: bool = False  # the workers still generate one token, which is not returned
 
     @property

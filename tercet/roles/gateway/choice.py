@@ -46,6 +46,7 @@ class Choice:
         self.prompt: PromptLogprobs | None = None
         self.owes_prompt = request.params.prompt_logprobs is not None  # prompt logprobs must come before any token
         self.account: Progress | Done | None = None  # the last one
+        self.finish_reason: FinishReason | None = None  # once it is over
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(request.token_ids)
         self._stop = StopMatcher(stop)
@@ -100,6 +101,7 @@ class Choice:
 
     def book(self, reason: FinishReason, metrics: Metrics) -> None:
         """Count a finished choice."""
+        self.finish_reason = reason
         metrics.finished(reason)
         metrics.e2e.observe(time.monotonic() - self._arrived)
         metrics.decode.observe(self._last_at - self._first_at)

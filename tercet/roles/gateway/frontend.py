@@ -156,7 +156,7 @@ class Frontend:
     def _request(self, ask: Ask, index: int, encoded: Encoded, params: SamplingParams) -> GenerateRequest:
         name = ask.request_id if ask.num_choices == 1 else f"{ask.request_id}-{index}"
         deadline = ask.arrived + ask.timeout_s
-        return GenerateRequest(name, encoded.ids, params, deadline, ask.client, encoded.images)
+        return GenerateRequest(name, encoded.ids, params, deadline, ask.client, encoded.images, ask.trace)
 
     def _room(self, prompt: Prompt, ids: tuple[int, ...], ask: Ask) -> int:
         """max_tokens of a prompt: what was asked for, or the rest of the context.

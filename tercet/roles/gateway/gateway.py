@@ -40,9 +40,11 @@ from tercet.roles.gateway.http_generation import Generation
 from tercet.roles.gateway.http_server import protocols_of
 from tercet.roles.gateway.image_files import ImageFiles
 from tercet.roles.gateway.readiness import POLL_S, Readiness
+from tercet.roles.gateway.records import Records
 from tercet.roles.router.router import Router
 from tercet.spec import ClusterSpec, LimitsSpec, ModelSpec
 from tercet.tls import GatewayTls
+from tercet.tracing import Tracing
 from tercet.wire.bodies import Bodies, BodyLimits
 from tercet.wire.connections import ConnectionLimits, Connections
 from tercet.wire.gen import inference_pb2_grpc
@@ -106,8 +108,10 @@ class Gateway:
         fetcher: Callable[[Metrics], Fetcher] | None = None,
     ) -> None:
         self._spec = spec
-        self._router: Backend = router or Router(spec, cluster_token)
+        self._spans = Tracing(spec, "gateway", "gateway")
+        self._router: Backend = router or Router(spec, cluster_token, self._spans)
         self._model = model or load_served_model(spec.model)
+        self._records = Records(self._spans, self._model.name, prompts=spec.logging.prompts)
         self._workers: tuple[WorkerInfo, ...] = ()
         told = {"name": spec.name, "topology": spec.topology, "model": self._model.name}
         self._metrics = Metrics(self._router.loads, lambda: self._workers, told)
@@ -122,11 +126,13 @@ class Gateway:
         self._bodies = Bodies(_body_limits(spec.limits, connections.most))
         self._metrics.watch_connections(self._connections.__len__, lambda: self._connections.closed)
         self._metrics.watch_state(lambda: self._readiness.ready, self._router.queued)
+        self._metrics.watch_spans(lambda: self._spans.dropped)
         self._stack = AsyncExitStack()
 
     async def start(self) -> GatewayInfo:
         """Bind both ports. Raises ClusterError naming the port if one is in use, SpecError for its certificate."""
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, self._spans.close)
             stack.push_async_callback(self._router.close)
             stack.push_async_callback(self._images.close)
             stack.callback(self._frontend.offloop.close)
@@ -195,7 +201,10 @@ class Gateway:
         self._http = runner
         stack.push_async_callback(runner.cleanup)
         try:
-            protocols, tls = protocols_of(runner, metrics.failed, self._door, cors), self._tls("http/1.1")
+            protocols, tls = (
+                protocols_of(runner, metrics.failed, self._door, cors, self._records),
+                self._tls("http/1.1"),
+            )
             server = await self._connections.listen(listen.host, listen.port, protocols, tls)
         except OSError as error:
             raise listen_error(listen.host, listen.port, error, "gateway.http") from error
@@ -222,7 +231,7 @@ class Gateway:
         )
         self._grpc = server
         checker = HealthService(SERVICE)
-        service = InferenceService(self._frontend)
+        service = InferenceService(self._frontend, self._records)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call] # generated
         health_pb2_grpc.add_HealthServicer_to_server(checker, server)  # type: ignore[arg-type]  # it has what is used
         _add_reflection(server)

@@ -35,6 +35,7 @@ from tercet.roles.gateway.clients import Caller, Door, anybody
 from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.openai_reply import error_body
 from tercet.roles.gateway.openai_request import PARAMETERS
+from tercet.roles.gateway.records import Record, Records
 from tercet.wire.connections import ConnectionPhase, Guard
 
 RETRY_AFTER_S = 1.0  # with every 503
@@ -42,6 +43,8 @@ REQUEST_ID = web.RequestKey("request_id", str)
 CALLER = web.RequestKey("caller", Caller)
 OPEN = ("/health", "/ready")  # to everybody: probes have no key
 PAGE = "/dashboard"  # where a browser asks its user for the key
+RECORD = web.RequestKey("record", Record)
+OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}  # names of OpenTelemetry
 LINGER_S = 2.0  # an unwanted body is read for so long, so that its sender sees the answer
 MOST_FRAMING = 64 * 1024  # bytes around a body's own: chunk sizes, their extensions, trailers
 FRAMING = 0.5  # and so many more for each byte of it; chunks of 12 bytes need less
@@ -115,47 +118,68 @@ class HttpProtocol(web.RequestHandler):
 
 
 class Boundary:
-    """Wraps every request: marks it as served, gives it an id, and names, counts and answers each failure."""
+    """Wraps every request: marks it as served, gives it an id and a record, and names, counts and answers each
+    failure."""
 
-    def __init__(self, handler: _Handler, count: _Count, door: Door, cors: Cors) -> None:
+    def __init__(self, handler: _Handler, count: _Count, door: Door, cors: Cors, records: Records) -> None:
         self._handler = handler
         self._count = count
         self._door = door
         self._cors = cors
+        self._records = records
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         request[REQUEST_ID] = request_id = uuid.uuid4().hex
+        refusal = self._let_in(request)
+        operation = OPERATIONS.get(request.path, "") if request.method == "POST" and refusal is None else ""
+        route, client = f"{request.method} {request.path[:200]}", request[CALLER].client
+        with self._records.open(route, request_id, client, operation, request.headers) as record:
+            request[RECORD] = record
+            response = await self._answer(request, refusal)
+            record.status = response.status
+        return response
+
+    async def _answer(self, request: web.BaseRequest, refusal: Unauthenticated | None) -> web.StreamResponse:
         protocol = request.protocol
         assert isinstance(protocol, HttpProtocol)
         try:
             with protocol.guard.serving(brief=request.method != "POST"), protocol.receiving(request.content):
-                request[CALLER] = self._caller(request)
+                if refusal is not None:
+                    raise refusal
                 return await self._handler(request)
         except asyncio.CancelledError:
             self._count(Cancelled)
             raise
         except web.HTTPException as error:
-            return self._failed(_of_router(error, request), request_id, _allowed(error))
+            return self._failed(request, _of_router(error, request), _allowed(error))
         except ClientConnectionResetError:  # what aiohttp raises for a write to a client that has gone
-            return self._failed(Cancelled("the client has gone"), request_id)
+            return self._failed(request, Cancelled("the client has gone"))
         except Unauthenticated as error:
-            response = self._failed(error, request_id, {hdrs.WWW_AUTHENTICATE: _challenge(request)})
+            response = self._failed(request, error, {hdrs.WWW_AUTHENTICATE: _challenge(request)})
             await self._cors.on_prepare(request, response)  # which aiohttp calls for what it has routed only
             return response
         except Exception as error:  # noqa: BLE001  # a boundary: whatever it is, the client is told a name
-            return self._failed(as_named(error, request_id), request_id)
+            return self._failed(request, as_named(error, request[REQUEST_ID]))
 
-    def _caller(self, request: web.BaseRequest) -> Caller:
-        """Raises Unauthenticated, before any of the body is read."""
+    def _let_in(self, request: web.BaseRequest) -> Unauthenticated | None:
+        """Say who calls. -> why it is not let in, before any of the body is read."""
         given, address = request.headers.get(hdrs.AUTHORIZATION, ""), request.remote or ""
         key = given.encode(errors="surrogateescape")
+        request[CALLER] = anybody(key, address)
         if request.path in OPEN or _is_preflight(request):
-            return anybody(key, address)
-        return self._door.caller(key, address, from_page=_is_of_page(request))
+            return None
+        try:
+            request[CALLER] = self._door.caller(key, address, from_page=_is_of_page(request))
+        except Unauthenticated as error:
+            return error
+        return None
 
-    def _failed(self, error: TercetError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    def _failed(
+        self, request: web.BaseRequest, error: TercetError, headers: Mapping[str, str] | None = None
+    ) -> web.Response:
         self._count(type(error))
-        return failure(error, request_id, headers)
+        request[RECORD].error = error
+        return failure(error, request[REQUEST_ID], headers)
 
 
 def failure(error: TercetError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -212,8 +236,10 @@ def _of_parser(error: HttpProcessingError) -> TercetError:
     return InvalidRequest(f"this is no HTTP request: {reason[:200]}")
 
 
-def protocols_of(runner: web.AppRunner, count: _Count, door: Door, cors: Cors) -> Callable[[Guard], HttpProtocol]:
+def protocols_of(
+    runner: web.AppRunner, count: _Count, door: Door, cors: Cors, records: Records
+) -> Callable[[Guard], HttpProtocol]:
     """The protocols of an app that has been set up, every request through the boundary."""
     server: Any = runner.server
-    server.request_handler = Boundary(server.request_handler, count, door, cors)
+    server.request_handler = Boundary(server.request_handler, count, door, cors, records)
     return lambda guard: HttpProtocol(server, guard, count)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from tercet.core import MOST_LOGPROBS, SamplingParams
+from tercet.core import MOST_LOGPROBS, SamplingParams, TraceContext
 from tercet.errors import InvalidRequest
 from tercet.roles.gateway.ask import Ask, Chat, Prompt
 from tercet.roles.gateway.bounds import KWARGS_CHARS, NAME_CHARS, bound, bound_depth, bound_fields
@@ -75,6 +75,7 @@ class Origin:
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     caller: Caller = field(default_factory=partial(Caller, ""))
+    trace: TraceContext | None = None
     arrived: float = field(default_factory=time.monotonic)  # when the request's bytes were read
 
 
@@ -197,6 +198,7 @@ def _ask(
         arrived=origin.arrived,
         client=origin.caller.client,
         key=origin.caller.key,
+        trace=origin.trace,
         n=b.n,
         stop=(b.stop,) if isinstance(b.stop, str) else tuple(b.stop),
     )

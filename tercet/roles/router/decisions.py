@@ -36,9 +36,11 @@ from tercet.core import (
     WorkerInfo,
 )
 from tercet.errors import (
+    Cancelled,
     DeadlineExceeded,
     ImageForgotten,
     NoWorkers,
+    Overloaded,
     TercetError,
     TransferError,
     WorkerDrained,
@@ -46,7 +48,7 @@ from tercet.errors import (
 )
 from tercet.roles.router.attempt import Attempt, AttemptFailed, WorkerBusy
 from tercet.roles.router.directory import Directory, Incarnation, WorkerView
-from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, RouterEffect, StartLeg, Tell
+from tercet.roles.router.effects import AbortLeg, Begun, Effect, End, Ended, Introduce, Ongoing, Part, StartLeg, Tell
 from tercet.roles.router.encoders import Holders
 from tercet.roles.router.planning import can_be_encoded, is_encoded_apart, missing_for, plan_for
 from tercet.roles.router.policy import Plan
@@ -74,7 +76,7 @@ class Decisions:
 
     # ---- requests
 
-    def submit(self, request: GenerateRequest, name: str, now: float) -> tuple[Ongoing, list[RouterEffect]]:
+    def submit(self, request: GenerateRequest, name: str, now: float) -> tuple[Ongoing, list[Effect]]:
         """name: unique among all tickets."""
         place = self._waiting.place(request)
         ongoing = Ongoing(request, name, place, self._patience(request, now), now)
@@ -85,11 +87,11 @@ class Decisions:
         self._waiting.join(ongoing)
         return ongoing, self._plan(now)
 
-    def cancel(self, ongoing: Ongoing, now: float) -> list[RouterEffect]:
+    def cancel(self, ongoing: Ongoing, now: float) -> list[Effect]:
         """Nobody waits for it any more. Harmless once it is over."""
         if ongoing.over:
             return []
-        return [*self._close(ongoing), *self._plan(now)]
+        return [*self._close(ongoing, Cancelled("nobody waits for the answer any more")), *self._plan(now)]
 
     @property
     def queued(self) -> int:
@@ -104,8 +106,8 @@ class Decisions:
         look_at = self._waiting.look_at
         return min(due if look_at is None else [*due, look_at], default=None)
 
-    def tick(self, now: float) -> list[RouterEffect]:
-        effects: list[RouterEffect] = []
+    def tick(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             ongoing = self._places.get(heapq.heappop(self._deadlines)[1])
             if ongoing is None:
@@ -119,22 +121,22 @@ class Decisions:
 
     # ---- workers
 
-    def set_workers(self, workers: Iterable[WorkerInfo]) -> tuple[list[WorkerView], list[RouterEffect]]:
+    def set_workers(self, workers: Iterable[WorkerInfo]) -> tuple[list[WorkerView], list[Effect]]:
         """Make `workers` the live set. -> (views that are new, effects). Who is left out gets no new leg; what runs
         there goes on until it ends, or until `on_down`."""
         new = self.directory.replace(workers)
         return new, [*self._introduce(), *self._part()]
 
-    def on_up(self, worker: WorkerView, now: float) -> list[RouterEffect]:
+    def on_up(self, worker: WorkerView, now: float) -> list[Effect]:
         worker.up = True
         self._waiting.reconsider()
         return [*self._introduce(), *self._plan(now)]
 
-    def on_down(self, worker: WorkerView, fault: str, now: float) -> list[RouterEffect]:
+    def on_down(self, worker: WorkerView, fault: str, now: float) -> list[Effect]:
         """Its stream has ended, and with it what was under way there."""
         worker.up = False
         lost = WorkerLost(f"{worker.info.worker_id} (epoch {worker.info.epoch}) was lost: {fault or 'stream closed'}")
-        effects: list[RouterEffect] = []
+        effects: list[Effect] = []
         on_board = [o for o in self._running.values() if o.attempt is not None and worker in o.attempt.legs]
         for ongoing in dict.fromkeys(on_board):  # an attempt may have two tickets
             self._leg_ended(ongoing, worker)
@@ -144,7 +146,7 @@ class Decisions:
     def on_load(self, worker: WorkerView, load: Load) -> None:
         worker.load = load
 
-    def on_report(self, worker: WorkerView, ticket: Ticket, outcome: Outcome, now: float) -> list[RouterEffect]:
+    def on_report(self, worker: WorkerView, ticket: Ticket, outcome: Outcome, now: float) -> list[Effect]:
         """The next event of a leg, in order."""
         ongoing = self._running.get(ticket)
         if ongoing is None:  # a late report of an attempt that is over
@@ -166,9 +168,9 @@ class Decisions:
 
     # ---- the line
 
-    def _plan(self, now: float) -> list[RouterEffect]:
+    def _plan(self, now: float) -> list[Effect]:
         """Start attempts from the front of the line while there is room; part from workers that have left."""
-        effects: list[RouterEffect] = []
+        effects: list[Effect] = []
         while (ongoing := self._waiting.next(self._places, now)) is not None:
             plan = plan_for(ongoing.request, ongoing.history, self.directory, self._holders)
             if plan is not None:
@@ -185,7 +187,7 @@ class Decisions:
 
     # ---- attempts
 
-    def _begin(self, ongoing: Ongoing, plan: Plan, now: float) -> list[RouterEffect]:
+    def _begin(self, ongoing: Ongoing, plan: Plan, now: float) -> list[Effect]:
         """Start every leg of the plan."""
         name = ongoing.name, ongoing.attempts
         attempt = Attempt.of(name, ongoing.request, ongoing.told, plan, self._holders, now)
@@ -197,12 +199,12 @@ class Decisions:
         for worker, leg in attempt.legs.items():
             worker.tokens += leg.size
             worker.legs += 1
-        return [StartLeg(worker, leg) for worker, leg in attempt.legs.items()]
+        return [Begun(ongoing, plan), *(StartLeg(worker, leg) for worker, leg in attempt.legs.items())]
 
-    def _take(self, ongoing: Ongoing, worker: WorkerView | None, outcome: Outcome, now: float) -> list[RouterEffect]:
+    def _take(self, ongoing: Ongoing, worker: WorkerView | None, outcome: Outcome, now: float) -> list[Effect]:
         """Apply a report to the request; the caller plans. worker: who reports; None: the deadline has passed."""
         assert ongoing.attempt is not None
-        effects: list[RouterEffect] = []
+        effects: list[Effect] = []
         try:
             for event in ongoing.attempt.next(worker, outcome):
                 if isinstance(event, Done):
@@ -217,12 +219,12 @@ class Decisions:
             ongoing.history.busy.add(busy.worker)
             ongoing.awaits_encoder = busy.worker in ongoing.attempt.plan.encode
             ongoing.place.holds = True
-            effects += self._again(ongoing, now)
+            effects += self._again(ongoing, now, Overloaded(f"{busy.worker.info.worker_id} had no room after all"))
         except AttemptFailed as failed:
             effects += self._failed(ongoing, failed, now)
         return effects
 
-    def _failed(self, ongoing: Ongoing, failed: AttemptFailed, now: float) -> list[RouterEffect]:
+    def _failed(self, ongoing: Ongoing, failed: AttemptFailed, now: float) -> list[Effect]:
         """Go back to the line, unless the error is final or a limit is reached."""
         assert ongoing.attempt is not None
         if (finish := ongoing.told.finish) is not None:  # it has every token; only Done was lost
@@ -230,7 +232,7 @@ class Decisions:
         history, error = ongoing.history, failed.error
         if isinstance(error, WorkerDrained):  # nobody's fault, so it is no failure
             ongoing.moves += 1
-            return self._again(ongoing, now)
+            return self._again(ongoing, now, error)
         ongoing.failures += 1
         suspects = ongoing.attempt.suspects(failed.reporter, error)
         history.failed(ongoing.attempt.plan, failed.reporter, error, suspects)
@@ -238,36 +240,37 @@ class Decisions:
             return self._end(ongoing, error)
         if len(history.deaths) >= MAX_DEATHS:
             names = ", ".join(f"{worker_id} (epoch {epoch})" for worker_id, epoch in sorted(history.deaths))
-            log.error("request %s was on board when these died: %s", ongoing.request.request_id, names)
+            about = {"about": {"request_id": ongoing.request.request_id}}
+            log.error("a request was on board when these died: %s", names, extra=about)
             died = f"{error}; the request was on board of {len(history.deaths)} workers that died"
             return self._end(ongoing, WorkerLost(died))
         if ongoing.failures > self._limits.retries:
             return self._end(ongoing, error)
-        return self._again(ongoing, now)
+        return self._again(ongoing, now, error)
 
-    def _again(self, ongoing: Ongoing, now: float) -> list[RouterEffect]:
-        """Back to its place in the line."""
+    def _again(self, ongoing: Ongoing, now: float, error: TercetError) -> list[Effect]:
+        """Back to its place in the line. error: why its attempt ends."""
         ongoing.give_up = self._patience(ongoing.request, now)
         if not ongoing.place.stands:
             self._waiting.join(ongoing)
-        return self._stop(ongoing)
+        return self._stop(ongoing, error)
 
-    def _done(self, ongoing: Ongoing, done: Done) -> list[RouterEffect]:
+    def _done(self, ongoing: Ongoing, done: Done) -> list[Effect]:
         told = Tell(ongoing, ongoing.accounted(done))
         return [*self._close(ongoing), told, End(ongoing, None)]
 
-    def _end(self, ongoing: Ongoing, error: TercetError) -> list[RouterEffect]:
-        return [*self._close(ongoing), End(ongoing, error)]
+    def _end(self, ongoing: Ongoing, error: TercetError) -> list[Effect]:
+        return [*self._close(ongoing, error), End(ongoing, error)]
 
-    def _close(self, ongoing: Ongoing) -> list[RouterEffect]:
+    def _close(self, ongoing: Ongoing, error: TercetError | None = None) -> list[Effect]:
         """The request is over: remove it from the tables and from the line."""
-        effects = self._stop(ongoing)
+        effects = self._stop(ongoing, error)
         ongoing.over = True
         self._waiting.leave(ongoing, planned=False)
         del self._places[ongoing.place.number]
         return effects
 
-    def _stop(self, ongoing: Ongoing) -> list[RouterEffect]:
+    def _stop(self, ongoing: Ongoing, error: TercetError | None) -> list[Effect]:
         """End the attempt, if one runs: free its room, charge the client, abort the legs that have not ended."""
         attempt, ongoing.attempt = ongoing.attempt, None
         if attempt is None:
@@ -279,7 +282,7 @@ class Decisions:
             self._free(worker, leg)
         attempt.legs.clear()
         self._waiting.charge(ongoing, len(ongoing.told.tokens) - ongoing.before)
-        return [AbortLeg(worker, leg) for worker, leg in legs if worker.up]
+        return [Ended(ongoing, error), *(AbortLeg(worker, leg) for worker, leg in legs if worker.up)]
 
     def _leg_ended(self, ongoing: Ongoing, worker: WorkerView) -> None:
         """Stop counting a leg, if it is still counted: its worker has room for another one."""
@@ -293,8 +296,8 @@ class Decisions:
         worker.legs -= 1
         self._waiting.reconsider()  # there is more room
 
-    def _part(self) -> list[RouterEffect]:
+    def _part(self) -> list[Effect]:
         return [Part(view) for view in self.directory.take_parted()]
 
-    def _introduce(self) -> list[RouterEffect]:
+    def _introduce(self) -> list[Effect]:
         return [Introduce(*each) for each in self.directory.introductions()]

@@ -10,7 +10,7 @@ from tercet.errors import TercetError
 from tercet.roles.router.attempt import Attempt, RequestEvent, Told
 from tercet.roles.router.directory import WorkerView
 from tercet.roles.router.line import Place
-from tercet.roles.router.policy import History
+from tercet.roles.router.policy import History, Plan
 
 Account = TypeVar("Account", Progress, Done)
 
@@ -96,4 +96,20 @@ class End:
     error: TercetError | None
 
 
-RouterEffect = StartLeg | AbortLeg | Introduce | Part | Tell | End
+@dataclass(frozen=True)
+class Begun:
+    """An attempt at a request begins; its legs follow."""
+
+    ongoing: Ongoing
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The attempt that ran is over. error: why it did not succeed."""
+
+    ongoing: Ongoing
+    error: TercetError | None
+
+
+Effect = Begun | Ended | StartLeg | AbortLeg | Introduce | Part | Tell | End

@@ -10,23 +10,26 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from tercet.core import Done, GenerateRequest, Load, Outcome, Role, Ticket, WorkerInfo
 from tercet.errors import TercetError
 from tercet.roles.router.attempt import RequestEvent
+from tercet.roles.router.attempts import Attempts
 from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
-from tercet.roles.router.effects import AbortLeg, End, Introduce, Ongoing, Part, RouterEffect, StartLeg, Tell
+from tercet.roles.router.effects import AbortLeg, Begun, Effect, End, Ended, Introduce, Ongoing, Part, StartLeg, Tell
 from tercet.roles.router.pairs import slow_pair
 from tercet.roles.router.policy import capacity
 from tercet.spec import ROLES_OF, ClusterSpec
 from tercet.tls import PeerTls
+from tercet.tracing import OFF, Tracing
 from tercet.wire.worker_client import WorkerLink
 
 _Heard = asyncio.Queue[RequestEvent | TercetError]
 
 
 class Router:
-    def __init__(self, spec: ClusterSpec, cluster_token: str) -> None:
+    def __init__(self, spec: ClusterSpec, cluster_token: str, spans: Tracing = OFF) -> None:
         roles = ROLES_OF[spec.topology]
         self._min_bandwidth = spec.transfer.min_bandwidth
         self._token = cluster_token
+        self._attempts = Attempts(spans)
         self._decisions = Decisions(
             roles, {role: capacity(role, spec.roles[role].scheduler) for role in roles}, spec.limits
         )
@@ -99,13 +102,15 @@ class Router:
             del self._heard[ongoing]
             self._carry_out(self._decisions.cancel(ongoing, time.monotonic()))
 
-    def _carry_out(self, effects: Iterable[RouterEffect]) -> None:
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Tell(ongoing, event):  # first, since most are
                     self._tell(ongoing, event)
                 case StartLeg(view, leg):
-                    self._links[view].start(leg)
+                    self._links[view].start(self._attempts.traced(leg))
+                case Begun() | Ended():
+                    self._attempts.take(effect)
                 case AbortLeg(view, leg):
                     self._links[view].abort(leg)
                 case Introduce(view, endpoints):
@@ -146,7 +151,7 @@ class Router:
         decisions = self._decisions
 
         def on_reports(reports: Sequence[tuple[Ticket, Outcome]]) -> None:
-            now, effects = time.monotonic(), list[RouterEffect]()
+            now, effects = time.monotonic(), list[Effect]()
             try:
                 for ticket, outcome in reports:
                     effects += decisions.on_report(view, ticket, outcome, now)

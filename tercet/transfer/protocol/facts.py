@@ -25,6 +25,7 @@ class SendFailed:
 @dataclass(frozen=True)
 class Released:
     ticket: Ticket
+    num_bytes: int = 0  # that were written, without those that were asked for again
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class Outgoing:
 
     def release(self) -> list[OutboundEffect]:
         self.over = True
-        return [Released(self.ticket), *self._settle()]
+        return [Released(self.ticket, self.written_bytes), *self._settle()]
 
     def heartbeat(self, mark: int, now: float) -> None:
         self.expires = now + self.lease_s

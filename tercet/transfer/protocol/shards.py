@@ -42,6 +42,7 @@ class SendJoint:
         self.parts = list(parts)  # without OpDone
         self._first_blocks: dict[Part, int | None] = dict.fromkeys(self.parts)  # part -> first block of its grant
         self._unreleased = set(self.parts)
+        self._bytes = 0
         self._failed = False
 
     def take(self, part: Part, event: SendEvent) -> list[SendEvent | Cancel]:
@@ -51,9 +52,10 @@ class SendJoint:
                 granted = [first for first in self._first_blocks.values() if first is not None]
                 whole = len(granted) == len(self._first_blocks) and not self._failed
                 return [Granted(ticket, min(granted))] if whole else []
-            case Released():
+            case Released(ticket, num_bytes):
                 self._unreleased.discard(part)
-                return [] if self._unreleased else [event]
+                self._bytes += num_bytes
+                return [] if self._unreleased else [Released(ticket, self._bytes)]
             case SendFailed(_, error) if not self._failed:
                 self._failed = True
                 return [event, *(Cancel(other, error) for other in self.parts if other != part)]

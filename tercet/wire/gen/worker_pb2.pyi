@@ -100,8 +100,16 @@ class Image(_message.Message):
     content: bytes
     def __init__(self, digest: _Optional[bytes] = ..., tiles: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Image.Span, _Mapping]]] = ..., content: _Optional[bytes] = ...) -> None: ...
 
+class TraceContext(_message.Message):
+    __slots__ = ("traceparent", "tracestate")
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    traceparent: str
+    tracestate: str
+    def __init__(self, traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+
 class Start(_message.Message):
-    __slots__ = ("ticket", "leg", "token_ids", "prompt_tokens", "sampling", "timeout_s", "peer", "images", "prompt_logprobs")
+    __slots__ = ("ticket", "leg", "token_ids", "prompt_tokens", "sampling", "timeout_s", "peer", "images", "trace", "prompt_logprobs")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     LEG_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +118,7 @@ class Start(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ticket: TicketId
     leg: Leg
@@ -119,8 +128,9 @@ class Start(_message.Message):
     timeout_s: float
     peer: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
+    trace: TraceContext
     prompt_logprobs: int
-    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., leg: _Optional[_Union[Leg, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., peer: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ..., leg: _Optional[_Union[Leg, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., peer: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., trace: _Optional[_Union[TraceContext, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("ticket",)
@@ -129,7 +139,7 @@ class Abort(_message.Message):
     def __init__(self, ticket: _Optional[_Union[TicketId, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_owned", "blocks_leased", "blocks_in_flight", "blocks_quarantined", "preemptions", "transfer_dropped", "transfer_refused", "transfer_corrupt", "pairs", "encoder_cache_queries", "encoder_cache_hits", "encoder_patches", "encoder_waiting", "embedding_blocks_total", "embedding_blocks_free", "embedding_blocks_quarantined", "embedding_bytes", "ranks_lost", "rank_losses")
+    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_owned", "blocks_leased", "blocks_in_flight", "blocks_quarantined", "preemptions", "transfer_dropped", "transfer_refused", "transfer_corrupt", "pairs", "encoder_cache_queries", "encoder_cache_hits", "encoder_patches", "encoder_waiting", "embedding_blocks_total", "embedding_blocks_free", "embedding_blocks_quarantined", "embedding_bytes", "ranks_lost", "rank_losses", "spans_dropped")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +163,7 @@ class Load(_message.Message):
     EMBEDDING_BYTES_FIELD_NUMBER: _ClassVar[int]
     RANKS_LOST_FIELD_NUMBER: _ClassVar[int]
     RANK_LOSSES_FIELD_NUMBER: _ClassVar[int]
+    SPANS_DROPPED_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     blocks_total: int
@@ -176,7 +187,8 @@ class Load(_message.Message):
     embedding_bytes: int
     ranks_lost: int
     rank_losses: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., preemptions: _Optional[int] = ..., transfer_dropped: _Optional[int] = ..., transfer_refused: _Optional[int] = ..., transfer_corrupt: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., encoder_cache_queries: _Optional[int] = ..., encoder_cache_hits: _Optional[int] = ..., encoder_patches: _Optional[int] = ..., encoder_waiting: _Optional[int] = ..., embedding_blocks_total: _Optional[int] = ..., embedding_blocks_free: _Optional[int] = ..., embedding_blocks_quarantined: _Optional[int] = ..., embedding_bytes: _Optional[int] = ..., ranks_lost: _Optional[int] = ..., rank_losses: _Optional[int] = ...) -> None: ...
+    spans_dropped: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., preemptions: _Optional[int] = ..., transfer_dropped: _Optional[int] = ..., transfer_refused: _Optional[int] = ..., transfer_corrupt: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., encoder_cache_queries: _Optional[int] = ..., encoder_cache_hits: _Optional[int] = ..., encoder_patches: _Optional[int] = ..., encoder_waiting: _Optional[int] = ..., embedding_blocks_total: _Optional[int] = ..., embedding_blocks_free: _Optional[int] = ..., embedding_blocks_quarantined: _Optional[int] = ..., embedding_bytes: _Optional[int] = ..., ranks_lost: _Optional[int] = ..., rank_losses: _Optional[int] = ..., spans_dropped: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "logprob", "top_logprobs", "finish_reason")
