@@ -484,7 +484,7 @@ async def test_a_fault_of_ours_is_named_counted_and_logged_once(caplog):
         assert gateway._metrics._failure.labels("internal_error")._value.get() == 1
     logged = [r for r in caplog.records if r.exc_info]
     assert len(logged) == 1
-    assert caught.value.details().split()[-1] in logged[0].getMessage()  # the request's id
+    assert logged[0].about["request_id"] == caught.value.details().split()[-1]
 
 
 async def test_a_watcher_that_does_not_read_keeps_nobody_waiting():

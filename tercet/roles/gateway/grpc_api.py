@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from tercet.core import SamplingParams
-from tercet.errors import InvalidRequest
+from tercet.errors import InvalidRequest, TercetError, as_named
 from tercet.metrics import CHAT, TEXT_COMPLETION
 from tercet.roles.gateway.ask import Ask, Chat, Delta, Prompt
 from tercet.roles.gateway.bounds import bound
@@ -51,7 +51,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._records.open(METHOD, request_id, caller.client, operation, headers) as record,
             self._frontend.metrics.request(operation, caller.label),
         ):
-            await self._generate(request, context, record)
+            try:
+                await self._generate(request, context, record)
+            except TercetError:
+                raise
+            except Exception as error:  # a boundary: it is logged under the request's id, which the client is told
+                raise as_named(error, record.request_id) from error
             record.status = grpc.StatusCode.OK.name
 
     async def _generate(self, request: pb.GenerateRequest, context: Call, record: Record) -> None:
