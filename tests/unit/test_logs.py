@@ -13,7 +13,7 @@ from tercet import logs
 from tercet.cluster import output
 from tercet.errors import InvalidRequest, WorkerLost
 from tercet.roles.gateway.ask import Chat
-from tercet.roles.gateway.records import MOST_PROMPT, _shown
+from tercet.roles.gateway.observing import MOST_PROMPT, _shown
 from tercet.spec import LoggingSpec
 
 SPAN = NonRecordingSpan(SpanContext(int("a" * 32, 16), int("b" * 16, 16), False, TraceFlags(1)))

@@ -39,8 +39,8 @@ from tercet.roles.gateway.http_api import HttpApi
 from tercet.roles.gateway.http_generation import Generation
 from tercet.roles.gateway.http_server import protocols_of
 from tercet.roles.gateway.image_files import ImageFiles
+from tercet.roles.gateway.observing import Observer
 from tercet.roles.gateway.readiness import POLL_S, Readiness
-from tercet.roles.gateway.records import Records
 from tercet.roles.router.router import Router
 from tercet.spec import ClusterSpec, LimitsSpec, ModelSpec
 from tercet.tls import GatewayTls
@@ -111,7 +111,7 @@ class Gateway:
         self._spans = Tracing(spec, "gateway", "gateway")
         self._router: Backend = router or Router(spec, cluster_token, self._spans)
         self._model = model or load_served_model(spec.model)
-        self._records = Records(self._spans, self._model.name, prompts=spec.logging.prompts)
+        self._observer = Observer(self._spans, self._model.name, prompts=spec.logging.prompts)
         self._workers: tuple[WorkerInfo, ...] = ()
         told = {"name": spec.name, "topology": spec.topology, "model": self._model.name}
         self._metrics = Metrics(self._router.loads, lambda: self._workers, told)
@@ -202,7 +202,7 @@ class Gateway:
         stack.push_async_callback(runner.cleanup)
         try:
             protocols, tls = (
-                protocols_of(runner, metrics.failed, self._door, cors, self._records),
+                protocols_of(runner, metrics.failed, self._door, cors, self._observer),
                 self._tls("http/1.1"),
             )
             server = await self._connections.listen(listen.host, listen.port, protocols, tls)
@@ -231,7 +231,7 @@ class Gateway:
         )
         self._grpc = server
         checker = HealthService(SERVICE)
-        service = InferenceService(self._frontend, self._records)
+        service = InferenceService(self._frontend, self._observer)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call] # generated
         health_pb2_grpc.add_HealthServicer_to_server(checker, server)  # type: ignore[arg-type]  # it has what is used
         _add_reflection(server)

@@ -20,9 +20,9 @@ from tercet.metrics import CHAT, TEXT_COMPLETION
 from tercet.roles.gateway.ask import Ask, Chat, Delta, Prompt
 from tercet.roles.gateway.bounds import bound
 from tercet.roles.gateway.frontend import Frontend
+from tercet.roles.gateway.observing import Observed, Observer
 from tercet.roles.gateway.openai_messages import messages_of
 from tercet.roles.gateway.openai_reply import LOWEST_LOGPROB
-from tercet.roles.gateway.records import Record, Records
 from tercet.roles.gateway.session import Session
 from tercet.wire.codec import sampling_from_proto
 from tercet.wire.gen import inference_pb2 as pb
@@ -38,9 +38,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Written with context.write, not as a generator, so that a cancellation is always raised in our code."""
 
-    def __init__(self, frontend: Frontend, records: Records) -> None:
+    def __init__(self, frontend: Frontend, observer: Observer) -> None:
         self._frontend = frontend
-        self._records = records
+        self._observer = observer
 
     async def Generate(self, request: pb.GenerateRequest, context: Call) -> None:  # noqa: N802, the proto's name
         operation = CHAT if request.WhichOneof("prompt") == "chat" else TEXT_COMPLETION
@@ -48,29 +48,29 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request_id = request.request_id if _REQUEST_ID.fullmatch(request.request_id) else f"grpc-{context.id}"
         caller = context.caller
         with (
-            self._records.open(METHOD, request_id, caller.client, operation, headers) as record,
+            self._observer.open(METHOD, request_id, caller.client, operation, headers) as observed,
             self._frontend.metrics.request(operation, caller.label),
         ):
             try:
-                await self._generate(request, context, record)
+                await self._generate(request, context, observed)
             except TercetError:
                 raise
             except Exception as error:  # a boundary: it is logged under the request's id, which the client is told
-                raise as_named(error, record.request_id) from error
-            record.status = grpc.StatusCode.OK.name
+                raise as_named(error, observed.request_id) from error
+            observed.status = grpc.StatusCode.OK.name
 
-    async def _generate(self, request: pb.GenerateRequest, context: Call, record: Record) -> None:
-        ask = self._ask(request, context, record)
+    async def _generate(self, request: pb.GenerateRequest, context: Call, observed: Observed) -> None:
+        ask = self._ask(request, context, observed)
         self._frontend.check_model(request.model)
         async with self._frontend.session(ask) as session, aclosing(session.deltas()) as deltas:
-            record.begun(session)
+            observed.begun(session)
             context.release()
             async for delta in deltas:
                 await context.write(_delta(ask.request_id, delta))
                 self._frontend.metrics.gateway_token.observe(time.monotonic() - delta.received)
             await context.write(_done(session, delta))
 
-    def _ask(self, request: pb.GenerateRequest, context: Call, record: Record) -> Ask:
+    def _ask(self, request: pb.GenerateRequest, context: Call, observed: Observed) -> Ask:
         """Raises InvalidRequest. A deadline beyond the limit is reduced to it, not refused."""
         arrived = time.monotonic()
         if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
@@ -78,14 +78,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         limit_s, remaining_s = self._frontend.limits.request_timeout_s, context.time_remaining()
         bound("stop", request.sampling.stop)
         return Ask(
-            request_id=record.request_id,
+            request_id=observed.request_id,
             prompts=(_prompt(request),),
             params=_params(request.sampling),
             timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
             arrived=arrived,
             client=context.caller.client,
             key=context.caller.key,
-            trace=record.trace,
+            trace=observed.trace,
             max_tokens_given=request.sampling.HasField("max_tokens"),
             stop=tuple(request.sampling.stop),
         )

@@ -18,7 +18,7 @@ from aiohttp import HttpVersion11, hdrs, web
 from tercet.errors import Cancelled, InvalidRequest, TercetError, UnsupportedMedia, as_named
 from tercet.metrics import Asked
 from tercet.roles.gateway.frontend import Frontend
-from tercet.roles.gateway.http_server import CALLER, RECORD, REQUEST_ID
+from tercet.roles.gateway.http_server import CALLER, OBSERVED, REQUEST_ID
 from tercet.roles.gateway.openai_reply import ChatReply, CompletionReply, Reply, error_event
 from tercet.roles.gateway.openai_request import PARAMETERS, Origin, Parsed, parse_chat, parse_completion
 from tercet.roles.gateway.session import Session
@@ -87,7 +87,7 @@ class Generation:
     async def _parsed(self, request: web.Request, body: Body, parse: _Parse) -> Parsed:
         caller = request[CALLER]
         encoding = request.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower() or PLAIN
-        origin = Origin(request[REQUEST_ID], caller, request[RECORD].trace)
+        origin = Origin(request[REQUEST_ID], caller, request[OBSERVED].trace)
         work = partial(self._parse, parse, encoding, body.data, request.headers.get("X-Request-Timeout"), origin)
         size = body.size if encoding == PLAIN else self._bodies.limits.max_bytes
         return await self._frontend.offloop.parse(caller.client, size, work)
@@ -104,7 +104,7 @@ class Generation:
     async def _whole(self, request: web.Request, body: Body, parsed: Parsed, kind: type[Reply]) -> web.Response:
         held, deltas = 0, []
         async with self._frontend.session(parsed.ask) as session, aclosing(session.deltas()) as stream:
-            request[RECORD].begun(session)
+            request[OBSERVED].begun(session)
             body.release()
             async for delta in stream:
                 deltas.append(delta)
@@ -135,7 +135,7 @@ class Generation:
             named = as_named(error, request[REQUEST_ID])
             asked.error = type(named)
             self._metrics.failed(asked.error)
-            request[RECORD].error = named
+            request[OBSERVED].error = named
             await self._last_word(request, response, named)
         return response
 
@@ -143,7 +143,7 @@ class Generation:
         self, request: web.Request, response: web.StreamResponse, body: Body, parsed: Parsed, kind: type[Reply]
     ) -> None:
         async with self._frontend.session(parsed.ask) as session, aclosing(session.deltas()) as deltas:
-            request[RECORD].begun(session)
+            request[OBSERVED].begun(session)
             body.release()
             reply = self._reply(kind, parsed, session)
             repeats_prompt = reply.repeats_prompt

@@ -33,9 +33,9 @@ from tercet.errors import (
 )
 from tercet.roles.gateway.clients import Caller, Door, anybody
 from tercet.roles.gateway.cors import Cors
+from tercet.roles.gateway.observing import Observed, Observer
 from tercet.roles.gateway.openai_reply import error_body
 from tercet.roles.gateway.openai_request import PARAMETERS
-from tercet.roles.gateway.records import Record, Records
 from tercet.wire.connections import ConnectionPhase, Guard
 
 RETRY_AFTER_S = 1.0  # with every 503
@@ -43,7 +43,7 @@ REQUEST_ID = web.RequestKey("request_id", str)
 CALLER = web.RequestKey("caller", Caller)
 OPEN = ("/health", "/ready")  # to everybody: probes have no key
 PAGE = "/dashboard"  # where a browser asks its user for the key
-RECORD = web.RequestKey("record", Record)
+OBSERVED = web.RequestKey("observed", Observed)
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}  # names of OpenTelemetry
 LINGER_S = 2.0  # an unwanted body is read for so long, so that its sender sees the answer
 MOST_FRAMING = 64 * 1024  # bytes around a body's own: chunk sizes, their extensions, trailers
@@ -118,25 +118,25 @@ class HttpProtocol(web.RequestHandler):
 
 
 class Boundary:
-    """Wraps every request: marks it as served, gives it an id and a record, and names, counts and answers each
+    """Wraps every request: marks it as served, gives it an id and a observed, and names, counts and answers each
     failure."""
 
-    def __init__(self, handler: _Handler, count: _Count, door: Door, cors: Cors, records: Records) -> None:
+    def __init__(self, handler: _Handler, count: _Count, door: Door, cors: Cors, observer: Observer) -> None:
         self._handler = handler
         self._count = count
         self._door = door
         self._cors = cors
-        self._records = records
+        self._observer = observer
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         request[REQUEST_ID] = request_id = uuid.uuid4().hex
         refusal = self._let_in(request)
         operation = OPERATIONS.get(request.path, "") if request.method == "POST" and refusal is None else ""
         route, client = f"{request.method} {request.path[:200]}", request[CALLER].client
-        with self._records.open(route, request_id, client, operation, request.headers) as record:
-            request[RECORD] = record
+        with self._observer.open(route, request_id, client, operation, request.headers) as observed:
+            request[OBSERVED] = observed
             response = await self._answer(request, refusal)
-            record.status = response.status
+            observed.status = response.status
         return response
 
     async def _answer(self, request: web.BaseRequest, refusal: Unauthenticated | None) -> web.StreamResponse:
@@ -178,7 +178,7 @@ class Boundary:
         self, request: web.BaseRequest, error: TercetError, headers: Mapping[str, str] | None = None
     ) -> web.Response:
         self._count(type(error))
-        request[RECORD].error = error
+        request[OBSERVED].error = error
         return failure(error, request[REQUEST_ID], headers)
 
 
@@ -237,9 +237,9 @@ def _of_parser(error: HttpProcessingError) -> TercetError:
 
 
 def protocols_of(
-    runner: web.AppRunner, count: _Count, door: Door, cors: Cors, records: Records
+    runner: web.AppRunner, count: _Count, door: Door, cors: Cors, observer: Observer
 ) -> Callable[[Guard], HttpProtocol]:
     """The protocols of an app that has been set up, every request through the boundary."""
     server: Any = runner.server
-    server.request_handler = Boundary(server.request_handler, count, door, cors, records)
+    server.request_handler = Boundary(server.request_handler, count, door, cors, observer)
     return lambda guard: HttpProtocol(server, guard, count)

@@ -27,7 +27,7 @@ access = logging.getLogger(logs.ACCESS)
 
 
 @dataclass(eq=False)
-class Record:
+class Observed:
     """A request until it is over."""
 
     route: str
@@ -47,50 +47,50 @@ class Record:
         self.session, self.request_id, self.client = session, session.ask.request_id, session.ask.client
 
 
-class Records:
+class Observer:
     def __init__(self, spans: tracing.Tracing, model: str, *, prompts: bool = False) -> None:
         self._spans, self._model, self._prompts = spans, model, prompts
 
     @contextmanager
     def open(
         self, route: str, request_id: str, client: str, operation: str, headers: Mapping[str, str]
-    ) -> Iterator[Record]:
+    ) -> Iterator[Observed]:
         """operation: chat or text_completion, which are traced; empty: another one."""
         began, span = time.monotonic(), tracing.UNTRACED
         if operation:
             told = {"gen_ai.operation.name": operation, "gen_ai.provider.name": PROVIDER}
             span = self._spans.request(f"{operation} {self._model}", headers, began, told)
-        record = Record(route, request_id, client, began, span)
+        observed = Observed(route, request_id, client, began, span)
         try:
             with logs.within(request_id, span):
-                yield record
+                yield observed
         except asyncio.CancelledError:
-            record.error = Cancelled("the client has gone")
+            observed.error = Cancelled("the client has gone")
             raise
         except Exception as error:
-            record.error = error if isinstance(error, TercetError) else InternalError(type(error).__name__)
-            record.status = record.error.grpc_status  # HTTP's failures do not come as far as this
+            observed.error = error if isinstance(error, TercetError) else InternalError(type(error).__name__)
+            observed.status = observed.error.grpc_status  # HTTP's failures do not come as far as this
             raise
         finally:
-            self._close(record)
+            self._close(observed)
 
-    def _close(self, record: Record) -> None:
-        if record.span.is_recording():
-            tracing.end(record.span, record.error, self._attributes(record))
-        level = logging.DEBUG if record.route in BRIEF and record.error is None else logging.INFO
+    def _close(self, observed: Observed) -> None:
+        if observed.span.is_recording():
+            tracing.end(observed.span, observed.error, self._attributes(observed))
+        level = logging.DEBUG if observed.route in BRIEF and observed.error is None else logging.INFO
         if access.isEnabledFor(level):
-            about = logs.about(record.request_id, record.span, **self._fields(record))
-            access.log(level, "%s", record.route, extra=about)
+            about = logs.about(observed.request_id, observed.span, **self._fields(observed))
+            access.log(level, "%s", observed.route, extra=about)
 
-    def _fields(self, record: Record) -> dict[str, Any]:
+    def _fields(self, observed: Observed) -> dict[str, Any]:
         told: dict[str, Any] = {
-            "client": record.client,
-            "status": record.status or None,
-            "duration_s": round(time.monotonic() - record.began, 6),
+            "client": observed.client,
+            "status": observed.status or None,
+            "duration_s": round(time.monotonic() - observed.began, 6),
         }
-        if record.error is not None:
-            told["error"] = logs.reason(record.error)
-        if (session := record.session) is not None:
+        if observed.error is not None:
+            told["error"] = logs.reason(observed.error)
+        if (session := observed.session) is not None:
             usage, timings = session.usage, session.timings
             told |= {
                 "prompt_tokens": usage.prompt_tokens,
@@ -104,21 +104,21 @@ class Records:
                 told["prompts"] = [_shown(prompt) for prompt in session.ask.prompts]
         return told
 
-    def _attributes(self, record: Record) -> dict[str, Any]:
-        method, _, path = record.route.rpartition(" ")
+    def _attributes(self, observed: Observed) -> dict[str, Any]:
+        method, _, path = observed.route.rpartition(" ")
         door = {"http.request.method": method, "url.path": path} if method else {"rpc.method": path}
-        status = {"http.response.status_code" if method else "rpc.response.status_code": record.status}
+        status = {"http.response.status_code" if method else "rpc.response.status_code": observed.status}
         told = {
-            "tercet.request_id": record.request_id,
+            "tercet.request_id": observed.request_id,
             "gen_ai.request.model": self._model,
             **door,
-            **(status if record.status else {}),
+            **(status if observed.status else {}),
         }
-        if (session := record.session) is None:
+        if (session := observed.session) is None:
             return told
         usage, timings, params = session.usage, session.timings, session.ask.params
         known = {
-            "gen_ai.response.id": record.request_id,
+            "gen_ai.response.id": observed.request_id,
             "gen_ai.response.model": self._model,
             "gen_ai.request.choice.count": session.ask.num_choices,
             "gen_ai.request.temperature": params.temperature,
