@@ -14,7 +14,7 @@ GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack mu
   hypothesis iniconfig pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow test-deploy soak bench gpu-check gpu-wheels clean setup extras tools
+.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow test-deploy chromium soak bench gpu-check gpu-wheels clean setup extras tools
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -72,11 +72,17 @@ pytest-clusters:
 pytest-rest:
 	$(PYTEST) -m "not ray and not slow and not gpu and not deploy" $(addprefix --ignore=,$(APART) $(RANKS))
 
+chromium:  ## Install Debian's Chromium, for the tests of the dashboard
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+
 slow: setup extras  ## The tests that take many minutes and are no part of `test`
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-deploy: setup build/tools/helm  ## Run the steps of deploy/Dockerfile, and pods of the chart in what they make; minutes, as root
-	$(BIN)/python -m pytest -m deploy tests/deploy $(ARGS)
+test-deploy: setup extras tools build/tools/helm chromium  ## Tests that take minutes or a browser: images, pods, the dashboard; as root
+	$(BIN)/python -m pytest -m deploy $(ARGS)
+
+chromium:  ## Install Debian's Chromium, for the tests of the dashboard
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 build/tools/helm: $(VENV)/.stamp
 	$(BIN)/python -m tests.deploy.tools

@@ -141,6 +141,10 @@ class Client:
         response, _ = self._answer("GET", "/ready")
         return response.status == 200
 
+    def get(self, path: str) -> dict[str, Any]:
+        """What the gateway answers at a path, as JSON. Raises TercetError."""
+        return self._json("GET", path)
+
     def _whole(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if body.get("n", 1) != 1:
             raise InvalidRequest(f"n must be 1 for this client, got {body['n']}; use the openai client for more")

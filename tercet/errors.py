@@ -14,6 +14,7 @@
     │   ├── ModelNotFound           404   NOT_FOUND
     │   ├── Unauthenticated         401   UNAUTHENTICATED      no API key, or one that is not known
     │   ├── RateLimited             429   RESOURCE_EXHAUSTED   its key has used what it may
+    │   ├── UnknownRequest          404   NOT_FOUND            it is not, or no longer, in the gateway's record
     │   ├── ImageNotCached          404   NOT_FOUND            an image was named by its uuid alone; send it
     │   └── ImageNotFetched         400   INVALID_ARGUMENT     its address is refused, or gave no image in time
     ├── SpecError                   400   INVALID_ARGUMENT     the cluster spec is wrong: file, line, path
@@ -131,6 +132,11 @@ class RateLimited(UserError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class UnknownRequest(UserError):
+    http_status = 404
+    grpc_status = "NOT_FOUND"
 
 
 class ImageNotCached(UserError):

@@ -36,6 +36,7 @@ from tercet.cluster.options import (
     where,
 )
 from tercet.cluster.spec_file import load_spec
+from tercet.cluster.watching_cli import register as register_watching
 from tercet.errors import SpecError, TercetError
 from tercet.spec import ClusterSpec
 
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 app.add_typer(experts_app, name="experts")
 app.add_typer(keys_app, name="keys")
+register_watching(app)
 
 
 def main() -> None:
@@ -82,7 +84,7 @@ def _options(
 
 
 @app.command()
-def validate(spec: SpecPath, settings: Settings = None) -> None:
+def validate(spec: SpecPath, settings: Settings = None, as_json: AsJson = False) -> None:
     """Check a spec; start nothing."""
     checked = load_spec(spec, settings or ())
     if checked.ray.address == "local":
@@ -94,6 +96,11 @@ def validate(spec: SpecPath, settings: Settings = None) -> None:
 
         if not preflight.check_degrees_if_here(checked):
             unread = "; the model is not here, so whether the degrees divide it was not checked"
+    if as_json:
+        counts = {name: role.replicas for name, role in checked.roles.items()}
+        facts = {"valid": True, "cluster": checked.name, "topology": checked.topology, "roles": counts}
+        typer.echo(json.dumps(facts | {"degrees_unchecked": bool(unread)}))
+        return
     typer.echo(f"{spec} is valid: cluster {checked.name}, topology {checked.topology}, {roles}{unread}")
 
 
@@ -106,9 +113,9 @@ def show_spec(spec: SpecPath, settings: Settings = None) -> None:
 
 
 @app.command()
-def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> None:
+def plan(spec: SpecPath, settings: Settings = None, address: Address = None, as_json: AsJson = False) -> None:
     """Show what would be placed where; start nothing. Without --address, on a Ray of this machine alone."""
-    from tercet.cluster.tables import plan_table
+    from tercet.cluster.tables import plan_facts, plan_table
     from tercet.placement import roles
 
     checked = load_spec(spec, settings or ())
@@ -123,8 +130,11 @@ def plan(spec: SpecPath, settings: Settings = None, address: Address = None) -> 
     if address is None:
         from tercet.cluster import preflight
 
-        preflight.check_model(checked, typer.echo)
+        preflight.check_model(checked, output.report if as_json else typer.echo)
         preflight.refuse_what_does_not_fit(checked)
+    if as_json:
+        typer.echo(json.dumps(plan_facts(checked, placed)))
+        return
     Console().print(plan_table(checked, placed))
     asked, cores = nodes[0].resources.get("CPU", 0), os.cpu_count() or 1
     if address is None and asked > cores:

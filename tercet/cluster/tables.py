@@ -46,6 +46,27 @@ def plan_table(spec: ClusterSpec, placement: Placement) -> Table:
     return table
 
 
+def plan_facts(spec: ClusterSpec, placement: Placement) -> dict[str, Any]:
+    """The same as plain data. A worker's nodes and cores are those of rank 0, 1 ...; needs are of one rank."""
+    workers = [
+        {
+            "member": worker.worker_id,
+            "role": worker.role,
+            "pool": spec.roles[worker.role].pool,
+            "nodes": [node.address for node in worker.nodes],
+            "needs": dict(worker.needs),
+            "threads": spec.roles[worker.role].threads,
+            "cores": [list(worker.cores_of(rank)) for rank in range(len(worker.nodes))],
+            "holds": _held(worker.role, spec.roles[worker.role]),
+        }
+        for worker in placement.workers
+    ]
+    http, grpc = spec.gateway.http, spec.gateway.grpc
+    listens = {"http": address(http.host, http.port), "grpc": address(grpc.host, grpc.port)}
+    gateway = {"node": placement.gateway.address, **listens}
+    return {"cluster": spec.name, "topology": spec.topology, "gateway": gateway, "workers": workers}
+
+
 def _place(node: Node) -> str:
     return " ".join([node.address, *(f"{k}={v}" for k, v in own_labels(node).items())])
 

@@ -19,6 +19,7 @@ from tercet.core import (
     WorkerInfo,
 )
 from tercet.errors import DeadlineExceeded, TercetError
+from tercet.roles.router.effects import Watcher
 from tests.fakes.tokenizer import EOS
 
 SECONDS = tuple((stage, 0.001 * number) for number, stage in enumerate(STAGES, 1))
@@ -53,6 +54,9 @@ class FakeRouter:
 
     def queued(self) -> int:
         return 0
+
+    def watch(self, watcher: Watcher) -> None:
+        self.watcher = watcher
 
     async def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         self.workers = tuple(workers)

@@ -40,7 +40,8 @@ RUN_BY = {
     **dict.fromkeys(("make lint", "make types", "make imports", "make proto-check", "make pytest"), "Makefile:test"),
     **dict.fromkeys(("make setup", "make extras", "make tools"), "Makefile:pytest"),
     **dict.fromkeys(("make pytest-clusters", "make pytest-rest"), "Makefile:pytest"),
-    "make test-deploy": "tests/deploy/test_image.py:test_make_test_deploy_finds_what_takes_minutes",
+    "make test-deploy": f"{HERE}:test_make_test_deploy_finds_what_it_runs",
+    "make chromium": "Makefile:test-deploy",
     "make slow": f"{HERE}:test_make_slow_finds_what_takes_long",
     "make help": f"{HERE}:test_make_help_names_every_target_for_users",
     "make clean": f"{HERE}:test_make_clean_removes_what_was_made_and_nothing_else",
@@ -60,6 +61,8 @@ RUN_BY = {
     "make soak": f"{HERE}:test_a_long_command_in_short",
     "tercet chat": ON_TINY,
     "tercet status": ON_TINY,
+    "tercet top": ON_TINY,
+    "tercet explain": ON_TINY,
     "tercet scale decode 3": ON_TINY,
     "tercet role set worker-1 prefill": ON_TINY,
     "tercet down": ON_TINY,
@@ -171,6 +174,17 @@ def test_make_slow_finds_what_takes_long():
     assert "[1]" in done.stdout
 
 
+def test_make_test_deploy_finds_what_it_runs():
+    done = subprocess.run(
+        [*MAKE, "-o", "chromium", "test-deploy", "ARGS=--collect-only -q tests/deploy"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "test_dashboard_page.py" in done.stdout
+
+
 def test_make_clean_removes_what_was_made_and_nothing_else(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for made in (".venv/bin", ".mypy_cache", ".pytest_cache", "tercet.egg-info", "tercet"):
@@ -236,6 +250,9 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     assert typed(shlex.join([sys.executable, "-c", block.replace(":8000", f":{port}")])).strip()
     assert re.search(r"^ *worker-\d +decode +live", typed("tercet status"), re.MULTILINE)
     assert typed("tercet chat", "Hello\n\n").strip()
+    assert "finished" in typed("tercet explain")
+    assert "--once" in typed("tercet top")  # this is no terminal
+    assert re.search(r"^ *worker-\d +decode +live", typed("tercet top --once"), re.MULTILINE)
     assert typed("tercet scale decode 3") == "cluster typed: decode has 3 workers (worker-2, worker-3 came)\n"
     assert "worker-1 serves as prefill, in its process" in typed("tercet role set worker-1 prefill")
     loads = "--num-prompts 4 --input-len 20 --output-len 4 --vocab-size 256"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,19 @@ def test_plan_shows_every_member_and_starts_nothing():
     members = [(member.strip(), role.strip()) for member, role in rows if member.strip()]
     decodes = [(f"worker-{number}", "decode") for number in (1, 2, 3)]
     assert members == [("gateway", ""), ("worker-0", "prefill"), *decodes]
+
+
+def test_what_is_printed_as_json_says_the_same():
+    plan = json.loads(tercet("plan", "configs/local.yaml", "--json").stdout)
+    assert [(w["member"], w["role"], w["needs"]) for w in plan["workers"]] == [
+        ("worker-0", "prefill", {"CPU": 0.5}),
+        *((f"worker-{number}", "decode", {"CPU": 0.5}) for number in (1, 2)),
+    ]
+    assert plan["gateway"]["http"] == "127.0.0.1:8000"
+    valid = json.loads(tercet("validate", "configs/local.yaml", "--json").stdout)
+    assert (valid["valid"], valid["roles"]) == (True, {"prefill": 1, "decode": 2})
+    wrong = tercet("validate", "configs/local.yaml", "--json", "--set", "topology=pdx")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
 
 
 def test_plan_shows_an_address_that_can_be_used():

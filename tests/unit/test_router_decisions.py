@@ -9,9 +9,10 @@ back; each must be caught.
 from __future__ import annotations
 
 import functools
+import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 
@@ -48,9 +49,22 @@ from tercet.roles.router import decisions as module
 from tercet.roles.router.attempt import Attempt, Told
 from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
-from tercet.roles.router.effects import AbortLeg, Begun, End, Ended, Introduce, Ongoing, Part, StartLeg, Tell
+from tercet.roles.router.effects import (
+    AbortLeg,
+    AttemptEnd,
+    Begun,
+    End,
+    Ended,
+    Introduce,
+    Note,
+    Ongoing,
+    Part,
+    StartLeg,
+    Tell,
+)
 from tercet.roles.router.line import Line, Place
 from tercet.roles.router.policy import History
+from tercet.roles.router.record import Decision, again, decision_of, pairs_of
 from tercet.roles.router.waiting import ROOM_S, Waiting
 from tercet.spec import LimitsSpec
 
@@ -104,6 +118,7 @@ class Simulation:
         self.finishing = False
         kinds = ("retried", "rejected", "out of time", "nobody", "done", "died", "failed", "sick", "drained", "left")
         kinds += ("encoded", "forgotten", "shown again")
+        kinds += ("chosen", "encoders chosen", "refused", "noted rejected", "noted failed", "noted drained")
         self.cached: dict[WorkerView, set[bytes]] = {}  # what encode workers have
         self.seen = dict.fromkeys(kinds, 0)
         for role in self.roles:
@@ -131,12 +146,8 @@ class Simulation:
                     self.start(view, leg)
                 case AbortLeg(view, leg):
                     assert self.asked[leg.ticket.request_id].legs.pop(view) is leg, "a leg is aborted that does not run"
-                case Begun(ongoing, _):
-                    assert not self.asked[ongoing.name].trying, "two attempts at once"
-                    self.asked[ongoing.name].trying = True
-                case Ended(ongoing, _):
-                    assert self.asked[ongoing.name].trying, "an attempt ends twice"
-                    self.asked[ongoing.name].trying = False
+                case Begun(ongoing, _) | Ended(ongoing, _):
+                    self.turn(self.asked[ongoing.name], trying=isinstance(effect, Begun))
                 case Introduce(view, _):
                     assert view.info.role in self.roles[:-1]
                 case Part(view):
@@ -150,6 +161,30 @@ class Simulation:
                 case End(ongoing, error):
                     assert not self.asked[ongoing.name].trying, "the request has ended, and its attempt has not"
                     self.asked[ongoing.name].ends.append(error)
+                case Note(_, said):
+                    self.note(said)
+
+    def turn(self, asked: Asked, *, trying: bool) -> None:
+        assert asked.trying is not trying, "two attempts at once, or one that ends twice"
+        asked.trying = trying
+
+    def note(self, said: Decision | AttemptEnd) -> None:
+        if isinstance(said, Decision):
+            self.recompute(said)
+        else:
+            self.seen["noted " + said.how] += 1
+
+    def recompute(self, decision: Decision) -> None:
+        """The policy makes the same choice from the record alone, after its way to a client and back."""
+        self.seen["refused" if not decision.prefill else "encoders chosen" if decision.encode else "chosen"] += 1
+        if sum(self.seen.values()) % 32:  # it takes its time
+            return
+        told = decision_of(json.loads(json.dumps(asdict(decision))))
+        assert told == decision
+        assert again(told) == decision
+        if decision.prefill:
+            best = pairs_of(told)[0]
+            assert (best.prefill, best.decode, best.score) == (decision.prefill, decision.decode, decision.score)
 
     def start(self, view: WorkerView, leg: Leg) -> None:
         assert view.up, "a leg for a worker that is down"

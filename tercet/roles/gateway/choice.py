@@ -108,7 +108,7 @@ class Choice:
         metrics.prompt_sizes.observe(len(self.request.token_ids))
         metrics.generation_sizes.observe(self.num_tokens)
         if self.num_tokens > 1:
-            metrics.tpot.observe(self._tpot_s)
+            metrics.tpot.observe(self.tpot_s)
         if self.account is not None:
             metrics.stages(self.account)
 
@@ -118,18 +118,22 @@ class Choice:
         return 0 if self._prompt_only else self.num_tokens
 
     @property
-    def _tpot_s(self) -> float:
+    def ttft_s(self) -> float:
+        return self._first_at - self._arrived
+
+    @property
+    def tpot_s(self) -> float:
         return (self._last_at - self._first_at) / max(1, self.num_tokens - 1)
 
     @property
     def timings(self) -> Timings:
-        ttft_s = self._first_at - self._arrived
+        ttft_s = self.ttft_s
         if self.account is None:
-            return Timings(ttft_s, self._tpot_s)
+            return Timings(ttft_s, self.tpot_s)
         t = self.account.times
         return Timings(
             ttft_s,
-            self._tpot_s,
+            self.tpot_s,
             gateway_s=max(0.0, ttft_s - sum(t.of(stage) for stage in UNTIL_FIRST_TOKEN)),
             stages={stage: t.of(stage) for stage in STAGES},
             kv_bytes=t.kv_bytes,

@@ -23,6 +23,7 @@ from tercet.roles.gateway.choice import Choice
 from tercet.roles.gateway.image_files import Held, ImageFiles
 from tercet.roles.gateway.offloop import OffLoop
 from tercet.roles.gateway.quotas import Quotas
+from tercet.roles.gateway.records import Record, Records
 from tercet.roles.gateway.session import Session
 from tercet.roles.gateway.tokenising import Encoded, Tokenising
 from tercet.spec import LimitsSpec
@@ -38,6 +39,7 @@ class Frontend:
         self.model = model
         self.metrics = metrics
         self.offloop = OffLoop()
+        self.records = Records()
         self._backend = backend
         self._images = images
         self._tokenising = Tokenising(model, limits.max_chars_per_token, self.offloop)
@@ -64,11 +66,20 @@ class Frontend:
     @asynccontextmanager
     async def _admitted(self, ask: Ask, spend: Callable[[int], None]) -> AsyncGenerator[Session, None]:
         places = self._admit(ask)
+        with self.records.of(ask, self.model.name) as record:
+            async with self._running(ask, places, record, spend) as session:
+                yield session
+
+    @asynccontextmanager
+    async def _running(
+        self, ask: Ask, places: Places, record: Record, spend: Callable[[int], None]
+    ) -> AsyncGenerator[Session, None]:
         try:
             async with asyncio.timeout(ask.arrived + ask.timeout_s - time.monotonic()) as deadline:
                 self._live[ask.request_id] = deadline
                 with self._images.held() as held:
                     choices = await self._choices(ask, held)
+                    self.records.begin(record, choices)
                     session = Session(ask, choices, self._backend, self.metrics, places, spend)
                     spend(session.prompt_tokens)
                     yield session

@@ -31,6 +31,7 @@ from tercet.models.vision.sizes import ImageSizes, processor_settings
 from tercet.roles.gateway.ask import Backend, ServedModel
 from tercet.roles.gateway.clients import Door
 from tercet.roles.gateway.cors import Cors
+from tercet.roles.gateway.dashboard import Dashboard
 from tercet.roles.gateway.fetching import Fetcher
 from tercet.roles.gateway.frontend import Frontend
 from tercet.roles.gateway.grpc_api import SERVICE, InferenceService
@@ -118,6 +119,9 @@ class Gateway:
         images, fetcher = spec.gateway.images, fetcher or partial(Fetcher, spec.gateway.images)
         self._images = ImageFiles(images.cache_bytes, spec.limits.max_held_bytes, self._metrics, fetcher(self._metrics))
         self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics, self._images)
+        records = self._frontend.records
+        self._router.watch(records.note)
+        self._dashboard = Dashboard(spec, self._model.name, self.status, records)
         timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
         self._readiness = Readiness(self._router, self._model, timeout_s, shows=Role.ENCODE in spec.roles)
         connections = _connection_limits(spec.limits)
@@ -140,6 +144,7 @@ class Gateway:
             http_url = await self._start_http(stack)
             grpc_address = await self._start_grpc(stack)
             self._start_task(stack, asyncio.create_task(self._readiness.run()))
+            self._start_task(stack, asyncio.create_task(self._dashboard.series.run()))
             self._stack = stack.pop_all()
         return GatewayInfo(http_url, grpc_address)
 
@@ -150,6 +155,7 @@ class Gateway:
     def members_told(self, target: Mapping[str, int], members: Members) -> None:
         """What the controller wants, role -> workers, and what it last saw of each worker."""
         self._metrics.members_told(target, members)
+        self._dashboard.told(target, members)
 
     def experts_told(self, experts: Mapping[str, Sequence[ExpertRows]]) -> None:
         """What the controller last heard of each worker that has any."""
@@ -194,7 +200,7 @@ class Gateway:
         listen, metrics = self._spec.gateway.http, self._metrics
         cors = Cors(self._spec.gateway.cors_origins)
         generation = Generation(self._frontend, self._bodies)
-        api = HttpApi(self._frontend, self._router, self._readiness, generation, cors)
+        api = HttpApi(self._frontend, self._router, self._readiness, generation, self._dashboard, cors)
         # handler_cancellation: a client that goes away must free its blocks at once.
         runner = web.AppRunner(api.app(), handler_cancellation=True, shutdown_timeout=2.0)
         await runner.setup()

@@ -2,6 +2,7 @@
 
 POST /v1/chat/completions  /v1/completions      http_generation.py
 GET  /v1/models  /v1/models/{id}  /health  /ready  /metrics
+GET  /dashboard                                 dashboard.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from aiohttp import hdrs, web
 from tercet.metrics import encoder_for
 from tercet.roles.gateway.ask import Backend
 from tercet.roles.gateway.cors import Cors
+from tercet.roles.gateway.dashboard import Dashboard
 from tercet.roles.gateway.frontend import Frontend
 from tercet.roles.gateway.http_generation import Generation
 from tercet.roles.gateway.readiness import Readiness
@@ -24,12 +26,19 @@ class HttpApi:
     """The routes and what they need."""
 
     def __init__(
-        self, frontend: Frontend, backend: Backend, readiness: Readiness, generation: Generation, cors: Cors
+        self,
+        frontend: Frontend,
+        backend: Backend,
+        readiness: Readiness,
+        generation: Generation,
+        dashboard: Dashboard,
+        cors: Cors,
     ) -> None:
         self._frontend = frontend
         self._backend = backend
         self._readiness = readiness
         self._generation = generation
+        self._dashboard = dashboard
         self._cors = cors
         self._started = int(time.time())
 
@@ -47,6 +56,7 @@ class HttpApi:
             ("/metrics", self._exposition),
         ):
             app.router.add_get(path, get)
+        app.router.add_routes(self._dashboard.routes())
         if self._cors.on:
             app.router.add_options("/{path:.*}", self._cors.preflight)
         return app

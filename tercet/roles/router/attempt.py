@@ -35,8 +35,9 @@ def _without_files(images: Iterable[PromptImage]) -> tuple[PromptImage, ...]:
 class WorkerBusy(Exception):  # never leaves the router
     """A worker had no room after all."""
 
-    def __init__(self, worker: WorkerView) -> None:
+    def __init__(self, worker: WorkerView, outcome: Rejection | Overloaded) -> None:
         self.worker = worker
+        self.reason = outcome.reason if isinstance(outcome, Rejection) else str(outcome)
 
 
 class AttemptFailed(Exception):  # likewise
@@ -176,9 +177,9 @@ class Attempt:
         if isinstance(outcome, Done):
             return outcome
         if isinstance(outcome, Rejection):
-            raise WorkerBusy(self.plan.decode)
+            raise WorkerBusy(self.plan.decode, outcome)
         if isinstance(outcome, Overloaded):  # the prefill worker had no room after all
-            raise WorkerBusy(self.plan.prefill)
+            raise WorkerBusy(self.plan.prefill, outcome)
         assert isinstance(outcome, TercetError)
         raise AttemptFailed(view, outcome)
 
@@ -188,9 +189,9 @@ class Attempt:
         if self.committed or isinstance(outcome, Done | Cancelled):
             return
         if isinstance(outcome, Rejection):
-            raise WorkerBusy(view)
+            raise WorkerBusy(view, outcome)
         if isinstance(outcome, Overloaded):  # whom they are for turned the offer down
-            raise WorkerBusy(self.plan.prefill)
+            raise WorkerBusy(self.plan.prefill, outcome)
         assert isinstance(outcome, TercetError)
         raise AttemptFailed(view, outcome)
 
@@ -199,8 +200,8 @@ class Attempt:
         if isinstance(outcome, Done) and self.awaits_scores:
             raise AttemptFailed(view, ProtocolViolation(f"{view.info.worker_id} has not told the prompt's logprobs"))
         if isinstance(outcome, Rejection):
-            raise WorkerBusy(self.plan.prefill)
+            raise WorkerBusy(self.plan.prefill, outcome)
         if isinstance(outcome, Overloaded):  # the decode worker turned its offer down
-            raise WorkerBusy(self.plan.decode)
+            raise WorkerBusy(self.plan.decode, outcome)
         if isinstance(outcome, TercetError) and (self.awaits_scores or not self.committed):
             raise AttemptFailed(view, outcome)

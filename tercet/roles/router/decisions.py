@@ -172,14 +172,16 @@ class Decisions:
         """Start attempts from the front of the line while there is room; part from workers that have left."""
         effects: list[Effect] = []
         while (ongoing := self._waiting.next(self._places, now)) is not None:
+            before = ongoing.history.before()
             plan = plan_for(ongoing.request, ongoing.history, self.directory, self._holders)
             if plan is not None:
+                effects += ongoing.decided(before, self.directory, self._holders, plan, now)
                 effects += self._begin(ongoing, plan, now)
             elif (missing := missing_for(ongoing.request, self.directory)) and now > ongoing.give_up:
                 effects += self._end(ongoing, NoWorkers(f"no live worker of role {', '.join(missing)}"))
             else:
-                encoders = can_be_encoded(ongoing.request, self.directory)
-                self._waiting.refuse(ongoing, now, encoders=encoders)
+                self._waiting.refuse(ongoing, now, encoders=can_be_encoded(ongoing.request, self.directory))
+                effects += ongoing.decided(before, self.directory, self._holders, None, now)
         return effects + self._part()
 
     def _patience(self, request: GenerateRequest, now: float) -> float:
@@ -219,9 +221,10 @@ class Decisions:
             ongoing.history.busy.add(busy.worker)
             ongoing.awaits_encoder = busy.worker in ongoing.attempt.plan.encode
             ongoing.place.holds = True
+            effects += ongoing.ended(busy, now)
             effects += self._again(ongoing, now, Overloaded(f"{busy.worker.info.worker_id} had no room after all"))
         except AttemptFailed as failed:
-            effects += self._failed(ongoing, failed, now)
+            effects += [*ongoing.ended(failed, now), *self._failed(ongoing, failed, now)]
         return effects
 
     def _failed(self, ongoing: Ongoing, failed: AttemptFailed, now: float) -> list[Effect]:

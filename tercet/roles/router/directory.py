@@ -34,10 +34,10 @@ class Directory:
     def __init__(self, roles: Sequence[Role], capacity: Mapping[Role, int]) -> None:
         """roles: of a request's workers, in order; one if a worker does all. capacity: legs that a worker takes."""
         self.encodes = Role.ENCODE in roles
-        computing = [role for role in roles if role is not Role.ENCODE]
-        self.first, self.last = computing[0], computing[-1]
-        self._roles = tuple(roles)
-        self._capacity = capacity
+        self.computing = tuple(role for role in roles if role is not Role.ENCODE)
+        self.first, self.last = self.computing[0], self.computing[-1]
+        self.roles = tuple(roles)
+        self.capacity = capacity
         self.views: dict[str, WorkerView] = {}  # worker id -> its live incarnation
         self._leaving: list[WorkerView] = []  # no longer in the live set, but with legs that still run
 
@@ -66,18 +66,18 @@ class Directory:
         return [view for view in self.views.values() if view.up and view.info.role is role]
 
     def with_room(self, role: Role) -> list[WorkerView]:
-        most = self._capacity[role]
+        most = self.capacity[role]
         return [view for view in self.up(role) if view.legs < most]
 
     def introductions(self) -> Iterator[tuple[WorkerView, list[str]]]:
         """Workers, each with the endpoints of those of the next stage."""
-        for sends, gets in itertools.pairwise(self._roles):
+        for sends, gets in itertools.pairwise(self.roles):
             endpoints = [view.info.transfer_endpoint for view in self.up(gets)]
             yield from ((view, endpoints) for view in self.up(sends))
 
     def missing_roles(self) -> list[str]:
         """Roles without a live worker."""
-        return [role.value for role in self._roles if not self.up(role)]
+        return [role.value for role in self.roles if not self.up(role)]
 
     def live_pairs(self) -> set[tuple[Incarnation, ...]]:
         firsts, lasts = self.up(self.first), self.up(self.last)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from tercet.core import PromptImage, Role
@@ -52,6 +52,10 @@ class History:
     def is_blank(self) -> bool:
         """Whether it leaves the score of every pair as it is."""
         return self.keep is None and not self.strikes and not self.failures
+
+    def before(self) -> History:
+        """As it is now; a choice may change it."""
+        return replace(self, busy=set(self.busy))
 
     def failed(
         self, plan: Plan, reporter: WorkerView | None, error: TercetError, encoders: Sequence[WorkerView] = ()

@@ -13,7 +13,20 @@ from tercet.roles.router.attempt import RequestEvent
 from tercet.roles.router.attempts import Attempts
 from tercet.roles.router.decisions import Decisions
 from tercet.roles.router.directory import WorkerView
-from tercet.roles.router.effects import AbortLeg, Begun, Effect, End, Ended, Introduce, Ongoing, Part, StartLeg, Tell
+from tercet.roles.router.effects import (
+    AbortLeg,
+    Begun,
+    Effect,
+    End,
+    Ended,
+    Introduce,
+    Note,
+    Ongoing,
+    Part,
+    StartLeg,
+    Tell,
+    Watcher,
+)
 from tercet.roles.router.pairs import slow_pair
 from tercet.roles.router.policy import capacity
 from tercet.spec import ROLES_OF, ClusterSpec
@@ -39,6 +52,7 @@ class Router:
         self._heard: dict[Ongoing, _Heard] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._watcher: Watcher = lambda request, said: None
 
     # ---- the control path
 
@@ -81,6 +95,10 @@ class Router:
         pairs = {view.info.worker_id: view.pairs for view in directory.up(directory.first)}
         return slow_pair(pairs, [view.info.worker_id for view in directory.up(directory.last)], self._min_bandwidth)
 
+    def watch(self, watcher: Watcher) -> None:
+        """Have it told of each request which workers it gets, and how its attempts end. It must not raise."""
+        self._watcher = watcher
+
     # ---- the data path
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestEvent, None]:
@@ -113,6 +131,8 @@ class Router:
                     self._attempts.take(effect)
                 case AbortLeg(view, leg):
                     self._links[view].abort(leg)
+                case Note(ongoing, said):
+                    self._watcher(ongoing.request, said)
                 case Introduce(view, endpoints):
                     self._links[view].meet(endpoints)
                 case Part(view):
