@@ -1,4 +1,4 @@
-"""The scripts of deploy/ray start two Ray nodes here, with a token; the chart's script serves the chart's spec on them."""
+"""Scripts of deploy/ray start two Ray nodes here, with a token; the chart's own serves the chart's spec on them."""
 
 from __future__ import annotations
 
