@@ -27,8 +27,8 @@ KUBERAY = Path(os.environ.get("KUBERAY_SCHEMAS", ROOT.parent / "shared" / "kuber
 RELEASE = "demo"
 
 
-def run_helm(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([helm(), *words], capture_output=True, text=True, timeout=60, check=False)
+def run_helm(*words: str, binary: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([binary or helm(), *words], capture_output=True, text=True, timeout=60, check=False)
 
 
 def template(*words: str) -> str:

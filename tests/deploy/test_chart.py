@@ -17,6 +17,7 @@ from tercet.cluster.spec_file import load_spec
 from tercet.spec import ClusterSpec
 from tests.deploy import charts
 from tests.deploy.charts import CASES, CHART, HERE, ROOT, of_kind, rendered, spec_of
+from tests.deploy.tools import helm_3
 
 OLDEST, NEWEST = "1.28", "1.37"  # that the chart takes, and that the schemas are of
 RAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
@@ -51,6 +52,26 @@ def test_the_package_renders_as_the_folder_does(tmp_path):
     values = str(HERE / "cases" / "rayjob.yaml")
     again = charts.run_helm("template", charts.RELEASE, str(package), "--namespace", "inference", "-f", values)
     assert again.stdout == charts.text_of("rayjob")
+
+
+@pytest.mark.deploy  # for one more Helm to fetch
+@pytest.mark.parametrize("case", CASES)
+def test_helm_3_renders_the_same(case):
+    values = str(HERE / "cases" / f"{case}.yaml")
+    words = ["template", charts.RELEASE, str(CHART), "--namespace", "inference", "-f", values]
+    done = charts.run_helm(*words, binary=helm_3())
+    assert charts.without_chance(done.stdout) == charts.without_chance(charts.text_of(case))
+
+
+@pytest.mark.parametrize("case", ["plain", "rayjob", "secured"])
+def test_helm_tells_what_to_do_next(case):
+    values = str(HERE / "cases" / f"{case}.yaml")
+    done = charts.run_helm("install", charts.RELEASE, str(CHART), "--dry-run=client", "-f", values)
+    notes = done.stdout.partition("NOTES:\n")[2]
+    assert "helm -n default test demo" in notes
+    assert ("-c serve" in notes) == (case != "rayjob")
+    assert ("$KEY" in notes) == (case == "secured")
+    assert ("Whoever reaches the Service may call it" in notes) == (case != "secured")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -50,17 +50,27 @@ def cluster() -> Iterator[Cluster]:
 def started(machine: Machine) -> Cluster:
     token = machine.folder / "token"
     token.write_text("of-this-test\n")
-    gcs, jobs = free_port(), free_port()
-    machine.variables |= {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_MODE": "token", "RAY_PORT": str(gcs)}
-    here = "--node-ip-address=127.0.0.1"
-    agents = [f"--dashboard-agent-listen-port={free_port()}" for _ in range(2)]
-    for words in (
-        ["head.sh", here, f"--dashboard-port={jobs}", agents[0]],
-        ["node.sh", "127.0.0.1", "cpu", here, "--num-cpus=2", agents[1]],
-    ):
-        starting = machine.start(str(SCRIPTS / words[0]), *words[1:])  # not `run`: what it starts keeps its pipes
-        assert starting.wait(150) == 0, starting.log.read_text()
+    machine.variables |= {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_MODE": "token"}
+    jobs = starts(machine, "head.sh", gcs=True)
+    starts(machine, "node.sh", "127.0.0.1", "cpu", "--num-cpus=2")
     return Cluster(machine, f"127.0.0.1:{jobs}", *small_spec(machine.folder))
+
+
+def starts(machine: Machine, script: str, *words: str, gcs: bool = False) -> int:
+    """-> the port of the jobs API, if it is a head's. Ray gives a node 30 s, which a busy machine may exceed."""
+    for _ in range(3):
+        jobs = free_port()
+        ports = [f"--dashboard-agent-listen-port={free_port()}"]
+        if gcs:
+            machine.variables["RAY_PORT"] = str(free_port())
+            ports.append(f"--dashboard-port={jobs}")
+        # Not `run`: what it starts keeps its pipes open.
+        starting = machine.start(str(SCRIPTS / script), *words, "--node-ip-address=127.0.0.1", *ports)
+        if starting.wait(200) == 0:
+            return jobs
+        said = starting.log.read_text()
+        assert "timed out during startup" in said, said
+    raise AssertionError(said)
 
 
 def small_spec(folder: Path) -> tuple[Path, str]:

