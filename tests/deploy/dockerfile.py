@@ -104,18 +104,17 @@ ln -sf /usr/bin/python3 root/usr/local/bin/python  # which the base image has
 BARE = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def in_image(image: Path, inside: str, before: str = "", seconds: float = 1500.0) -> subprocess.CompletedProcess[str]:
+def in_image(
+    image: Path, inside: str, before: str, seconds: float, *isolation: str
+) -> subprocess.CompletedProcess[str]:
     """Run lines of bash in the root that `image` holds the changes of. `before` runs outside, once it is mounted.
 
     What is mounted, and what runs, ends with it.
     """
-    (image / "inside.sh").write_text(inside)
-    outside = (
-        f"{ENTER}\n{before}\ninstall -D inside.sh root/run/inside.sh\nexec chroot root bash -eo pipefail /run/inside.sh"
-    )
+    outside = f'{ENTER}\n{before}\nexec chroot root bash -eo pipefail -c "$INSIDE"'
     return subprocess.run(
-        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", outside],
-        env={**os.environ, "IMAGE": str(image), "PATH": BARE},
+        ["unshare", "--mount", "--pid", *isolation, "--fork", "--kill-child", "bash", "-c", outside],
+        env={**os.environ, "IMAGE": str(image), "INSIDE": inside, "PATH": BARE},
         capture_output=True,
         text=True,
         timeout=seconds,

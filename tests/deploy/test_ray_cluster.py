@@ -63,7 +63,7 @@ def starts(machine: Machine, script: str, *words: str, gcs: bool = False) -> int
         ports = [f"--dashboard-agent-listen-port={free_port()}"]
         if gcs:
             machine.variables["RAY_PORT"] = str(free_port())
-            ports.append(f"--dashboard-port={jobs}")
+            ports += [f"--dashboard-port={jobs}", f"--ray-client-server-port={free_port()}"]
         # Not `run`: what it starts keeps its pipes open.
         starting = machine.start(str(SCRIPTS / script), *words, "--node-ip-address=127.0.0.1", *ports)
         if starting.wait(200) == 0:
