@@ -134,16 +134,16 @@ done
 ip link set lo up
 """
 SERVES = """
-as_nobody() { setpriv --reuid 10001 --regid 10001 --clear-groups --inh-caps=-all env -i HOME=/home/tercet \
-  PATH=/opt/tercet/bin:/usr/bin:/bin XDG_CACHE_HOME=/var/cache/tercet HF_HOME=/var/cache/huggingface "$@"; }
-as_nobody id -u
-as_nobody touch /opt/tercet/written 2>&1 || true
-as_nobody python3 -c 'import tercet; print(tercet.__file__)'
-as_nobody tercet serve /etc/tercet/spec.yaml --set ray.address=local --set 'pools.cpu.labels={}' \\
+as_nobody=(setpriv --reuid 10001 --regid 10001 --clear-groups --inh-caps=-all env -i HOME=/home/tercet
+  PATH=/opt/tercet/bin:/usr/bin:/bin XDG_CACHE_HOME=/var/cache/tercet HF_HOME=/var/cache/huggingface)
+"${as_nobody[@]}" id -u
+"${as_nobody[@]}" touch /opt/tercet/written 2>&1 || true
+"${as_nobody[@]}" python3 -c 'import tercet; print(tercet.__file__)'
+"${as_nobody[@]}" tercet serve /etc/tercet/spec.yaml --set ray.address=local --set 'pools.cpu.labels={}' \\
   --set network.host=loopback > /tmp/log 2>&1 &
 until grep -q '^ready:' /tmp/log; do kill -0 $! || { cat /tmp/log; exit 1; }; sleep 1; done
-as_nobody python3 /etc/tercet/ask.py get http://127.0.0.1:8000/ready
-as_nobody python3 /etc/tercet/ask.py chat http://127.0.0.1:8000 What is the capital of France?
+"${as_nobody[@]}" python3 /etc/tercet/ask.py get http://127.0.0.1:8000/ready
+"${as_nobody[@]}" python3 /etc/tercet/ask.py chat http://127.0.0.1:8000 What is the capital of France?
 kill -TERM $!; wait $! && echo "ended as asked"
 cat /tmp/log; find /var/cache/tercet -name '*.so'
 """
