@@ -108,7 +108,7 @@ def kubernetes() -> dict[str, Schema]:
         "pools": any_key(POOL_NAME, POOL),
         "apiKey": SECRET,
         "tls": fields(
-            gateway=fields(secretName=NO_NAME, clientCa=FLAG, clientSecretName=NO_NAME),
+            gateway=fields(secretName=NO_NAME),
             workers=fields(secretName=NO_NAME, name={"type": "string", "minLength": 1}),
         ),
         "tracing": fields(

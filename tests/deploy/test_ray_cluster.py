@@ -1,4 +1,4 @@
-"""Scripts of deploy/ray start two Ray nodes here, with a token; the chart's own serves the chart's spec on them."""
+"""The scripts of deploy/ray start two Ray nodes with a token; the chart's script serves the chart's spec on them."""
 
 from __future__ import annotations
 

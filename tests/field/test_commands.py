@@ -183,6 +183,7 @@ def test_make_test_deploy_finds_what_it_runs():
         check=True,
     )
     assert "test_dashboard_page.py" in done.stdout
+    assert "test_image.py" in done.stdout
 
 
 def test_make_clean_removes_what_was_made_and_nothing_else(tmp_path):

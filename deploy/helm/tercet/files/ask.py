@@ -1,10 +1,9 @@
-"""Small requests to the gateway: a probe's, where the kubelet has no certificate to show, and that of `helm test`.
+"""Small requests to the gateway: whether it is ready, and that of `helm test`.
 
     ask.py get URL                 exit code 0 if the answer is 200
     ask.py chat URL QUESTION       asks it of the model that the gateway serves, prints the answer; 0 if there is one
 
 API_KEY: sent as a Bearer key. CA: file of authorities; without it the certificate is not checked, as the kubelet does.
-CLIENT_CERTIFICATE, CLIENT_KEY: files, shown to a gateway that asks for a client's certificate.
 """
 
 from __future__ import annotations
@@ -54,8 +53,6 @@ def trust() -> ssl.SSLContext:
     if ca is None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    if certificate := os.environ.get("CLIENT_CERTIFICATE"):
-        context.load_cert_chain(certificate, os.environ.get("CLIENT_KEY"))
     return context
 
 

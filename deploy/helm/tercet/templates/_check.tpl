@@ -43,16 +43,10 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Whoever asks a gateway that wants a key or a certificate has one. */}}
+{{/* Whoever asks a gateway that wants a key has one. */}}
 {{- define "tercet.checkAccess" -}}
 {{- $values := .Values -}}
 {{- if and $values.apiKey.secretName $values.monitoring.podMonitor.enabled (not $values.monitoring.podMonitor.apiKey.secretName) -}}
 {{- fail "monitoring.podMonitor.apiKey.secretName: /metrics takes a key where apiKey is set; name a Secret that has one" -}}
-{{- end -}}
-{{- if and $values.tls.gateway.clientCa (not $values.tls.gateway.secretName) -}}
-{{- fail "tls.gateway.clientCa: takes tls.gateway.secretName, whose ca.crt has the clients' authorities" -}}
-{{- end -}}
-{{- if and $values.tls.gateway.clientCa (not $values.tls.gateway.clientSecretName) -}}
-{{- fail "tls.gateway.clientSecretName: probes need a certificate where tls.gateway.clientCa is set; name a Secret with tls.crt and tls.key" -}}
 {{- end -}}
 {{- end -}}

@@ -62,10 +62,6 @@ volumes: {{- include "tercet.volumes" $node | nindent 2 }}
   command: {{ include "tercet.jobCommand" (list . "run") }}
   args: [--, tercet, serve, /etc/tercet/spec.yaml]
   env: {{- include "tercet.rayAuthEnv" . | nindent 4 }}
-    {{- if .Values.tls.gateway.clientCa }}
-    - {name: CLIENT_CERTIFICATE, value: /etc/tercet-probe/tls.crt}
-    - {name: CLIENT_KEY, value: /etc/tercet-probe/tls.key}
-    {{- end }}
   startupProbe: {{- include "tercet.gatewayProbe" (dict "root" . "path" "/health" "failures" (add $load 12)) | nindent 4 }}
   livenessProbe:  # a worker that died may take as long to come back
     {{- include "tercet.gatewayProbe" (dict "root" . "path" "/health" "failures" $load) | nindent 4 }}
@@ -76,18 +72,11 @@ volumes: {{- include "tercet.volumes" $node | nindent 2 }}
     - {name: serve-tmp, mountPath: /tmp}
     - {name: config, mountPath: /etc/tercet, readOnly: true}
     - {name: ray-token, mountPath: /etc/ray-token, readOnly: true}
-    {{- if .Values.tls.gateway.clientCa }}
-    - {name: probe-tls, mountPath: /etc/tercet-probe, readOnly: true}
-    {{- end }}
 {{- end -}}
 
 {{- define "tercet.gatewayProbe" -}}
 {{- $port := .root.Values.gateway.httpPort -}}
-{{- if .root.Values.tls.gateway.clientCa -}}
-exec: {command: [python3, /etc/tercet/ask.py, get, "https://127.0.0.1:{{ $port }}{{ .path }}"]}
-{{- else -}}
 httpGet: {path: {{ .path }}, port: {{ $port }}, scheme: {{ include "tercet.scheme" .root | upper }}}
-{{- end }}
 periodSeconds: 10
 timeoutSeconds: 5
 failureThreshold: {{ .failures }}

@@ -139,8 +139,5 @@ dnsPolicy: ClusterFirstWithHostNet
 {{- with $values.tls.gateway.secretName }}
 - {name: gateway-tls, secret: {secretName: {{ . }}, defaultMode: 0440}}
 {{- end }}
-{{- with $values.tls.gateway.clientSecretName }}
-- {name: probe-tls, secret: {secretName: {{ . }}, defaultMode: 0440}}
-{{- end }}
 {{- end }}
 {{- end -}}

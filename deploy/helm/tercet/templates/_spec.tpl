@@ -66,7 +66,6 @@
 {{- if .Values.apiKey.secretName }}{{ $_ := set $made "api_keys" (printf "/etc/tercet-keys/%s" .Values.apiKey.secretKey) }}{{ end -}}
 {{- if .Values.tls.gateway.secretName -}}
 {{- $tls := dict "certificate" "/etc/tercet-tls/tls.crt" "key" "/etc/tercet-tls/tls.key" -}}
-{{- if .Values.tls.gateway.clientCa }}{{ $_ := set $tls "client_ca" "/etc/tercet-tls/ca.crt" }}{{ end -}}
 {{- $_ := set $made "tls" $tls -}}
 {{- end -}}
 {{- toJson $made -}}
