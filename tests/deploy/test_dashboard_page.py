@@ -3,6 +3,7 @@ dark, wide and narrow; a worker that is killed, a gateway that is gone."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -17,7 +18,12 @@ import yaml
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tercet.errors import TercetError
-from tests.machine import Served, is_ready, new_machine, until
+from tercet.roles.gateway.gateway import Gateway
+from tercet.spec import GatewaySpec
+from tests.fakes.gateway import spec
+from tests.fakes.router import FakeRouter
+from tests.fakes.tokenizer import MODEL
+from tests.machine import Served, free_port, is_ready, new_machine, until
 
 pytestmark = [pytest.mark.deploy, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -44,10 +50,10 @@ def served() -> Iterator[Served]:
     machine = new_machine()
     try:
         path, port = machine.tiny_spec("shown")
-        spec = yaml.safe_load(path.read_text())
-        spec["roles"]["decode"] = spec["roles"]["decode"] | {"replicas": 2}
-        spec["ray"]["start_timeout_s"] = START_S
-        path.write_text(yaml.safe_dump(spec, sort_keys=False))
+        wanted = yaml.safe_load(path.read_text())
+        wanted["roles"]["decode"] = wanted["roles"]["decode"] | {"replicas": 2}
+        wanted["ray"]["start_timeout_s"] = START_S
+        path.write_text(yaml.safe_dump(wanted, sort_keys=False))
         process = machine.start("tercet", "serve", str(path))
         served = Served(machine, process, "shown", port)
         until(lambda: process.poll() is not None or "ready: " in served.log, START_S)
@@ -217,7 +223,43 @@ def test_a_killed_worker_and_a_gateway_that_is_gone(browser, served):
         expect(page.locator("#ready")).to_have_text("✕ unreachable")
         expect(page.locator("#picture .worker")).to_have_count(3)  # as it was
         it.shot("gone")
-        again = served.machine.start("tercet", "serve", str(served.machine.folder / "tiny.yaml"))
-        expect(page.locator("#ready")).to_have_text("● ready", timeout=1e3 * START_S)
-        expect(page.locator("#fault")).to_be_hidden()
-        assert again.poll() is None
+
+
+@contextmanager
+def small_gateway(port: int) -> Iterator[None]:
+    """A gateway over a fake router, at a port that is known before, on a loop of its own."""
+    started, stop = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        wanted = spec().model_copy(update={"gateway": GatewaySpec(http={"port": port}, grpc={"port": 0})})
+        gateway = Gateway(wanted, "token", FakeRouter(), MODEL)
+        await gateway.start()
+        started.set()
+        while not stop.is_set():
+            await asyncio.sleep(0.05)
+        await gateway.stop()
+
+    thread = threading.Thread(target=asyncio.run, args=(work(),))
+    thread.start()
+    try:
+        assert started.wait(30)
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_it_recovers_when_the_gateway_is_back(browser):
+    port = free_port()
+    with small_gateway(port):
+        it = Watched(browser, f"http://127.0.0.1:{port}", 1280, "light")
+        expect(it.page.locator("#ready")).to_have_text("● ready")
+    expect(it.page.locator("#fault")).to_contain_text("does not answer")
+    with small_gateway(port):
+        expect(it.page.locator("#ready")).to_have_text("● ready")
+        expect(it.page.locator("#fault")).to_be_hidden()
+        it.page.route("**/dashboard/state*", lambda route: route.fulfill(status=401, body="{}"))
+        expect(it.page.locator("#fault")).to_contain_text("asks for an API key")
+        it.page.unroute("**/dashboard/state*")
+        expect(it.page.locator("#fault")).to_be_hidden()
+        it.close()
