@@ -72,9 +72,6 @@ pytest-clusters:
 pytest-rest:
 	$(PYTEST) -m "not ray and not slow and not gpu and not deploy" $(addprefix --ignore=,$(APART) $(RANKS))
 
-chromium:  ## Install Debian's Chromium, for the tests of the dashboard
-	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
-
 slow: setup extras  ## The tests that take many minutes and are no part of `test`
 	$(BIN)/python -m pytest -m slow $(ARGS)
 

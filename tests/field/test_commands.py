@@ -59,6 +59,13 @@ RUN_BY = {
     "python -m benchmarks.gpu_check": f"{GPU}:test_the_check_runs_on_a_cpu",
     "python -m benchmarks.gpu": f"{GPU}:test_the_check_runs_on_a_cpu",
     "make soak": f"{HERE}:test_a_long_command_in_short",
+    "tercet keys add keys.yaml team-a --requests-per-minute 600 --tokens-per-minute 200000 --concurrent 16": (
+        "tests/unit/test_keys.py:test_the_command_draws_lists_and_removes"
+    ),
+    "tercet serve configs/local.yaml --set gateway.http.host=0.0.0.0 --set gateway.api_keys=keys.yaml "
+    "--set 'gateway.tls={certificate: server.pem, key: server.key}'": (
+        "tests/integration/test_ray_doors.py:test_who_has_the_key_and_trusts_the_certificate_gets_an_answer"
+    ),
     "tercet chat": ON_TINY,
     "tercet status": ON_TINY,
     "tercet top": ON_TINY,
