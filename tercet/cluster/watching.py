@@ -21,7 +21,7 @@ from rich.text import Text
 from tercet.client import Client
 from tercet.cluster import asking_gateway
 from tercet.cluster.explaining import list_table, seconds
-from tercet.errors import TercetError
+from tercet.errors import SpecError, TercetError
 
 EVERY_S = 1.0
 LISTED = 10  # requests
@@ -37,12 +37,11 @@ def look(gateway: Client) -> dict[str, Any]:
     return asking_gateway.state(gateway, time.time() - 3) | {"requests": asking_gateway.requests(gateway, LISTED)}
 
 
-def watch(ask: Callable[[], State], say: Callable[[str], None]) -> None:
-    """Until q or Ctrl-C. ask: raises TercetError while there is nobody to ask."""
+def watch(ask: Callable[[], State]) -> None:
+    """Until q or Ctrl-C. ask: raises TercetError while there is nobody to ask. Raises SpecError without a terminal."""
     console, state = Console(), None
     if not console.is_terminal:
-        say("this is no terminal; use --once or --json")
-        return
+        raise SpecError("top: this is no terminal; use --once or --json")
     with contextlib.suppress(KeyboardInterrupt), _keys() as pressed, Live(console=console, screen=True) as live:
         while True:
             fault: TercetError | None = None

@@ -259,7 +259,9 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     assert re.search(r"^ *worker-\d +decode +live", typed("tercet status"), re.MULTILINE)
     assert typed("tercet chat", "Hello\n\n").strip()
     assert "finished" in typed("tercet explain")
-    assert "--once" in typed("tercet top")  # this is no terminal
+    refused = machine.run("tercet", "top")
+    assert refused.returncode == 2
+    assert "this is no terminal; use --once" in refused.stderr
     assert re.search(r"^ *worker-\d +decode +live", typed("tercet top --once"), re.MULTILINE)
     assert typed("tercet scale decode 3") == "cluster typed: decode has 3 workers (worker-2, worker-3 came)\n"
     assert "worker-1 serves as prefill, in its process" in typed("tercet role set worker-1 prefill")

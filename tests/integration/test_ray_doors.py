@@ -84,6 +84,11 @@ def test_who_has_the_key_and_trusts_the_certificate_gets_an_answer(machine, shut
         done = chat(machine, served, wrong, trusts)
         assert done.returncode == 1
         assert says in done.stdout + done.stderr
+    machine.variables |= {"TERCET_API_KEY": key, "TERCET_CA": str(ca)}
+    for told in (("top", "--json"), ("explain", "--json")):
+        done = machine.run("tercet", *told, "--url", f"https://127.0.0.1:{served.http}")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)
     state = json.loads(machine.run("tercet", "status", "--name", "shut", "--json").stdout)
     pairs = [pair for worker in state["workers"].values() for pair in worker["load"]["pairs"]]
     assert {pair["transport"] for pair in pairs} == {"tcp"}
