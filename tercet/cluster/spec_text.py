@@ -22,7 +22,7 @@ Comments = Mapping[tuple[str, str], str]  # (class, field) -> what is said of it
 
 def spec_text(spec: ClusterSpec) -> str:
     """`load_spec` reads the same spec from it. What the spec does not say stands there with its default, as `#key`."""
-    return "\n".join(_lines(spec, _comments(), "", said=True)) + "\n"
+    return "\n".join(_lines(spec, field_comments(), "", said=True)) + "\n"
 
 
 def _lines(part: BaseModel, comments: Comments, indent: str, *, said: bool) -> Iterator[str]:
@@ -47,7 +47,7 @@ def _entry(name: str, value: Any, comment: str, comments: Comments, indent: str,
         yield f"{indent}{mark}{name}: {json.dumps(value)}{behind}"  # JSON is YAML
 
 
-def _comments() -> Comments:
+def field_comments() -> Comments:
     return {key: told for module in (base, role, gateway, cluster) for key, told in _comments_of(module).items()}
 
 

@@ -11,7 +11,7 @@ from tercet.spec.base import Frozen, Host, Port, Positive, Seconds, Text
 
 class ListenSpec(Frozen):
     host: Host = "127.0.0.1"
-    port: Port
+    port: Port  # 0: any free one; if only the host is said, 8000 for http and 50051 for grpc
 
 
 def _port(default: int) -> BeforeValidator:

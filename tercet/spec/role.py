@@ -129,7 +129,10 @@ def _batch_sizes(given: object) -> object:
 
 
 class RoleSpec(Frozen):
-    """Its own faults name their path within it; `cluster/spec_file.py` puts the role before it."""
+    """The workers of one role.
+
+    Its own faults name their path within it; `cluster/spec_file.py` puts the role before it.
+    """
 
     replicas: Annotated[int, Field(ge=1, le=4096)] = 1  # bounded: a cluster that serves searches for a placement
     pool: Name = "default"
