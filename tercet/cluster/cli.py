@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -163,12 +164,23 @@ def serve(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine can use: transports, accelerators, kernels; and what is missing for the others."""
-    from tercet.cluster.doctor import findings
+def doctor(
+    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Also what this spec names.")] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine can use: transports, with their speed, accelerators, kernels; and of SPEC its files, its
+    ports, and who would listen where."""
+    from tercet.cluster import doctor as checks
     from tercet.cluster.tables import doctor_table
 
-    Console().print(doctor_table(findings()))
+    checked = None if spec is None else load_spec(spec, settings or ())
+    with Console(stderr=True).status("looking at this machine, some seconds"), output.foreign_silenced():
+        found = [*([] if checked is None else checks.of_spec(checked)), *checks.findings()]
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in found]))
+    else:
+        Console().print(doctor_table(found))
 
 
 @app.command()

@@ -30,7 +30,7 @@ def check(spec: ClusterSpec, report: Callable[[str], None]) -> None:
     ClusterError, ModelError, SpecError."""
     for name, listen in (("http", spec.gateway.http), ("grpc", spec.gateway.grpc)):
         try:
-            _bind(listen)
+            bind(listen)
         except OSError as error:
             raise listen_error(listen.host, listen.port, error, f"gateway.{name}") from error
     _check_doors(spec, report)
@@ -154,7 +154,8 @@ def _memory_of(device: Device) -> int:
         raise UnsupportedSpec(f"accelerator: {device.kind}: the process that asked for its memory died") from error
 
 
-def _bind(listen: ListenSpec) -> None:
+def bind(listen: ListenSpec) -> None:
+    """Whether it can be. Raises OSError."""
     dual = listen.host == EVERYWHERE and socket.has_dualstack_ipv6()
     found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     for family, _, _, _, where in found:

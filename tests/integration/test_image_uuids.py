@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tercet.roles.gateway.clients import client_of
+from tercet.roles.gateway.clients import anybody
 from tercet.roles.gateway.image_files import ENTRY_BYTES
 from tercet.wire.gen import inference_pb2 as pb
 from tests.fakes.images import moved, picture
@@ -104,7 +104,7 @@ async def test_what_could_not_be_decoded_is_not_kept():
 
 async def test_the_cache_has_a_budget():
     """Three images, of which the one that was not asked for goes first."""
-    entry = len(picture()) + len(client_of(b"Bearer one", "")) + 1 + ENTRY_BYTES
+    entry = len(picture()) + len(anybody(b"Bearer one", "").client) + 1 + ENTRY_BYTES
     async with asking({"cache_bytes": 3 * entry}) as asked:
         for name in "abc":
             await asked.files(by_file(picture(5), name))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tercet.cluster import run_file
@@ -19,6 +22,7 @@ from tercet.errors import ClusterError, SpecError
 from tercet.transfer.transports.nixl import NixlTransport
 from tercet.transfer.transports.table import ALL, usable
 from tercet.transfer.transports.ucx import UcxTransport
+from tests.certificates import Authority
 
 ROOT = Path(__file__).parents[2]
 TERCET = Path(sys.executable).parent / "tercet"
@@ -145,6 +149,43 @@ def test_doctor_names_every_transport_and_what_it_lacks(monkeypatch):
     for name in ("accelerator gpu", "accelerator npu", "kernels native", "kernels triton"):
         assert name in shown.output
     assert "needs torch_npu, which is not installed" in shown.output
+
+
+def test_doctor_measures_what_moves_kv_here_and_says_it_as_json():
+    """As a process, since libraries of transports print."""
+    command = [str(Path(sys.executable).parent / "tercet"), "doctor", "--json"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert shown.returncode == 0, shown.stderr
+    found = {each["name"]: each for each in json.loads(shown.stdout)}
+    for name in ("shm", "tcp", "torch"):
+        assert re.search(r"can be used: \d+\.\d GB/s, \d+ us", found[f"transport {name}"]["told"])
+    assert f"torch {torch.__version__}" in found["versions"]["told"]
+
+
+def test_doctor_says_of_a_spec_what_is_here_and_who_would_listen_where(tmp_path):
+    (tmp_path / "keys.yaml").write_text("keys: []")
+    peer = Authority(tmp_path / "tls").peer()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        wanted = {
+            "gateway.http.port": port,
+            "gateway.grpc": "{host: 0.0.0.0, port: 0}",
+            "gateway.api_keys": tmp_path / "keys.yaml",
+            "gateway.tls": "{certificate: /none.pem, key: /none.key}",
+            "network": json.dumps({"host": "node", "tls": peer.model_dump()}),
+        }
+        sets = [part for key, value in wanted.items() for part in ("--set", f"{key}={value}")]
+        shown = CliRunner().invoke(app, ["doctor", "configs/local.yaml", *sets, "--json"])
+    assert shown.exit_code == 0, shown.exception
+    found = {each["name"]: each for each in json.loads(shown.stdout)}
+    assert not found["gateway.http"]["good"]
+    assert f"port {port} on 127.0.0.1 is in use" in found["gateway.http"]["told"]
+    assert "for whoever reaches it, with a key and TLS" in found["gateway.grpc"]["told"]
+    assert "has 0 keys" in found["gateway.api_keys"]["told"]
+    assert not found["gateway.tls"]["good"]
+    assert re.search(r"peers are tercet, by .*; TCP with it: \d+\.\d GB/s", found["network.tls"]["told"])
+    assert "on the address of their Ray node" in found["workers"]["told"]
+    assert "GB in 1 files" in found["model"]["told"]
 
 
 @pytest.mark.parametrize("command", [["plan"], ["validate", "--set", "ray.address=local"]])

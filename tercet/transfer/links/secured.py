@@ -65,6 +65,7 @@ class _Pump:
         spoken.setblocking(False)
         plain.setblocking(False)
         self._out, self._in = memoryview(b""), memoryview(b"")  # on their way to the peer, and from it
+        self._buffer = memoryview(bytearray(PIECE))  # of what comes
         self._deadline: float | None = None  # time.monotonic(), once our side will send no more
         self._blocked_by_write = False  # TLS waits for room in the kernel
 
@@ -102,20 +103,26 @@ class _Pump:
                     self._deadline = time.monotonic() + LAST_S
         if self._out:
             with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                self._out = self._out[self._spoken.send(self._out) :]
+                while self._out:  # TLS takes 16 KiB a call
+                    self._out = self._out[self._spoken.send(self._out) :]
 
     def _taken(self) -> memoryview:
-        self._blocked_by_write = False
+        """What has come; TLS gives 16 KiB a call."""
+        self._blocked_by_write, filled = False, 0
         try:
-            taken = self._spoken.recv(PIECE)
+            while filled < PIECE:
+                count = self._spoken.recv_into(self._buffer[filled:])
+                filled += count
+                if not count:
+                    break
         except ssl.SSLWantReadError:
-            return memoryview(b"")
+            return self._buffer[:filled]
         except ssl.SSLWantWriteError:
             self._blocked_by_write = True
-            return memoryview(b"")
-        if not taken:
+            return self._buffer[:filled]
+        if not filled:
             raise ConnectionError("the peer has ended")
-        return memoryview(taken)
+        return self._buffer[:filled]
 
     def _say_goodbye(self) -> None:
         """So that the peer can tell an end from a cut. What it still sends is not awaited."""
