@@ -151,12 +151,16 @@ def test_doctor_names_every_transport_and_what_it_lacks(monkeypatch):
     assert "needs torch_npu, which is not installed" in shown.output
 
 
-def test_doctor_measures_what_moves_kv_here_and_says_it_as_json():
-    """As a process, since libraries of transports print."""
-    command = [str(Path(sys.executable).parent / "tercet"), "doctor", "--json"]
+def doctor(*words):
+    """name -> finding. In a process of its own, since libraries of transports print."""
+    command = [str(Path(sys.executable).parent / "tercet"), "doctor", *words, "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert shown.returncode == 0, shown.stderr
-    found = {each["name"]: each for each in json.loads(shown.stdout)}
+    return {each["name"]: each for each in json.loads(shown.stdout)}
+
+
+def test_doctor_measures_what_moves_kv_here_and_says_it_as_json():
+    found = doctor()
     for name in ("shm", "tcp", "torch"):
         assert re.search(r"can be used: \d+\.\d GB/s, \d+ us", found[f"transport {name}"]["told"])
     assert f"torch {torch.__version__}" in found["versions"]["told"]
@@ -175,9 +179,7 @@ def test_doctor_says_of_a_spec_what_is_here_and_who_would_listen_where(tmp_path)
             "network": json.dumps({"host": "node", "tls": peer.model_dump()}),
         }
         sets = [part for key, value in wanted.items() for part in ("--set", f"{key}={value}")]
-        shown = CliRunner().invoke(app, ["doctor", "configs/local.yaml", *sets, "--json"])
-    assert shown.exit_code == 0, shown.exception
-    found = {each["name"]: each for each in json.loads(shown.stdout)}
+        found = doctor("configs/local.yaml", *sets)
     assert not found["gateway.http"]["good"]
     assert f"port {port} on 127.0.0.1 is in use" in found["gateway.http"]["told"]
     assert "for whoever reaches it, with a key and TLS" in found["gateway.grpc"]["told"]
