@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tercet import logs
 from tercet.cluster import bounded, output, run_file
+from tercet.cluster.changing_cli import register as register_changing
 from tercet.cluster.experts_cli import app as experts_app
 from tercet.cluster.keys_cli import app as keys_app
 from tercet.cluster.options import (
@@ -53,6 +54,7 @@ app = typer.Typer(
 app.add_typer(experts_app, name="experts")
 app.add_typer(keys_app, name="keys")
 register_watching(app)
+register_changing(app)
 
 
 def main() -> None:
@@ -175,7 +177,7 @@ def doctor(
     from tercet.cluster.tables import doctor_table
 
     checked = None if spec is None else load_spec(spec, settings or ())
-    with Console(stderr=True).status("looking at this machine, some seconds"), output.foreign_silenced():
+    with output.waiting("looking at this machine"), output.foreign_silenced():
         found = [*([] if checked is None else checks.of_spec(checked)), *checks.findings()]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))
@@ -239,40 +241,6 @@ def status(
 
 
 @app.command()
-def scale(
-    role: Annotated[str, typer.Argument(metavar="ROLE", help="encode, prefill, decode or aggregated.")],
-    replicas: Annotated[int, typer.Argument(metavar="N", help="Workers that the role is to have, at least 1.")],
-    name: ClusterName = None,
-    address: Address = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait until the cluster is so.")] = 180.0,
-) -> None:
-    """Change how many workers of a role there are, while the cluster serves."""
-    name, address = where(name, address)
-    from tercet.cluster.scale import scale as scale_cluster
-
-    output.say(scale_cluster(name, address, role, replicas, timeout))
-
-
-role_app = typer.Typer(help="Roles of single workers.", no_args_is_help=True)
-app.add_typer(role_app, name="role")
-
-
-@role_app.command("set")
-def set_role(
-    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its name, as `tercet status` shows it.")],
-    role: Annotated[str, typer.Argument(metavar="ROLE", help="encode, prefill, decode or aggregated.")],
-    name: ClusterName = None,
-    address: Address = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait until it serves in that role.")] = 180.0,
-) -> None:
-    """Give a worker another role, while the cluster serves."""
-    name, address = where(name, address)
-    from tercet.cluster.set_role import set_role as set_worker_role
-
-    output.say(set_worker_role(name, address, worker, role, timeout))
-
-
-@app.command()
 def chat(
     question: Annotated[str, typer.Argument(help="Ask this alone, and end.")] = "",
     image: Annotated[
@@ -303,7 +271,13 @@ def _serve(
     signals.install()  # before Ray is imported, which takes its time
     from tercet.cluster.serve import serve as serve_cluster
 
-    serve_cluster(spec, signals, output.report, ready, visit)
+    with output.waiting(f"starting cluster {spec.name}") as stands:
+
+        def is_ready(info: GatewayInfo) -> None:
+            stands()
+            ready(info)
+
+        serve_cluster(spec, signals, output.report, is_ready, visit)
 
 
 def _refuse_missing_transport(spec: ClusterSpec) -> None:

@@ -7,9 +7,10 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import typer
+from rich.console import Console
 
 from tercet import logs
 from tercet.spec import LoggingSpec
@@ -41,6 +42,21 @@ def foreign_silenced() -> Iterator[None]:
         ctypes.CDLL(None).fflush(None)  # what C keeps back
         os.dup2(own, 1)
         os.close(own)
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """Show on a terminal that something goes on, below the lines that come meanwhile, until what is given is called."""
+    console = Console(stderr=True)
+    if not console.is_terminal or _lines:
+        yield lambda: None
+        return
+    status = console.status(what)
+    status.start()
+    try:
+        yield status.stop
+    finally:
+        status.stop()
 
 
 def use(spec: LoggingSpec) -> None:
