@@ -6,9 +6,11 @@ import importlib
 import mmap
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar
 
@@ -17,12 +19,14 @@ import numpy as np
 from benchmarks.transfer_libraries import RIVALS
 from benchmarks.transfer_rivals import SOURCE, TARGET, Job, Side, timed
 from tercet.core import Ticket
+from tercet.tls import PeerTls
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.memory.region import SCRATCH, Region
 from tercet.transfer.mover.receiver import KvReceiver
 from tercet.transfer.mover.sender import KvSender
 from tercet.transfer.protocol import facts
 from tercet.transfer.transports.contract import MoverConfig, Transport
+from tests.certificates import Authority
 
 SMALL = "handover"  # one request of 16 tokens, SmolLM2's shape
 HANDOVER = KvLayout(layers=30, blocks=8, block_size=16, kv_heads=3, head_dim=64, dtype="bfloat16")
@@ -58,6 +62,7 @@ class Ours(Side):
 
     transport: ClassVar[str]
     integrity: ClassVar[bool]
+    secret: ClassVar[bool] = False  # behind mutual TLS
     paths: ClassVar[list[str]]  # of the pools; set in the process, as are
     sizes: ClassVar[dict[str, int]]  # shape -> bytes of a block
 
@@ -74,7 +79,8 @@ class Ours(Side):
         layouts = {name: layout_of(size, len(self.pools[SOURCE])) for name, size in self.sizes.items()}
         regions: dict[str, Region] = {name: Pool(layout, self.paths[self.rank]) for name, layout in layouts.items()}
         regions |= {SMALL: Region(HANDOVER)}
-        config = MoverConfig(f"rank-{self.rank}", "model", "token", 10.0, 2.0, self.integrity)
+        tls = self.tls() if self.secret else None
+        config = MoverConfig(f"rank-{self.rank}", "model", "token", 10.0, 2.0, self.integrity, tls=tls)
         if self.rank == TARGET:
             self.receivers = {
                 name: KvReceiver(config, EPOCH, region, [way()], self.events.put) for name, region in regions.items()
@@ -86,6 +92,14 @@ class Ours(Side):
                 name: KvSender(config, region, [way()], self.events.put) for name, region in regions.items()
             }
             self.small(1)
+
+    def tls(self) -> PeerTls:
+        if self.rank == TARGET:
+            self.link.send(Authority(Path(tempfile.mkdtemp(prefix="tercet-tls-"))).peer())
+            return PeerTls(self.link.recv())
+        spec = self.link.recv()
+        self.link.send(spec)
+        return PeerTls(spec)
 
     def ticket(self) -> Ticket:
         """The next one; both ranks count alike."""
@@ -141,6 +155,7 @@ def _ours() -> Iterator[tuple[str, type[Side]]]:
     for name in TRANSPORTS:
         for integrity in (False, True):
             yield name + " digests" * integrity, type("Ours", (Ours,), {"transport": name, "integrity": integrity})
+    yield "tcp TLS", type("Ours", (Ours,), {"transport": "tcp", "integrity": False, "secret": True})
 
 
 SIDES: dict[str, type[Side]] = dict(_ours()) | RIVALS

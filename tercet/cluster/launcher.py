@@ -84,7 +84,7 @@ class Actor:
 class Launcher:
     """Starts members, for the controller (`members.Starter`)."""
 
-    def __init__(self, cluster: str, cluster_token: str, home: Home, tls: PeerTlsSpec | None) -> None:
+    def __init__(self, cluster: str, cluster_token: str, home: Home, tls: PeerTlsSpec | None = None) -> None:
         """Raises SpecError for the files of `tls`."""
         self._cluster = cluster
         self._tls = None if tls is None else PeerTls(tls)
