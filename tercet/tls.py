@@ -68,6 +68,7 @@ class PeerTls:
 
     def _made(self) -> tuple[ssl.SSLContext, ssl.SSLContext, Files]:
         spec, path = self._spec, "network.tls"
+        files = Files(*(_bytes_of(each, path) for each in (spec.ca, spec.key, spec.certificate)))
         server = _server(spec, ["h2"], path)
         server.verify_mode = ssl.CERT_REQUIRED
         _load_authorities(server, spec.ca, f"{path}.ca")
@@ -75,7 +76,7 @@ class PeerTls:
         client.minimum_version = ssl.TLSVersion.TLSv1_2
         _load_own(client, spec.certificate, spec.key, path)
         _load_authorities(client, spec.ca, f"{path}.ca")
-        return server, client, Files(*(Path(each).read_bytes() for each in (spec.ca, spec.key, spec.certificate)))
+        return server, client, files
 
 
 def _server(spec: TlsSpec | PeerTlsSpec, protocols: Sequence[str], path: str) -> ssl.SSLContext:
@@ -84,6 +85,13 @@ def _server(spec: TlsSpec | PeerTlsSpec, protocols: Sequence[str], path: str) ->
     context.set_alpn_protocols(protocols)
     _load_own(context, spec.certificate, spec.key, path)
     return context
+
+
+def _bytes_of(file: str, path: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise SpecError(f"{path}: {file} cannot be read: {error.strerror}") from error
 
 
 def _load_own(context: ssl.SSLContext, certificate: str, key: str, path: str) -> None:

@@ -58,9 +58,11 @@ class _Counting(SpanExporter):
         self.dropped = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._inner.export(spans)
-        with self._lock:
-            self.waiting -= len(spans)
+        try:
+            result = self._inner.export(spans)
+        finally:
+            with self._lock:
+                self.waiting -= len(spans)
         if result is not SpanExportResult.SUCCESS:
             self.lose(len(spans))
         elif self._failing:

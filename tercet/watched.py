@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from tercet.errors import SpecError
-
 T = TypeVar("T")
 
 LOOK_EVERY_S = 1.0
+TRY_AGAIN_S = 10.0  # what failed and has not changed since
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +25,7 @@ class Watched(Generic[T]):
         self._paths, self._make = paths, make
         self._lock = threading.Lock()
         self._stamp, self._failed = _stamp(paths), ""
+        self._tried, self._again = self._stamp, 0.0
         self._value = make()
         self._looked = time.monotonic()
 
@@ -33,18 +33,19 @@ class Watched(Generic[T]):
     def value(self) -> T:
         with self._lock:
             if time.monotonic() - self._looked >= LOOK_EVERY_S:
-                self._look()
                 self._looked = time.monotonic()
+                self._look()
             return self._value
 
     def _look(self) -> None:
-        """A set of files is not replaced at once, so what failed is tried again."""
-        stamp = _stamp(self._paths)
-        if stamp == self._stamp:
+        """A set of files is not replaced at once, so what failed is tried again: at its next change, or later."""
+        stamp, now = _stamp(self._paths), time.monotonic()
+        if stamp == self._stamp or (stamp == self._tried and now < self._again):
             return
+        self._tried, self._again = stamp, now + TRY_AGAIN_S
         try:
             self._value, self._stamp, self._failed = self._make(), stamp, ""
-        except SpecError as error:
+        except Exception as error:  # noqa: BLE001  # whatever stands in the files, those who are let in stay so
             if str(error) != self._failed:
                 self._failed = str(error)
                 log.error("%s; what was read before stays in force", error)

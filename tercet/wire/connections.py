@@ -37,7 +37,7 @@ TURN_S = 1e-3  # of the processor, for one connection
 SWEEP_S = 1.0  # deadlines are looked at so often
 BACKLOG = 100
 SPARE = 16  # connections beyond the bound
-FAREWELL_S = 2.0  # for a client to end TLS as it should
+FAREWELL_S = 600.0  # for the last bytes over TLS; who takes none for as long as a head may take is cut off before
 
 log = logging.getLogger(__name__)
 
@@ -151,12 +151,12 @@ class Connections:
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
+        pause = min(SWEEP_S, *(s / 4 for s in self._limits.deadlines.values()))
+        self._sweeper = loop.call_later(pause, self._sweep)  # first: whatever follows, it goes on
         for phase, limit_s in self._limits.deadlines.items():
             for guard in self._overdue(self._waiting[phase], loop.time() - limit_s):
                 guard.overdue(limit_s)
         self._part_from_gone()
-        pause = min(SWEEP_S, *(s / 4 for s in self._limits.deadlines.values()))
-        self._sweeper = loop.call_later(pause, self._sweep)
 
     def _overdue(self, waiting: dict[Guard, float], before: float) -> list[Guard]:
         found = []
@@ -175,11 +175,11 @@ class Connections:
             if unread_s > self._limits.head_s:
                 guard.cut("sent_ahead")
             elif unread_s >= 0:
-                descriptor = guard.transport.get_extra_info("socket").fileno()
+                descriptor = guard.bare.get_extra_info("socket").fileno()
                 paused[descriptor] = guard
                 poll.register(descriptor, select.POLLRDHUP)
         for descriptor, _ in poll.poll(0):
-            paused[descriptor].transport.close()
+            paused[descriptor].part()
 
 
 class Guard(asyncio.BufferedProtocol):
@@ -249,7 +249,7 @@ class Guard(asyncio.BufferedProtocol):
 
     def overdue(self, limit_s: float) -> None:
         """The client has kept us waiting for `limit_s`, unless it is still reading its last answer."""
-        unsent = self.transport.get_write_buffer_size()
+        unsent = self._unsent_bytes()
         if self._phase is ConnectionPhase.IDLE and unsent and unsent != self._unsent:
             self._unsent = unsent
             self._enter(ConnectionPhase.IDLE)
@@ -260,8 +260,10 @@ class Guard(asyncio.BufferedProtocol):
 
     def unread_s(self, now: float) -> float:
         """For how long the inner protocol has not wanted to read, as far as was asked; negative: it reads."""
-        if self.transport.is_reading() or self.transport.is_closing():
+        if self.bare.is_closing() or (not self.transport.is_closing() and self.transport.is_reading()):
             return -1.0
+        if self.transport.is_closing() and (unsent := self.bare.get_write_buffer_size()) != self._unsent:
+            self._unsent, self._unread_since = unsent, None  # TLS ends, and its last bytes are on their way
         if self._unread_since is None:
             self._unread_since = now
         return now - self._unread_since
@@ -270,25 +272,40 @@ class Guard(asyncio.BufferedProtocol):
         """Say why, if the client is in the middle of a request, and close; what it does not take at once is dropped."""
         self.fault(reason)
         self._connections.forget(self, self._phase)
-        if self._handshake is not None:  # no word of ours could be read
-            self.transport.abort()
+        secured = self.transport is not self.bare
+        if (self._tls is not None and not secured) or (secured and self.transport.is_closing()):
+            self.bare.abort()  # before the handshake's end no word of ours could be read, and then it was said
             return
-        if not self.transport.get_write_buffer_size() and not self.transport.is_closing():
+        if not self._unsent_bytes() and not self.transport.is_closing():
             self.transport.write(self._guarded.farewell(error if self._phase is not ConnectionPhase.IDLE else None))
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
+        if self._unsent_bytes():
+            self.bare.abort()
         elif not self.transport.is_closing():
             self.transport.close()
+
+    def part(self) -> None:
+        """From a client that has gone."""
+        if self._tls is None:
+            self.transport.close()
+        else:
+            self.bare.abort()
 
     def leave(self) -> None:
         """Do not wait for the client to end TLS, as it should."""
         if self._tls is not None:
-            self.transport.abort()
+            self.bare.abort()
+
+    def _unsent_bytes(self) -> int:
+        """TLS counts neither what is below it, nor, once it is closing, anything."""
+        below = self.bare.get_write_buffer_size()
+        if self.transport is self.bare or self.transport.is_closing():
+            return below
+        return below + self.transport.get_write_buffer_size()
 
     # ---- what the transport says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = self.bare = cast("asyncio.Transport", transport)  # bare: below TLS
         try:
             self._connections.admit(self)
         except Overloaded as error:
@@ -308,7 +325,9 @@ class Guard(asyncio.BufferedProtocol):
 
     async def _secure(self, tls: ServerTls) -> None:
         """The handshake, in the time that a head has; the connection counts meanwhile."""
-        loop, bare = asyncio.get_running_loop(), self.transport
+        loop, bare = asyncio.get_running_loop(), self.bare
+        if bare.is_closing():  # cut off before this began
+            return
         try:
             secured = await loop.start_tls(
                 bare,

@@ -96,23 +96,22 @@ class WorkerLink:
 
     async def _keep_connected(self) -> None:
         while True:
-            async with self._channel() as channel:
-                stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]  # generated code
-                try:
-                    await self._converse(stub)
-                except grpc.aio.AioRpcError as error:
-                    self.fault = f"{error.code().name}: {error.details()}"
-                except PeerMismatch as error:
-                    self.fault = str(error)
-                except asyncio.CancelledError:
-                    # Ours, when the task is being cancelled; else the watch cut a silent stream.
-                    if (task := asyncio.current_task()) is not None and task.cancelling():
-                        raise
-                    self.fault = f"silent for {SILENT_S} s"
-                except Exception as error:  # of our own, or a report that cannot be read: the next stream is a new try
-                    log.exception("the stream to %s failed", self.info.worker_id)
-                    self.fault = f"unexpected {type(error).__name__}: {error}"
-                await asyncio.sleep(RECONNECT_S)
+            try:
+                async with self._channel() as channel:
+                    await self._converse(worker_pb2_grpc.WorkerStub(channel))  # type: ignore[no-untyped-call]  # generated
+            except grpc.aio.AioRpcError as error:
+                self.fault = f"{error.code().name}: {error.details()}"
+            except PeerMismatch as error:
+                self.fault = str(error)
+            except asyncio.CancelledError:
+                # Ours, when the task is being cancelled; else the watch cut a silent stream.
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise
+                self.fault = f"silent for {SILENT_S} s"
+            except Exception as error:  # of our own, or a report that cannot be read: the next stream is a new try
+                log.exception("the stream to %s failed", self.info.worker_id)
+                self.fault = f"unexpected {type(error).__name__}: {error}"
+            await asyncio.sleep(RECONNECT_S)
 
     def _channel(self) -> grpc.aio.Channel:
         """A new one for each stream: certificates may have been renewed."""

@@ -352,3 +352,74 @@ async def test_plain_bytes_and_noise_end_the_connection_alone(behind_tls, author
     credentials = grpc.ssl_channel_credentials(authority.path.read_bytes())
     async with grpc.aio.secure_channel(behind_tls[1].grpc_address, credentials) as channel:
         assert await call(channel, "/grpc.health.v1.Health/Check") is grpc.StatusCode.OK
+
+
+def tls_client(address, receive=None):
+    """A connection over TLS that is in nobody's hands but ours."""
+    host, port = address.removeprefix("https://").split(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    bare = socket.socket()
+    if receive is not None:
+        bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    bare.settimeout(20)
+    bare.connect((host, int(port)))
+    return context.wrap_socket(bare)
+
+
+async def test_an_answer_comes_whole_over_tls_to_a_slow_reader_whose_connection_ends_behind_it(router, authority):
+    router.script = lambda request: b"x" * 200_000
+    doors = {"tls": authority.gateway()}
+    async with running(router, doors=doors, max_chars_per_token=10**6) as (_, info):
+
+        def slowly():
+            body = b'{"prompt": "x", "max_tokens": 120, "ignore_eos": true, "logprobs": 5}'
+            head = "POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
+            with tls_client(info.http_url, receive=4096) as client:
+                client.sendall(head.encode() + body)
+                time.sleep(3)
+                got = b""
+                while piece := client.recv(1000):
+                    got += piece
+            return got
+
+        answer = await asyncio.to_thread(slowly)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        length = int(dict(line.split(b": ") for line in head.split(b"\r\n")[1:])[b"Content-Length"])
+        assert len(body) == length
+
+
+async def test_who_ends_tls_and_does_not_read_holds_nothing(router, authority):
+    """Its answers lie below TLS, where TLS does not count them."""
+    limits = {"head_timeout_s": 0.5, "idle_timeout_s": 1.0, "max_connections": 4}
+    async with running(router, doors={"tls": authority.gateway()}, **limits) as (gateway, info):
+
+        def clog():
+            client = tls_client(info.http_url, receive=4096)
+            ask = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+            client.setblocking(False)
+            with contextlib.suppress(ssl.SSLWantWriteError, ssl.SSLWantReadError, BlockingIOError):
+                for _ in range(3000):
+                    client.send(ask * 20)
+            client.settimeout(1)
+            with contextlib.suppress(OSError):
+                client.send(b"POST /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 10\r\n\r\n")
+            with contextlib.suppress(OSError):
+                client.settimeout(0.2)
+                client.unwrap()  # says that it ends, and reads nothing
+            return client
+
+        clients = [await asyncio.to_thread(clog) for _ in range(4)]
+        started = time.monotonic()
+        while len(gateway._connections):
+            assert time.monotonic() - started < 30, "connections that nobody closes"
+            await asyncio.sleep(0.1)
+        assert gateway._connections._sweeper.when() > asyncio.get_running_loop().time() - 5  # it still looks
+        async with (
+            aiohttp.ClientSession(info.http_url) as http,
+            http.get("/v1/models", ssl=trusting(authority)) as answer,
+        ):
+            assert answer.status == 200
+        for client in clients:
+            client.close()

@@ -97,6 +97,32 @@ def test_the_end_comes_behind_all_that_was_sent(tls):
     theirs.close()
 
 
+def test_the_last_words_go_out_also_where_the_peer_speaks_meanwhile(tls):
+    for _ in range(30):
+        ours, theirs = pair_of(tls)
+        theirs.settimeout(10)
+        stop = threading.Event()
+
+        def chatter(theirs=theirs, stop=stop):
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    theirs.sendall(b"ack")
+
+        thread = threading.Thread(target=chatter)
+        thread.start()
+        ours.sendall(b"y" * 100_000)
+        ours.shutdown(socket.SHUT_RDWR)
+        ours.close()
+        got = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := theirs.recv(1 << 16):
+                got += len(piece)
+        stop.set()
+        theirs.close()
+        thread.join(10)
+        assert got == 100_000
+
+
 def test_a_peer_that_is_cut_is_seen(tls):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dialled = socket.create_connection(listener.getsockname(), 5)

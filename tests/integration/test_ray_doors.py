@@ -120,7 +120,7 @@ def test_files_that_are_wrong_are_one_line(machine):
     for setting, says in (
         ("gateway.api_keys=/none.yaml", "/none.yaml: cannot be read"),
         ("gateway.tls={certificate: /none.pem, key: /none.key}", "gateway.tls: /none.pem and /none.key are no cert"),
-        ("network.tls={certificate: /a.pem, key: /a.key, ca: /ca.pem}", "network.tls: /a.pem and /a.key are no cert"),
+        ("network.tls={certificate: /a.pem, key: /a.key, ca: /ca.pem}", "network.tls: /ca.pem cannot be read"),
     ):
         done = machine.run("tercet", "serve", str(spec), "--set", setting, "--set", f"gateway.http.port={free_port()}")
         assert done.returncode == 2

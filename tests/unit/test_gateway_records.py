@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from contextlib import ExitStack
 
 import pytest
 
@@ -134,3 +135,19 @@ def test_the_ring_has_an_end():
     for second in range(POINTS + 50):
         series.tick(float(second), float(second))
     assert len(series.since(-1.0)) == POINTS
+
+
+def test_requests_that_are_forgotten_while_they_run_leave_nothing_behind():
+    """Their rows are not counted when they end, else newer ones would have no room in the end."""
+    records = Records(most=4, most_rows=8 * len(ROWS))
+    with ExitStack() as stack:
+        for number in range(50):
+            record = stack.enter_context(records.of(ask(f"long-{number}"), "m"))
+            choice = choice_of()
+            records.begin(record, [choice])
+            records.note(choice.request, decision())
+            run(records, f"meanwhile-{number}")
+    for number in range(20):
+        run(records, f"short-{number}", notes=1)
+    assert len(records.listing()) == 4
+    assert records._rows == 4 * len(ROWS)

@@ -65,6 +65,8 @@ def test_a_page_may_give_it_as_a_password(file):
     ("text", "says"),
     [
         ("keys: [", "is no YAML"),
+        ("keys: [{name: 2026-02-30}]", "is no YAML: ValueError"),
+        ("keys: " + "[" * 5000, "is no YAML|keys"),
         ("- 1", "valid dictionary"),
         ("keyz: []", "keyz"),
         ([{"name": "a"}], "keys.0.sha256: Field required"),
@@ -76,7 +78,7 @@ def test_a_page_may_give_it_as_a_password(file):
         ([{**GOOD, "rpm": 4}], "keys.0.rpm"),
         ([GOOD, GOOD], "team-a is there twice"),
         ([GOOD, {**GOOD, "name": "b"}], "is there twice"),
-        ("x" * (5 << 20), "more than"),
+        ("x" * (2 << 20), "more than"),
     ],
 )
 def test_a_faulty_file_is_refused_by_what_is_wrong(tmp_path, text, says):

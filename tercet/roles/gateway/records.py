@@ -215,8 +215,9 @@ class Records:
             self.running.pop(id(choice.request), None)
         record.end(error)
         self.on_end(record, kept)
-        self._rows += sum(each.rows for each in record.choices)
-        while len(self._records) > self._most or self._rows > self._most_rows:
+        if self._records.get(record.request_id) is record:  # else newer ones have taken its place
+            self._rows += sum(each.rows for each in record.choices)
+        while self._records and (len(self._records) > self._most or self._rows > self._most_rows):
             self._forget(next(iter(self._records)))
 
     def _forget(self, request_id: str) -> None:

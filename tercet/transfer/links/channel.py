@@ -127,7 +127,7 @@ class Channel:
     def shutdown(self) -> None:
         """End the stream, which wakes threads that wait on it. From any thread, any number of times."""
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # TLS's own would take its state from under a reader
 
     def close(self) -> None:
         self.sock.close()

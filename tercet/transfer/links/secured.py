@@ -25,11 +25,15 @@ LAST_S = 5.0  # for the last bytes to a peer that does not take them
 
 
 def wrapped(sock: socket.socket, tls: PeerTls, *, dialled: bool) -> ssl.SSLSocket:
-    """A connection before its handshake. It has the socket from now on."""
-    tune_tcp(sock)
-    if dialled:
-        return tls.client().wrap_socket(sock, do_handshake_on_connect=False, server_hostname=tls.name)
-    return tls.server().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+    """A connection before its handshake. It has the socket from now on. Raises PeerDown."""
+    try:
+        tune_tcp(sock)
+        if dialled:
+            return tls.client().wrap_socket(sock, do_handshake_on_connect=False, server_hostname=tls.name)
+        return tls.server().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+    except (OSError, ValueError) as error:  # it is gone already
+        sock.close()
+        raise PeerDown(f"the TLS handshake broke: {error}") from error
 
 
 def secured(spoken: ssl.SSLSocket, tls: PeerTls) -> socket.socket:
@@ -92,8 +96,12 @@ class _Pump:
         if not self._in:
             self._in = self._taken()
         if self._in:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 self._in = self._in[self._plain.send(self._in) :]
+            except BlockingIOError:
+                return
+            except BrokenPipeError:  # our side has ended; what it sent before still goes out
+                self._in = memoryview(b"")
 
     def _to_peer(self) -> None:
         if not self._out:

@@ -119,7 +119,10 @@ class Acceptor:
         if (tls := self._config.tls) is None or channel.is_local:
             return channel
         channel.settimeout(HANDSHAKE_S)
-        spoken = wrapped(channel.sock, tls, dialled=False)
+        try:
+            spoken = wrapped(channel.sock, tls, dialled=False)
+        except PeerDown as error:
+            raise _Gone from error
         with self._stranger(Channel(spoken)):
             return Channel(secured(spoken, tls), over_tls=True)
 

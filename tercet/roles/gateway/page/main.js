@@ -119,8 +119,16 @@ function start() {
   $('close').addEventListener('click', () => $('detail').close());
   $('detail').addEventListener('close', closed);
   $('detail').addEventListener('click', (event) => event.target === $('detail') && $('detail').close());
-  if (location.hash.length > 1) open(decodeURIComponent(location.hash.slice(1)));
+  if (location.hash.length > 1) open(decoded(location.hash.slice(1)));
   run();
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 start();
