@@ -17,6 +17,7 @@ def full_metrics() -> Metrics:
     metrics = Metrics(lambda: {"w": LOAD}, lambda: infos, {"name": "c", "topology": "pd", "model": "m"})
     metrics.watch_connections(lambda: 1, lambda: {"idle": 1})
     metrics.watch_state(lambda: True, lambda: 0)
+    metrics.watch_spans(lambda: 0)
     metrics.members_told({"decode": 1}, {"w": {"role": "decode", "state": "live"}})
     metrics.experts_told({"w": [ExpertRows(0, (0, 1), (2, 3), (2, 3), (0,), 0)]})
     solved = {"solves": 1, "failures": 0, "seconds": 0.1, "gap": 0.0, "gain": 0.1}

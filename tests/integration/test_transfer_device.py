@@ -22,7 +22,7 @@ from tercet.core import Role
 from tercet.engine.kv_cache import cache_of
 from tercet.errors import ClusterError, PeerDown, PeerMismatch, ProtocolViolation, SpecError, UnsupportedSpec
 from tercet.kernels.kinds import Kernels
-from tercet.roles import computing, memory
+from tercet.roles import computing, memory, part
 from tercet.spec import ClusterSpec, TransferSpec
 from tercet.transfer.memory.device import DeviceUnits
 from tercet.transfer.memory.layout import KvLayout, Pair, Units, runs_of
@@ -216,7 +216,7 @@ async def test_the_tokens_are_those_of_host_memory(cls, monkeypatch):
         return regions[-1]
 
     monkeypatch.setattr(computing, "region_of", region_of)
-    monkeypatch.setattr(computing, "usable", lambda name: [cls()])
+    monkeypatch.setattr(part, "usable", lambda name, tls: [cls()])
     async with cluster(spec_of("pd", source=tiny_model())) as made:
         assert await tokens(made) == expected
         result = (await made.generate(prompts[-1], max_tokens=2))[1]

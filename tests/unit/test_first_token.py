@@ -15,6 +15,7 @@ from tercet.errors import InvalidRequest, ProtocolViolation
 from tercet.roles.decode import Decode, _Incoming
 from tercet.roles.first_token import FirstToken
 from tercet.roles.legs import Legs
+from tercet.tracing import UNTRACED
 from tercet.transfer.protocol.facts import Complete, Noted, Quiesced, ReceiveFailed
 
 TICKET = Ticket("r0", 0, 1)
@@ -82,7 +83,13 @@ async def decode():
     stream = SimpleNamespace(failed=lambda _, error: made.failed.append(error), token=None)
     timer = SimpleNamespace(cancel=lambda: None)
     active = SimpleNamespace(
-        leg=leg, ticket=TICKET, stream=stream, timer=timer, sequence=Sequence(TICKET, [1], 1, None), unseen={}
+        leg=leg,
+        ticket=TICKET,
+        stream=stream,
+        timer=timer,
+        sequence=Sequence(TICKET, [1], 1, None),
+        unseen={},
+        span=UNTRACED,
     )
     made.legs._active[TICKET] = active
     made._incoming[TICKET] = _Incoming(active)

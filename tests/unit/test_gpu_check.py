@@ -169,6 +169,7 @@ def test_the_wheels_are_few_and_all_that_is_missing(repository):
         "torchgen": "torch",
         "py": "pytest",
         "PIL": "pillow",
+        "opentelemetry": "opentelemetry-api",
     }
     wanted = {names.get(name, name).replace("_", "-") for name in loaded.stdout.split() if not name.startswith("_")}
     # What libraries try to import, and go on without.

@@ -81,6 +81,7 @@ class Observer:
         if access.isEnabledFor(level):
             about = logs.about(observed.request_id, observed.span, **self._fields(observed))
             access.log(level, "%s", observed.route, extra=about)
+        observed.error = observed.session = None  # an error holds what was alive where it was raised
 
     def _fields(self, observed: Observed) -> dict[str, Any]:
         told: dict[str, Any] = {

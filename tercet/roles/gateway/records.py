@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tercet.core import STAGES, GenerateRequest
-from tercet.errors import Cancelled, TercetError, UnknownRequest, UserError, as_named
+from tercet.errors import Cancelled, InternalError, TercetError, UnknownRequest, UserError
 from tercet.roles.gateway.ask import Ask, Timings
 from tercet.roles.gateway.choice import Choice
 from tercet.roles.router.effects import AttemptEnd
@@ -102,10 +102,10 @@ class Record:
         if isinstance(error, asyncio.CancelledError | GeneratorExit | Cancelled | ConnectionError):
             self.state, self.code = CANCELLED, Cancelled.code()
         elif isinstance(error, Exception):
-            named = error if isinstance(error, TercetError) else as_named(error, self.request_id)
-            self.code = named.code()
-            # What is said of a wrong request may quote it.
-            self.message = "" if isinstance(named, UserError) else str(named)[:MOST_MESSAGE]
+            known = isinstance(error, TercetError)
+            self.code = error.code() if isinstance(error, TercetError) else InternalError.code()
+            # What is said of a wrong request may quote it, and what others raise may, too.
+            self.message = str(error)[:MOST_MESSAGE] if known and not isinstance(error, UserError) else ""
 
     def summary(self) -> dict[str, Any]:
         """A line of a list."""
