@@ -22,6 +22,7 @@ from tercet.errors import PeerDown, ProtocolViolation, TercetError, TransferErro
 from tercet.roles import peers as roles
 from tercet.roles.legs import Legs
 from tercet.roles.prefill import Prefill
+from tercet.tracing import UNTRACED
 from tercet.transfer.links.channel import Channel
 from tercet.transfer.memory.layout import KvLayout
 from tercet.transfer.mover import acceptor, dialer
@@ -226,6 +227,7 @@ class Leg:
         self.peer, self.leg, self.stream, self.timer = peer, self, self, self
         self.ticket = ticket_of(number)
         self.sequence = Sequence(self.ticket, [1] * 16, 16, None)
+        self.span, self.images = UNTRACED, ()
 
     def cancel(self) -> None: ...
 
