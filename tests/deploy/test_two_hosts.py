@@ -201,9 +201,7 @@ asyncio.run(main())
 def test_nothing_but_peers_gets_a_word_from_the_ports_between_hosts(serving):
     """What listens on the cable speaks TLS, or is Ray's, which takes a token."""
     told = serving.on("tc-b", "ss", "-ltnpH").stdout
-    ours = [
-        line.split()[3] for line in told.splitlines() if "ray::WorkerActor" in line and line.split()[3].startswith(B)
-    ]
+    ours = [line.split()[3] for line in told.splitlines() if "ray::WorkerAct" in line and line.split()[3].startswith(B)]
     assert ours
     for address in ours:
         host, port = address.rsplit(":", 1)
