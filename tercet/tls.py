@@ -1,6 +1,6 @@
 """TLS of our ports, from files that are read again when they change.
 
-GatewayTls   what the gateway shows to clients, and which of them may connect
+GatewayTls   what the gateway shows to clients
 PeerTls      what gateway and workers show to each other: each has a certificate of the same authority, with the
              same name, whatever its address is
 """

@@ -83,8 +83,7 @@ class Connections:
     """Event loop only. `closed` counts by reason what was not closed by the client or its request."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
-        self._limits = limits
-        self.head_s = limits.head_s
+        self.limits = limits
         self._all: set[Guard] = set()
         # Insertion order is age: the first of each phase has waited longest.
         self._waiting: dict[ConnectionPhase, dict[Guard, float]] = {phase: {} for phase in ConnectionPhase}
@@ -123,7 +122,7 @@ class Connections:
 
     def admit(self, guard: Guard) -> None:
         """Make room for one more. Raises Overloaded when every connection is being served."""
-        if len(self._all) >= self._limits.most + SPARE:
+        if len(self._all) >= self.limits.most + SPARE:
             oldest = next((guard for phase in ConnectionPhase for guard in self._waiting[phase]), None)
             if oldest is None:
                 raise self._full()
@@ -132,11 +131,11 @@ class Connections:
 
     def serve(self) -> None:
         """One more is to be served. Raises Overloaded when as many are as may be."""
-        if len(self._all) - sum(map(len, self._waiting.values())) >= self._limits.most:
+        if len(self._all) - sum(map(len, self._waiting.values())) >= self.limits.most:
             raise self._full()
 
     def _full(self) -> Overloaded:
-        return Overloaded(f"all {self._limits.most} connections are in use (limits.max_connections)")
+        return Overloaded(f"all {self.limits.most} connections are in use (limits.max_connections)")
 
     def wait(self, guard: Guard, phase: ConnectionPhase) -> None:
         """The guard waits for its client from now on."""
@@ -151,9 +150,9 @@ class Connections:
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
-        pause = min(SWEEP_S, *(s / 4 for s in self._limits.deadlines.values()))
+        pause = min(SWEEP_S, *(s / 4 for s in self.limits.deadlines.values()))
         self._sweeper = loop.call_later(pause, self._sweep)  # first: whatever follows, it goes on
-        for phase, limit_s in self._limits.deadlines.items():
+        for phase, limit_s in self.limits.deadlines.items():
             for guard in self._overdue(self._waiting[phase], loop.time() - limit_s):
                 guard.overdue(limit_s)
         self._part_from_gone()
@@ -172,7 +171,7 @@ class Connections:
         now, poll, paused = asyncio.get_running_loop().time(), select.poll(), {}
         for guard in list(self._all):
             unread_s = guard.unread_s(now)
-            if unread_s > self._limits.head_s:
+            if unread_s > self.limits.head_s:
                 guard.cut("sent_ahead")
             elif unread_s >= 0:
                 descriptor = guard.bare.get_extra_info("socket").fileno()
@@ -334,7 +333,7 @@ class Guard(asyncio.BufferedProtocol):
                 self,
                 tls.server(),
                 server_side=True,
-                ssl_handshake_timeout=self._connections.head_s,
+                ssl_handshake_timeout=self._connections.limits.head_s,
                 ssl_shutdown_timeout=FAREWELL_S,
             )
             if secured is None:  # it was lost meanwhile

@@ -333,7 +333,7 @@ async def test_who_is_served_makes_no_room_and_the_next_is_told():
             await until(lambda: gateway._connections.closed["evicted"] >= 50)
             await ask_ports(info, 5.0)
             await idle.create_task(until(lambda: len(gateway._connections) <= 3 + SPARE))
-            gateway._connections._limits = replace(gateway._connections._limits, idle_s=0.05)
+            gateway._connections.limits = replace(gateway._connections.limits, idle_s=0.05)
         router.gate.set()
         assert [(await task).status for task in held] == [200] * 3
         assert await served(info)

@@ -207,10 +207,8 @@ class Gateway:
         self._http = runner
         stack.push_async_callback(runner.cleanup)
         try:
-            protocols, tls = (
-                protocols_of(runner, metrics.failed, self._door, cors, self._observer),
-                self._tls("http/1.1"),
-            )
+            protocols = protocols_of(runner, metrics.failed, self._door, cors, self._observer)
+            tls = self._tls("http/1.1")
             server = await self._connections.listen(listen.host, listen.port, protocols, tls)
         except OSError as error:
             raise listen_error(listen.host, listen.port, error, "gateway.http") from error

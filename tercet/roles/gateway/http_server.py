@@ -31,6 +31,7 @@ from tercet.errors import (
     UriTooLong,
     as_named,
 )
+from tercet.metrics import CHAT, TEXT_COMPLETION
 from tercet.roles.gateway.clients import Caller, Door, anybody
 from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.observing import Observed, Observer
@@ -44,7 +45,7 @@ CALLER = web.RequestKey("caller", Caller)
 OPEN = ("/health", "/ready")  # to everybody: probes have no key
 PAGE = "/dashboard"  # where a browser asks its user for the key
 OBSERVED = web.RequestKey("observed", Observed)
-OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}  # names of OpenTelemetry
+OPERATIONS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT_COMPLETION}
 LINGER_S = 2.0  # an unwanted body is read for so long, so that its sender sees the answer
 MOST_FRAMING = 64 * 1024  # bytes around a body's own: chunk sizes, their extensions, trailers
 FRAMING = 0.5  # and so many more for each byte of it; chunks of 12 bytes need less
