@@ -203,22 +203,6 @@ def demo(
 
 
 @app.command()
-def down(
-    name: ClusterName = None,
-    address: Address = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait until it is gone.")] = 60.0,
-) -> None:
-    """Drain a cluster that another process serves, and end it."""
-    if address is None:
-        ended = run_file.end(name, timeout)
-    else:
-        from tercet.cluster import remote
-
-        ended = remote.down(name, address, timeout)
-    output.say(f"cluster {ended} is down")
-
-
-@app.command()
 def status(
     name: ClusterName = None,
     address: Address = None,

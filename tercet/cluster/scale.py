@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tercet.cluster import asking
 from tercet.errors import ClusterError
 
 
-def scale(name: str | None, address: str, role: str, replicas: int, timeout_s: float) -> str:
-    """Return a summary once the role has exactly that many workers, all in use.
+@dataclass(frozen=True)
+class Scaled:
+    """What a role has now. came: also those that started anew. `str` says it in a line."""
+
+    cluster: str
+    role: str
+    workers: list[str]
+    came: list[str]
+    went: list[str]
+
+    def __str__(self) -> str:
+        changes = [f"{', '.join(names)} {word}" for names, word in ((self.came, "came"), (self.went, "went")) if names]
+        workers = "1 worker" if len(self.workers) == 1 else f"{len(self.workers)} workers"
+        return f"cluster {self.cluster}: {self.role} has {workers} ({'; '.join(changes) or 'as before'})"
+
+
+def scale(name: str | None, address: str, role: str, replicas: int, timeout_s: float) -> Scaled:
+    """Return once the role has exactly that many workers, all in use.
 
     Raises SpecError or ClusterError if that cannot be, and ClusterError naming what is missing on a timeout.
     """
     late = f"{role} does not have {replicas} workers"
     change = {"role": role, "replicas": replicas}
     done = asking.ask(name, address, change, lambda s, ask_id: missing(s, ask_id, role, replicas), late, timeout_s)
-    return told(done.cluster, role, _members_of(done.before, role), _members_of(done.after, role))
+    return scaled(done.cluster, role, _members_of(done.before, role), _members_of(done.after, role))
 
 
 def missing(status: Mapping[str, Any], ask_id: str, role: str, replicas: int) -> str:
@@ -36,12 +53,9 @@ def missing(status: Mapping[str, Any], ask_id: str, role: str, replicas: int) ->
     return "; ".join(late)
 
 
-def told(cluster: str, role: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    went = sorted(before.keys() - after.keys())
+def scaled(cluster: str, role: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Scaled:
     came = sorted(m for m in after if m not in before or before[m]["epoch"] != after[m]["epoch"])
-    changes = [f"{', '.join(names)} {word}" for names, word in ((came, "came"), (went, "went")) if names]
-    workers = "1 worker" if len(after) == 1 else f"{len(after)} workers"
-    return f"cluster {cluster}: {role} has {workers} ({'; '.join(changes) or 'as before'})"
+    return Scaled(cluster, role, sorted(after), came, sorted(before.keys() - after.keys()))
 
 
 def _members_of(status: Mapping[str, Any], role: str) -> dict[str, Any]:

@@ -264,7 +264,11 @@ def test_what_the_readme_types_against_a_served_cluster(machine, spec):
     assert "this is no terminal; use --once" in refused.stderr
     assert re.search(r"^ *worker-\d +decode +live", typed("tercet top --once"), re.MULTILINE)
     assert typed("tercet scale decode 3") == "cluster typed: decode has 3 workers (worker-2, worker-3 came)\n"
+    again = {"cluster": "typed", "role": "decode", "workers": ["worker-1", "worker-2", "worker-3"]}
+    assert json.loads(typed("tercet scale decode 3 --json")) == again | {"came": [], "went": []}
     assert "worker-1 serves as prefill, in its process" in typed("tercet role set worker-1 prefill")
+    back = json.loads(typed("tercet role set worker-1 decode --json"))
+    assert (back["worker"], back["role"], back["how"]) == ("worker-1", "decode", "in_place")
     loads = "--num-prompts 4 --input-len 20 --output-len 4 --vocab-size 256"
     for line in (c for c in commands_in(module_docstring("benchmarks/serving.py")) if "--trace" not in c):
         own = line if "--base-url" in line else f"{line} --base-url http://127.0.0.1:8000"

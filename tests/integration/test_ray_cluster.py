@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -115,7 +116,8 @@ def test_the_same_file_goes_through_ray_job_submit(machine, ray_head):
     served = Served(machine, None, "job", http)
     until(lambda: is_ready(served.client()), 120)
     assert "Paris" in served.ask()
-    assert machine.run("tercet", "down", "--name", "job").returncode == 0
+    done = machine.run("tercet", "down", "--name", "job", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"cluster": "job", "down": True})
 
     def outcome() -> str:
         told = machine.run("ray", "job", "status", f"--address={ray_head[1]}", job)

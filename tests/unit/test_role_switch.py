@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tercet.cluster.actors import GatewayActor
 from tercet.cluster.controller import Controller
 from tercet.cluster.members import Target
 from tercet.cluster.reconcile import State
-from tercet.cluster.set_role import missing, told
+from tercet.cluster.set_role import RoleSet, missing
 from tercet.core import Role
 from tercet.errors import ClusterError, SpecError, UnsupportedSpec, WorkerLost
 from tercet.metrics import Metrics
@@ -268,9 +269,10 @@ def test_whoever_asked_is_told_what_is_waited_for_and_what_came_of_it():
     with pytest.raises(SpecError, match="it is decode already"):
         waits_for(answers={"a": {"code": "spec_error", "message": "it is decode already"}})
     took = "after 0.80 s, 0.30 s of them to drain"
-    assert told("c", "worker-1", "decode", done) == f"cluster c: worker-1 serves as decode, in its process, {took}"
-    again = told("c", "worker-1", "decode", done | {"how": "restarted"})
-    assert again == f"cluster c: worker-1 serves as decode, in a new process, {took}"
+    is_set = RoleSet("c", "worker-1", "decode", **done)
+    assert str(is_set) == f"cluster c: worker-1 serves as decode, in its process, {took}"
+    again = replace(is_set, how="restarted")
+    assert str(again) == f"cluster c: worker-1 serves as decode, in a new process, {took}"
 
 
 async def test_a_gateway_counts_each_switch_once_and_none_of_an_earlier_gateways():

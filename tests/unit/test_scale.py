@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tercet.cluster.scale import missing, told
+from tercet.cluster.scale import missing, scaled
 from tercet.cluster.tables import status_table
 from tercet.errors import ClusterError, SpecError
 
@@ -55,10 +55,10 @@ def test_an_answer_is_raised_as_what_it_is_and_a_later_question_is_told():
 
 def test_what_happened_is_told():
     a, b, newer = {"a": {"epoch": 1}}, {"b": {"epoch": 2}}, {"a": {"epoch": 2}}
-    assert told("c", "decode", a, a | b) == "cluster c: decode has 2 workers (b came)"
-    assert told("c", "decode", a | b, a) == "cluster c: decode has 1 worker (b went)"
-    assert told("c", "decode", a, a) == "cluster c: decode has 1 worker (as before)"
-    assert told("c", "decode", a, newer) == "cluster c: decode has 1 worker (a came)"
+    assert str(scaled("c", "decode", a, a | b)) == "cluster c: decode has 2 workers (b came)"
+    assert str(scaled("c", "decode", a | b, a)) == "cluster c: decode has 1 worker (b went)"
+    assert str(scaled("c", "decode", a, a)) == "cluster c: decode has 1 worker (as before)"
+    assert str(scaled("c", "decode", a, newer)) == "cluster c: decode has 1 worker (a came)"
 
 
 def test_status_shows_who_drains_and_the_target():
