@@ -14,7 +14,7 @@ GPU_WHEELS := annotated-types gguf grpcio grpclib h2 hpack hyperframe msgpack mu
   hypothesis iniconfig pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow test-deploy chromium soak bench gpu-check gpu-wheels clean setup extras tools
+.PHONY: help demo demo-vision demo-moe serve test lint types imports proto proto-check pytest pytest-clusters pytest-rest slow test-deploy chromium soak bench gpu-check gpu-wheels clean setup extras tools wheel
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -89,6 +89,12 @@ soak: setup  ## Twenty minutes of kills, aborts and odd requests against a clust
 
 bench: setup  ## Measure a running endpoint; ARGS="--help" shows how
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+# Ray keeps a wheel by its name, so each has a version of its own. In a copy, since setuptools leaves its own files behind.
+wheel: setup  ## Build a wheel into dist, for a Ray job that brings its own tercet
+	@rm -rf build/wheel dist && mkdir -p build/wheel && cp -r tercet pyproject.toml README.md LICENSE build/wheel
+	@printf '[egg_info]\ntag_build = +%s\n' "$$(date -u +%Y%m%d.%H%M%S)" > build/wheel/setup.cfg
+	@$(BIN)/python -m pip wheel -q --no-deps -w dist build/wheel && ls dist/*.whl
 
 extras: setup $(VENV)/.extras  ## Install the optional transport libraries: ucx, nixl
 

@@ -6,6 +6,7 @@ pools bind workers to hosts, and KV crosses the cable by TCP with TLS.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from tests.certificates import Authority
-from tests.machine import BIN, Machine, new_machine, until
+from tests.machine import BIN, ROOT, Machine, new_machine, until
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.deploy, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -52,6 +53,7 @@ def cannot() -> str:
 class Hosts:
     machine: Machine
     spec: Path
+    wheel: Path
 
     def on(self, host: str, *command: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
         return self.machine.run("/usr/sbin/ip", "netns", "exec", host, *command, seconds=seconds)
@@ -62,10 +64,11 @@ class Hosts:
 
     def submit(self, name: str, *sets: str) -> None:
         settings = [part for each in sets for part in ("--set", each)]
-        # As of a machine of its own: the job's folder has the spec, and nothing else is sent.
+        # As of a machine of its own: the job's folder has the spec, and a wheel is sent with it.
         done = self.ray(
             "submit", f"--working-dir={self.spec.parent}", "--no-wait", f"--submission-id={name}",
-            "--", "tercet", "serve", self.spec.name, *settings,
+            "--runtime-env-json", json.dumps({"py_modules": [str(self.wheel)]}),
+            "--", "python", "-m", "tercet", "serve", self.spec.name, *settings,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
 
@@ -122,10 +125,13 @@ def started(machine: Machine) -> Hosts:
     machine.variables |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "PIP_NO_DEPS": "1",
         "PATH": f"{BIN}:/usr/sbin:/usr/bin:/bin",
     }
     folder.mkdir()
-    hosts = Hosts(machine, folder / "two.yaml")
+    built = machine.run("make", "-o", ".venv/.stamp", "wheel")
+    assert built.returncode == 0, built.stderr
+    hosts = Hosts(machine, folder / "two.yaml", ROOT / built.stdout.split()[-1])
     small = {"cpus": 0.5, "kv": {"blocks": 160}}
     spec = {
         "name": "two",
@@ -196,6 +202,17 @@ asyncio.run(main())
     alone = serving.machine.run("python", "-c", script)
     assert alone.returncode == 0, alone.stderr
     assert [int(each) for each in alone.stdout.split()] == tokens
+
+
+def test_all_of_the_job_runs_from_the_wheel_that_it_brought(serving):
+    version = serving.wheel.name.split("-")[1]
+    script = f"import urllib.request; print(urllib.request.urlopen('{URL}/metrics').read().decode())"
+    assert f'version="{version}"' in serving.on("tc-a", "python", "-c", script).stdout
+    told = serving.on("tc-a", "tercet", "status", "--address", f"{A}:6379", "--json")
+    for worker in json.loads(told.stdout)["workers"].values():
+        environment = Path(f"/proc/{worker['pid']}/environ").read_bytes().decode().split("\0")
+        (path,) = (line for line in environment if line.startswith("PYTHONPATH="))
+        assert "/py_modules_files/" in path
 
 
 def test_nothing_but_peers_gets_a_word_from_the_ports_between_hosts(serving):

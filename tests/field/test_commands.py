@@ -42,6 +42,7 @@ RUN_BY = {
     **dict.fromkeys(("make pytest-clusters", "make pytest-rest"), "Makefile:pytest"),
     "make test-deploy": f"{HERE}:test_make_test_deploy_finds_what_it_runs",
     "make chromium": "Makefile:test-deploy",
+    "make wheel": "tests/deploy/test_two_hosts.py:test_all_of_the_job_runs_from_the_wheel_that_it_brought",
     "make slow": f"{HERE}:test_make_slow_finds_what_takes_long",
     "make help": f"{HERE}:test_make_help_names_every_target_for_users",
     "make clean": f"{HERE}:test_make_clean_removes_what_was_made_and_nothing_else",
