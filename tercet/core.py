@@ -327,6 +327,18 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How far a worker is with its model."""
+
+    what: str  # "bytes fetched" from a hub, then "tensors read"
+    done: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.done:,} of {self.total:,} {self.what}"
+
+
+@dataclass(frozen=True)
 class WorkerInfo:
     """Where a live worker is reached. `epoch` grows with every restart of the replica."""
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from tercet import logs
-from tercet.core import ExpertRows, Load, Moves, Role, WorkerInfo
+from tercet.core import ExpertRows, Load, Loading, Moves, Role, WorkerInfo
 from tercet.errors import Overloaded
 from tercet.spec import ClusterSpec
 
@@ -88,6 +88,10 @@ class WorkerActor:
 
     async def start(self) -> WorkerInfo:
         return await self._worker.start()
+
+    async def loading(self) -> Loading | None:
+        """How far `start` is with the model."""
+        return self._worker.loading
 
     async def health(self) -> Load:
         return await self._worker.health()

@@ -177,7 +177,7 @@ def doctor(
     from tercet.cluster.tables import doctor_table
 
     checked = None if spec is None else load_spec(spec, settings or ())
-    with output.waiting("looking at this machine"), output.foreign_silenced():
+    with output.Waiting("looking at this machine"), output.foreign_silenced():
         found = [*([] if checked is None else checks.of_spec(checked)), *checks.findings()]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))
@@ -255,13 +255,13 @@ def _serve(
     signals.install()  # before Ray is imported, which takes its time
     from tercet.cluster.serve import serve as serve_cluster
 
-    with output.waiting(f"starting cluster {spec.name}") as stands:
+    with output.Waiting(f"starting cluster {spec.name}") as bars:
 
         def is_ready(info: GatewayInfo) -> None:
-            stands()
+            bars.stop()
             ready(info)
 
-        serve_cluster(spec, signals, output.report, is_ready, visit)
+        serve_cluster(spec, signals, output.report, bars.loading, is_ready, visit)
 
 
 def _refuse_missing_transport(spec: ClusterSpec) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 
 from tercet.cluster import reconcile
 from tercet.cluster.changes import Changes
-from tercet.cluster.members import Running, Slot, Starter, Target, overview, serving, watch_ports
+from tercet.cluster.members import Running, Slot, Starter, Target, overview, serving, watch_loading, watch_ports
 from tercet.cluster.race import first
 from tercet.cluster.rebalancing import keep_placed
 from tercet.cluster.reconcile import GATEWAY, Action, Drain, Drop, Publish, Start, State, Stop, Switch
+from tercet.core import Loading
 from tercet.errors import ClusterError, TercetError, WorkerLost
 from tercet.spec import ClusterSpec
 
@@ -40,9 +41,11 @@ class Controller:
         starter: Starter,
         report: Callable[[str], None],
         gateway_is_up: Callable[[Any], None] = lambda info: None,
+        loading: Callable[[str, Loading], None] = lambda title, loading: None,
     ) -> None:
-        """gateway_is_up: called with the info of each gateway, since a new one may have other ports."""
-        self._gateway_is_up = gateway_is_up
+        """gateway_is_up: called with the info of each gateway, since a new one may have other ports. loading: with a
+        worker that starts, and how far it is with its model."""
+        self._gateway_is_up, self._loading = gateway_is_up, loading
         self._target = target
         self._changes = Changes(starter, report)
         self._starter = starter
@@ -233,7 +236,10 @@ class Controller:
         timeout_s, epoch = self._spec.ray.start_timeout_s, slot.member.epoch
         if slot.actor is None:
             slot.actor = await self._starter.launch(slot.member_id, epoch, target)
-            return await slot.actor.call("start", timeout_s=timeout_s)
+            start = slot.actor.call("start", timeout_s=timeout_s)
+            if slot.member_id == GATEWAY:
+                return await start
+            return await first(start, watch_loading(slot, slot.actor, self._loading, LOOK_EVERY_S, timeout_s))
         wanted = target.worker(slot.member_id)
         switch = slot.actor.call("switch", wanted.role, epoch, wanted.cores, timeout_s=timeout_s)
         return await first(switch, self._watch_health(slot, slot.actor, self._spec.ray.health_deadline_s))

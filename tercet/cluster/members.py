@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from tercet.cluster.reconcile import GATEWAY, Member, State, Told, moved
-from tercet.core import ExpertRows, Load, WorkerInfo
+from tercet.core import ExpertRows, Load, Loading, WorkerInfo
 from tercet.errors import TercetError
 from tercet.placement.roles import Assignment, Placement
 from tercet.spec import ClusterSpec
@@ -75,6 +75,7 @@ class Slot:
     noted: Mapping[str, Any] | None = None  # gateway only: the `overview` that it was last sent
     without: set[int] = field(default_factory=set)  # ranks that it goes on without
     placing: Mapping[str, Any] = field(default_factory=dict)  # what `Rebalancing` did last, as plain data
+    loading: Loading | None = None  # how far it is with its model
     status: Any = field(default_factory=dict)  # the last `health`: a Load, or what `GatewayActor.health` gives
 
     def hear(self, status: Any) -> list[str]:
@@ -106,6 +107,17 @@ class Slot:
     def next_try(self) -> str:
         wait = self.member.retry_at - self.member.since
         return f"; {self.member.crashes} in a row, next try in {wait:g} s" if wait else "; starting it again"
+
+
+async def watch_loading(
+    slot: Slot, actor: Running, told: Callable[[str, Loading], None], every_s: float, timeout_s: float
+) -> None:
+    """Never returns. told: gets the member's title, and each time how far it is. Raises TercetError."""
+    while True:
+        slot.loading = await actor.call("loading", timeout_s=timeout_s)
+        if slot.loading is not None:
+            told(slot.title, slot.loading)
+        await asyncio.sleep(every_s)
 
 
 async def watch_ports(slot: Slot, starter: Starter, deadline_s: float) -> None:
@@ -170,6 +182,8 @@ def _told_of(slot: Slot) -> dict[str, Any]:
         told |= {"experts": [asdict(rows) for rows in _by_node(slot, slot.status.experts)]}
         if slot.status.moves is not None:
             told |= {"moves": asdict(slot.status.moves), "placing": dict(slot.placing)}
+    if member.state is State.STARTING and slot.loading is not None:
+        told["reason"] = str(slot.loading)
     if member.state is State.DRAINING and isinstance(slot.status, Load):  # the gateway no longer gets its reports
         told |= {"load": asdict(slot.status)}
     return told

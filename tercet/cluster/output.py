@@ -7,13 +7,19 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from typing import Self
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from tercet import logs
+from tercet.core import Loading
 from tercet.spec import LoggingSpec
+
+SAY_EVERY_S = 10.0
 
 _lines: list[logs.Lines] = []  # none: plain text
 
@@ -44,19 +50,43 @@ def foreign_silenced() -> Iterator[None]:
         os.close(own)
 
 
-@contextlib.contextmanager
-def waiting(what: str) -> Iterator[Callable[[], None]]:
-    """Show on a terminal that something goes on, below the lines that come meanwhile, until what is given is called."""
-    console = Console(stderr=True)
-    if not console.is_terminal or _lines:
-        yield lambda: None
-        return
-    status = console.status(what)
-    status.start()
-    try:
-        yield status.stop
-    finally:
-        status.stop()
+class Waiting:
+    """Shows on a terminal that something goes on, below the lines that come meanwhile, with a bar for each worker that
+    loads its model; elsewhere and afterwards a line now and then."""
+
+    def __init__(self, what: str) -> None:
+        console = Console(stderr=True)
+        self._bars = Progress(
+            *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}")),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or bool(_lines),
+        )
+        self._bars.add_task(what, total=None, told="")
+        self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}  # title -> time.monotonic() at which it began, or was last told of
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """The bars are gone from the terminal."""
+        with contextlib.suppress(OSError, ValueError):
+            self._bars.stop()
+
+    def loading(self, title: str, loading: Loading) -> None:
+        """A worker is so far."""
+        if self._bars.live.is_started:
+            if title not in self._tasks:
+                self._tasks[title] = self._bars.add_task(title, told="")
+            self._bars.update(self._tasks[title], completed=loading.done, total=loading.total, told=str(loading))
+        elif time.monotonic() - self._said.setdefault(title, time.monotonic()) > SAY_EVERY_S:
+            self._said[title] = time.monotonic()
+            report(f"{title}: {loading}")
 
 
 def use(spec: LoggingSpec) -> None:

@@ -22,6 +22,7 @@ from tercet.cluster.local_ray import LocalRay
 from tercet.cluster.members import Target
 from tercet.cluster.race import first
 from tercet.cluster.run_file import RunFile, Served, reaching
+from tercet.core import Loading
 from tercet.errors import ClusterError, RayLost, TercetError
 from tercet.placement.roles import Placement, local_node, plan
 from tercet.spec import ClusterSpec
@@ -40,14 +41,20 @@ ASK_TIMEOUT_S = 10.0
 
 
 def serve(
-    spec: ClusterSpec, signals: Signals, report: Callable[[str], None], ready: Visit, visit: Visit | None = None
+    spec: ClusterSpec,
+    signals: Signals,
+    report: Callable[[str], None],
+    loading: Callable[[str, Loading], None],
+    ready: Visit,
+    visit: Visit | None = None,
 ) -> None:
-    """Serve until told to stop. `ready` is called once the cluster is ready; `visit`, if given, then runs in a thread,
-    and its end ends the cluster. Raises the TercetError that kept the cluster from getting ready or ended it, and
-    KeyboardInterrupt if it was told to stop before it was ready.
+    """Serve until told to stop. `loading` is called with each worker that starts, and how far it is with its model,
+    `ready` once the cluster is ready; `visit`, if given, then runs in a thread, and its end ends the cluster. Raises
+    the TercetError that kept the cluster from getting ready or ended it, and KeyboardInterrupt if it was told to stop
+    before it was ready.
     """
     with RunFile(spec.name) as run_file:
-        if not asyncio.run(_Serving(spec, signals, report, run_file).run(ready, visit)):
+        if not asyncio.run(_Serving(spec, signals, report, loading, run_file).run(ready, visit)):
             raise KeyboardInterrupt
     report(f"cluster {spec.name} is down")
 
@@ -55,10 +62,17 @@ def serve(
 class _Serving:
     """One cluster, from its Ray to its end. What was started is ended in reverse order, however far the start got."""
 
-    def __init__(self, spec: ClusterSpec, signals: Signals, report: Callable[[str], None], run_file: RunFile) -> None:
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        signals: Signals,
+        report: Callable[[str], None],
+        loading: Callable[[str, Loading], None],
+        run_file: RunFile,
+    ) -> None:
         self._spec = spec
         self._signals = signals
-        self._report = report
+        self._report, self._loading = report, loading
         self._run_file = run_file
         self._served = Served(spec.name, os.getpid())
 
@@ -88,7 +102,9 @@ class _Serving:
 
         home = Home(servers, self._spec.ray.lost_after_s, self._report)
         launcher = Launcher(self._spec.name, secrets.token_hex(16), home, self._spec.network.tls)
-        controller = Controller(Target(self._spec, placement), launcher, self._report, self._gateway_is_up)
+        controller = Controller(
+            Target(self._spec, placement), launcher, self._report, self._gateway_is_up, self._loading
+        )
         ends.push_async_exit(self._ending(controller))
         await controller.bring_up()
         return controller

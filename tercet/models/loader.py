@@ -13,6 +13,7 @@ from tercet.kernels.kinds import Kernels
 from tercet.kernels.routing_counts import RoutingCounts
 from tercet.models.config import ModelConfig
 from tercet.models.layer_reader import read_layer
+from tercet.models.progress import Hear
 from tercet.models.reader import WeightReader
 from tercet.models.shard import Shard
 from tercet.models.transformer import Transformer, Weights
@@ -27,7 +28,12 @@ class LoadedModel:
 
 
 def build_model(
-    config: ModelConfig, source: WeightSource, dtype: torch.dtype | None, kernels: Kernels, ranks: Ranks | None = None
+    config: ModelConfig,
+    source: WeightSource,
+    dtype: torch.dtype | None,
+    kernels: Kernels,
+    ranks: Ranks | None,
+    hear: Hear,
 ) -> LoadedModel:
     """dtype: of weights and KV cache. None: matrices stay in the blocks that the file has, which takes native kernels;
     what is in no such blocks is float32, and the cache bfloat16. ranks: of a group, if this rank has a share only.
@@ -35,7 +41,7 @@ def build_model(
     Raises ModelFileCorrupt for a tensor that is missing or has another shape than the config says, UnsupportedModel
     for one that the config has no place for."""
     _check_heads(source, config)
-    reader = WeightReader(source, _names(source, config), config, dtype, kernels, _fan_in(config))
+    reader = WeightReader(source, _names(source, config), config, dtype, kernels, _fan_in(config), hear)
     with torch.inference_mode():
         shard = _shard(config, kernels, ranks)
         weights = _weights(reader, shard)

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tercet.core import Loading
 from tercet.errors import ModelFileCorrupt, UnsupportedModel
 from tercet.kernels.kinds import Kernels
 from tercet.kernels.linear import PackedLinear
@@ -22,6 +23,7 @@ from tercet.kernels.native.linear import BLOCK, Quantised, QuantisedLinear, stac
 from tercet.kernels.norm import RmsNorm
 from tercet.kernels.packing import LinearPacker, activation_dtype
 from tercet.models.config import ModelConfig
+from tercet.models.progress import Hear
 from tercet.models.vision.config import VisionConfig
 from tercet.models.weights import WeightSource
 
@@ -42,10 +44,12 @@ class WeightReader:
         dtype: torch.dtype | None,
         kernels: Kernels,
         fan_in: int,
+        hear: Hear,
     ) -> None:
         """names: those that must all be read. dtype: None keeps matrices in the blocks that the file has. fan_in: the
-        largest of a matrix."""
+        largest of a matrix. hear: is told of each tensor."""
         self._source, self._unread, self._kernels = source, set(names), kernels
+        self._hear, self._total = hear, len(names)
         self._dtype, self._in_blocks = dtype or torch.float32, dtype is None
         self.activations = activation_dtype(self._dtype, kernels)
         self.packer = LinearPacker(self._dtype, fan_in, kernels)
@@ -67,6 +71,7 @@ class WeightReader:
         self._unread.discard(name)
         content = xxhash.xxh3_128_digest(weight.contiguous().view(torch.uint8).numpy().data)
         self._contents[name] = f"{name} {[*weight.shape]} ".encode() + content
+        self._hear(Loading("tensors read", len(self._contents), self._total))
         return weight
 
     def skim(self, prefix: str) -> None:

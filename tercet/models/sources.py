@@ -16,14 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError
-
 from tercet.errors import ModelFileCorrupt, ModelFileMissing, UnsupportedModel, UnsupportedSpec
 from tercet.models.config import ModelConfig
 from tercet.models.config_gguf import config_from_gguf
 from tercet.models.config_hf import config_from_hf
 from tercet.models.gguf_file import GgufFile
+from tercet.models.hub import fetched
+from tercet.models.progress import Hear, unheard
 from tercet.models.source_path import PACKAGE, as_path, source_path, tower_path
 from tercet.models.vision.apart import chat_template, with_tower
 from tercet.spec import ModelSpec
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 QUANTISATION = re.compile(r"[-.](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)  # how GGUF file names end
 PART = re.compile(r"-\d{5}-of-\d{5}$")  # how those of a split one do
-HUB_FILES = ("*.json", "*.jinja", "*.model", "merges.txt")
 
 
 def served_name(spec: ModelSpec) -> str:
@@ -83,15 +81,18 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
         return tokenizer_from_hf(path, load_config(spec).eos_token_ids, spec.control_tokens_in_text, template)
 
 
-def load_model(spec: ModelSpec, kernels: Kernels | None = None, ranks: Ranks | None = None) -> LoadedModel:
-    """Reads and packs the weights for these kernels, or for the best that this CPU has; seconds. ranks: of a group, if
-    this rank is to have a share only. Raises ModelFileMissing, ModelFileCorrupt, UnsupportedModel."""
-    path = locate(spec, weights=True)
+def load_model(
+    spec: ModelSpec, kernels: Kernels | None = None, ranks: Ranks | None = None, hear: Hear = unheard
+) -> LoadedModel:
+    """Reads and packs the weights for these kernels, or for the best that this CPU has; seconds to minutes. ranks: of a
+    group, if this rank is to have a share only. hear: is told how far it is, on any thread. Raises ModelFileMissing,
+    ModelFileCorrupt, UnsupportedModel."""
+    path = locate(spec, hear)
     with _named(path):
-        return _loaded(path, spec, kernels, ranks)
+        return _loaded(path, spec, kernels, ranks, hear)
 
 
-def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None, ranks: Ranks | None) -> LoadedModel:
+def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None, ranks: Ranks | None, hear: Hear) -> LoadedModel:
     import torch
 
     from tercet.kernels.kinds import choose_kernels
@@ -106,27 +107,27 @@ def _loaded(path: Path, spec: ModelSpec, kernels: Kernels | None, ranks: Ranks |
     if path.suffix == ".gguf":
         file = GgufFile(path)
         config = _seeing(config_from_gguf(file, spec.max_context), spec)
-        return build_model(config, GgufWeights(file, config), dtype, kernels, ranks)
+        return build_model(config, GgufWeights(file, config), dtype, kernels, ranks, hear)
     from tercet.models.vocabulary_hf import end_token_ids
 
     config = _seeing(config_from_hf(path, spec.max_context), spec)
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *end_token_ids(path))))
-    return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels, ranks)
+    return build_model(replace(config, eos_token_ids=ends), SafetensorsWeights(path), dtype, kernels, ranks, hear)
 
 
-def load_vision(spec: ModelSpec, kernels: Kernels) -> VisionTower:
-    """What makes embeddings of patches; of a model in GGUF's blocks, in bfloat16. Raises as `load_model` does."""
+def load_vision(spec: ModelSpec, kernels: Kernels, hear: Hear = unheard) -> VisionTower:
+    """What makes embeddings of patches; of a model in GGUF's blocks, in bfloat16. Else as `load_model`."""
     import torch
 
     from tercet.models.vision.loader import build_tower
     from tercet.models.weights import SafetensorsWeights
 
-    path, vision = locate_tower(spec, weights=True), load_config(spec).vision
+    path, vision = locate_tower(spec, hear), load_config(spec).vision
     with _named(path):
         if vision is None:
             raise UnsupportedModel(f"{path}: this model takes no images")
         dtype = "bfloat16" if spec.dtype == "gguf" else spec.dtype
-        return build_tower(vision, SafetensorsWeights(path), getattr(torch, dtype), kernels)
+        return build_tower(vision, SafetensorsWeights(path), getattr(torch, dtype), kernels, hear)
 
 
 def vision_digest(spec: ModelSpec) -> str:
@@ -134,7 +135,7 @@ def vision_digest(spec: ModelSpec) -> str:
     from tercet.models.vision.loader import tower_digest
     from tercet.models.weights import SafetensorsWeights
 
-    path = locate_tower(spec, weights=True)
+    path = locate_tower(spec, unheard)
     with _named(path):
         return tower_digest(SafetensorsWeights(path))
 
@@ -154,11 +155,11 @@ def _named(path: Path) -> Iterator[None]:
         raise ModelFileCorrupt(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def locate(spec: ModelSpec, weights: bool = False) -> Path:
-    """-> a .gguf file or a Hugging Face directory; of a hub model the weights are fetched only if asked for."""
+def locate(spec: ModelSpec, weights: Hear | None = None) -> Path:
+    """-> a .gguf file or a Hugging Face directory. weights: fetch those of a hub model, too, and tell how far it is."""
     if spec.source.startswith(PACKAGE):
         return _in_package(spec.source.removeprefix(PACKAGE))
-    return source_path(spec.source) or _from_hub(spec.source, weights)
+    return source_path(spec.source) or fetched(spec.source, weights)
 
 
 def is_local(spec: ModelSpec) -> bool:
@@ -166,7 +167,7 @@ def is_local(spec: ModelSpec) -> bool:
     return spec.source.startswith(PACKAGE) or source_path(spec.source) is not None
 
 
-def locate_tower(spec: ModelSpec, weights: bool = False) -> Path:
+def locate_tower(spec: ModelSpec, weights: Hear | None = None) -> Path:
     """-> the directory of what makes embeddings of images: its weights and its settings. As `locate`."""
     return locate(spec, weights) if spec.vision is None else tower_path(spec.vision)
 
@@ -183,12 +184,3 @@ def _in_package(name: str) -> Path:
             f"package {name!r} has {len(found) or 'no'} .gguf files, not one; name the file by its path"
         )
     return Path(str(found[0].locate()))
-
-
-def _from_hub(repo: str, weights: bool) -> Path:
-    patterns = [*HUB_FILES, "*.safetensors"] if weights else list(HUB_FILES)
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:  # its HTTP and offline errors are OSErrors
-        reason = str(error).splitlines()[0]
-        raise ModelFileMissing(f"{repo}: is no local path and cannot be fetched from the hub: {reason}") from error

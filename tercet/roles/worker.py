@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from tercet.core import Load, Role, WorkerInfo
+from tercet.core import Load, Loading, Role, WorkerInfo
 from tercet.devices import DEVICES, device_of
 from tercet.distributed.routed import Routed
 from tercet.engine.loop import Engine
@@ -62,9 +62,10 @@ class Worker:
         self._spans = Tracing(spec, "worker", worker_id)
         self._parts: list[Part] = []
         self._group: Group | None = None  # of a worker of several ranks
+        self.loading: Loading | None = None  # none before it begins to load; of several ranks, that of rank 0
         # By kernels, for which weights are packed; the last ones are kept over changes of role.
-        self._text = lru_cache(maxsize=1)(lambda kernels: load_model(spec.model, kernels))
-        self._vision = lru_cache(maxsize=1)(lambda kernels: load_vision(spec.model, kernels))
+        self._text = lru_cache(maxsize=1)(lambda kernels: load_model(spec.model, kernels, hear=self._hear))
+        self._vision = lru_cache(maxsize=1)(lambda kernels: load_vision(spec.model, kernels, self._hear))
 
     async def listen(self) -> str:
         """For a worker of several ranks, before `start`. -> the endpoint that the others join."""
@@ -230,7 +231,10 @@ class Worker:
         """Rank 0's of the model. Raises WorkerLost, ModelError."""
         if load_config(self._who.spec.model).vision is not None:
             raise UnsupportedModel(f"{self._who.spec.model.source}: no group of ranks runs a model that sees yet")
-        return load_model(self._who.spec.model, kernels, group.meet(kernels))
+        return load_model(self._who.spec.model, kernels, group.meet(kernels), self._hear)
+
+    def _hear(self, loading: Loading) -> None:
+        self.loading = loading
 
     def _endpoint(self) -> str:
         """Where the stage before this one sends what its legs need."""

@@ -42,7 +42,7 @@ class Process:
             self._world.perhaps_strike(self)
             await self._world.some_turns(40)
         await self._world.some_turns()  # the answer is on its way, and comes even from one who has died since
-        return {"ready": True} if method == "health" else self.name
+        return {"health": {"ready": True}, "loading": None}.get(method, self.name)
 
     async def kill(self) -> None:
         await self._world.some_turns()

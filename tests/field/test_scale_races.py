@@ -45,7 +45,7 @@ class Process:
         await self._world.some_turns()  # the answer is on its way, and comes even from one who has died since
         if method == "health":
             return {"ready": True, "asked": self._world.asked} if self._is_gateway else {}
-        return self.name
+        return None if method == "loading" else self.name
 
     async def _do(self, method: str, *args: Any) -> None:
         world = self._world

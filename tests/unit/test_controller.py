@@ -18,7 +18,7 @@ from tercet.cluster.controller import Controller
 from tercet.cluster.launcher import Actor
 from tercet.cluster.members import Slot, Target
 from tercet.cluster.reconcile import GATEWAY, Drain, Drop, Member, Publish, Start, State, Stop, Switch, diff
-from tercet.core import Load, Role, WorkerInfo
+from tercet.core import Load, Loading, Role, WorkerInfo
 from tercet.errors import ClusterError, ModelFileMissing, RayLost, TercetError, WorkerLost
 from tercet.placement.roles import Node, Placement, plan
 from tercet.spec import ClusterSpec, RaySpec, RoleSpec
@@ -185,6 +185,9 @@ def test_no_member_is_started_while_it_lives_and_epochs_grow(actual, now):
                 assert all(actual[m].state is State.LIVE and actual[m].role == TARGET[m] for m in told)
 
 
+LOADING = Loading("tensors read", 1, 4)
+
+
 class FakeMember:
     """A member's process: answers what the test says, remembers what it was asked."""
 
@@ -209,6 +212,8 @@ class FakeMember:
         if method == "health" and self._member_id == GATEWAY:
             asked = {"stop_requested": self._world.stop_requested, "asked": self._world.asked}
             return {"ready": len(self._world.told) >= 2} | asked
+        if method == "loading":
+            return LOADING
         if method == "note":
             self._world.noted = args[0]
         if method == "switch":
@@ -313,6 +318,30 @@ async def test_a_lost_worker_is_killed_replaced_and_published():
     await until(lambda: set(starter.told) == {"worker-0@1", "worker-1@2"})
     stop.set()
     await running
+
+
+async def test_whoever_waits_for_a_worker_is_told_how_far_its_model_is():
+    starter, told, stop = FakeStarter(), [], asyncio.Event()
+    cluster = Controller(target_of(spec_of()), starter, lambda line: None, loading=lambda *heard: told.append(heard))
+    start = starter.hold("start")
+    rising = asyncio.create_task(cluster.bring_up())
+    await until(lambda: {title for title, _ in told} == {"prefill worker-0", "decode worker-1"})
+    assert {loading for _, loading in told} == {LOADING}
+    start.set()
+    await rising
+    count = len(told)
+    running = asyncio.create_task(cluster.run(stop))
+    start.clear()  # another incarnation loads anew
+    starter.members["worker-1"].fault = WorkerLost("worker-1 died")
+    await until(lambda: starter.noted["members"]["worker-1"]["reason"] == "1 of 4 tensors read")
+    assert starter.noted["members"]["worker-1"]["state"] == "starting"
+    assert {title for title, _ in told[count:]} == {"decode worker-1"}
+    start.set()
+    await until(lambda: starter.noted["members"]["worker-1"]["state"] == "live")
+    assert starter.noted["members"]["worker-1"]["reason"] == ""
+    stop.set()
+    await running
+    await cluster.end_now()
 
 
 async def scaled_to(starter: FakeStarter, name: str, role: str, replicas: int) -> dict[str, str]:

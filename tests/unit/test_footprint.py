@@ -125,7 +125,7 @@ def test_serve_refuses_it_before_anything_is_placed(monkeypatch, tmp_path):
     monkeypatch.setattr("tercet.cluster.serve.LocalRay", None)
     memory(monkeypatch, GIB)
     with pytest.raises(UnsupportedSpec) as refused:
-        serve(spec_of(blocks=1_000_000, ray=RaySpec(address="local")), Signals(print), print, print)
+        serve(spec_of(blocks=1_000_000, ray=RaySpec(address="local")), Signals(print), print, print, print)
     assert re.search(r"are \d+\.\d\d GiB, and this machine has 1\.00 GiB; use a smaller model", str(refused.value))
 
 

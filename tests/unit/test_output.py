@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import re
 import subprocess
 import sys
 
@@ -38,3 +41,46 @@ def test_what_cannot_be_written_is_not_raised(gone):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=where, stderr=where, check=False)
     os.close(where)
     assert done.returncode == 4
+
+
+LOADS = """
+from tercet.cluster import output
+from tercet.core import Loading
+output.SAY_EVERY_S = 0.0
+with output.Waiting("starting cluster c") as bars:
+    for done in (1, 2, 3):
+        bars.loading("decode worker-1", Loading("tensors read", done, 4))
+    output.report("Ray has started")
+    bars._bars.refresh()
+    bars.stop()
+    bars.loading("decode worker-2", Loading("tensors read", 1, 4))
+    bars.loading("decode worker-2", Loading("tensors read", 2, 4))
+"""
+
+
+def test_a_terminal_shows_a_bar_for_each_worker_that_loads():
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.Popen([sys.executable, "-c", LOADS], cwd=ROOT, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    told = b""
+    with contextlib.suppress(OSError):  # what Linux gives at the end of a terminal
+        while part := os.read(ours, 4096):
+            told += part
+    assert done.wait(30) == 0
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode()).replace("\r", "\n").splitlines()
+    assert any("starting cluster c" in line for line in lines)
+    assert any("decode worker-1" in line and "━" in line and "3 of 4 tensors read" in line for line in lines)
+    assert any("tercet: Ray has started" in line for line in lines)
+    assert [line.strip() for line in lines if line.strip()][-1] == "tercet: decode worker-2: 2 of 4 tensors read"
+
+
+def test_elsewhere_a_line_now_and_then_says_how_far_a_worker_is():
+    done = subprocess.run([sys.executable, "-c", LOADS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "tercet: decode worker-1: 2 of 4 tensors read",
+        "tercet: decode worker-1: 3 of 4 tensors read",
+        "tercet: Ray has started",
+        "tercet: decode worker-2: 2 of 4 tensors read",
+    ]

@@ -12,6 +12,7 @@ from tercet.kernels.activation import silu_and_mul
 from tercet.kernels.kinds import Kernels
 from tercet.kernels.linear import PackedLinear
 from tercet.kernels.norm import RmsNorm
+from tercet.models.progress import Hear
 from tercet.models.reader import WeightReader
 from tercet.models.vision.config import Activation, VisionConfig
 from tercet.models.vision.tower import Block, Merger, Operation, TowerWeights, VisionTower
@@ -24,11 +25,13 @@ ACTIVATE: dict[Activation, Operation] = {
 }
 
 
-def build_tower(config: VisionConfig, source: WeightSource, dtype: torch.dtype, kernels: Kernels) -> VisionTower:
+def build_tower(
+    config: VisionConfig, source: WeightSource, dtype: torch.dtype, kernels: Kernels, hear: Hear
+) -> VisionTower:
     """Raises as `loader.build_model` does."""
     fan_in = max(config.patch_values, config.intermediate_size, config.hidden_size * config.merge**2)
     names = {name for name in source.names() if name.startswith(VISION)}
-    reader = WeightReader(source, names, config, dtype, kernels, fan_in)
+    reader = WeightReader(source, names, config, dtype, kernels, fan_in, hear)
     build = _Builder(config, reader)
     with torch.inference_mode():
         weights = build.idefics3() if config.family == "idefics3" else build.qwen()
