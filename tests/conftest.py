@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from tercet.models.progress import unheard
 from tercet.models.sources import load_model
 from tercet.roles import worker
 from tercet.transfer.transports.nixl import BUILDS
@@ -20,9 +21,9 @@ _STATUS = pytest.StashKey[int]()
 _load_once = functools.cache(load_model)
 
 
-def _load_model(spec, kernels=None, ranks=None):
+def _load_model(spec, kernels=None, ranks=None, hear=unheard):
     """A rank's share is its own, and ends with it."""
-    return _load_once(spec, kernels) if ranks is None else load_model(spec, kernels, ranks)
+    return _load_once(spec, kernels) if ranks is None else load_model(spec, kernels, ranks, hear)
 
 
 @pytest.fixture(autouse=True)

@@ -175,7 +175,7 @@ async def test_nothing_of_the_old_role_is_left(monkeypatch):
     """Memory before the new role's is taken, threads and files; and the weights are read once."""
     loads, caches, counts = [], [], []
     real_load, real_region = worker.load_model, computing.region_of
-    monkeypatch.setattr(worker, "load_model", lambda *args: loads.append(args) or real_load(*args))
+    monkeypatch.setattr(worker, "load_model", lambda *args, **more: loads.append(args) or real_load(*args, **more))
 
     def region_of(*args):
         assert sum(os.fstat(cache).st_blocks for cache in caches) == 0, "two caches at once"

@@ -70,7 +70,7 @@ def test_an_id_that_is_used_again_names_the_newest_request():
     run(records, "same", notes=2)
     run(records, "same")
     assert len(records.listing()) == 1
-    assert records.find("same")["told"][0]["notes"] == []
+    assert records.find("same").whole()()["told"][0]["notes"] == []
     assert records._rows == 0
 
 
@@ -98,7 +98,7 @@ def test_nothing_of_the_prompt_outlives_the_request():
         assert request() is not None
     gc.collect()
     assert request() is None
-    assert records.find("one")["prompt_tokens"] == 3
+    assert records.find("one").whole()()["prompt_tokens"] == 3
 
 
 def test_an_answer_counts_while_it_is_made():

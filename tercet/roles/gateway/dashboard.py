@@ -8,6 +8,8 @@ GET /dashboard/requests/{id}         one, with each choice of workers and what i
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 import mimetypes
 import time
@@ -143,7 +145,9 @@ class Dashboard:
         return web.json_response({"requests": self._records.listing(max(0, int(limit)))}, headers=FRESH)
 
     async def _request(self, request: web.Request) -> web.Response:
-        return web.json_response(self._records.find(request.match_info["id"]), headers=FRESH)
+        whole = self._records.find(request.match_info["id"]).whole()
+        text = await asyncio.to_thread(lambda: json.dumps(whole()))
+        return web.Response(text=text, content_type="application/json", headers=FRESH)
 
 
 def _number(request: web.Request, name: str, default: float) -> float:

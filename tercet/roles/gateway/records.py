@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from tercet.core import STAGES, GenerateRequest
@@ -129,15 +130,15 @@ class Record:
             "stages": bars(first["timings"], elapsed_s) if first else [],
         }
 
-    def whole(self) -> dict[str, Any]:
-        """All that is known of it."""
-        told = [
-            each.facts()
-            | {"notes": [_note(said, self.arrived) for said in (*each.first, *each.newest)]}
-            | {"notes_left_out": each.notes - len(each.first) - len(each.newest)}
-            for each in self.choices
+    def whole(self) -> Callable[[], dict[str, Any]]:
+        """All that is known of it now. What is given makes plain data of it, on any thread: that takes long where a
+        decision was among many workers."""
+        notes = [(*each.first, *each.newest) for each in self.choices]
+        facts = [
+            each.facts() | {"notes_left_out": each.notes - len(said)}
+            for each, said in zip(self.choices, notes, strict=True)
         ]
-        return self.summary() | {"told": told}
+        return partial(_whole, self.summary(), facts, notes, self.arrived)
 
 
 class Records:
@@ -183,12 +184,12 @@ class Records:
         newest = list(reversed(self._records.values()))[:most]
         return [record.summary() for record in newest]
 
-    def find(self, request_id: str) -> dict[str, Any]:
+    def find(self, request_id: str) -> Record:
         """By its id, or how that begins, with or without what stands before its first hyphen. Raises UnknownRequest."""
         exact = self._records.get(request_id)
         alike = [exact] if exact is not None else [self._records[known] for known in self._alike(request_id)]
         if len(alike) == 1:
-            return alike[0].whole()
+            return alike[0]
         asked = repr(request_id[:80])
         if alike:
             raise UnknownRequest(f"{asked} may be {len(alike)} requests: give more of the id")
@@ -260,6 +261,15 @@ def _facts(choice: Choice) -> dict[str, Any]:
         "finish_reason": choice.finish_reason,
         "timings": timings.flat(),
     }
+
+
+def _whole(
+    summary: dict[str, Any], facts: list[dict[str, Any]], notes: list[tuple[Said, ...]], arrived: float
+) -> dict[str, Any]:
+    told = [
+        known | {"notes": [_note(each, arrived) for each in said]} for known, said in zip(facts, notes, strict=True)
+    ]
+    return summary | {"told": told}
 
 
 def _note(said: Said, arrived: float) -> dict[str, Any]:
