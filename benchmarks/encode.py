@@ -35,9 +35,9 @@ import numpy as np
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from benchmarks import progress
 from benchmarks.encode_model import MERGE, PATCH, save_model
 from benchmarks.topologies import serve_command
 
@@ -183,7 +183,7 @@ def _peak_of(url: str, images: int, rounds: int) -> Figures:
 def loops(url: str, rates: Sequence[float], counts: Sequence[int], rounds: int, requests: int) -> dict[str, Figures]:
     """Medians over the rounds of each round's medians, and the spread of the first one's."""
     cells: dict[str, list[Figures]] = {}
-    for number in track(range(rounds), "open loops"):
+    for number in progress.rounds(range(rounds), "open loops"):
         for images in counts:
             for at, rate in enumerate(rates):  # other requests for each, or the caches would answer
                 asked = workload(requests, images, rate, number * len(rates) + at)
@@ -198,7 +198,7 @@ def loops(url: str, rates: Sequence[float], counts: Sequence[int], rounds: int, 
 def alone(url: str, images: int, rounds: int, seed: int, *, seen: bool = False) -> float:
     """Median ms to the first token of a request that has the cluster to itself. seen: the same images each time."""
     found = []
-    for number in range(rounds + 1):
+    for number in progress.rounds(range(rounds + 1), "closed loops"):
         rng = np.random.default_rng(seed if seen else seed + 1000 * number)
         shown = [picture(64, rng) for _ in range(images)]
         text = f"{number} of {seed} " * 2

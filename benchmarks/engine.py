@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks import progress
 from benchmarks.machine import DECODE, PREFILL, RATES, Cost, Figures, Machine, facts, resident_mb
 from tercet.core import SamplingParams, Ticket
 from tercet.engine.executor import Executor, LocalExecutor
@@ -199,7 +200,7 @@ def run_rounds(
 ) -> list[Figures]:
     """Of each round `MEASURE.KEY` for each measure, and the machine's rates."""
     rounds = []
-    for number in range(repeats + 1):
+    for number in progress.rounds(range(repeats + 1)):
         start, figures = time.perf_counter(), machine.measure()
         for measure, whole in workloads.items():
             work = whole if number else whole.shrunk(8)  # round 0 warms caches and threads and is not kept

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import progress
 from benchmarks.machine import facts
 from tests.exchanges import Case, Rank, ask_all, collective, direct
 
@@ -72,7 +73,7 @@ def main(
 ) -> None:
     about = facts()  # first: the tree may change while this runs
     seconds: Seconds = {}
-    for world in WORLDS:
+    for world in progress.rounds(WORLDS, "sizes of groups"):
         for name, found in measure(world, rounds, tuple(count for count in TOKENS if count <= most)).items():
             seconds.setdefault(name, {}).update(found)
     medians = {name: {key: statistics.median(each) for key, each in found.items()} for name, found in seconds.items()}

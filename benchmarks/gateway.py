@@ -27,6 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import progress
 from benchmarks.serving import Target, run
 from benchmarks.workload import random_requests
 from tercet.core import Done, FinishReason, Leg, Load, Role, Ticket, TokenEvent, WorkerInfo
@@ -185,7 +186,10 @@ def main(
     loads = (1, 4, 16, 64)
     side = begin(step_ms)
     try:
-        raw = {clients: [measure(side, clients, tokens) for _ in range(rounds)] for clients in loads}
+        turns = progress.rounds([clients for clients in loads for _ in range(rounds)])
+        raw: dict[int, list[dict[str, float]]] = {clients: [] for clients in loads}
+        for clients in turns:
+            raw[clients].append(measure(side, clients, tokens))
     finally:
         side.stop()
     table = Table("streams", *raw[1][0], title="medians of the rounds")

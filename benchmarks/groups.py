@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import groups_models, groups_sums
+from benchmarks import groups_models, groups_sums, progress
 from benchmarks.engine import Dtype, Workload
 from benchmarks.groups_ranks import Run, Served, Shape
 from benchmarks.machine import Others, facts
@@ -73,7 +73,7 @@ def measure(source: str, dtype: str, shapes: Mapping[str, Shape], rounds: int) -
             served[name] = Served(source, shape, dtype)
             stack.callback(served[name].stop)
             served[name].ask("measure")  # when it has loaded
-        for number in range(rounds + 1):
+        for number in progress.rounds(range(rounds + 1)):
             for name, group in served.items():
                 for title, work in WORKS.items():
                     run = group.ask("run", work if number else work.shrunk(8), number)

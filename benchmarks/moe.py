@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import progress
 from benchmarks.gpu_timing import Timer
 from benchmarks.machine import facts
 from tercet.devices import DEVICES
@@ -201,8 +202,7 @@ def main(
     wanted = tokens or [1, 4, 16, 64, 256]
     rows = [
         row
-        for shape in SHAPES[device]
-        for dtype in DTYPES[device]
+        for shape, dtype in progress.rounds([*itertools.product(SHAPES[device], DTYPES[device])], "shapes and dtypes")
         for row in measure(shape, dtype, wanted, device, timer, threads)
     ]
     console = Console(width=160)

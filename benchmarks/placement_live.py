@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from benchmarks import progress
 from benchmarks.groups_models import qwen3_moe
 from benchmarks.machine import facts
 from benchmarks.topologies import serve_command
@@ -247,7 +248,7 @@ async def measure(policies: Sequence[str], rounds: int, work: Work, seconds: flo
             policy: await adapt(policy, topic, work, answers, adapt_s) for policy in policies if policy != "none"
         }
         turns: dict[str, list[Figures]] = {policy: [] for policy in policies}
-        for number in range(rounds + 1):
+        for number in progress.rounds(range(rounds + 1), f"rounds of the topic {topic}"):
             for policy in policies:
                 figures = await segment(policy, topic, work, answers, seconds)
                 if number:  # round 0 warms up

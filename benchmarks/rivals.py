@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import progress
 from benchmarks.engine import Workload
 from benchmarks.machine import Others, facts
 from benchmarks.rivals_systems import SYSTEMS, THREADS, Given, save_hf_model, serving
@@ -211,7 +212,7 @@ def measure(
     with ExitStack() as stack:
         slow = {n: stack.enter_context(serving(n, given, logs)) for n in names if SYSTEMS[n].slow_start}
         stack.enter_context(locked(lock))
-        for number in range(wanted.rounds):
+        for number in progress.rounds(range(wanted.rounds)):
             for name in names:
                 with nullcontext(slow[name]) if name in slow else serving(name, given, logs) as system:
                     target = Target(f"{system.url}/v1/completions", asyncio.run(first_model(system.url)), True)

@@ -13,7 +13,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import progress
 from benchmarks.workload import Request, paced, random_requests, trace_requests
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -121,12 +122,15 @@ async def run(
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         start = time.perf_counter()
 
-        async def one(request: Request) -> Outcome:
+        async def one(request: Request, ended: Callable[[], None]) -> Outcome:
             await asyncio.sleep(start + request.at - time.perf_counter())
             async with slots:
-                return await send(session, target, request)
+                outcome = await send(session, target, request)
+            ended()
+            return outcome
 
-        return await asyncio.gather(*map(one, requests))
+        with progress.bar("requests", len(requests)) as ended:
+            return await asyncio.gather(*(one(request, ended) for request in requests))
 
 
 def report(outcomes: Sequence[Outcome], goodput: Mapping[str, float]) -> dict[str, Any]:

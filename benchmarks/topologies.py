@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import progress
 from benchmarks.serving import Target, first_model, report, run
 from benchmarks.workload import paced, random_requests
 
@@ -141,7 +142,7 @@ def main(
         }
         for loop, (title, (clients, pace)) in enumerate(loops.items()):
             raw: dict[str, list[dict[str, float]]] = {name: [] for name in CLUSTERS}
-            for number in range(rounds):
+            for number in progress.rounds(range(rounds), title):
                 for name, found in raw.items():
                     # Other prompts each time, or the prefix caches would answer.
                     found.append(measure(name, prompts, clients, pace, seed=loop * rounds + number))

@@ -24,6 +24,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from benchmarks import progress
 from benchmarks.machine import facts
 from benchmarks.transfer_pairs import SIDES, Running, SideLost, layout_of
 from benchmarks.transfer_report import goals, table
@@ -161,7 +162,7 @@ def main(
     try:
         for name in list(bench.running):
             bench.warm(name)
-        for number in range(rounds):
+        for number in progress.rounds(range(rounds)):
             bench.round(number, max(1, small // rounds))
         bench.rest()
         bench.verify()

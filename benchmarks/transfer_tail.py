@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import progress
 from benchmarks.machine import facts
 from benchmarks.transfer_pairs import TRANSPORTS, transport_of
 from tercet.core import Ticket
@@ -149,7 +150,7 @@ def measure(transport: str, enter: list[str], rounds: int, compute: float) -> di
         arguments = [transport, endpoint, f"{ADDRESSES[0]}:{listener.getsockname()[1]}", str(rounds), str(compute)]
         command = [*enter, sys.executable, "-m", "benchmarks.transfer_tail", "prefill", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        for number in range(2 * rounds):
+        for number in progress.rounds(range(2 * rounds), transport):
             receiver.admit(ticket_of(number), 0, BLOCKS)
             expect(events, Noted)
             expect(events, Complete)

@@ -132,7 +132,7 @@ def test_names_are_found_wherever_a_query_has_them():
 
 
 def test_alerts_say_what_is_wrong_and_where_to_read_on():
-    sections = {title.lower() for title in re.findall(r"^## (\S+)$", OPERATING, re.MULTILINE)}
+    sections = {title.lower() for title in re.findall(r"^### (\S+)$", OPERATING, re.MULTILINE)}
     for rule in ALERTS:
         assert rule["for"]
         assert rule["labels"]["severity"] in ("critical", "warning")
