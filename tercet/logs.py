@@ -24,7 +24,6 @@ from opentelemetry.trace import Span, format_span_id, format_trace_id
 from tercet.errors import TercetError, UserError
 from tercet.spec import LoggingSpec
 
-_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 ACCESS = "tercet.access"  # logger of the line for each request
 MOST_ALIKE, WINDOW_S = 50, 10.0  # lines of one kind, in so many seconds
 
@@ -105,7 +104,7 @@ class TextLines(Lines):
         if (rank := self._who.get("rank")) is not None:
             who = f"{who} rank {rank}"
         fields = "".join(f" {name}={_word(value)}" for name, value in self._about(record).items() if value is not None)
-        message = record.getMessage().translate(_CONTROLS)  # one line each, and none that speaks to the terminal
+        message = _shown(record.getMessage())
         line = f"{_time_of(record)} {record.levelname:<7} {who} {record.name}: {message}{fields}"
         exception = self._exception(record)
         return f"{line}\n{exception.rstrip()}" if exception else line
@@ -137,6 +136,11 @@ def _time_of(record: logging.LogRecord) -> str:
     """RFC 3339, UTC."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     return f"{whole}.{int(record.msecs):03d}Z"
+
+
+def _shown(text: str) -> str:
+    """One line, in which nothing speaks to a terminal or turns the direction of writing."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _word(value: object) -> str:

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import socket
 import ssl
+import struct
 import time
 from pathlib import Path
 
@@ -352,6 +353,32 @@ async def test_plain_bytes_and_noise_end_the_connection_alone(behind_tls, author
     credentials = grpc.ssl_channel_credentials(authority.path.read_bytes())
     async with grpc.aio.secure_channel(behind_tls[1].grpc_address, credentials) as channel:
         assert await call(channel, "/grpc.health.v1.Health/Check") is grpc.StatusCode.OK
+
+
+RESET = struct.pack("ii", 1, 0)  # of SO_LINGER: the end is a RST
+
+
+@pytest.mark.parametrize("door", ["http", "grpc"])
+async def test_a_reset_at_any_moment_of_the_start_ends_the_connection_alone(behind_tls, authority, door, caplog):
+    gateway, info = behind_tls
+    host, port = {"http": info.http_url.removeprefix("https://"), "grpc": info.grpc_address}[door].split(":")
+    hello = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        trusting(authority).wrap_bio(ssl.MemoryBIO(), hello, server_hostname=host).do_handshake()
+    begun = hello.read()
+    for sent in (0, 1, 5, len(begun) - 1, len(begun)):
+        for pause_s in (0, 0, 0, 0.02):
+            stranger = socket.create_connection((host, int(port)))
+            stranger.sendall(begun[:sent])
+            await asyncio.sleep(pause_s)
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            stranger.close()
+    async with asyncio.timeout(20):
+        while len(gateway._connections):
+            await asyncio.sleep(0.02)
+    async with aiohttp.ClientSession(info.http_url) as http, http.get("/health", ssl=trusting(authority)) as answer:
+        assert answer.status in (200, 503)
+    assert not [record for record in caplog.records if record.levelname in {"ERROR", "WARNING"}]
 
 
 def tls_client(address, receive=None):

@@ -73,6 +73,15 @@ def test_a_line_of_text_is_one_line(capsys):
     )
 
 
+def test_what_a_terminal_would_obey_is_shown_as_text(capsys):
+    logs.configure(LoggingSpec(), worker="w")
+    evil = "".join(map(chr, (*range(32), 0x7F, 0x85, 0x9B, 0x2028, 0x202E))) + "\x1b[2Jend"
+    logging.getLogger("tercet.x").warning(evil, extra=logs.about(evil, said=evil))
+    [line] = capsys.readouterr().err.removesuffix("\n").splitlines()
+    assert line.isprintable()
+    assert line.count("[2Jend") == 3
+
+
 def test_to_configure_twice_is_to_say_things_once(capsys):
     logs.configure(LoggingSpec(format="json"), role="prefill")
     logs.configure(LoggingSpec(format="json"), role="decode")
