@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tercet.cluster.members import Starter, Target
@@ -46,6 +46,7 @@ class Changes:
         self._outcomes: dict[str, dict[str, Any]] = {}  # id of a role's request -> how it ended
         self._under_way: dict[str, _Switch] = {}  # worker id -> what it switches to
         self._refused: dict[str, TercetError] = {}  # worker id -> why it cannot have its new role
+        self._serving: Mapping[str, str] = {}  # worker id -> role, of those that the gateway uses
 
     @property
     def overview(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class Changes:
 
     def serving(self, roles: Mapping[str, str]) -> None:
         """roles: worker id -> role, of those that the gateway uses."""
+        self._serving = roles
         for worker_id, switch in list(self._under_way.items()):
             if roles.get(worker_id) != switch.role:
                 continue
@@ -114,7 +116,10 @@ class Changes:
         spec = scaled(target.spec, role, replicas)
         if spec == target.spec:
             return target
-        placement = await self._starter.place(target, spec, taken)
+        # Who is too many goes from the end: first those that do not serve, then the newest.
+        workers = sorted(target.placement.workers, key=lambda worker: worker.worker_id not in self._serving)
+        kept = replace(target, placement=replace(target.placement, workers=tuple(workers)))
+        placement = await self._starter.place(kept, spec, taken)
         self._report(f"{role} is to have {replicas} worker{'s' if replicas > 1 else ''}")
         return Target(spec, placement)
 

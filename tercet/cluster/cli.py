@@ -209,7 +209,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show a running cluster's members and their loads."""
-    from tercet.cluster.tables import experts_table, pairs_table, placement_table, status_table
+    from tercet.cluster.tables import experts_table, losses, pairs_table, placement_table, status_table
 
     name, address = where(name, address)
     from tercet.cluster import remote
@@ -219,6 +219,8 @@ def status(
         typer.echo(json.dumps(found))
     else:
         Console().print(status_table(found))
+        for line in losses(found):
+            typer.echo(line)
         for table in (pairs_table(found), experts_table(found), placement_table(found)):
             if table.row_count:
                 Console().print(table)

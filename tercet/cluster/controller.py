@@ -81,7 +81,8 @@ class Controller:
             if self._fault is not None:
                 raise self._fault
             if time.monotonic() > deadline:
-                raise ClusterError(f"not ready after {self._spec.ray.start_timeout_s:g} s: {self._why_not_ready()}")
+                after = f"not ready after {self._spec.ray.start_timeout_s:g} s (ray.start_timeout_s)"
+                raise ClusterError(f"{after}: {self._why_not_ready()}")
         self._is_up = True
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -303,5 +304,6 @@ class Controller:
         return len(self._alive()) == len(self._target.members) and bool(self._gateway.status.get("ready"))
 
     def _why_not_ready(self) -> str:
-        waiting = [f"{m} is {s.member.state}" for m, s in self._slots.items() if s.member.state is not State.LIVE]
+        late = {m: slot for m, slot in self._slots.items() if slot.member.state is not State.LIVE}
+        waiting = [f"{m} is {s.member.state}" + (f", {s.loading}" if s.loading else "") for m, s in late.items()]
         return "; ".join(waiting) or str(self._gateway.status.get("reason", "the gateway says nothing"))

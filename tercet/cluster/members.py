@@ -173,6 +173,7 @@ def _told_of(slot: Slot) -> dict[str, Any]:
         "state": member.state.value,
         "epoch": member.epoch,
         "reason": member.reason,
+        "last_loss": member.last_loss,
     }
     if isinstance(slot.info, WorkerInfo):
         told |= {"pid": slot.info.pid, "node": slot.info.node}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import socket
 from collections.abc import Callable
@@ -110,6 +111,19 @@ def refuse_missing_transport(spec: ClusterSpec) -> None:
     """Check the transport, where all workers run on this machine. Raises SpecError."""
     if spec.transfer.transport != transports.AUTO:
         transports.usable(spec.transfer.transport)
+
+
+def compile_kernels(spec: ClusterSpec, report: Callable[[str], None]) -> None:
+    """Compile those for this CPU, if workers here want them: once for all, and not in the time that they have to start.
+    Where that fails, each worker says why."""
+    if not any(spec.pools[its.pool].accelerator == "cpu" and its.kernels != "torch" for its in spec.roles.values()):
+        return
+    from tercet.kernels.native import library
+
+    with contextlib.suppress(library.NativeMissingError):
+        if not library.is_built():
+            report("compiles kernels for this CPU, which is done once: ten seconds to some minutes")
+            library.build()
 
 
 def refuse_what_is_not_here(spec: ClusterSpec) -> None:

@@ -53,6 +53,7 @@ class Member:
     crashes: int = 0  # consecutive, each before STABLE_S
     retry_at: float = 0.0
     reason: str = ""  # why it was lost
+    last_loss: str = ""  # why an incarnation before it was
     role: str = ""  # of a worker
     revision: int = 0  # of where it is reached, which changes when it loses a rank or takes one back
 
@@ -149,7 +150,8 @@ def _leave(member_id: str, told: Told | None) -> Action | None:
 
 
 def starting(role: str, epoch: int, before: Member | None, now: float) -> Member:
-    return Member(epoch, State.STARTING, now, crashes=before.crashes if before else 0, role=role)
+    crashes, loss = (before.crashes, before.reason or before.last_loss) if before else (0, "")
+    return Member(epoch, State.STARTING, now, crashes=crashes, last_loss=loss, role=role)
 
 
 def switching(role: str, epoch: int, now: float) -> Member:
@@ -175,7 +177,7 @@ def lost(member: Member, reason: str, now: float) -> Member:
     stable = _live(member) and now - member.since >= STABLE_S
     crashes = 1 if stable else member.crashes + 1
     wait = 0.0 if crashes == 1 else min(FIRST_BACKOFF_S * 2.0 ** (crashes - 2), LAST_BACKOFF_S)
-    return Member(member.epoch, State.LOST, now, crashes, now + wait, reason, member.role)
+    return Member(member.epoch, State.LOST, now, crashes, now + wait, reason, role=member.role)
 
 
 def _live(member: Member) -> bool:

@@ -35,6 +35,7 @@ Visit = Callable[["GatewayInfo"], None]
 Ending = Callable[..., Coroutine[Any, Any, None]]  # of an AsyncExitStack
 
 RESOLVE_TIMEOUT_S = 15.0
+COMPILE_TIMEOUT_S = 400.0  # longer than what the compiler is stopped after
 JOIN_TIMEOUT_S = 30.0
 LEAVE_TIMEOUT_S = 5.0
 ASK_TIMEOUT_S = 10.0
@@ -136,6 +137,7 @@ class _Serving:
         preflight.refuse_missing_transport(self._spec)
         start_s = self._spec.ray.start_timeout_s
         await bounded.wait("looking at this machine", start_s, preflight.refuse_what_is_not_here, self._spec)
+        await bounded.wait("compiling kernels", COMPILE_TIMEOUT_S, preflight.compile_kernels, self._spec, self._report)
         with reaching(self._run_file.folder):
             ray = LocalRay(self._run_file.folder)
             ends.push_async_callback(bounded.wait, "the end of Ray", local_ray.STOP_TIMEOUT_S, ray.stop)

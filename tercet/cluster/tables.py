@@ -194,6 +194,13 @@ def status_table(status: Mapping[str, Any]) -> Table:
     return table
 
 
+def losses(status: Mapping[str, Any]) -> list[str]:
+    """A line for each worker that was lost, as far as its present incarnation knows. status: as `status_table`'s."""
+    members = sorted(status["members"].items())
+    told = [(m, w["epoch"], w["reason"] if w["state"] == "lost" else w.get("last_loss", "")) for m, w in members]
+    return [f"{m} (now epoch {epoch}) was lost: {why}" for m, epoch, why in told if why]
+
+
 def timings_table(timings: Mapping[str, Any]) -> Table:
     """timings: the object that a response's last chunk carries."""
     table = Table(title="what this request took, and where")

@@ -48,7 +48,7 @@ class TransferSpec(Frozen):
 
 class RaySpec(Frozen):
     address: Text = "auto"  # auto: join a Ray that this user runs here, else start a local one | local | host:port
-    start_timeout_s: Seconds = 120.0  # of a Ray, and of a worker, model load included
+    start_timeout_s: Seconds = 600.0  # of a Ray, and of a worker, model load included
     health_deadline_s: Seconds = 10.0  # a worker that is silent for so long, or a port of it, is hung and replaced
     lost_after_s: Seconds = 5.0  # Ray itself (its GCS, its node here) is silent for so long: drain, then end
 

@@ -18,6 +18,7 @@ from tercet.cluster.controller import Controller
 from tercet.cluster.launcher import Actor
 from tercet.cluster.members import Slot, Target
 from tercet.cluster.reconcile import GATEWAY, Drain, Drop, Member, Publish, Start, State, Stop, Switch, diff
+from tercet.cluster.tables import losses
 from tercet.core import Load, Loading, Role, WorkerInfo
 from tercet.errors import ClusterError, ModelFileMissing, RayLost, TercetError, WorkerLost
 from tercet.placement.roles import Node, Placement, plan
@@ -339,6 +340,8 @@ async def test_whoever_waits_for_a_worker_is_told_how_far_its_model_is():
     start.set()
     await until(lambda: starter.noted["members"]["worker-1"]["state"] == "live")
     assert starter.noted["members"]["worker-1"]["reason"] == ""
+    assert starter.noted["members"]["worker-1"]["last_loss"] == "worker_lost: worker-1 died"
+    assert losses(starter.noted) == ["worker-1 (now epoch 2) was lost: worker_lost: worker-1 died"]
     stop.set()
     await running
     await cluster.end_now()
@@ -380,6 +383,26 @@ async def test_a_cluster_grows_and_shrinks_by_what_it_is_asked():
     await cluster.end_now()
     assert "decode is to have 2 workers" in reports
     assert "decode worker-2 (epoch 1) is gone" in reports
+
+
+async def test_who_does_not_serve_goes_before_who_does():
+    starter, stop = FakeStarter(), asyncio.Event()
+    cluster = controller(starter, [])
+    await cluster.bring_up()
+    running = asyncio.create_task(cluster.run(stop))
+    assert await scaled_to(starter, "more", "decode", 2) == {}
+    await until(lambda: set(starter.told) == {"worker-0@1", "worker-1@1", "worker-2@1"})
+    starter.hold("start")
+    starter.members["worker-1"].fault = WorkerLost("worker-1 died")  # the older one
+    await until(lambda: set(starter.told) == {"worker-0@1", "worker-2@1"})
+    starter.calls.clear()
+    assert await scaled_to(starter, "less", "decode", 1) == {}
+    await until(lambda: "worker-1" not in starter.noted["members"])
+    assert set(starter.told) == {"worker-0@1", "worker-2@1"}
+    assert ("worker-2@1", "drain") not in starter.calls
+    stop.set()
+    await running
+    await cluster.end_now()
 
 
 async def test_what_cannot_be_is_answered_and_the_target_stays():

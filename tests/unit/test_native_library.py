@@ -39,11 +39,11 @@ def cache(tmp_path, monkeypatch):
 def test_no_compiler(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(NativeMissingError, match=r"no C\+\+ compiler no-such-compiler; install g\+\+, or set CXX"):
-        library._built()
+        library.build()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(cache))
     with pytest.raises(NativeMissingError, match=r"no C\+\+ compiler; install"):
-        library._built()
+        library.build()
 
 
 def test_a_compiler_that_fails_is_quoted(cache, tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_compiler_that_fails_is_quoted(cache, tmp_path, monkeypatch):
         "CXX", stand_in(tmp_path, '[ "$1" = --version ] || { echo "x.h:3: error: no such thing" >&2; exit 4; }')
     )
     with pytest.raises(NativeMissingError, match=r"exit code 4: x\.h:3: error: no such thing"):
-        library._built()
+        library.build()
     assert not list(cache.glob("*.so"))
 
 
@@ -59,21 +59,21 @@ def test_a_compiler_that_hangs_is_stopped(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", stand_in(tmp_path, '[ "$1" = --version ] || exec sleep 60'))
     monkeypatch.setattr(library, "BUILD_S", 0.3)
     with pytest.raises(NativeMissingError, match=r"timed out after 0\.3"):
-        library._built()
+        library.build()
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(cache):
     cache.mkdir()
     cache.chmod(0o777)
     with pytest.raises(NativeMissingError, match="can be written by others"):
-        library._built()
+        library.build()
 
 
 def test_a_folder_that_cannot_be_made(cache, monkeypatch):
     cache.parent.joinpath("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "file"))
     with pytest.raises(NativeMissingError, match="set XDG_CACHE_HOME to a folder of yours"):
-        library._built()
+        library.build()
 
 
 def test_many_processes_build_it_once(cache, tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_many_processes_build_it_once(cache, tmp_path, monkeypatch):
         f'echo "$1" >> {tmp_path}/calls\n[ "$1" = --version ] && exit\nsleep 0.3\nfor last; do :; done; touch "$last"'
     )
     monkeypatch.setenv("CXX", stand_in(tmp_path, script))
-    code = "from tercet.kernels.native import library; print(library._built())"
+    code = "from tercet.kernels.native import library; print(library.build())"
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert len({process.communicate()[0] for process in running}) == 1
     assert all(process.returncode == 0 for process in running)

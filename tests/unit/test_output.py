@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -73,6 +74,42 @@ def test_a_terminal_shows_a_bar_for_each_worker_that_loads():
     assert any("decode worker-1" in line and "━" in line and "3 of 4 tensors read" in line for line in lines)
     assert any("tercet: Ray has started" in line for line in lines)
     assert [line.strip() for line in lines if line.strip()][-1] == "tercet: decode worker-2: 2 of 4 tensors read"
+
+
+STALLED = """
+import sys
+from tercet.cluster import output
+from tercet.core import Loading
+from tercet.spec import LoggingSpec
+output.use(LoggingSpec())
+output.LINE_S = output._waits_s = 0.01
+with output.Waiting("starting") as bars:
+    for done in range(400):
+        bars.loading(f"decode worker-{done % 8}", Loading("tensors read", done, 400))
+        bars._bars.refresh()
+        if done % 20 == 0:
+            output.report("a member is up")
+for number in range(300):
+    output.report(f"line {number} of what is told later, and nobody reads it")
+    output.say("x" * 60)
+open(sys.argv[1], "w").write("through")
+"""
+
+
+def test_a_terminal_that_takes_nothing_stops_nobody(tmp_path):
+    ours, theirs = pty.openpty()
+    through, environment = tmp_path / "through", os.environ | {"TERM": "xterm"}
+    command = [sys.executable, "-c", STALLED, str(through)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    deadline = time.monotonic() + 60
+    while not through.exists() or not through.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "it waits for the terminal"
+        time.sleep(0.05)
+    os.close(ours)
+    process.kill()
+    process.wait()
 
 
 def test_elsewhere_a_line_now_and_then_says_how_far_a_worker_is():

@@ -69,7 +69,7 @@ def test_serve_needs_no_ray_to_miss_what_workers_need(wanted, said, monkeypatch,
     monkeypatch.setattr("tercet.cluster.serve.LocalRay", None)
     monkeypatch.setattr(trial, "missing", lambda: "there is no C++ compiler /nope; install g++")
     with pytest.raises(UnsupportedSpec, match=said):
-        serve(spec_of(ray=RaySpec(address="local"), **wanted), Signals(print), print, print)
+        serve(spec_of(ray=RaySpec(address="local"), **wanted), Signals(print), print, print, print)
 
 
 def test_serve_needs_no_ray_to_miss_a_transport(monkeypatch, tmp_path):
@@ -78,7 +78,7 @@ def test_serve_needs_no_ray_to_miss_a_transport(monkeypatch, tmp_path):
     monkeypatch.setattr("tercet.cluster.serve.LocalRay", None)
     wanted = spec_of(ray=RaySpec(address="local"), transfer=TransferSpec(transport="ucx"))
     with pytest.raises(SpecError, match="ucx cannot be used here: no ucxx; pip install it"):
-        serve(wanted, Signals(print), print, print)
+        serve(wanted, Signals(print), print, print, print)
 
 
 def test_a_driver_that_kills_who_asks_it_is_named():

@@ -143,14 +143,20 @@ class NativeMissingError(Exception):
 @functools.cache
 def library() -> ctypes.CDLL:
     """Builds it if need be, which takes some ten seconds. Raises NativeMissingError."""
-    loaded = ctypes.CDLL(str(_built()))
+    loaded = ctypes.CDLL(str(build()))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
     return loaded
 
 
-def _built() -> Path:
+def is_built() -> bool:
+    """Whether `library` need not compile it. Raises NativeMissingError."""
+    return _wanted()[1].exists()
+
+
+def _wanted() -> tuple[str, Path]:
+    """The compiler, and where what it makes lies."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None or shutil.which(compiler) is None:
         named = f" {compiler}" if compiler else ""
@@ -159,12 +165,17 @@ def _built() -> Path:
     version = _run([compiler, "--version"])
     facts = [version, *FLAGS, _cpu(), *(f"{path.name} {path.read_text()}" for path in sources)]
     name = f"kernels-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:24]}.so"
-    folder = _cache_folder()
-    target = folder / name
+    return compiler, _cache_folder() / name
+
+
+def build() -> Path:
+    """Compile it if need be. Raises NativeMissingError."""
+    compiler, target = _wanted()
+    folder = target.parent
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            made = folder / f"{name}.{os.getpid()}"
+            made = folder / f"{target.name}.{os.getpid()}"
             _run([compiler, *FLAGS, str(SOURCES / "library.cpp"), "-o", str(made)])
             made.replace(target)
     return target
