@@ -90,6 +90,14 @@ def test_a_faulty_file_is_refused_by_what_is_wrong(tmp_path, text, says):
     assert "secret" not in str(refused.value).replace(GOOD["sha256"], "")  # a key that stands there by mistake
 
 
+@pytest.mark.parametrize("opened", ["[", "{a: ", "- ", "? ", "[{a: ["])
+def test_what_is_nested_ends_nobody(tmp_path, opened):
+    path = tmp_path / "keys.yaml"
+    path.write_text((opened * 1_000_000)[:1_000_000])
+    with pytest.raises(SpecError, match=r"nested too deeply|is no YAML"):
+        KeyRing(str(path))
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(SpecError, match="cannot be read: No such file"):
         KeyRing(str(tmp_path / "none.yaml"))

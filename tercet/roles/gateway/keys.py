@@ -26,7 +26,10 @@ from tercet.errors import SpecError, Unauthenticated
 from tercet.spec.base import Name, Positive
 from tercet.watched import Watched
 
-MOST_BYTES = 1 << 20  # of the file: some 5,000 keys
+MOST_BYTES = 1 << 20  # of the file: some 10,000 keys
+MOST_DEEP = (
+    16  # lists and maps within each other: what builds them in C has no bound of its own, and overflows the stack
+)
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C if it is there: ten times as fast
 SCHEMES = "Authorization: Bearer KEY"
 
@@ -80,6 +83,7 @@ def read_keys(path: Path) -> list[Key]:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise SpecError(f"{path}: more than {MOST_BYTES} bytes")
+        _refuse_deep(data, path)
         return KeyFile.model_validate(yaml.load(data, LOADER) or {}).keys  # noqa: S506  # it is a safe one
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
@@ -89,8 +93,20 @@ def read_keys(path: Path) -> list[Key]:
         first = error.errors(include_input=False, include_url=False)[0]  # what was given may be a key
         where = ".".join(map(str, first["loc"]))
         raise SpecError(f"{path}: {where}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:  # a date that is none, or lists within lists
+    except ValueError as error:  # a date that is none
         raise SpecError(f"{path}: is no YAML: {type(error).__name__}") from error
+
+
+def _refuse_deep(data: bytes, path: Path) -> None:
+    """Raises SpecError, YAMLError."""
+    depth = 0
+    for event in yaml.parse(data, LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MOST_DEEP:
+            raise SpecError(f"{path}: is nested too deeply")
 
 
 def by_digest(keys: list[Key], path: str) -> Keys:
