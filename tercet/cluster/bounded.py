@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tercet.errors import ClusterError
 
 T = TypeVar("T")
 
 _left_behind = threading.Event()
+_running: set[Future[Any]] = set()  # calls that have not returned, also those that nobody waits for any more
 
 
 def call(what: str, timeout_s: float, function: Callable[..., T], *args: object) -> T:
@@ -46,10 +48,20 @@ async def wait(what: str, timeout_s: float, function: Callable[..., T], *args: o
         _note(running)
 
 
+async def settled(timeout_s: float) -> bool:
+    """Whether all calls have returned, within that time: what they are inside may not be torn down before."""
+    deadline = time.monotonic() + timeout_s
+    while _running and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    return not _running
+
+
 def start(function: Callable[..., T], *args: object) -> Future[T]:
     """Run it on a daemon thread."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()  # so that it cannot be cancelled
+    _running.add(future)
+    future.add_done_callback(_running.discard)
 
     def run() -> None:
         try:

@@ -192,6 +192,8 @@ def _leaving(disconnect: Callable[[], None]) -> Ending:
         if isinstance(error, RayLost):
             bounded.leave_behind()  # Ray would end this process while it disconnects, with an exit code of its own
             return
+        if not await bounded.settled(LEAVE_TIMEOUT_S):  # Ray ends a process that calls it behind its shutdown
+            return
         with contextlib.suppress(ClusterError):  # the end of this process leaves it, too
             await bounded.wait("leaving Ray", LEAVE_TIMEOUT_S, disconnect)
 

@@ -57,3 +57,22 @@ async def test_and_one_whose_waiter_is_cancelled(stuck):
     await asyncio.gather(waiting, return_exceptions=True)
     assert waiting.cancelled()
     assert bounded.left_behind()
+
+
+async def test_whoever_tears_something_down_waits_for_those_inside():
+    assert await bounded.settled(0.0)
+    inside, over = threading.Event(), threading.Event()
+
+    def call() -> None:
+        inside.set()
+        over.wait(30)
+
+    task = asyncio.create_task(bounded.wait("a call", 30, call))
+    while not inside.is_set():
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not await bounded.settled(0.1)
+    over.set()
+    assert await bounded.settled(10)

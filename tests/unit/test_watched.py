@@ -1,4 +1,4 @@
-"""Files that change: who asks for what is made of them never waits long, and is told of a change at once if possible."""
+"""Files that change: who asks what is made of them never waits long, and is told of a change at once if possible."""
 
 from __future__ import annotations
 
