@@ -34,6 +34,7 @@ def test_speeds_and_agreement():
     assert compare("prefill", work, ours, theirs)["prefill.rival"] == 4.0
 
 
+@pytest.mark.slow  # a whole benchmark
 def test_the_command_measures_both_with_the_same_tokens(tmp_path):
     app, file = typer.Typer(), tmp_path / "result.json"
     app.command()(main)

@@ -63,6 +63,7 @@ def test_captured_steps_give_the_same_tokens(sizes, expected):
     assert max(sizes) in ran
 
 
+@pytest.mark.slow  # minutes in Triton's interpreter
 def test_steps_run_ahead_and_give_the_same_tokens(expected):
     assert tokens_of("triton", None)[0] == expected
 

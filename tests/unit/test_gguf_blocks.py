@@ -104,7 +104,7 @@ def test_blocks_of_something_else_are_refused():
     with pytest.raises(UnsupportedSpec, match=r"gguf takes native kernels, which role aggregated does not have"):
         refuse_unbuilt(spec)
     with pytest.raises(UnsupportedSpec, match="is no GGUF file"):
-        preflight.check(spec.model_copy(update={"model": ModelSpec(source=tiny_model(), dtype="gguf")}), print)
+        preflight.check_model(spec.model_copy(update={"model": ModelSpec(source=tiny_model(), dtype="gguf")}), print)
 
 
 def test_blocks_need_native_kernels():

@@ -150,6 +150,7 @@ def tcp_case():
     return next(case for case in gpu_handover.cases(CPU, "cpu") if case.transport.name == "tcp")
 
 
+@pytest.mark.slow  # `make gpu-check` measures so
 async def test_workers_hand_over_what_is_timed(tmp_path):
     """Each request's bytes are compared with those of its prompt, on the way."""
     spec = gpu_handover.spec_of(CPU, gpu_handover.save_model(tmp_path, CPU), "cpu", "tcp")

@@ -67,6 +67,7 @@ def test_plans_are_those_that_ranks_take():
     assert len(plan.decodes) == 8
 
 
+@pytest.mark.slow  # a whole benchmark
 def test_the_command_measures_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(groups, "WORLDS", (2,))
     monkeypatch.setattr(groups, "SUM_ROUNDS", 2)

@@ -50,6 +50,7 @@ def for_avx2(tmp_path_factory):
 
 
 @pytest.mark.skipif("avx2" not in flags(), reason="a CPU without AVX2")
+@pytest.mark.timeout(600)  # it compiles them, and runs a suite with them
 def test_by_avx2(for_avx2):
     assert run(NAME, **for_avx2) == "avx2"
     run(SUITE, **for_avx2)

@@ -91,7 +91,10 @@ def test_many_processes_build_it_once(cache, tmp_path, monkeypatch):
 
 
 @here
-@pytest.mark.parametrize("target", ["native", "x86-64", "x86-64-v3", "sapphirerapids"])
+@pytest.mark.parametrize(
+    "target",
+    ["native", *(pytest.param(each, marks=pytest.mark.slow) for each in ("x86-64", "x86-64-v3", "sapphirerapids"))],
+)
 def test_no_warnings(target):
     """The C++ is clean for every width of vectors that it is made for."""
     if target != "native" and os.uname().machine != "x86_64":

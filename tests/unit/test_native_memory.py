@@ -48,6 +48,8 @@ def test_each_item_runs_once_while_threads_come_and_go(tmp_path):
     run(compiled("native_team", tmp_path, "-O2"))
 
 
+@pytest.mark.slow  # the compiler takes minutes
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["native_bounds", "native_experts"])
 def test_each_shape_stays_within_its_memory(name, tmp_path):
     if not sanitizes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ def run(main, *arguments: str) -> str:
     return done.output
 
 
+@pytest.mark.slow  # a whole benchmark
 def test_balance(tmp_path):
     told = run(placement.main, "--layers", "1", "--limit-s", "1", "--result", str(tmp_path / "rows.json"))
     assert all(title in told for title in ("balance", "golden", "drift"))

@@ -132,7 +132,16 @@ def test_any_other_temperature_draws_a_token(temperature):
             assert token == int(row.argmax())
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.15}], ids=str)
+@pytest.mark.parametrize(
+    "filters",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"top_k": 3}, marks=pytest.mark.slow),
+        {"top_p": 0.7},
+        {"min_p": 0.15},
+    ],
+    ids=str,
+)
 def test_draws_follow_the_probabilities(filters):
     """5,000 draws of a row of 12 tokens; each count within 4.5 standard deviations."""
     row = torch.tensor([2.0, 1.5, 1.0, 1.0, 0.5, 0.0, 0.0, -0.5, -1.0, -2.0, -3.0, 2.2])

@@ -97,6 +97,7 @@ def test_every_question_has_an_answer_about_every_scene():
         assert not any("{" in asked(kind, at, scene) for at in range(len(words)) for scene in scenes)
 
 
+@pytest.mark.slow  # it trains
 def test_the_training_makes_a_tower_that_loads(tmp_path):
     """In its shortest form."""
     command = [sys.executable, "-m", "examples.train_shapes", "--note-steps", "1", "--tower-steps", "2"]
