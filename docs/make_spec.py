@@ -45,7 +45,8 @@ def _sections() -> Iterator[str]:
     parts: dict[str, Schema] = whole["$defs"]
     told = field_comments()
 
-    def section(path: str, name: str, part: Schema) -> Iterator[str]:
+    # given: what it has where it is left out as a whole
+    def section(path: str, name: str, part: Schema, given: Schema) -> Iterator[str]:
         yield f"## {path or 'The top level'}\n"
         if path and (about := part.get("description", "")):
             yield f"{about.splitlines()[0]}\n"
@@ -54,14 +55,16 @@ def _sections() -> Iterator[str]:
         for key, its in part["properties"].items():
             inner, many = _part_of(its)
             if inner is not None and inner in parts and "properties" in parts[inner]:
-                below.append((".".join(filter(None, (path, key, many))), inner))
-            default = "required" if key in part.get("required", ()) else _default(its, inner)
+                below.append((".".join(filter(None, (path, key, many))), inner, its.get("default") or {}))
+            default = _default(its, inner)
+            if key in part.get("required", ()):
+                default = f"`{json.dumps(given[key])}`" if key in given else "required"
             yield f"| `{key}` | {_value(its, parts)} | {default} | {_cell(told.get((name, key), ''))} |"
         yield ""
-        for each, inner in below:
-            yield from section(each, inner, parts[inner])
+        for each, inner, defaults in below:
+            yield from section(each, inner, parts[inner], defaults)
 
-    yield from section("", "ClusterSpec", whole)
+    yield from section("", "ClusterSpec", whole, {})
 
 
 def _part_of(its: Schema) -> tuple[str | None, str]:
