@@ -32,6 +32,9 @@ from tercet.errors import DeadlineExceeded, InvalidRequest, NoWorkers, TercetErr
 
 Messages = str | Sequence[Mapping[str, Any]]  # a text stands for one message of the user
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+OTHER_NAME = {62, 64}  # OpenSSL's codes: the certificate is for another host or address
+UNKNOWN_AUTHORITY = {2, 18, 19, 20, 21}
+NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}  # its reasons, by version
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,9 @@ class Client:
             raise DeadlineExceeded(f"{self._url.geturl()} did not answer within {self._timeout_s:g} s") from error
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise NoWorkers(f"cannot reach {self._url.geturl()}: {error}; is `tercet serve` running?") from error
+            raise NoWorkers(
+                f"cannot reach {self._url.geturl()}: {error}; {_advice(self._url.scheme, error)}"
+            ) from error
 
 
 def image_part(path: Path) -> dict[str, Any]:
@@ -235,6 +240,7 @@ def _ask(console: Console) -> str:
     try:
         return console.input("> ").strip()
     except (EOFError, KeyboardInterrupt):
+        console.print()  # behind the prompt
         return ""
 
 
@@ -286,6 +292,21 @@ def _trusting(ca: str | Path | None) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=ca)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"ca: {ca} has no certificates of authorities: {error}") from error
+
+
+def _advice(scheme: str, error: Exception) -> str:
+    """What to do about a gateway that cannot be reached."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if error.verify_code in OTHER_NAME:
+            return "ask it by a name that its certificate has"
+        if error.verify_code in UNKNOWN_AUTHORITY:
+            return "the certificate is not trusted: name its authority by --ca FILE (in Python ca=FILE)"
+        return "the gateway needs another certificate"
+    if isinstance(error, ssl.SSLError) and error.reason in NO_TLS:
+        return "the port may speak no TLS: try http://"
+    if scheme == "http" and isinstance(error, ConnectionResetError | http.client.BadStatusLine):
+        return "the port may speak TLS: try https://"
+    return "is `tercet serve` running?"
 
 
 def _messages(messages: Messages, images: Sequence[str | Path]) -> list[Mapping[str, Any]]:

@@ -268,8 +268,10 @@ async def test_both_ports_speak_tls_and_nothing_else(behind_tls, authority):
             await http.get("/health")
     client = Client(info.http_url, ca=authority.path)
     assert await asyncio.to_thread(lambda: client.chat("hello", max_tokens=8).text)
-    with pytest.raises(NoWorkers, match="certificate verify failed"):
+    with pytest.raises(NoWorkers, match=r"certificate verify failed.*name its authority by --ca FILE"):
         await asyncio.to_thread(Client(info.http_url).models)
+    with pytest.raises(NoWorkers, match="may speak TLS: try https://"):
+        await asyncio.to_thread(Client(info.http_url.replace("https", "http")).models)
     credentials = grpc.ssl_channel_credentials(authority.path.read_bytes())
     async with grpc.aio.secure_channel(info.grpc_address, credentials) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)

@@ -3,7 +3,9 @@
 import asyncio
 import io
 import socket
+import ssl
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.console import Console
 import tercet
 from tercet.client import chat_loop
 from tercet.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, NoWorkers, WorkerLost
+from tests.certificates import Authority
 from tests.fakes.gateway import running
 from tests.fakes.router import TIMES, FakeRouter
 from tests.fakes.tokenizer import EOS
@@ -85,6 +88,31 @@ def test_nothing_at_the_address():
             tercet.Client(f"http://127.0.0.1:{unheard.getsockname()[1]}").models()
 
 
+async def test_https_where_no_tls_is_spoken(router):
+    async with running(router) as (_, info):
+        with pytest.raises(NoWorkers, match="may speak no TLS: try http://"):
+            await asyncio.to_thread(tercet.Client(info.http_url.replace("http", "https")).models)
+
+
+@pytest.mark.parametrize(
+    ("identity", "told"), [("localhost", "ask it by a name that its certificate has"), ("127.0.0.1", "")]
+)
+def test_a_certificate_is_for_a_name(tmp_path, identity, told):
+    authority = Authority(tmp_path)
+    files = authority.gateway(identity)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        asked = pool.submit(tercet.Client(url, ca=authority.path).models)
+        with server.accept()[0] as connection, suppress(OSError):
+            context.wrap_socket(connection, server_side=True).close()
+        with pytest.raises(NoWorkers) as caught:
+            asked.result()
+    assert told in str(caught.value)
+    assert ("certificate" in str(caught.value)) == bool(told)
+
+
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "http://h:99999", "http://h:x", "http://h:0", "http://[::1", "http://a b"]
 )
@@ -125,3 +153,10 @@ async def test_the_chat_loop_remembers_what_was_said(client, router, monkeypatch
     assert bytes(router.requests[1].token_ids) == b"<u>hi<a>The<u>and now?<a>"
     lines = iter(["hi", ""])
     assert await asyncio.to_thread(chat_loop, client, console, max_tokens=3)
+
+
+def test_the_end_of_input_ends_the_chat_behind_its_prompt(monkeypatch):
+    console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr("builtins.input", lambda: (_ for _ in ()).throw(EOFError))
+    assert chat_loop(tercet.Client("http://127.0.0.1:1"), console)
+    assert console.file.getvalue().endswith("\n> \n")
