@@ -19,7 +19,7 @@ from tercet.cluster.options import AsJson
 from tercet.cluster.run_file import reaching
 from tercet.cluster.tables import keys_table
 from tercet.errors import SpecError
-from tercet.roles.gateway.keys import Key, by_digest, digest, read_keys
+from tercet.roles.gateway.keys import MOST_BYTES, Key, by_digest, digest, read_keys
 
 KEY_BYTES = 32
 PREFIX = "tercet-"  # so that one that has leaked is recognised
@@ -50,7 +50,10 @@ def add(
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise SpecError(f"{first['loc'][0]}: {first['msg']}") from error
-    _write(file, [*(read_keys(file) if file.exists() else []), key])
+    known = read_keys(file) if file.exists() else []
+    if any(each.name == name for each in known):
+        raise SpecError(f"{file}: {name} has a key already; remove it first: `tercet keys remove {file} {name}`")
+    _write(file, [*known, key])
     typer.echo(drawn)
     output.report(f"{name} may call with it; it is not kept anywhere")
 
@@ -73,13 +76,15 @@ def remove(file: KeyPath, name: KeyName) -> None:
     if len(left) == len(keys):
         raise SpecError(f"{file}: there is no key of {name}")
     _write(file, left)
-    output.report(f"the key of {name} is out")
+    output.report(f"the key of {name} is removed")
 
 
 def _write(path: Path, keys: list[Key]) -> None:
     """At once, so that a gateway never reads half of it. Raises SpecError, ClusterError."""
     by_digest(keys, str(path))
     text = yaml.safe_dump({"keys": [key.model_dump(exclude_none=True) for key in keys]}, sort_keys=False)
+    if len(text) > MOST_BYTES:
+        raise SpecError(f"{path}: with this it would have more than {MOST_BYTES} bytes, which no gateway reads")
     with reaching(path):
         fd, part = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}-")  # readable by its user alone
         with open(fd, "w") as file:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tercet.cluster import keys_cli
 from tercet.cluster.cli import app
 from tercet.errors import SpecError, Unauthenticated
 from tercet.roles.gateway.keys import KeyRing, by_digest, digest, read_keys
@@ -177,14 +178,16 @@ def test_the_command_draws_lists_and_removes(tmp_path):
         ("team-a", 600, 4), ("team-b", None, None)
     ]  # fmt: skip
     assert "team-a" in run("list", path).stdout
-    assert run("remove", path, "team-a").exit_code == 0
+    removed = run("remove", path, "team-a")
+    assert removed.exit_code == 0
+    assert "the key of team-a is removed" in removed.stderr
     assert [key.name for key in read_keys(path)] == ["team-b"]
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("add", "{}", "team-a"), "team-a is there twice"),
+        (("add", "{}", "team-a"), "team-a has a key already; remove it first"),
         (("add", "{}", "Team"), "name: "),
         (("add", "{}", "b", "--concurrent", "0"), "concurrent: "),
         (("remove", "{}", "b"), "there is no key of b"),
@@ -197,6 +200,17 @@ def test_the_command_says_what_is_wrong(file, words, says):
     assert result.exit_code != 0
     assert says in str(result.exception)
     assert file.read_bytes() == before
+
+
+def test_no_file_is_written_that_nothing_reads(file, monkeypatch):
+    monkeypatch.setattr(keys_cli, "MOST_BYTES", file.stat().st_size + 50)
+    before = file.read_bytes()
+    result = run("add", file, "team-b")
+    assert isinstance(result.exception, SpecError)
+    assert "more than" in str(result.exception)
+    assert result.stdout == ""  # no key that nothing knows
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_many_keys_are_read_in_no_time():
