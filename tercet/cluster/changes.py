@@ -100,15 +100,21 @@ class Changes:
     async def _answered(
         self, target: Target, change: Mapping[str, Any], taken: Iterable[str]
     ) -> tuple[Target, dict[str, str]]:
-        asked = f"{change.get('worker') or change['replicas']} {change['role']}"
+        role = change["role"]
+        refused = (
+            f"{change['worker']} cannot become {role}"
+            if "worker" in change
+            else f"{role} cannot have {change['replicas']} workers"
+        )
         try:
             if "worker" in change:
                 target = self._switched(target, change)
             else:
-                target = await self._scaled(target, change["role"], change["replicas"], [*taken])
+                target = await self._scaled(target, role, change["replicas"], [*taken])
         except TercetError as error:
+            why = str(error).removeprefix(f"{refused}: ").removeprefix(f"roles.{role}: ")
             has = ", ".join(f"{wanted.replicas} {name}" for name, wanted in target.spec.roles.items())
-            return target, {"code": error.code(), "message": f"{asked}: {error}; it stays at {has}"}
+            return target, {"code": error.code(), "message": f"{refused}: {why}; it stays at {has}"}
         self._end_superseded(target)
         return target, {}
 

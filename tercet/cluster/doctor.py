@@ -115,7 +115,8 @@ def _model(spec: ClusterSpec) -> str:
         return f"{source} is not here: it would be fetched when the cluster starts"
     path = locate(spec.model)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return f"{path}, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB in {len(files)} files"
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    return f"{path}, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB in {count}"
 
 
 def _port(spec: ClusterSpec, name: str) -> str:

@@ -119,7 +119,9 @@ def find(name: str | None) -> Served:
         if running
         else "no cluster is"
     )
-    raise ClusterError(f"{which} served on this machine" + (f" (served: {names})" if names else ""))
+    why = "which TMPDIR names" if os.environ.get("TMPDIR") else "since TMPDIR is not set"
+    seen = f"served: {names}" if names else f"looked in {_folder()}, {why}"
+    raise ClusterError(f"{which} served on this machine ({seen})")
 
 
 def end(name: str | None, timeout_s: float) -> str:

@@ -413,7 +413,7 @@ async def test_what_cannot_be_is_answered_and_the_target_stays():
     for name, role, replicas, code, want in (
         ("none", "decode", 0, "spec_error", "without one no request can be served"),
         ("other", "encode", 1, "spec_error", "topology pd has no role encode"),
-        ("much", "decode", 9, "cluster_error", "needs 1 CPU, beside 4 CPU for the 4 placed before it"),
+        ("much", "decode", 9, "cluster_error", "decode cannot have 9 workers: worker-4 needs 1 CPU, beside 4 CPU"),
     ):
         answer = await scaled_to(starter, name, role, replicas)
         assert answer["code"] == code

@@ -160,7 +160,7 @@ async def test_a_worker_drains_and_switches_in_its_process():
         answer = await made.ask("b", worker="worker-1", role="decode")
         assert answer == {
             "code": "spec_error",
-            "message": "worker-1 decode: it is decode already; it stays at 1 prefill, 3 decode",
+            "message": "worker-1 cannot become decode: it is decode already; it stays at 1 prefill, 3 decode",
         }
         answer = await made.ask("c", worker="worker-0", role="decode")
         assert "without one no request can be served" in answer["message"]
