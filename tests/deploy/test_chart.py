@@ -64,6 +64,7 @@ def test_helm_tells_what_to_do_next(case):
     done = charts.run_helm("install", charts.RELEASE, str(CHART), "--dry-run=client", "-f", values)
     notes = done.stdout.partition("NOTES:\n")[2]
     assert "helm -n default test demo" in notes
+    assert "image.repository is not set: pods ask for tercet:" in notes
     assert ("-c serve" in notes) == (case != "rayjob")
     assert ("$KEY" in notes) == (case == "secured")
     assert ("Whoever reaches the Service may call it" in notes) == (case != "secured")
