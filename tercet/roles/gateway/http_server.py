@@ -203,7 +203,8 @@ def _is_preflight(request: web.BaseRequest) -> bool:
 
 
 def _is_of_page(request: web.BaseRequest) -> bool:
-    return request.method == hdrs.METH_GET and (request.path == PAGE or request.path.startswith(f"{PAGE}/"))
+    read = request.method in (hdrs.METH_GET, hdrs.METH_HEAD)
+    return read and (request.path == PAGE or request.path.startswith(f"{PAGE}/"))
 
 
 def _challenge(request: web.BaseRequest) -> str:
