@@ -49,6 +49,11 @@ class Served:
             await answer.read()
             return answer.status, answer.headers["X-Request-Id"]
 
+    async def get(self, path):
+        """-> status."""
+        async with aiohttp.ClientSession(self.info.http_url) as http, http.get(path) as answer:
+            return answer.status
+
     async def by_grpc(self, **asked):
         async with grpc.aio.insecure_channel(self.info.grpc_address) as channel:
             call = inference_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(**asked))
@@ -95,7 +100,10 @@ WRITTEN = [  # path, body, headers
     (CHAT, SECRET.encode(), {"Content-Encoding": "gzip"}),
     (f"{CHAT}?q={SECRET}", chat(), {"Authorization": SECRET, "X-Request-Timeout": SECRET, "traceparent": SECRET}),
     (COMPLETION, {"prompt": [10**9]}, {}),
+    (f"/{SECRET}", {}, {}),
+    (f"/v1/models/{SECRET}", {}, {}),  # which takes no POST
 ]
+PATHS = [f"{path}/{SECRET}" for path in ("", "/v1/models", "/dashboard/requests", "/dashboard/static", "/health")]
 
 
 @pytest.mark.parametrize(("form", "kind"), [("json", Processes), ("text", LocalCluster)])
@@ -107,6 +115,8 @@ async def test_no_line_has_what_a_client_wrote(form, kind, capfd, monkeypatch):
         for path, body, headers in WRITTEN:
             status, request_id = await served.post(path, body, headers)
             told[request_id] = status
+        for path in PATHS:
+            await served.get(path)
         await served.by_grpc(text=SECRET, sampling=pb.Sampling(max_tokens=2), request_id="over-grpc")
         for asked in ({"text": SECRET, "model": SECRET}, {"chat": pb.Chat(messages=[pb.Message(role=SECRET)])}):
             with pytest.raises(grpc.aio.AioRpcError):
@@ -168,6 +178,25 @@ async def test_a_line_of_json_says_what_was_done_and_by_whom(capfd):
     assert 0 < done["ttft_s"] <= done["duration_s"]
     assert (wrong["request_id"], wrong["status"], wrong["error"]) == (ids[1], 400, "invalid_request")
     assert not any("prompts" in line or "trace_id" in line for line in lines)
+
+
+async def test_a_line_names_the_route_and_not_the_path(capfd):
+    async def work(served):
+        for path in ("/v1/models", *PATHS):
+            await served.get(path)
+        await served.post("/v1/models", {})
+
+    await during(work, LoggingSpec(format="json"))
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [(line["message"], line["status"]) for line in lines if line["logger"] == logs.ACCESS] == [
+        ("GET /v1/models", 200),
+        ("GET unknown", 404),
+        ("GET /v1/models/{id}", 404),
+        ("GET /dashboard/requests/{id}", 404),
+        ("GET /dashboard/static/{name}", 404),
+        ("GET unknown", 404),
+        ("POST /v1/models", 405),
+    ]
 
 
 async def test_prompts_are_in_the_line_if_asked_for_up_to_a_length(capfd):

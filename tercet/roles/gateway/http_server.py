@@ -45,6 +45,7 @@ CALLER = web.RequestKey("caller", Caller)
 OPEN = ("/health", "/ready")  # to everybody: probes have no key
 PAGE = "/dashboard"  # where a browser asks its user for the key
 OBSERVED = web.RequestKey("observed", Observed)
+UNKNOWN = "unknown"  # in the log, for a method or a path that is none of ours
 OPERATIONS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT_COMPLETION}
 LINGER_S = 2.0  # an unwanted body is read for so long, so that its sender sees the answer
 MOST_FRAMING = 64 * 1024  # bytes around a body's own: chunk sizes, their extensions, trailers
@@ -122,8 +123,12 @@ class Boundary:
     """Wraps every request: marks it as served, gives it an id and a observed, and names, counts and answers each
     failure."""
 
-    def __init__(self, handler: _Handler, count: _Count, door: Door, cors: Cors, observer: Observer) -> None:
+    def __init__(
+        self, handler: _Handler, router: web.UrlDispatcher, count: _Count, door: Door, cors: Cors, observer: Observer
+    ) -> None:
         self._handler = handler
+        self._router = router
+        self._paths = frozenset(resource.canonical for resource in router.resources())
         self._count = count
         self._door = door
         self._cors = cors
@@ -133,12 +138,21 @@ class Boundary:
         request[REQUEST_ID] = request_id = uuid.uuid4().hex
         refusal = self._let_in(request)
         operation = OPERATIONS.get(request.path, "") if request.method == "POST" and refusal is None else ""
-        route, client = f"{request.method} {request.path[:200]}", request[CALLER].client
+        route, client = await self._route(request), request[CALLER].client
         with self._observer.open(route, request_id, client, operation, request.headers) as observed:
             request[OBSERVED] = observed
             response = await self._answer(request, refusal)
             observed.status = response.status
         return response
+
+    async def _route(self, request: web.BaseRequest) -> str:
+        """As the log tells it: nothing of it is as the client wrote it."""
+        method = request.method if request.method in hdrs.METH_ALL else UNKNOWN
+        if request.path in self._paths:
+            return f"{method} {request.path}"
+        assert isinstance(request, web.Request)
+        resource = (await self._router.resolve(request)).route.resource
+        return f"{method} {UNKNOWN if resource is None else resource.canonical}"
 
     async def _answer(self, request: web.BaseRequest, refusal: Unauthenticated | None) -> web.StreamResponse:
         protocol = request.protocol
@@ -243,5 +257,5 @@ def protocols_of(
 ) -> Callable[[Guard], HttpProtocol]:
     """The protocols of an app that has been set up, every request through the boundary."""
     server: Any = runner.server
-    server.request_handler = Boundary(server.request_handler, count, door, cors, observer)
+    server.request_handler = Boundary(server.request_handler, runner.app.router, count, door, cors, observer)
     return lambda guard: HttpProtocol(server, guard, count)
