@@ -106,6 +106,30 @@ async def test_a_password_opens_the_page_alone_and_nothing_that_changes_anything
         assert answer.headers["WWW-Authenticate"].startswith("Basic realm=")
 
 
+async def test_no_answer_tells_the_versions_of_the_software(guarded, http):
+    streamed = {"json": ASK | {"stream": True}, "headers": BEARER}
+    preflight = {"Origin": "https://a.page", "Access-Control-Request-Method": "POST"}
+    for method, path, given in (
+        ("GET", "/health", {}),
+        ("GET", "/v1/models", {"headers": BEARER}),
+        ("GET", "/v1/models", {}),
+        ("GET", "/none", {"headers": BEARER}),
+        ("DELETE", "/health", {}),
+        ("POST", CHAT, {"json": {}, "headers": BEARER}),
+        ("POST", CHAT, streamed),
+        ("OPTIONS", CHAT, {"headers": preflight}),
+    ):
+        async with http.request(method, path, **given) as answer:
+            assert "Server" not in answer.headers, (method, path)
+    host, port = guarded[1].http_url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"no HTTP\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    assert b" 400 Bad Request" in answer
+    assert b"server:" not in answer.lower()
+
+
 async def test_a_browser_may_ask_before_it_has_sent_the_key(http):
     asked = {"Origin": "https://a.page", "Access-Control-Request-Method": "POST"}
     async with http.options(CHAT, headers=asked | {"Access-Control-Request-Headers": "authorization"}) as answer:

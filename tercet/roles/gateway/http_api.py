@@ -19,6 +19,7 @@ from tercet.roles.gateway.cors import Cors
 from tercet.roles.gateway.dashboard import Dashboard
 from tercet.roles.gateway.frontend import Frontend
 from tercet.roles.gateway.http_generation import Generation
+from tercet.roles.gateway.http_server import hide_server
 from tercet.roles.gateway.readiness import Readiness
 
 
@@ -44,7 +45,7 @@ class HttpApi:
 
     def app(self) -> web.Application:
         app = web.Application()
-        app.on_response_prepare.append(self._cors.on_prepare)
+        app.on_response_prepare.extend((self._cors.on_prepare, hide_server))
         generation = self._generation
         for path, post in (("/v1/chat/completions", generation.chat), ("/v1/completions", generation.completions)):
             app.router.add_post(path, post, expect_handler=generation.invite)

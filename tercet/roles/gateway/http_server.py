@@ -57,6 +57,18 @@ _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _Count = Callable[[type[TercetError]], None]
 
 
+async def hide_server(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """An aiohttp signal. The header tells everybody the versions of aiohttp and Python."""
+    response.headers.popall(hdrs.SERVER, None)
+
+
+class _Failure(web.Response):
+    async def _prepare_headers(self) -> None:
+        """aiohttp sends no signal for what it has not routed."""
+        await super()._prepare_headers()
+        self.headers.popall(hdrs.SERVER, None)
+
+
 class HttpProtocol(web.RequestHandler):
     """One connection."""
 
@@ -199,8 +211,9 @@ class Boundary:
 
 def failure(error: TercetError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
     """The answer to a request that failed."""
-    return web.json_response(
-        error_body(error, PARAMETERS),
+    return _Failure(
+        text=json.dumps(error_body(error, PARAMETERS)),
+        content_type="application/json",
         status=error.http_status,
         headers={"X-Request-Id": request_id, **_retry(error), **(headers or {})},
     )
