@@ -125,9 +125,21 @@ def test_an_answer_counts_while_it_is_made():
     assert third["tpot_p99"] == pytest.approx(0.5)
     assert series.kv_bytes == {("p0", "d1"): 1000}
     assert series.kv_rates() == {("p0", "d1"): pytest.approx(1000 / 3)}
-    assert [point["t"] for point in series.since(1001.0)] == [1002.0, 1003.0]
+    assert series.since(first["t"]) == [second, third]
+    assert second["t"] == pytest.approx(1002.0)
     series.tick(now + 4 + WINDOW_S, 1004.0)
-    assert series.since(1003.0)[0]["ttft_p50"] is None
+    assert series.since(third["t"])[0]["ttft_p50"] is None
+
+
+def test_a_clock_that_is_set_hides_no_point():
+    """The times of points are Unix times, and go on rising when it is set back."""
+    series, newest, told = Series(Records()), 0.0, []
+    for now, wall in ((1, 1001), (2, 1002), (3, 503), (4, 504), (5, 5005), (6, 5006)):
+        series.tick(float(now), float(wall))
+        (point,) = series.since(newest)
+        newest = point["t"]
+        told.append(newest)
+    assert told == [1001, 1002, 1003, 1004, 5005, 5006]
 
 
 def test_the_ring_has_an_end():

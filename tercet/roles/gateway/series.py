@@ -7,6 +7,7 @@ Latencies are those of the last WINDOW_S.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Series:
         self._kv: deque[Counter[Link]] = deque(maxlen=int(WINDOW_S / EVERY_S))
         self._open = _Point()
         self._began = time.monotonic()
+        self._ahead = -math.inf  # Unix time less time.monotonic(); never falls
         self._ttft: deque[tuple[float, float]] = deque(maxlen=MOST_SAMPLES)
         self._tpot: deque[tuple[float, float]] = deque(maxlen=MOST_SAMPLES)
         self.kv_bytes: Counter[Link] = Counter()  # of each pair, since the start
@@ -55,7 +57,10 @@ class Series:
             self.tick(time.monotonic(), time.time())
 
     def tick(self, now: float, wall: float) -> None:
-        """End the second. now: time.monotonic(); wall: Unix time."""
+        """End the second. now: time.monotonic(); wall: Unix time.
+
+        A clock that is set back does not set the points' times back, else who asks for newer points gets none."""
+        self._ahead = max(self._ahead, wall - now)
         for record in self._records.running.values():
             if record.choice is not None:
                 self._count(record, record.choice, now)
@@ -66,7 +71,7 @@ class Series:
         running, waiting = self._records.states()
         self._points.append(
             {
-                "t": wall,
+                "t": now + self._ahead,
                 "ttft_p50": _quantile(self._ttft, 0.5),
                 "ttft_p99": _quantile(self._ttft, 0.99),
                 "tpot_p50": _quantile(self._tpot, 0.5),
@@ -84,7 +89,7 @@ class Series:
         self._open, self._began = _Point(), now
 
     def since(self, wall: float) -> list[dict[str, Any]]:
-        """Points that are newer than a Unix time, the oldest first."""
+        """Points that are newer than a Unix time, that of a point or another, the oldest first."""
         return [point for point in self._points if point["t"] > wall]
 
     def kv_rates(self) -> dict[Link, float]:
