@@ -151,6 +151,16 @@ async def test_a_request_id_in_flight_is_refused(inference, router):
     assert [r async for r in first][-1].done.finish_reason == "stop"
 
 
+async def test_a_request_id_of_another_client_is_no_hindrance(inference, router):
+    router.gate = asyncio.Event()
+    ask = pb.GenerateRequest(text="x", request_id="one")
+    calls = [inference.Generate(ask, metadata=(("authorization", f"Bearer {key}"),)) for key in ("a", "b")]
+    await until(lambda: router.running == 2)
+    router.gate.set()
+    for call in calls:
+        assert [r async for r in call][-1].done.finish_reason == "stop"
+
+
 @pytest.mark.parametrize("service", ["", SERVICE])
 async def test_health_follows_readiness(channel, router, service):
     health = health_pb2_grpc.HealthStub(channel)

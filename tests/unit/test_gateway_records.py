@@ -24,9 +24,9 @@ TIMES = StageTimes((("queue", 0.1), ("prefill", 0.2)), kv_bytes=1000, transport=
 ROWS = tuple(Seen(f"d{n}", 1, "decode", 0, 0, 0, 0) for n in range(10))
 
 
-def ask(name, arrived=None):
+def ask(name, arrived=None, client=""):
     now = time.monotonic() if arrived is None else arrived
-    return Ask(name, ("x",), SamplingParams(), 60.0, now)
+    return Ask(name, ("x",), SamplingParams(), 60.0, now, client)
 
 
 def choice_of(tokens=(1, 2, 3), arrived=None):
@@ -38,8 +38,8 @@ def decision(at=0.0, prefill="p0"):
     return Decision(at, 1, ("prefill", "decode"), ROWS, prefill=prefill, decode="d1")
 
 
-def run(records, name, notes=0):
-    with records.of(ask(name), "m") as record:
+def run(records, name, notes=0, client=""):
+    with records.of(ask(name, client=client), "m") as record:
         choice = choice_of()
         records.begin(record, [choice])
         for _ in range(notes):
@@ -72,6 +72,20 @@ def test_an_id_that_is_used_again_names_the_newest_request():
     assert len(records.listing()) == 1
     assert records.find("same").whole()()["told"][0]["notes"] == []
     assert records._rows == 0
+
+
+def test_an_id_of_one_client_is_not_the_same_id_of_another():
+    records = Records()
+    for client, notes in (("name-a", 1), ("name-b", 2), ("name-b", 3), ("name-a", 4)):
+        run(records, "job-1", notes, client)
+    kept = {"job-1": ("name-a", 4), "job-1@name-b": ("name-b", 3)}
+    for request_id, (client, notes) in kept.items():
+        whole = records.find(request_id).whole()()
+        assert (whole["id"], whole["client"], len(whole["told"][0]["notes"])) == (request_id, client, notes)
+    assert records._rows == (4 + 3) * len(ROWS)
+    with records.of(ask("job-1", client="name-b"), "m"):  # which runs while that of another begins
+        run(records, "job-1", client="name-a")
+    assert [one["id"] for one in records.listing()] == ["job-1", "job-1@name-b"]
 
 
 def test_a_request_waits_until_it_has_workers():

@@ -44,7 +44,7 @@ class Frontend:
         self._images = images
         self._tokenising = Tokenising(model, limits.max_chars_per_token, self.offloop)
         self._admission = Admission(limits.max_inflight_requests, metrics.inflight.set)
-        self._live: dict[str, asyncio.Timeout] = {}  # request id -> its deadline
+        self._live: dict[tuple[str, str], asyncio.Timeout] = {}  # client, its request id -> the deadline
         self._quotas = Quotas()
         self._draining = False
         self._stopping = False
@@ -76,7 +76,7 @@ class Frontend:
     ) -> AsyncGenerator[Session, None]:
         try:
             async with asyncio.timeout(ask.arrived + ask.timeout_s - time.monotonic()) as deadline:
-                self._live[ask.request_id] = deadline
+                self._live[ask.client, ask.request_id] = deadline
                 with self._images.held() as held:
                     choices = await self._choices(ask, held)
                     self.records.begin(record, choices)
@@ -91,7 +91,7 @@ class Frontend:
                 raise NoWorkers("the gateway is stopping; send the request again") from error
             raise DeadlineExceeded(f"no full answer within {ask.timeout_s:g} s") from error
         finally:
-            self._live.pop(ask.request_id, None)
+            self._live.pop((ask.client, ask.request_id), None)
             places.close()
 
     async def drain(self, timeout_s: float) -> None:
@@ -139,7 +139,7 @@ class Frontend:
     def _admit(self, ask: Ask) -> Places:
         if self._draining:
             raise Overloaded("the gateway is draining and takes no new requests")
-        if ask.request_id in self._live:
+        if (ask.client, ask.request_id) in self._live:
             raise InvalidRequest(f"request_id {ask.request_id!r} is in flight already")
         return self._admission.enter(ask.client)
 

@@ -28,6 +28,7 @@ MOST = 512  # requests
 MOST_ROWS = 65536  # of all their decisions: a row is a worker that was looked at, some 200 bytes
 MOST_CHOICES = 16  # of a request that are told one by one
 MOST_NOTES = 32  # of a choice: the first and the newest ones
+BEHIND = "@"  # which no id has
 LEAST_ID = 4  # characters of an id that is looked for by its beginning
 MOST_MESSAGE = 500  # characters of an error's
 
@@ -77,7 +78,7 @@ class ChoiceRecord:
 class Record:
     """One request."""
 
-    request_id: str
+    request_id: str  # with the client behind it where another client's request is kept under the same
     at: float  # when it came, Unix time
     arrived: float  # the same, time.monotonic()
     client: str
@@ -156,9 +157,9 @@ class Records:
         """Keep a request while it runs, and how it ended."""
         now = time.monotonic()
         wall = time.time() - (now - ask.arrived)
-        record = Record(ask.request_id, wall, ask.arrived, ask.client, model, ask.num_choices)
-        self._forget(ask.request_id)  # clients reuse their ids
-        self._records[ask.request_id] = record
+        record = Record(self._id(ask), wall, ask.arrived, ask.client, model, ask.num_choices)
+        self._forget(record.request_id)  # clients reuse their ids
+        self._records[record.request_id] = record
         error: BaseException | None = None
         try:
             yield record
@@ -197,6 +198,12 @@ class Records:
             f"no request {asked} is known: the last {self._most} that were let in are kept; is it the X-Request-Id "
             "of the answer?"
         )
+
+    def _id(self, ask: Ask) -> str:
+        """No client replaces the record of another by giving its id."""
+        known = self._records.get(ask.request_id)
+        other = known is not None and known.client != ask.client
+        return f"{ask.request_id}{BEHIND}{ask.client}" if other else ask.request_id
 
     def _alike(self, begin: str) -> list[str]:
         if len(begin) < LEAST_ID:
