@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from typer.testing import CliRunner, Result
 from tercet.cluster.cli import app
 from tercet.core import PairState, Role, WorkerInfo
 from tercet.errors import ClusterError, NoWorkers, UnknownRequest, WorkerLost
+from tercet.roles.gateway import shared
+from tercet.roles.gateway.dashboard import LISTED
 from tercet.roles.gateway.gateway import Gateway
-from tercet.roles.gateway.records import CANCELLED, FAILED, MOST_CHOICES, MOST_NOTES
+from tercet.roles.gateway.records import CANCELLED, FAILED, MOST_CHOICES, MOST_NOTES, Records
 from tercet.roles.router.effects import AttemptEnd
 from tercet.roles.router.record import again, decision_of
 from tercet.spec import GatewaySpec, ListenSpec
@@ -64,7 +67,13 @@ async def router():
 
 
 @pytest.fixture
-async def asked(router):
+def fresh(monkeypatch):
+    """Who asks is told what is so now, not what others were told."""
+    monkeypatch.setattr(shared, "FRESH_S", 0.0)
+
+
+@pytest.fixture
+async def asked(router, fresh):
     async with running(router) as (_, info), aiohttp.ClientSession(info.http_url) as session:
         yield Asked(session)
 
@@ -184,6 +193,41 @@ async def test_members_and_pairs_are_told(router):
         assert await asked.get(f"/dashboard/state?since={state['now']}") is not None
         newer = (await asked.get(f"/dashboard/state?since={state['points'][-1]['t']}"))["points"]
         assert all(point["t"] > state["points"][-1]["t"] for point in newer)
+
+
+async def test_the_newest_are_listed_unless_more_are_asked_for(asked):
+    for _ in range(LISTED + 2):
+        await asked.complete(max_tokens=1)
+    newest = await asked.requests()
+    everyone = (await asked.get("/dashboard/requests?limit=512"))["requests"]
+    assert (len(newest), len(everyone)) == (LISTED, LISTED + 2)
+    assert newest == everyone[:LISTED]
+    assert (await asked.get("/dashboard/requests?limit=3"))["requests"] == everyone[:3]
+
+
+async def test_who_asks_without_end_holds_up_nothing(router, monkeypatch):
+    """All are told from one rendering, and while that is on its way, the loop does what else there is."""
+    go, lines, rendered = threading.Event(), Records.lines, []
+
+    def slow(records):
+        work = lines(records)
+        rendered.append(records)
+        return lambda: (go.wait(20), work())[1]
+
+    monkeypatch.setattr(Records, "lines", slow)
+    async with running(router) as (_, info), aiohttp.ClientSession(info.http_url) as session:
+        asked = Asked(session)
+        ask = [asyncio.create_task(asked.get(f"/dashboard/requests?limit={limit}")) for limit in range(20)]
+        await until(lambda: asyncio.sleep(0, rendered))
+        ask[0].cancel()  # it began the rendering
+        answer, text = await asked.complete(max_tokens=20, stream=True)
+        assert (answer.status, text.count("data: ") > 20) == (200, True)
+        async with session.get("/v1/models") as answer:
+            assert answer.status == 200
+        assert not ask[1].done()
+        go.set()
+        assert all(told["requests"] == [] for told in await asyncio.gather(*ask[1:]))
+        assert len(rendered) == 1
 
 
 # ---- over real workers

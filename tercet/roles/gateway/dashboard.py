@@ -2,13 +2,15 @@
 
 GET /dashboard                       the page; its files below /dashboard/static/
 GET /dashboard/state?since=UNIX_TIME workers, pairs, target, and points of the last ten minutes, newer than that
-GET /dashboard/requests?limit=N      the last requests, newest first
+GET /dashboard/requests?limit=N      the last requests, 50 unless it is given, newest first
 GET /dashboard/requests/{id}         one, with each choice of workers and what it was made from
+
+Who asks in a loop must not hold up the requests, so what is long is written once for all (shared.py): half a second old
+at most. What changes no more, as ended requests and points, is kept as text.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import mimetypes
@@ -22,8 +24,11 @@ from typing import Any
 from aiohttp import web
 
 from tercet.errors import InvalidRequest, UnknownUrl
-from tercet.roles.gateway.records import MOST, Records
+from tercet.roles.gateway.http_server import CALLER
+from tercet.roles.gateway.offloop import OffLoop
+from tercet.roles.gateway.records import Records
 from tercet.roles.gateway.series import Series
+from tercet.roles.gateway.shared import Shared
 from tercet.spec import ClusterSpec
 
 PAGE = "index.html"
@@ -35,6 +40,7 @@ HEADERS = {  # everything comes from here, and nothing may frame it
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+LISTED = 50  # requests, unless more are asked for
 FRESH = {"Cache-Control": "no-store"}
 MEMBER = ("role", "state", "epoch", "reason", "pid", "node", "ranks", "load")  # of what the controller tells of one
 
@@ -42,13 +48,16 @@ Status = Callable[[], Mapping[str, Any]]
 
 
 class Dashboard:
-    def __init__(self, spec: ClusterSpec, model: str, status: Status, records: Records) -> None:
+    def __init__(self, spec: ClusterSpec, model: str, status: Status, records: Records, offloop: OffLoop) -> None:
         """status: as `Gateway.status` gives it."""
         self._spec = spec
         self._model = model
         self._status = status
         self._records = records
+        self._offloop = offloop
         self.series = Series(records)
+        self._listing = Shared(offloop, records.lines)
+        self._overview = Shared(offloop, self._take_overview)
         self._target: Mapping[str, int] = {}
         self._members: Mapping[str, Mapping[str, Any]] = {}
         self._files = _files()
@@ -68,8 +77,12 @@ class Dashboard:
             web.get("/dashboard/requests/{id}", self._request),
         ]
 
-    def state(self, since: float = 0.0) -> dict[str, Any]:
-        """since: Unix time of the last point that is known already."""
+    def _take_overview(self) -> Callable[[], tuple[str, list[tuple[float, str]]]]:
+        """The state as JSON and the points of the same moment, which it lacks."""
+        state, points = self._state_now(), self.series.points()
+        return lambda: (json.dumps(state), points)
+
+    def _state_now(self) -> dict[str, Any]:
         status = self._status()
         return {
             "now": time.time(),
@@ -82,7 +95,6 @@ class Dashboard:
             "target": dict(self._target),
             "workers": [self._worker(name, status["workers"]) for name in self._names(status["workers"])],
             "pairs": self._pairs(status["workers"]),
-            "points": self.series.since(since),
         }
 
     def _names(self, workers: Mapping[str, Any]) -> list[str]:
@@ -138,16 +150,24 @@ class Dashboard:
         return web.Response(body=self._files[name], content_type=kind, charset=charset, headers=HEADERS)
 
     async def _state(self, request: web.Request) -> web.Response:
-        return web.json_response(self.state(_number(request, "since", 0.0)), headers=FRESH)
+        """since: Unix time of the last point that is known already."""
+        since = _number(request, "since", 0.0)
+        state, points = await self._overview.get()
+        newer = ", ".join(text for at, text in points if at > since)
+        return _json(f'{state[:-1]}, "points": [{newer}]}}')
 
     async def _requests(self, request: web.Request) -> web.Response:
-        limit = _number(request, "limit", MOST)
-        return web.json_response({"requests": self._records.listing(max(0, int(limit)))}, headers=FRESH)
+        limit = max(0, int(_number(request, "limit", LISTED)))
+        lines = await self._listing.get()
+        return _json(f'{{"requests": [{", ".join(lines[:limit])}]}}')
 
     async def _request(self, request: web.Request) -> web.Response:
         whole = self._records.find(request.match_info["id"]).whole()
-        text = await asyncio.to_thread(lambda: json.dumps(whole()))
-        return web.Response(text=text, content_type="application/json", headers=FRESH)
+        return _json(await self._offloop.render(request[CALLER].client, lambda: json.dumps(whole())))
+
+
+def _json(text: str) -> web.Response:
+    return web.Response(text=text, content_type="application/json", headers=FRESH)
 
 
 def _number(request: web.Request, name: str, default: float) -> float:

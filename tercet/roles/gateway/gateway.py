@@ -121,7 +121,7 @@ class Gateway:
         self._frontend = Frontend(spec.limits, self._router, self._model, self._metrics, self._images)
         records = self._frontend.records
         self._router.watch(records.note)
-        self._dashboard = Dashboard(spec, self._model.name, self.status, records)
+        self._dashboard = Dashboard(spec, self._model.name, self.status, records, self._frontend.offloop)
         timeout_s = min(PROBE_TIMEOUT_S, spec.limits.request_timeout_s)
         self._readiness = Readiness(self._router, self._model, timeout_s, shows=Role.ENCODE in spec.roles)
         connections = _connection_limits(spec.limits)

@@ -23,7 +23,7 @@ class OffLoop:
     """Event loop only."""
 
     def __init__(self) -> None:
-        self._brief, self._long = Lane("brief"), Lane("long")
+        self._brief, self._long, self._writing = Lane("brief"), Lane("long"), Lane("writing")
         self._trim: asyncio.TimerHandle | None = None  # runs while long work ends and for a moment after
 
     async def run(self, client: str, size: int, work: Callable[[], T]) -> T:
@@ -42,9 +42,9 @@ class OffLoop:
         return await self.run(client, size // 8, work)
 
     async def render(self, client: str, work: Callable[[], T]) -> T:
-        """work(), which writes an answer."""
+        """work(), which writes an answer; no request waits behind it."""
         try:
-            return await self._brief.run(client, work)
+            return await self._writing.run(client, work)
         finally:
             self._trim_later()
 
@@ -53,6 +53,7 @@ class OffLoop:
             self._trim.cancel()
         self._brief.close()
         self._long.close()
+        self._writing.close()
 
     def _trim_later(self) -> None:
         """Call `trim` once the results of the work are likely freed."""

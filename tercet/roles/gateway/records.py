@@ -9,6 +9,7 @@ Nothing happens here per token. No text and no token id of a request is kept bey
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,7 @@ class Record:
     state: str = RUNNING  # once it has ended: FINISHED, FAILED or CANCELLED
     code: str = ""  # of the error
     message: str = ""
+    line: str = ""  # once it has ended: its summary as JSON, which changes no more
 
     @property
     def now(self) -> str:
@@ -108,6 +110,7 @@ class Record:
             self.code = error.code() if isinstance(error, TercetError) else InternalError.code()
             # What is said of a wrong request may quote it, and what others raise may, too.
             self.message = str(error)[:MOST_MESSAGE] if known and not isinstance(error, UserError) else ""
+        self.line = json.dumps(self.summary())
 
     def summary(self) -> dict[str, Any]:
         """A line of a list."""
@@ -180,10 +183,10 @@ class Records:
         if (record := self.running.get(id(request))) is not None:
             record.note(said)
 
-    def listing(self, most: int = MOST) -> list[dict[str, Any]]:
-        """The newest first."""
-        newest = list(reversed(self._records.values()))[:most]
-        return [record.summary() for record in newest]
+    def lines(self) -> Callable[[], list[str]]:
+        """All summaries as JSON, the newest first. What is given writes those of running requests, on any thread."""
+        told = [record.line or record.summary() for record in reversed(self._records.values())]
+        return lambda: [each if isinstance(each, str) else json.dumps(each) for each in told]
 
     def find(self, request_id: str) -> Record:
         """By its id, or how that begins, with or without what stands before its first hyphen. Raises UnknownRequest."""

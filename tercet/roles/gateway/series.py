@@ -7,6 +7,7 @@ Latencies are those of the last WINDOW_S.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from collections import Counter, deque
@@ -41,7 +42,7 @@ class Series:
     def __init__(self, records: Records) -> None:
         self._records = records
         records.on_end = self._ended
-        self._points: deque[dict[str, Any]] = deque(maxlen=POINTS)
+        self._points: deque[tuple[float, str]] = deque(maxlen=POINTS)  # the time, and all of the point as JSON
         self._kv: deque[Counter[Link]] = deque(maxlen=int(WINDOW_S / EVERY_S))
         self._open = _Point()
         self._began = time.monotonic()
@@ -69,28 +70,27 @@ class Series:
                 samples.popleft()
         point, seconds = self._open, max(now - self._began, 1e-3)
         running, waiting = self._records.states()
-        self._points.append(
-            {
-                "t": now + self._ahead,
-                "ttft_p50": _quantile(self._ttft, 0.5),
-                "ttft_p99": _quantile(self._ttft, 0.99),
-                "tpot_p50": _quantile(self._tpot, 0.5),
-                "tpot_p99": _quantile(self._tpot, 0.99),
-                "tokens_in": point.tokens_in / seconds,
-                "tokens_out": point.tokens_out / seconds,
-                "finished": point.finished / seconds,
-                "failed": point.failed / seconds,
-                "running": running,
-                "waiting": waiting,
-                "kv": [[*link, count / seconds] for link, count in point.kv.most_common(MOST_PAIRS)],
-            }
-        )
+        told: dict[str, Any] = {
+            "t": now + self._ahead,
+            "ttft_p50": _quantile(self._ttft, 0.5),
+            "ttft_p99": _quantile(self._ttft, 0.99),
+            "tpot_p50": _quantile(self._tpot, 0.5),
+            "tpot_p99": _quantile(self._tpot, 0.99),
+            "tokens_in": point.tokens_in / seconds,
+            "tokens_out": point.tokens_out / seconds,
+            "finished": point.finished / seconds,
+            "failed": point.failed / seconds,
+            "running": running,
+            "waiting": waiting,
+            "kv": [[*link, count / seconds] for link, count in point.kv.most_common(MOST_PAIRS)],
+        }
+        self._points.append((told["t"], json.dumps(told)))
         self._kv.append(point.kv)
         self._open, self._began = _Point(), now
 
-    def since(self, wall: float) -> list[dict[str, Any]]:
-        """Points that are newer than a Unix time, that of a point or another, the oldest first."""
-        return [point for point in self._points if point["t"] > wall]
+    def points(self) -> list[tuple[float, str]]:
+        """Of the last ten minutes, the oldest first: Unix time, and the point as JSON."""
+        return list(self._points)
 
     def kv_rates(self) -> dict[Link, float]:
         """Bytes/s of each pair over the last WINDOW_S."""
