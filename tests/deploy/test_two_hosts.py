@@ -129,7 +129,7 @@ def started(machine: Machine) -> Hosts:
         "PATH": f"{BIN}:/usr/sbin:/usr/bin:/bin",
     }
     folder.mkdir()
-    built = machine.run("make", "-o", ".venv/.stamp", "wheel")
+    built = machine.run("make", "--no-print-directory", "-o", ".venv/.stamp", "wheel")
     assert built.returncode == 0, built.stderr
     hosts = Hosts(machine, folder / "two.yaml", ROOT / built.stdout.split()[-1])
     small = {"cpus": 0.5, "kv": {"blocks": 160}}
