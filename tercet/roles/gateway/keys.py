@@ -27,9 +27,7 @@ from tercet.spec.base import Name, Positive
 from tercet.watched import Watched
 
 MOST_BYTES = 1 << 20  # of the file: some 10,000 keys
-MOST_DEEP = (
-    16  # lists and maps within each other: what builds them in C has no bound of its own, and overflows the stack
-)
+MOST_DEEP = 16  # lists and maps within each other: what builds them, in C, would overflow the stack
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C if it is there: ten times as fast
 SCHEMES = "Authorization: Bearer KEY"
 
