@@ -14,6 +14,7 @@ from tercet.roles.gateway.offloop import INLINE, LONG, OffLoop
 
 PIECE = 64 * 1024  # characters that are counted at once: memory for tokens is bounded by it
 SHORT = 16 * 1024  # characters: such a text is always tokenised, so that the error can tell its tokens
+IDS_PER_CHAR = 8  # token ids that are checked while one character is tokenised
 SLACK = 16  # extra tokens that splitting a text in two may produce
 
 
@@ -35,15 +36,13 @@ class Tokenising:
         """Each prompt. Raises InvalidRequest, ContextTooLong."""
         prompts = tuple(prompts)
         sizes = [self._size(prompt) for prompt in prompts]
-        # Many short prompts are as much work as a long one.
+        # Many short prompts are as much work as a long one; token ids are only looked at.
         at_least = INLINE + 1 if sum(sizes) > INLINE else 0
         found = []
         for prompt, size in zip(prompts, sizes, strict=True):
             work = partial(self._encode, prompt, size, add_special)
             decodes = LONG + 1 if isinstance(prompt, Chat) and prompt.images else 0  # a small file may be a large image
-            encoded = await self._offloop.run(client, max(size, at_least, decodes), work)
-            self.check_ids("prompt", encoded.ids, ours=not isinstance(prompt, tuple))
-            found.append(encoded)
+            found.append(await self._offloop.run(client, max(size, at_least, decodes), work))
         return found
 
     async def text(self, prompt: Prompt, ids: tuple[int, ...], client: str) -> str:
@@ -66,7 +65,7 @@ class Tokenising:
         if isinstance(prompt, tuple):
             if len(prompt) >= self._model.max_context:
                 raise self.too_long(f"{len(prompt)} tokens,")
-            return 0
+            return len(prompt) // IDS_PER_CHAR
         size = sum(map(len, _texts(prompt)))
         if size > max(self._max_chars, SHORT):
             raise self.too_long(f"{size} characters, at most {self._max_chars} can fit (limits.max_chars_per_token);")
@@ -80,6 +79,7 @@ class Tokenising:
             ids = prompt if isinstance(prompt, tuple) else tuple(self._encode_text(prompt, size, add_special))
         if not ids:
             raise InvalidRequest("prompt must not be empty")
+        self.check_ids("prompt", ids, ours=not isinstance(prompt, tuple))
         return Encoded(ids, images)
 
     def _seen(self, parts: Sequence[ImagePart], ids: Sequence[int]) -> Encoded:
