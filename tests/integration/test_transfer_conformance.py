@@ -513,7 +513,8 @@ def num_fds() -> int:
 
 @each_transport
 def test_no_file_descriptor_is_left(name):
-    made, counts = Pair(name), []
+    lease = {"lease_s": 10.0}  # nothing here is about leases
+    made, counts = Pair(name, **lease), []
     try:
         for number in range(6):
             made.move(ticket_of(number), [3], [2])
@@ -522,7 +523,7 @@ def test_no_file_descriptor_is_left(name):
             while made.mover._peers and time.monotonic() < until:
                 time.sleep(0.02)
             counts.append(num_fds())
-            made.sender = KvSender(config("prefill-0"), made.source, [CLASSES[name]()], made.sent.put)
+            made.sender = KvSender(config("prefill-0", **lease), made.source, [CLASSES[name]()], made.sent.put)
             while not made.sent.empty():
                 made.sent.get()
         while num_fds() > counts[1] + 2 and time.monotonic() < until + 5:  # the last threads are on their way out
