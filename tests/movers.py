@@ -66,7 +66,8 @@ def region_of(transport: str, layout: KvLayout) -> Region | SeenRegion:
 
 
 def config(name: str, **changes: object) -> MoverConfig:
-    base = {"fingerprint": "m", "token": "t", "lease_s": 1.0, "heartbeat_s": 0.2, "integrity": True}
+    """With a lease that does not run out on a busy machine; what is about leases says a shorter one."""
+    base = {"fingerprint": "m", "token": "t", "lease_s": 10.0, "heartbeat_s": 0.2, "integrity": True}
     return MoverConfig(worker_id=name, **(base | changes))
 
 

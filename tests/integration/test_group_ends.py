@@ -21,6 +21,7 @@ from tercet.transfer.links.channel import Mailbox
 from tercet.transfer.protocol import facts
 from tests.group_movers import MARK, SHAPES, GroupPair, eventually
 from tests.integration.test_transfer_conformance import (  # noqa: F401  # the last three: the same, of the pair below
+    SHORT,
     chaotic,
     come_through,
     num_fds,
@@ -35,12 +36,11 @@ PAIRS = [("tcp", "TP 2 to 1"), ("shm", "PP 2 to TP 2"), ("tcp", "1 to TP 4"), ("
 # Those in which other ranks than rank 0 send, too: to the same rank, each to each, and each to one of its own.
 SEVERAL = [("shm", "TP 2 to 1"), ("tcp", "PP 2 to TP 2"), ("ucx", "PP 2 to TP 2"), ("tcp", "TP 4 to TP 4")]
 each = pytest.mark.parametrize(("name", "shape"), SEVERAL)
-SHORT = 1.0  # a lease
 SOURCE, LEASED = [3, 6, 7, 0], [5, 2, 4, 1]
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
-def pair(request) -> Iterator[GroupPair]:
+def impatient(request) -> Iterator[GroupPair]:
     name, shape = request.param
     made = GroupPair(name, *SHAPES[shape], lease_s=SHORT)
     yield made

@@ -37,12 +37,21 @@ from tercet.transfer.transports.table import ALL
 from tests.movers import CLASSES, EPOCH, LAYOUT, NOTE, Pair, Receiving, config, flipping, names, ticket_of
 
 NAMES = names()
+SHORT = 1.0  # seconds of a lease
 each_transport = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(params=NAMES)
 def pair(request):
     made = Pair(request.param)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(params=NAMES)
+def impatient(request):
+    """A pair whose leases run out soon."""
+    made = Pair(request.param, lease_s=SHORT)
     yield made
     made.stop()
 
@@ -127,28 +136,28 @@ def test_cancel_at_the_sender_fails_and_quiesces_the_receiver(pair):
     pair.next(facts.Quiesced)
 
 
-def test_a_ticket_without_a_sender_fails_within_its_lease(pair):
-    pair.mover.admit(ticket_of(), 0, [1])
-    assert isinstance(pair.next(facts.ReceiveFailed).error, LeaseExpired)
-    pair.next(facts.Quiesced)
+def test_a_ticket_without_a_sender_fails_within_its_lease(impatient):
+    impatient.mover.admit(ticket_of(), 0, [1])
+    assert isinstance(impatient.next(facts.ReceiveFailed).error, LeaseExpired)
+    impatient.next(facts.Quiesced)
 
 
-def test_a_slow_engine_keeps_a_ticket_alive(pair):
-    pair.grant(ticket_of(), 0, [1], 1)
-    time.sleep(2.0)  # twice the lease
-    pair.push_all(ticket_of(), [3])
-    pair.next(facts.Noted)
-    pair.next(facts.Complete)
+def test_a_slow_engine_keeps_a_ticket_alive(impatient):
+    impatient.grant(ticket_of(), 0, [1], 1)
+    time.sleep(2 * SHORT)
+    impatient.push_all(ticket_of(), [3])
+    impatient.next(facts.Noted)
+    impatient.next(facts.Complete)
 
 
-def test_heartbeats_alone_keep_no_ticket_alive(pair):
+def test_heartbeats_alone_keep_no_ticket_alive(impatient):
     """Both ends live and say so; but the engine, which would have to push, does nothing."""
-    pair.stall()
-    pair.grant(ticket_of(), 0, [1], 1)
-    assert "has not advanced" in str(pair.next(facts.ReceiveFailed).error)
-    pair.next(facts.Quiesced)
-    assert isinstance(pair.sent.get(timeout=5), facts.SendFailed)
-    assert isinstance(pair.sent.get(timeout=5), facts.OpDone)
+    impatient.stall()
+    impatient.grant(ticket_of(), 0, [1], 1)
+    assert "has not advanced" in str(impatient.next(facts.ReceiveFailed).error)
+    impatient.next(facts.Quiesced)
+    assert isinstance(impatient.sent.get(timeout=5), facts.SendFailed)
+    assert isinstance(impatient.sent.get(timeout=5), facts.OpDone)
 
 
 def test_goodbye_quiesces_everything(pair):
@@ -256,7 +265,7 @@ def chaotic(rng: random.Random, share: float):
 @each_transport
 def test_lost_doubled_and_late_messages_leak_nothing(name, monkeypatch):
     monkeypatch.setattr(Mailbox, "post", chaotic(random.Random(3), 0.08))
-    made = Pair(name)
+    made = Pair(name, lease_s=SHORT)
     try:
         for _, block in come_through(made, 12):
             assert made.same(block, block)
@@ -441,7 +450,7 @@ def test_nobody_listens():
 
 @each_transport
 def test_an_idle_pair_uses_no_cpu(name):
-    made = Pair(name, lease_s=10.0)  # nothing here is about leases, and others may keep the machine busy
+    made = Pair(name)
     try:
         made.move(ticket_of(), [3], [2])
         before, began = time.process_time(), time.monotonic()
@@ -513,8 +522,7 @@ def num_fds() -> int:
 
 @each_transport
 def test_no_file_descriptor_is_left(name):
-    lease = {"lease_s": 10.0}  # nothing here is about leases
-    made, counts = Pair(name, **lease), []
+    made, counts = Pair(name), []
     try:
         for number in range(6):
             made.move(ticket_of(number), [3], [2])
@@ -523,7 +531,7 @@ def test_no_file_descriptor_is_left(name):
             while made.mover._peers and time.monotonic() < until:
                 time.sleep(0.02)
             counts.append(num_fds())
-            made.sender = KvSender(config("prefill-0", **lease), made.source, [CLASSES[name]()], made.sent.put)
+            made.sender = KvSender(config("prefill-0"), made.source, [CLASSES[name]()], made.sent.put)
             while not made.sent.empty():
                 made.sent.get()
         while num_fds() > counts[1] + 2 and time.monotonic() < until + 5:  # the last threads are on their way out

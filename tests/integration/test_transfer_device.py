@@ -143,7 +143,7 @@ def test_digests_know_neither_degree_nor_order_nor_place_and_zeroing_is_exact(sr
 @each_fake
 @pytest.mark.parametrize("integrity", [True, False])
 def test_nothing_is_read_before_it_is_computed(cls, integrity):
-    made = movers.Pair(cls.name, integrity=integrity, lease_s=10.0)  # nothing here is about leases
+    made = movers.Pair(cls.name, integrity=integrity)
     try:
         made.grant(ticket_of(), 0, [5], 1)
         computed = bytes(made.source.block(2, 3))
